@@ -1,0 +1,25 @@
+"""What can go wrong, by whose turn it is to act: each class carries the process's exit code."""
+
+
+class GkdjaxError(Exception):
+    """Base of all errors that end a run with one readable message and no traceback."""
+
+    exit_code = 1
+
+
+class UserError(GkdjaxError, ValueError):
+    """The user can mend it: a config value, a data row, a model directory."""
+
+    exit_code = 2
+
+
+class TrainingFailure(GkdjaxError):
+    """A numerical or data failure in the middle of a run."""
+
+    exit_code = 3
+
+
+class TeacherUnreachable(GkdjaxError):
+    """A teacher (or the coordinator of a pod) does not answer."""
+
+    exit_code = 4

@@ -1,0 +1,130 @@
+"""The decoder's parts as plain functions of arrays.
+
+Shape letters: B batch, T query positions, S key positions, D width, F MLP width, H query heads,
+G key/value heads, R = H / G query heads that share one key, C channels of a head, r LoRA rank.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gkdjax.models.spec import RopeSpec
+
+# Added to a forbidden score. Finite, so that a row with nothing to see (padding) gives no NaN.
+_FORBIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("w", "a", "b", "dropout_key"),
+    meta_fields=("scale", "dropout"),
+)
+@dataclasses.dataclass(frozen=True)
+class LoraKernel:
+    """A kernel with a low-rank update kept apart: w + scale * a @ b, never formed.
+
+    `w` is the first leaf on purpose: linen compares the shape of a parameter's first leaf with the
+    declared one. Each leaf may carry a leading layer axis, which `lax.scan` takes off.
+    """
+
+    w: jax.Array  # [in, out], the frozen base, any float dtype
+    a: jax.Array  # float32 [in, r]
+    b: jax.Array  # float32 [r, out]
+    dropout_key: jax.Array | None  # a key: drop inputs of `a` (training); None: do not
+    scale: float
+    dropout: float
+
+
+def dense(x: jax.Array, kernel: jax.Array | LoraKernel) -> jax.Array:
+    """x[..., in] @ kernel[in, out] in x's dtype, with the low-rank update of a `LoraKernel`.
+
+    LoRA: x W + scale * drop(x) A B (Hu et al. 2021, arXiv:2106.09685, eq. 3).
+    """
+    if not isinstance(kernel, LoraKernel):
+        return x @ kernel.astype(x.dtype)
+    base = x @ kernel.w.astype(x.dtype)
+    if kernel.dropout_key is not None and kernel.dropout > 0.0:
+        keep = jax.random.bernoulli(kernel.dropout_key, 1.0 - kernel.dropout, x.shape)
+        x = jnp.where(keep, x / (1.0 - kernel.dropout), 0.0).astype(x.dtype)
+    update = (x @ kernel.a.astype(x.dtype)) @ kernel.b.astype(x.dtype)
+    return base + update * kernel.scale
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float, offset: float) -> jax.Array:
+    """x / rms(x) * (scale + offset) over the last axis; variance and product in float32."""
+    x32 = x.astype(jnp.float32)
+    inverse_rms = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    scale32 = scale.astype(jnp.float32) + offset
+    scale32 = scale32.reshape((1,) * (x.ndim - 1) + scale32.shape)
+    return (x32 * inverse_rms * scale32).astype(x.dtype)
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of the rotary angles, float32 [B,T,1,C/2]."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rotation(positions_BT: jax.Array, rope: RopeSpec, head_dim: int) -> Rotation:
+    """Rotary angles of integer positions (Su et al. 2021, arXiv:2104.09864)."""
+    exponent_c = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    frequency_c = 1.0 / (rope.theta**exponent_c) / rope.linear_factor
+    angle = positions_BT.astype(jnp.float32)[:, :, None, None] * frequency_c[None, None, None, :]
+    return Rotation(jnp.cos(angle), jnp.sin(angle))
+
+
+def rotate(x_BTHC: jax.Array, by: Rotation) -> jax.Array:
+    """Half-split rotation: channel c is paired with channel c + C/2, as in the HF checkpoints."""
+    first, second = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
+    rotated = (first * by.cos - second * by.sin, second * by.cos + first * by.sin)
+    return jnp.concatenate(rotated, axis=-1).astype(x_BTHC.dtype)
+
+
+class KeyValues(NamedTuple):
+    """Keys and values to attend to, and which query may see which of them."""
+
+    k_BSGC: jax.Array
+    v_BSGC: jax.Array
+    visible_BTS: jax.Array  # bool
+
+
+def attend(q_BTHC: jax.Array, sources: list[KeyValues], scale: float) -> jax.Array:
+    """Grouped-query attention with one softmax over the keys of all sources -> [B,T,H*C].
+
+    The sources' scores are joined, not their keys: a cache is read where it lies, without a copy.
+    Scores and softmax are float32. A query that sees nothing gets a finite, meaningless mean.
+    """
+    B, T, H, C = q_BTHC.shape
+    G = sources[0].k_BSGC.shape[2]
+    q_BTGRC = q_BTHC.reshape(B, T, G, H // G, C)
+    scores = []
+    for source in sources:
+        scores_BGRTS = jnp.einsum(
+            "BTGRC,BSGC->BGRTS", q_BTGRC, source.k_BSGC, preferred_element_type=jnp.float32
+        )
+        visible = source.visible_BTS[:, None, None, :, :]
+        scores.append(jnp.where(visible, scores_BGRTS * scale, _FORBIDDEN))
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
+    out_BTGRC = jnp.zeros((), jnp.float32)
+    start = 0
+    for source in sources:
+        stop = start + source.k_BSGC.shape[1]
+        part = weights[..., start:stop].astype(source.v_BSGC.dtype)
+        out_BTGRC = out_BTGRC + jnp.einsum(
+            "BGRTS,BSGC->BTGRC", part, source.v_BSGC, preferred_element_type=jnp.float32
+        )
+        start = stop
+    return out_BTGRC.astype(q_BTHC.dtype).reshape(B, T, H * C)
+
+
+_ACTIVATIONS = {"gelu_tanh": functools.partial(jax.nn.gelu, approximate=True), "silu": jax.nn.silu}
+
+
+def gated_mlp(x_BTD: jax.Array, layer: dict, activation: str) -> jax.Array:
+    """down(activation(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+    gate_BTF = _ACTIVATIONS[activation](dense(x_BTD, layer["gate_proj"]))
+    return dense(gate_BTF * dense(x_BTD, layer["up_proj"]), layer["down_proj"])

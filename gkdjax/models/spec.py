@@ -1,0 +1,89 @@
+"""The numbers that tell one decoder family from another, and the parameters they imply."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeSpec:
+    """Rotary position embedding: base `theta`; positions are divided by `linear_factor`."""
+
+    theta: float
+    linear_factor: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderSpec:
+    """Everything `models.decoder.Decoder` needs to know of a family; hashable, so it can be static.
+
+    Attributes:
+      family: name of the module in `gkdjax.models` that knows its checkpoints.
+      vocab_size: V, rows of the embedding, padding rows of the checkpoint included.
+      width: D, hidden size.
+      num_heads: H query heads, `num_kv_heads` G key/value heads, `head_dim` C channels each.
+      ffn_width: F, inner width of the gated MLP.
+      norm_offset: added to the RMSNorm scale (Gemma stores scale - 1).
+      embedding_scale: factor on the token embeddings, rounded to their dtype before use.
+      query_scale: factor on q·k.
+      activation: "gelu_tanh" or "silu", on the gate of the MLP.
+      qk_norm: RMSNorm on queries and keys, per head, before the rotation.
+      post_norms: a second RMSNorm after attention and after the MLP, before the residual sum.
+      tied_embedding: the unembedding is the embedding.
+      is_global_L: per layer: full causal attention (True) or the last `window` positions (False).
+      window: key j is seen from i iff i - window < j <= i, in local layers.
+      final_softcap: c in c * tanh(logits / c), or None.
+    """
+
+    family: str
+    vocab_size: int
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_width: int
+    norm_eps: float
+    norm_offset: float
+    embedding_scale: float
+    query_scale: float
+    activation: str
+    qk_norm: bool
+    post_norms: bool
+    tied_embedding: bool
+    is_global_L: tuple[bool, ...]
+    window: int
+    rope_global: RopeSpec
+    rope_local: RopeSpec
+    final_softcap: float | None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.is_global_L)
+
+
+def layer_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every stacked layer parameter; kernels are (L, in, out), norms (L, size)."""
+    L, D, F, C = spec.num_layers, spec.width, spec.ffn_width, spec.head_dim
+    H, G = spec.num_heads, spec.num_kv_heads
+    shapes = {
+        "attn_norm": (L, D),
+        "q_proj": (L, D, H * C),
+        "k_proj": (L, D, G * C),
+        "v_proj": (L, D, G * C),
+        "o_proj": (L, H * C, D),
+        "mlp_norm": (L, D),
+        "gate_proj": (L, D, F),
+        "up_proj": (L, D, F),
+        "down_proj": (L, F, D),
+    }
+    if spec.qk_norm:
+        shapes |= {"q_norm": (L, C), "k_norm": (L, C)}
+    if spec.post_norms:
+        shapes |= {"attn_post_norm": (L, D), "mlp_post_norm": (L, D)}
+    return shapes
+
+
+def param_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of every parameter of the decoder, paths as in `gkdjax.tree`."""
+    shapes = {"embedding": (spec.vocab_size, spec.width), "final_norm": (spec.width,)}
+    if not spec.tied_embedding:
+        shapes["unembedding"] = (spec.vocab_size, spec.width)
+    return shapes | {f"layers/{name}": shape for name, shape in layer_shapes(spec).items()}
