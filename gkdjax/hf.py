@@ -149,7 +149,7 @@ def _read_leaves(directory: pathlib.Path, spec: DecoderSpec) -> dict[str, np.nda
             handles[file] = safetensors.safe_open(file, framework="numpy")
         except Exception as error:  # safetensors raises its own type for each kind of damage
             raise UserError(f"{file} is not a readable safetensors file: {error}") from error
-        for name in handles[file].keys():
+        for name in handles[file].keys():  # noqa: SIM118 (no mapping)
             if name in where:
                 raise UserError(f"tensor {name!r} stands in {where[name].name} and in {file.name}")
             where[name] = file
@@ -159,9 +159,7 @@ def _read_leaves(directory: pathlib.Path, spec: DecoderSpec) -> dict[str, np.nda
             raise UserError(f"{directory}: tensor {name!r} is missing")
         tensor = handles[where.pop(name)].get_tensor(name)
         if tensor.shape != shape:
-            raise UserError(
-                f"{directory}: tensor {name!r} has shape {tensor.shape}, config.json implies {shape}"
-            )
+            raise UserError(f"{directory}: tensor {name!r} has shape {tensor.shape}, not {shape}")
         return tensor
 
     leaves = {}

@@ -170,7 +170,7 @@ def _norm(spec: DecoderSpec, x: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _project(spec: DecoderSpec, x_BTD: jax.Array, layer: dict):
-    heads = x_BTD.shape[:2] + (-1, spec.head_dim)
+    heads = (*x_BTD.shape[:2], -1, spec.head_dim)
     q_BTHC = dense(x_BTD, layer["q_proj"]).reshape(heads)
     k_BTGC = dense(x_BTD, layer["k_proj"]).reshape(heads)
     v_BTGC = dense(x_BTD, layer["v_proj"]).reshape(heads)

@@ -1,0 +1,36 @@
+"""The maths of distillation, usable alone: needs jax and chex, nothing else of this package.
+
+from gkdjax.losses import masked_mean, top_k_logprobs, topk_forward_kl
+
+teacher = top_k_logprobs(teacher_logits, k=64)
+loss = masked_mean(topk_forward_kl(student_logits, teacher), mask)
+"""
+
+from gkdjax.losses.divergences import (
+    forward_kl,
+    generalized_jsd,
+    mixed_kl,
+    reverse_kl,
+    topk_forward_kl,
+    topk_generalized_jsd,
+    topk_jsd,
+    topk_reverse_kl,
+)
+from gkdjax.losses.masked import masked_count, masked_mean, masked_sum
+from gkdjax.losses.topk import TopKLogprobs, top_k_logprobs
+
+__all__ = [
+    "TopKLogprobs",
+    "forward_kl",
+    "generalized_jsd",
+    "masked_count",
+    "masked_mean",
+    "masked_sum",
+    "mixed_kl",
+    "reverse_kl",
+    "top_k_logprobs",
+    "topk_forward_kl",
+    "topk_generalized_jsd",
+    "topk_jsd",
+    "topk_reverse_kl",
+]

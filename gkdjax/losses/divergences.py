@@ -1,0 +1,275 @@
+"""Divergences between a teacher p and a student q: per token, unreduced, float32, in nats.
+
+Each exists twice, with one core: against a teacher's top-k log-probabilities, and dense, against
+its logits. No gradient is stopped here; a caller that differentiates through the teacher gets that
+gradient.
+
+What `tail` does with the mass outside the teacher's K tokens (P and Q: what p and q put on the K):
+
+- "bucket": one more category, 1 - P against 1 - Q. A true divergence, a lower bound of the dense
+  one, and the student's mass outside the K has a gradient. The teacher's 1 - P is `tail_logprob`
+  where it is given; otherwise it is derived from the K, where it cancels in float32, and is floored
+  at float32's epsilon, 1.2e-7. A given -inf means exactly nothing: it has no weight, and where it
+  is divided by (reverse KL) it is read as that floor.
+- "renormalize": both sides are renormalised over the K. Blind outside them: a student with 99 % of
+  its mass elsewhere scores 0 if the other 1 % has the teacher's proportions. It is the only form in
+  which a truncated teacher can be taken to another temperature.
+
+Student logits of -inf where the teacher has mass give an infinite forward KL, as they should.
+"""
+
+import math
+import numbers
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from gkdjax.losses.topk import (
+    EPS,
+    Categories,
+    TopKLogprobs,
+    check_logits,
+    check_temperature,
+    log_sum_exp,
+    rest_category,
+    scale,
+    topk_categories,
+)
+
+
+def topk_forward_kl(
+    student_logits: jax.Array,
+    teacher: TopKLogprobs,
+    *,
+    tail: str = "bucket",
+    temperature: float = 1.0,
+) -> jax.Array:
+    """KL(p || q) = sum p (log p - log q); Kullback & Leibler 1951, as in Hinton et al. 2015.
+
+    Hinton's factor temperature**2 is not applied.
+
+    Args:
+      student_logits: floating [..., V].
+      teacher: ids, logprobs [..., K] with K <= V; absent entries (-inf) count for nothing.
+      tail: "bucket" or "renormalize", see the module.
+      temperature: divides the student's logits; positive, static. Where it differs from the
+        teacher's,
+        "renormalize" takes the teacher there exactly and "bucket" refuses.
+
+    Returns:
+      float32 [...], nats, one a token. An id outside [0, V) that is not absent gives NaN.
+
+    Raises:
+      ValueError: an unknown tail; a temperature that is not positive and finite, or that "bucket"
+        cannot reach; leading axes that differ; K > V.
+      AssertionError: ranks, dtypes or the teacher's own shapes do not fit.
+    """
+    return _forward(topk_categories(student_logits, teacher, tail, temperature))
+
+
+def topk_reverse_kl(
+    student_logits: jax.Array,
+    teacher: TopKLogprobs,
+    *,
+    tail: str = "bucket",
+    temperature: float = 1.0,
+) -> jax.Array:
+    """KL(q || p) = sum q (log q - log p); as in MiniLLM, Gu et al. 2024, arXiv:2306.08543.
+
+    Arguments, result and errors: those of `topk_forward_kl`.
+    """
+    return _reverse(topk_categories(student_logits, teacher, tail, temperature))
+
+
+def topk_jsd(
+    student_logits: jax.Array,
+    teacher: TopKLogprobs,
+    beta: float,
+    *,
+    tail: str = "bucket",
+    temperature: float = 1.0,
+) -> jax.Array:
+    """(1 - beta) KL(p || q) + beta KL(q || p): a Jeffreys-type mix and, whatever its name, not a
+    JSD.
+
+    The name is the one that users of bakery know; for a Jensen-Shannon divergence take
+    `topk_generalized_jsd`. beta=1/2 is half of Jeffreys' 1946 divergence.
+
+    Args:
+      student_logits: floating [..., V].
+      teacher: ids, logprobs [..., K].
+      beta: in [0, 1], a Python number. 0 is `topk_forward_kl` and 1 `topk_reverse_kl`, to the bit.
+      tail: as in `topk_forward_kl`.
+      temperature: as in `topk_forward_kl`.
+
+    Returns:
+      float32 [...], nats, one a token.
+
+    Raises:
+      ValueError: beta outside [0, 1]; and what `topk_forward_kl` raises.
+    """
+    _check_beta(beta)
+    return _mixed(topk_categories(student_logits, teacher, tail, temperature), beta)
+
+
+def topk_generalized_jsd(
+    student_logits: jax.Array,
+    teacher: TopKLogprobs,
+    beta: float,
+    *,
+    tail: str = "bucket",
+    temperature: float = 1.0,
+) -> jax.Array:
+    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
+
+    The generalized Jensen-Shannon divergence of GKD: Agarwal et al. 2024, arXiv:2306.13649. It is
+    at most log 2 and goes to 0 at both ends of beta, as beta KL(p || q) and (1 - beta) KL(q || p);
+    so the ends are errors that name the divergence to use.
+
+    Args:
+      student_logits: floating [..., V].
+      teacher: ids, logprobs [..., K].
+      beta: in (0, 1), a Python number: the teacher's share of m.
+      tail: as in `topk_forward_kl`.
+      temperature: as in `topk_forward_kl`.
+
+    Returns:
+      float32 [...], nats, one a token.
+
+    Raises:
+      ValueError: beta outside (0, 1); and what `topk_forward_kl` raises.
+    """
+    _check_open_beta(beta, at_zero="topk_forward_kl", at_one="topk_reverse_kl")
+    return _generalized(topk_categories(student_logits, teacher, tail, temperature), beta)
+
+
+def forward_kl(
+    student_logits: jax.Array, teacher_logits: jax.Array, *, temperature: float = 1.0
+) -> jax.Array:
+    """KL(p || q) = sum p (log p - log q) over the whole vocabulary; see `topk_forward_kl`.
+
+    Args:
+      student_logits: floating [..., V].
+      teacher_logits: same shape; tokens with logit -inf have no mass and are taken together as one
+        category, whose probability is read as float32's epsilon where it is divided by.
+      temperature: divides both sides' logits; positive, static.
+
+    Returns:
+      float32 [...], nats, one a token.
+
+    Raises:
+      ValueError: a temperature that is not positive and finite.
+      AssertionError: shapes that differ, logits that are not floating.
+    """
+    return _forward(_dense_categories(student_logits, teacher_logits, temperature))
+
+
+def reverse_kl(
+    student_logits: jax.Array, teacher_logits: jax.Array, *, temperature: float = 1.0
+) -> jax.Array:
+    """KL(q || p) = sum q (log q - log p) over the whole vocabulary; arguments as in
+    `forward_kl`."""
+    return _reverse(_dense_categories(student_logits, teacher_logits, temperature))
+
+
+def mixed_kl(
+    student_logits: jax.Array, teacher_logits: jax.Array, beta: float, *, temperature: float = 1.0
+) -> jax.Array:
+    """(1 - beta) KL(p || q) + beta KL(q || p), the dense `topk_jsd`; arguments as in `forward_kl`.
+
+    Raises:
+      ValueError: beta outside [0, 1]; and what `forward_kl` raises.
+    """
+    _check_beta(beta)
+    return _mixed(_dense_categories(student_logits, teacher_logits, temperature), beta)
+
+
+def generalized_jsd(
+    student_logits: jax.Array, teacher_logits: jax.Array, beta: float, *, temperature: float = 1.0
+) -> jax.Array:
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; arXiv:2306.13649.
+
+    The dense `topk_generalized_jsd`; arguments as in `forward_kl`.
+
+    Raises:
+      ValueError: beta outside (0, 1); and what `forward_kl` raises.
+    """
+    _check_open_beta(beta, at_zero="forward_kl", at_one="reverse_kl")
+    return _generalized(_dense_categories(student_logits, teacher_logits, temperature), beta)
+
+
+def _forward(parts: tuple[Categories, ...]) -> jax.Array:
+    return sum(_kl(c.log_p, c.log_q, c.valid) for c in parts)
+
+
+def _reverse(parts: tuple[Categories, ...]) -> jax.Array:
+    # A teacher that gives the rest nothing at all would make this infinite: read 0 as epsilon.
+    return sum(
+        _kl(c.log_q, jnp.where(c.log_p == -jnp.inf, math.log(EPS), c.log_p), c.valid) for c in parts
+    )
+
+
+def _mixed(parts: tuple[Categories, ...], beta: float) -> jax.Array:
+    # Chosen while tracing, so that an end point is the very program of its KL, to the bit.
+    if beta == 0:
+        return _forward(parts)
+    if beta == 1:
+        return _reverse(parts)
+    return (1 - beta) * _forward(parts) + beta * _reverse(parts)
+
+
+def _generalized(parts: tuple[Categories, ...], beta: float) -> jax.Array:
+    total = 0.0
+    for c in parts:
+        log_m = jnp.logaddexp(math.log(beta) + c.log_p, math.log1p(-beta) + c.log_q)
+        total += beta * _kl(c.log_p, log_m, c.valid) + (1 - beta) * _kl(c.log_q, log_m, c.valid)
+    return total
+
+
+def _kl(log_a: jax.Array, log_b: jax.Array, valid: jax.Array) -> jax.Array:
+    """sum a (log a - log b) - a + b over the valid categories; 0 log 0 = 0.
+
+    "- a + b" adds up to zero over a whole distribution. With it every term is at least 0 and a rounding
+    error in a normaliser enters squared, so that a small divergence is neither negative nor noise.
+    """
+    live = valid & (log_a != -jnp.inf)
+    log_a = jnp.where(live, log_a, 0.0)
+    a = jnp.exp(log_a)
+    terms = jnp.where(live, a * (log_a - jnp.where(live, log_b, 0.0)) - a, 0.0)
+    return jnp.sum(terms + jnp.where(valid, jnp.exp(log_b), 0.0), axis=-1)
+
+
+def _dense_categories(
+    student_logits: jax.Array, teacher_logits: jax.Array, temperature: float
+) -> tuple[Categories, Categories]:
+    check_temperature(temperature)
+    check_logits(student_logits, "student_logits")
+    check_logits(teacher_logits, "teacher_logits")
+    chex.assert_equal_shape(
+        [student_logits, teacher_logits], custom_message="student_logits against teacher_logits"
+    )
+    student_V, teacher_V = scale(student_logits, temperature), scale(teacher_logits, temperature)
+    max_p_1, log_sum_p_1 = log_sum_exp(teacher_V)
+    max_q_1, log_sum_q_1 = log_sum_exp(student_V)
+    absent_V = teacher_V == -jnp.inf
+    log_p_V, log_q_V = (teacher_V - max_p_1) - log_sum_p_1, (student_V - max_q_1) - log_sum_q_1
+    none_1 = jnp.full_like(max_p_1, -jnp.inf)
+    rest = rest_category(none_1, student_V, absent_V, max_q_1, log_sum_q_1)
+    return Categories(log_p_V, log_q_V, ~absent_V), rest
+
+
+def _check_beta(beta: float) -> None:
+    if not isinstance(beta, numbers.Real):
+        raise ValueError(f"beta must be a Python number, known when tracing; got {beta!r}")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must be in [0, 1], got {beta}")
+
+
+def _check_open_beta(beta: float, *, at_zero: str, at_one: str) -> None:
+    _check_beta(beta)
+    if beta in (0, 1):
+        raise ValueError(
+            f"beta must be strictly between 0 and 1, got {beta}, where this divergence is 0 for every "
+            f"student; use {at_one if beta else at_zero} instead"
+        )

@@ -1,0 +1,116 @@
+"""The contracts between the parts: frozen, one line and one shape a field.
+
+Shape letters: B rows of a batch, N target numbers, S positions of the student's view, T positions
+of the teacher's view, K top-k entries, E width of the teacher, V vocabulary.
+
+Targets are indexed by number n, not by position: `student_at_BN[b, n]` is the position in the
+student's view whose logits predict target n, and so for the teacher. The one-token shift between
+"where a token stands" and "where it is predicted" is made in `data.views` and nowhere else.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gkdjax.losses import TopKLogprobs
+
+
+class Message(NamedTuple):
+    """One message of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One row of data, before any model's tokenizer has seen it."""
+
+    name: str  # where it came from, as "train.jsonl:17"; every error about the row says it
+    row_id: int  # its number in the data; random draws for the row depend on it
+    prefix: tuple[Message, ...]  # what only the teacher reads; () if there is nothing
+    turns: tuple[Message, ...]  # what both read, at least one message
+    response: str | None  # the last assistant message, or None: somebody has to write it
+    answer: str | None  # what an exact-match question expects, or None
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """A response as token ids; it stays so from the sampler to the loss."""
+
+    ids: np.ndarray  # int32 [n]; if finished, the last one is a stop id
+    finished: bool  # False: cut off at max_new_tokens, so there is no end-of-turn target
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What one model reads of an example, and from where it predicts the targets."""
+
+    ids: np.ndarray  # int32 [T]
+    at: np.ndarray  # int32 [N], position whose logits predict target n
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewPair:
+    """Teacher's and student's view of one row; both predict the same targets."""
+
+    name: str
+    row_id: int
+    student: View
+    teacher: View
+    target_ids: np.ndarray  # int32 [N], N >= 1
+
+
+def _pytree(cls):
+    names = [field.name for field in dataclasses.fields(cls)]
+    return jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
+
+
+@_pytree
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Padded view pairs, the only thing a step and a teacher get to see of the data."""
+
+    student_tokens_BS: jax.Array  # int32
+    student_mask_BS: jax.Array  # bool, a real token
+    student_at_BN: jax.Array  # int32, 0 where there is no target
+    teacher_tokens_BT: jax.Array  # int32
+    teacher_mask_BT: jax.Array  # bool
+    teacher_at_BN: jax.Array  # int32, 0 where there is no target
+    target_ids_BN: jax.Array  # int32, 0 where there is no target
+    target_mask_BN: jax.Array  # bool, there is a target n in row b
+    row_id_B: jax.Array  # int32
+
+
+@_pytree
+@dataclasses.dataclass(frozen=True)
+class DenseTargets:
+    """An in-process teacher, exact: its logits are `hidden_BNE @ unembedding_VE.T`, softcapped."""
+
+    hidden_BNE: jax.Array  # at the N predicting positions
+    unembedding_VE: jax.Array
+    softcap: jax.Array | None  # float32 scalar; None: no cap
+
+
+@_pytree
+@dataclasses.dataclass(frozen=True)
+class TopKTargets:
+    """A server, a store, or an in-process teacher on request: its best K tokens."""
+
+    topk: TopKLogprobs  # [B,N,K], natural logs under the teacher's whole vocabulary
+    target_logprob_BN: jax.Array  # float32, the target token's own logprob
+
+
+TeacherTargets = DenseTargets | TopKTargets
+
+
+@_pytree
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step changes, and all that a checkpoint must hold of the model."""
+
+    step: jax.Array  # int32 scalar, optimizer steps done
+    trainable: Any  # adapters, or all parameters; float32
+    opt_state: Any  # optax's
