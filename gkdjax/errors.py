@@ -23,3 +23,9 @@ class TeacherUnreachable(GkdjaxError):
     """A teacher (or the coordinator of a pod) does not answer."""
 
     exit_code = 4
+
+
+class Preempted(GkdjaxError):
+    """Asked to stop (SIGTERM); the state is saved, and the same command continues."""
+
+    exit_code = 75

@@ -93,6 +93,16 @@ def load_spec(directory: str) -> DecoderSpec:
         raise UserError(f"{directory}/config.json: {error}") from error
 
 
+def stored_dtype(directory: str) -> jnp.dtype:
+    """The dtype of a model directory's embedding, and so of its weights."""
+    name = _tensor_names(load_spec(directory))["embedding"]
+    for file in sorted(pathlib.Path(directory).glob("*.safetensors")):
+        with safetensors.safe_open(file, framework="numpy") as handle:
+            if name in handle.keys():  # noqa: SIM118 (no mapping)
+                return handle.get_slice(name)[:1].dtype
+    raise UserError(f"{directory}: tensor {name!r} is missing")
+
+
 def save_pretrained(directory: str, spec: DecoderSpec, params: dict, source: str) -> None:
     """Writes `params` as a model directory; config, tokenizer and template come from `source`.
 

@@ -124,7 +124,10 @@ def _target_paths(params: dict, targets: tuple[str, ...] | str) -> list[str]:
         raise ValueError(f"lora targets must be a list of names or 'all-linear', not {targets!r}")
     chosen = set()
     for rule in targets:
-        found = {p for p in kernels if p == f"layers/{rule}" or re.fullmatch(rule, p)}
+        try:
+            found = {p for p in kernels if p == f"layers/{rule}" or re.fullmatch(rule, p)}
+        except re.error as error:
+            raise ValueError(f"lora target {rule!r} is no regular expression: {error}") from None
         if not found:
             raise ValueError(f"lora target {rule!r} matches no kernel; there are {kernels}")
         chosen |= found
@@ -140,10 +143,11 @@ def _leaf(params: dict, path: str):
 
 def _replace(params: dict, adapters: dict[str, Adapter], make) -> dict:
     layers = dict(params["layers"])
+    kernels = _kernel_paths(params)
     for path, adapter in adapters.items():
+        if path not in kernels:
+            raise ValueError(f"adapter {path!r} has no kernel in this model; there are {kernels}")
         name = path.removeprefix("layers/")
-        if name not in layers:
-            raise ValueError(f"adapter {path!r} has no kernel in this model")
         w = layers[name]
         L, fan_in, fan_out = w.shape
         rank = adapter.a.shape[-1]

@@ -63,12 +63,7 @@ class ViewPair:
     target_ids: np.ndarray  # int32 [N], N >= 1
 
 
-def _pytree(cls):
-    names = [field.name for field in dataclasses.fields(cls)]
-    return jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
-
-
-@_pytree
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """Padded view pairs, the only thing a step and a teacher get to see of the data."""
@@ -84,17 +79,17 @@ class Batch:
     row_id_B: jax.Array  # int32
 
 
-@_pytree
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DenseTargets:
     """An in-process teacher, exact: its logits are `hidden_BNE @ unembedding_VE.T`, softcapped."""
 
     hidden_BNE: jax.Array  # at the N predicting positions
     unembedding_VE: jax.Array
-    softcap: jax.Array | None  # float32 scalar; None: no cap
+    softcap: float | None = dataclasses.field(metadata={"static": True})  # None: no cap
 
 
-@_pytree
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TopKTargets:
     """A server, a store, or an in-process teacher on request: its best K tokens."""
@@ -106,7 +101,7 @@ class TopKTargets:
 TeacherTargets = DenseTargets | TopKTargets
 
 
-@_pytree
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """What a step changes, and all that a checkpoint must hold of the model."""

@@ -54,8 +54,7 @@ def topk_forward_kl(
       teacher: ids, logprobs [..., K] with K <= V; absent entries (-inf) count for nothing.
       tail: "bucket" or "renormalize", see the module.
       temperature: divides the student's logits; positive, static. Where it differs from the
-        teacher's,
-        "renormalize" takes the teacher there exactly and "bucket" refuses.
+        teacher's, "renormalize" takes the teacher there exactly and "bucket" refuses.
 
     Returns:
       float32 [...], nats, one a token. An id outside [0, V) that is not absent gives NaN.
@@ -90,8 +89,7 @@ def topk_jsd(
     tail: str = "bucket",
     temperature: float = 1.0,
 ) -> jax.Array:
-    """(1 - beta) KL(p || q) + beta KL(q || p): a Jeffreys-type mix and, whatever its name, not a
-    JSD.
+    """(1 - beta) KL(p || q) + beta KL(q || p): a Jeffreys-type mix, not a JSD whatever its name.
 
     The name is the one that users of bakery know; for a Jensen-Shannon divergence take
     `topk_generalized_jsd`. beta=1/2 is half of Jeffreys' 1946 divergence.
@@ -168,8 +166,7 @@ def forward_kl(
 def reverse_kl(
     student_logits: jax.Array, teacher_logits: jax.Array, *, temperature: float = 1.0
 ) -> jax.Array:
-    """KL(q || p) = sum q (log q - log p) over the whole vocabulary; arguments as in
-    `forward_kl`."""
+    """KL(q || p) = sum q (log q - log p) over the whole vocabulary; the rest as `forward_kl`."""
     return _reverse(_dense_categories(student_logits, teacher_logits, temperature))
 
 
@@ -222,16 +219,25 @@ def _mixed(parts: tuple[Categories, ...], beta: float) -> jax.Array:
 def _generalized(parts: tuple[Categories, ...], beta: float) -> jax.Array:
     total = 0.0
     for c in parts:
-        log_m = jnp.logaddexp(math.log(beta) + c.log_p, math.log1p(-beta) + c.log_q)
+        log_m = _log_mixture(c.log_p, c.log_q, beta)
         total += beta * _kl(c.log_p, log_m, c.valid) + (1 - beta) * _kl(c.log_q, log_m, c.valid)
     return total
+
+
+def _log_mixture(log_p: jax.Array, log_q: jax.Array, beta: float) -> jax.Array:
+    # Two -inf have a sum of -inf and, in logaddexp, a gradient of NaN: keep them away from it.
+    none = (log_p == -jnp.inf) & (log_q == -jnp.inf)
+    log_p, log_q = jnp.where(none, 0.0, log_p), jnp.where(none, 0.0, log_q)
+    log_m = jnp.logaddexp(math.log(beta) + log_p, math.log1p(-beta) + log_q)
+    return jnp.where(none, -jnp.inf, log_m)
 
 
 def _kl(log_a: jax.Array, log_b: jax.Array, valid: jax.Array) -> jax.Array:
     """sum a (log a - log b) - a + b over the valid categories; 0 log 0 = 0.
 
-    "- a + b" adds up to zero over a whole distribution. With it every term is at least 0 and a rounding
-    error in a normaliser enters squared, so that a small divergence is neither negative nor noise.
+    "- a + b" adds up to zero over a whole distribution. With it every term is at least 0 and a
+    rounding error in a normaliser enters squared, so that a small divergence is neither negative
+    nor noise.
     """
     live = valid & (log_a != -jnp.inf)
     log_a = jnp.where(live, log_a, 0.0)
@@ -270,6 +276,6 @@ def _check_open_beta(beta: float, *, at_zero: str, at_one: str) -> None:
     _check_beta(beta)
     if beta in (0, 1):
         raise ValueError(
-            f"beta must be strictly between 0 and 1, got {beta}, where this divergence is 0 for every "
-            f"student; use {at_one if beta else at_zero} instead"
+            f"beta must be strictly between 0 and 1, got {beta}, where this divergence is 0 for "
+            f"every student; use {at_one if beta else at_zero} instead"
         )

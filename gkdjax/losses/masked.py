@@ -1,5 +1,4 @@
-"""Reductions over the tokens that count: one definition of sum, count and mean for the whole code
-base.
+"""Reductions over the tokens that count: one definition of sum, count and mean for everything.
 
 A mask has the shape of what it masks. True or 1 keeps an element, False or 0 removes it, any other
 non-negative number is its weight. What a zero removes may be NaN or infinite: it reaches neither
@@ -40,7 +39,7 @@ def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
 
         x = [0.5, 1.5, nan, 4.0], mask = [1, 1, 0, 0]  ->  1.0
 
-    Average over many batches as sum of sums over sum of counts: a mean of means weighs tokens
+    Over many batches, divide the sum of sums by the sum of counts: a mean of means weighs tokens
     unequally.
 
     Args:

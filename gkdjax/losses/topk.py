@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 TAILS = ("bucket", "renormalize")
 
-# The least probability that float32 can tell from 0 next to 1: what "1 - P" is worth where it cancels.
+# The least probability that float32 can tell from 0 next to 1: the worth of a "1 - P" that cancels.
 EPS = float(jnp.finfo(jnp.float32).eps)
 
 
@@ -26,18 +26,16 @@ EPS = float(jnp.finfo(jnp.float32).eps)
 )
 @dataclasses.dataclass(frozen=True)
 class TopKLogprobs:
-    """What a teacher says about the next token: natural logs, under its whole vocabulary, best
-    first.
+    """What a teacher says about the next token.
 
-    A pytree; `temperature` is static. Entries with logprob -inf are absent: they count for nothing
-    and their id may be anything. The ids of the other entries are distinct and in [0, V).
+    Natural logs of probabilities under its whole vocabulary, best first. Entries with logprob -inf
+    are absent: they count for nothing and their id may be anything. The ids of the others are
+    distinct and in [0, V). A pytree; `temperature` is static.
     """
 
     ids: jax.Array  # integer [..., K]
     logprobs: jax.Array  # floating [..., K], nats; -inf where absent
-    tail_logprob: jax.Array | None = (
-        None  # floating [...], log(1 - P) outside the K; None: derive it
-    )
+    tail_logprob: jax.Array | None = None  # floating [...], log(1 - P); None: derived from the K
     temperature: float = 1.0  # what the teacher's logits were divided by
 
 
@@ -50,8 +48,7 @@ class Categories(NamedTuple):
 
 
 def top_k_logprobs(logits: jax.Array, k: int, temperature: float = 1.0) -> TopKLogprobs:
-    """The K most probable tokens of softmax(logits / temperature), with the exact mass outside
-    them.
+    """The K most probable tokens of softmax(logits / temperature), and the mass outside them.
 
     Args:
       logits: floating [..., V].
@@ -90,8 +87,7 @@ def top_k_logprobs(logits: jax.Array, k: int, temperature: float = 1.0) -> TopKL
 def topk_categories(
     student_logits: jax.Array, teacher: TopKLogprobs, tail: str, temperature: float
 ) -> tuple[Categories, ...]:
-    """Both sides on the teacher's K tokens and, for tail="bucket", on everything else as one
-    more."""
+    """Both sides on the teacher's K tokens and, for "bucket", on all the rest as one more."""
     if tail not in TAILS:
         raise ValueError(f"tail must be one of {', '.join(map(repr, TAILS))}, got {tail!r}")
     check_temperature(temperature)
@@ -99,10 +95,10 @@ def topk_categories(
     _check_shapes(student_logits, teacher)
     if tail == "bucket" and temperature != teacher.temperature:
         raise ValueError(
-            f"temperature={temperature} differs from teacher.temperature={teacher.temperature}, and "
-            "tail='bucket' cannot follow: how the mass outside the K tokens changes with temperature "
-            "depends on probabilities that were cut off. Ask the teacher at that temperature, or use "
-            "tail='renormalize'"
+            f"temperature={temperature} differs from teacher.temperature={teacher.temperature}, "
+            "and tail='bucket' cannot follow: how the mass outside the K tokens changes with "
+            "temperature depends on probabilities that were cut off. Ask the teacher at that "
+            "temperature, or use tail='renormalize'"
         )
     student_V = scale(student_logits, temperature)
     vocabulary = student_V.shape[-1]
@@ -158,8 +154,7 @@ def log_sum_exp(x_V: jax.Array, keep_V: jax.Array | None = None) -> tuple[jax.Ar
 
 
 def membership(ids_K: jax.Array, valid_K: jax.Array, vocabulary: int) -> jax.Array:
-    """bool [..., V]: the tokens that a valid entry names. Entries that are not valid name
-    nothing."""
+    """bool [..., V]: the tokens that a valid entry names. Others name nothing."""
 
     def one_row(ids, valid):
         # max and not set: an absent entry must not undo a valid one that has the same id.

@@ -1,0 +1,99 @@
+"""Orbax checkpoints of the train state, with the run's position and a fingerprint of each leaf."""
+
+import pathlib
+import zlib
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+from gkdjax.errors import UserError
+from gkdjax.types import TrainState
+
+
+class Checkpoints:
+    """Saves and restores under `workdir`/checkpoints; one directory a step.
+
+    A checkpoint is {"state": the leaves by path, "meta": JSON}. The JSON holds the step, which is
+    also the position in the data (`data.pipeline.batch_rows` is a function of it), and a CRC of
+    every leaf: Orbax restores a flipped bit without a word.
+    """
+
+    def __init__(self, workdir: pathlib.Path, keep: int):
+        policy = ocp.checkpoint_managers.LatestN(keep)
+        self._directory = workdir / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            self._directory.absolute(),
+            options=ocp.CheckpointManagerOptions(preservation_policy=policy),
+        )
+
+    def save(self, state: TrainState) -> None:
+        """Begins to save; the write goes on in the background. Errors surface at the next call."""
+        leaves = _by_path(state)
+        step = int(leaves["step"])
+        if step in self._manager.all_steps():
+            return
+        meta = {"step": step, "crc32": {path: _crc(leaf) for path, leaf in leaves.items()}}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(leaves), meta=ocp.args.JsonSave(meta)
+            ),
+        )
+
+    def restore(self, like: TrainState) -> TrainState | None:
+        """The newest checkpoint that is whole, with the structure of `like`; None without any.
+
+        A damaged one is named in the log and passed over for the one before it.
+
+        Raises:
+          UserError: there are checkpoints, and none of them can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                return self._restore_step(step, like)
+            except Exception as error:  # Orbax and tensorstore raise many types for damage
+                logging.error("checkpoint %d of %s is damaged: %s", step, self._directory, error)
+        if steps:
+            raise UserError(
+                f"none of the checkpoints {steps} in {self._directory} can be read (see above);"
+                " move the directory away to start again"
+            )
+        return None
+
+    def wait(self) -> None:
+        """Returns when everything begun is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _restore_step(self, step: int, like: TrainState) -> TrainState:
+        expected = {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            for path, leaf in _by_path(like).items()
+        }
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(expected), meta=ocp.args.JsonRestore()
+            ),
+        )
+        leaves = restored["state"]
+        for path, crc in restored["meta"]["crc32"].items():
+            if _crc(leaves[path]) != crc:
+                raise ValueError(f"leaf {path} does not have the fingerprint it was saved with")
+        treedef = jax.tree.structure(like)
+        return jax.tree.unflatten(treedef, [leaves[path] for path in _by_path(like)])
+
+
+def _by_path(state: TrainState) -> dict[str, np.ndarray]:
+    """Leaves on the host by path: plain names that outlive a change of our own classes."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(state))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def _crc(leaf) -> int:
+    return zlib.crc32(np.ascontiguousarray(leaf).tobytes())

@@ -1,0 +1,298 @@
+"""Messages -> token ids and target flags, through the tokenizer's own chat template.
+
+A template is a program, and where it puts a message's content is not for us to guess. So every
+conversation is rendered twice: as it is, and with a placeholder for each content. What stands
+between the placeholders is the template's own text; the two renderings must fit together to the
+character, or the row is refused. That holds for templates that trim, fold the system message into
+the first user turn, or treat the last turn apart, and it finds one that drops a message.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+
+import jinja2
+import numpy as np
+import transformers
+
+from gkdjax.errors import UserError
+from gkdjax.types import Message
+
+# Letters and digits only: no template trims, escapes or splits it.
+_PLACEHOLDER = re.compile(r"gkdjaxcontent(\d+)end")
+_SYSTEM_ADVICE = (
+    "; if it has no system role, put that text into a user turn of context.prefix_messages, "
+    "or take a model whose template has the role"
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # one tokenizer is one chat
+class Chat:
+    """A tokenizer with its chat template; made by `load_chat`."""
+
+    directory: str
+    tokenizer: transformers.PreTrainedTokenizerBase
+    pad_id: int
+    stop_ids: tuple[int, ...]  # any of them ends a response; the template's end of turn is first
+    end_of_turn: str  # the special token after an assistant's content, as text
+
+    def prompt_ids(self, messages: Sequence[Message], name: str = "a prompt") -> np.ndarray:
+        """What the model reads before it answers: int32 [T], with the assistant's header.
+
+        Raises:
+          UserError: the template refuses, drops or rewrites a message; `name` says whose.
+        """
+        return self.render(messages, (False,) * len(messages), name, generation_prompt=True)[0]
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        is_target: Sequence[bool],
+        name: str,
+        *,
+        generation_prompt: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A conversation's ids, equal to `apply_chat_template`'s, and which of them are targets.
+
+        Of a target message its content and its end-of-turn token are targets, never its header.
+        "<start_of_turn>model\\nYes.<end_of_turn>\\n" has the flags 0 0 0 1 1 1 0: Yes . <end>.
+
+        Args:
+          messages: at least one.
+          is_target: one flag a message.
+          name: of the row; errors start with it.
+          generation_prompt: append the header of the assistant's next message.
+
+        Returns:
+          ids int32 [T] and flags bool [T], both read-only.
+
+        Raises:
+          UserError: the template refuses the roles, drops or rewrites a message; or an assistant
+            target does not follow from the prompt that a model would be given for it.
+        """
+        return _rendered(self, tuple(messages), tuple(is_target), name, generation_prompt)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids` without special tokens; white space stays as it is."""
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
+def load_chat(directory: str) -> Chat:
+    """Reads the tokenizer, its chat template and the stop tokens of a Hugging Face directory.
+
+    Raises:
+      UserError: no such directory, no fast tokenizer in it, no chat template, or a template that
+        ends no turn with a special token.
+    """
+    tokenizer = _load_tokenizer(directory)
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{directory}: the tokenizer has no chat template; take an instruction-tuned model, "
+            "or put its chat_template.jinja into the directory"
+        )
+    closing = _end_of_turn_id(directory, tokenizer)
+    others = [*_generation_config_stops(directory), tokenizer.eos_token_id]
+    stop_ids = tuple(dict.fromkeys(i for i in (closing, *others) if i is not None))
+    # Padding is masked wherever it is read, so a tokenizer without a pad token can lend any id.
+    pad_id = closing if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    end_of_turn = tokenizer.convert_ids_to_tokens(closing)
+    return Chat(str(directory), tokenizer, pad_id, stop_ids, end_of_turn)
+
+
+def vocabulary_difference(a: Chat, b: Chat) -> str | None:
+    """None if both tokenizers give the same ids to the same tokens, else the first difference."""
+    tokens_a, tokens_b = ({i: t for t, i in c.tokenizer.get_vocab().items()} for c in (a, b))
+    if tokens_a == tokens_b:
+        return None
+    shared = tokens_a.keys() & tokens_b.keys()
+    differing = sorted(i for i in shared if tokens_a[i] != tokens_b[i])
+    if differing:
+        i = differing[0]
+        return f"id {i} is {tokens_a[i]!r} in {a.directory} and {tokens_b[i]!r} in {b.directory}"
+    i = min(tokens_a.keys() ^ tokens_b.keys())
+    has, lacks = (a, b) if i in tokens_a else (b, a)
+    token = (tokens_a | tokens_b)[i]
+    return f"{token!r} (id {i}) is in {has.directory} and not in {lacks.directory}"
+
+
+def _load_tokenizer(directory: str) -> transformers.PreTrainedTokenizerBase:
+    if not pathlib.Path(directory).is_dir():
+        raise UserError(f"{directory}: no such model directory")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory}: holds no tokenizer that can be read: {error}") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"{directory}: needs a tokenizer.json (a fast tokenizer, with offsets)")
+    return tokenizer
+
+
+def _end_of_turn_id(directory: str, tokenizer) -> int:
+    """The special token that a rendered conversation has right after the assistant's content."""
+    asked = [Message("user", "gkdjaxcontent0end"), Message("assistant", "gkdjaxcontent1end")]
+    try:
+        text = tokenizer.apply_chat_template([m._asdict() for m in asked], tokenize=False)
+    except jinja2.TemplateError as error:
+        raise UserError(f"{directory}: the chat template fails on a question: {error}") from error
+    after = _PLACEHOLDER.split(text)[-1]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special.update(tokenizer.all_special_ids)
+    tokens = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
+    if after == text or not tokens or tokens[0] not in special:
+        raise UserError(
+            f"{directory}: the chat template must end an assistant's message with a special "
+            f"token, and writes {after[:40]!r} after it"
+        )
+    return tokens[0]
+
+
+def _generation_config_stops(directory: str) -> list[int | None]:
+    path = pathlib.Path(directory) / "generation_config.json"
+    if not path.exists():
+        return []
+    try:
+        settings = {"eos_token_id": None} | json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: does not parse as JSON: {error}") from error
+    stops = settings["eos_token_id"]
+    return stops if isinstance(stops, list) else [stops]
+
+
+# Rows come back every epoch, and with each of their trajectories: 0.3 ms for a view, or nothing.
+@functools.lru_cache(maxsize=16384)
+def _rendered(
+    chat: Chat,
+    messages: tuple[Message, ...],
+    is_target: tuple[bool, ...],
+    name: str,
+    generation_prompt: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    text = _template_text(chat, messages, generation_prompt, name)
+    own, spans = _layout(chat, messages, text, generation_prompt, name)
+    ids, offsets = _tokenize(chat, text)
+    flags = np.zeros(len(ids), bool)
+    for i, targeted in enumerate(is_target):
+        if targeted:
+            (start, stop), role = spans[i], messages[i].role
+            end = _end(chat, role, stop, own[i + 1], name)
+            first, after = _tokens_of(text, offsets, start, end, name)
+            if role == "assistant":
+                prompt = _template_text(chat, messages[:i], True, name)
+                first = _first_written(chat, text, ids, prompt, start, name)
+            flags[first:after] = True
+    ids.flags.writeable = flags.flags.writeable = False
+    return ids, flags
+
+
+def _template_text(
+    chat: Chat, messages: Sequence[Message], generation_prompt: bool, name: str
+) -> str:
+    try:
+        return chat.tokenizer.apply_chat_template(
+            [message._asdict() for message in messages],
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+        )
+    except jinja2.TemplateError as error:
+        roles = [message.role for message in messages]
+        raise UserError(
+            f"{name}: the chat template of {chat.directory} refuses the roles "
+            f"{', '.join(roles)}: {error}{_SYSTEM_ADVICE if 'system' in roles else ''}"
+        ) from error
+
+
+def _layout(
+    chat: Chat, messages: Sequence[Message], text: str, generation_prompt: bool, name: str
+) -> tuple[list[str], list[tuple[int, int]]]:
+    """The template's own n+1 pieces of `text`, and the n contents' spans between them."""
+    blank = [m._replace(content=f"gkdjaxcontent{i}end") for i, m in enumerate(messages)]
+    parts = _PLACEHOLDER.split(_template_text(chat, blank, generation_prompt, name))
+    own, order = parts[0::2], [int(i) for i in parts[1::2]]
+    for i, message in enumerate(messages):
+        if i not in order:
+            raise UserError(
+                f"{name}: the chat template of {chat.directory} drops message {i} "
+                f"({message.role}) without a word{_SYSTEM_ADVICE}"
+            )
+    in_order = order == sorted(set(order))
+    spans = _spans(text, [m.content for m in messages], own) if in_order else None
+    if spans is None:
+        raise UserError(
+            f"{name}: the chat template of {chat.directory} rewrites, repeats or reorders what "
+            "the messages say, so it cannot be told which tokens are theirs"
+        )
+    return own, spans
+
+
+def _spans(text: str, contents: Sequence[str], own: Sequence[str]) -> list[tuple[int, int]] | None:
+    """Where each content stands in `text`, up to white space at its ends; None: nowhere."""
+    if not text.startswith(own[0]):
+        return None
+    spans, position = [], len(own[0])
+    for content, piece in zip(contents, own[1:], strict=True):
+        for shown in (content, content.rstrip(), content.lstrip(), content.strip()):
+            if text.startswith(shown + piece, position):
+                break
+        else:
+            return None
+        spans.append((position, position + len(shown)))
+        position += len(shown) + len(piece)
+    return spans if position == len(text) else None
+
+
+def _end(chat: Chat, role: str, content_end: int, piece: str, name: str) -> int:
+    """Where a target message ends in the text: after its end-of-turn token, if it has one."""
+    space = len(piece) - len(piece.lstrip())
+    if piece.startswith(chat.end_of_turn, space):
+        return content_end + space + len(chat.end_of_turn)
+    if role == "assistant":
+        raise UserError(
+            f"{name}: the chat template of {chat.directory} does not end an assistant's message "
+            f"with {chat.end_of_turn} here"
+        )
+    return content_end
+
+
+def _tokens_of(text: str, offsets: np.ndarray, start: int, end: int, name: str) -> tuple[int, int]:
+    """Numbers of the first token of text[start:end] and of the first one after it."""
+    overlapping = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < end))
+    if overlapping.size == 0:
+        return 0, 0
+    first, last = int(overlapping[0]), int(overlapping[-1])
+    # A line break that merges with the header's own is a token like another; letters are not.
+    if (text[offsets[first, 0] : start] + text[end : offsets[last, 1]]).strip():
+        raise UserError(
+            f"{name}: a token holds both the end of a target message and what stands beside it: "
+            f"{text[offsets[first, 0] : start + 20]!r} ... {text[end - 20 : offsets[last, 1]]!r}"
+        )
+    return first, last + 1
+
+
+def _first_written(
+    chat: Chat, text: str, ids: np.ndarray, prompt: str, start: int, name: str
+) -> int:
+    """The first token that a model writes after `prompt` to get to the content at `start`."""
+    prompt_ids, _ = _tokenize(chat, prompt)
+    follows = text.startswith(prompt) and not text[len(prompt) : start].strip()
+    if not follows or not np.array_equal(ids[: len(prompt_ids)], prompt_ids):
+        raise UserError(
+            f"{name}: the chat template of {chat.directory} does not continue its own generation "
+            f"prompt {prompt[-40:]!r} with the assistant's message, so training would not match "
+            "inference; white space at the start of the message can do that"
+        )
+    return len(prompt_ids)
+
+
+def _tokenize(chat: Chat, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """ids int32 [T] and the characters [T, 2] that each token stands for."""
+    # The template writes the special tokens itself, bos included.
+    encoded = chat.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+    return np.asarray(encoded["input_ids"], np.int32), offsets

@@ -1,0 +1,255 @@
+"""The one loop: assemble, ask the base, train, ask the student, hand over."""
+
+import contextlib
+import math
+import pathlib
+import signal
+import threading
+import time
+
+import jax
+from absl import logging
+from ml_collections import config_dict
+
+from gkdjax import export, optim, progress, results, seeds, sharding
+from gkdjax import workdir as workdirs
+from gkdjax.assemble import Run, assemble, initial_state, total_steps
+from gkdjax.checkpoint import Checkpoints
+from gkdjax.config import Config, parse
+from gkdjax.errors import Preempted, TrainingFailure
+from gkdjax.evaluate import Reader
+from gkdjax.metrics import MetricsWriter, read_metrics
+from gkdjax.sampler import sample
+from gkdjax.teachers.protocol import Teacher
+from gkdjax.train_step import make_train_step, student_params
+from gkdjax.types import Batch, TrainState
+
+
+def run(
+    config: config_dict.ConfigDict | Config,
+    workdir: str | pathlib.Path,
+    teacher: Teacher | None = None,
+) -> dict:
+    """Distils as the config says -> the content of results.json.
+
+    The same call on the same directory continues an interrupted run and shows a finished one.
+
+    Args:
+      config: from a config file, or `config.parse`d already.
+      workdir: for checkpoints, metrics, results and exports.
+      teacher: any `teachers.protocol.Teacher`, instead of the config's.
+
+    Raises:
+      UserError: config, data or models are not right (exit code 2).
+      TrainingFailure: a loss is not finite (3); the last good checkpoint stays.
+      Preempted: SIGTERM came; the state is saved (75).
+    """
+    began = time.monotonic()
+    config = config if isinstance(config, Config) else parse(config)
+    workdir = pathlib.Path(workdir)
+    workdirs.claim(workdir, config)
+    finished = workdirs.read_json(workdir / "results.json")
+    if finished is not None:
+        print(results.render(finished, workdir))
+        return finished
+
+    parts = assemble(config, workdir, teacher)
+    _write_responses(parts, workdir)
+    before = workdirs.read_json(workdir / "before.json")
+    if before is None:
+        before = parts.evaluation.before(Reader(parts.decoder, parts.base, parts.chat))
+        workdirs.write_json(workdir / "before.json", before)
+
+    state, training = _train(parts, workdir)
+    params = student_params(parts.frozen, state.trainable)
+    after = parts.evaluation.after(Reader(parts.decoder, params, parts.chat))
+    training["exports"] = _export(parts, state, workdir)
+    training["seconds"] = time.monotonic() - began
+    rows = {name: dict(feed.fates) for name, feed in _feeds(parts).items()}
+    found = results.collect(before, after, rows, training)
+    print(results.render(found, workdir))
+    workdirs.write_json(workdir / "results.json", found)
+    return found
+
+
+def _train(parts: Run, workdir: pathlib.Path) -> tuple[TrainState, dict]:
+    """From the newest checkpoint, or from the start, to the last step."""
+    config = parts.config
+    steps = total_steps(config, len(parts.feed))
+    optimizer = optim.optimizer(config.optim, steps)
+    schedule = optim.schedule(config.optim, steps)
+    step_function = make_train_step(parts.decoder, optimizer, schedule, config, parts.mesh)
+    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+    state = initial_state(parts, optimizer)
+    restored = checkpoints.restore(state)
+    if restored is not None:
+        state = sharding.replicate(parts.mesh, restored)
+        logging.info("continuing from step %d", int(state.step))
+    first = int(state.step)
+    if not parts.keeps_base and parts.frozen is None:
+        parts.base = None  # a full fine-tuning that nobody compares with its start
+
+    with (
+        contextlib.closing(checkpoints),
+        contextlib.closing(MetricsWriter(workdir, first, config.log.tensorboard)) as writer,
+        progress.bar(steps, "train", start=first, shown=config.log.progress_bar) as bar,
+        _stop_signal() as stop,
+    ):
+        record = Recorder(writer, bar, workdir)
+        for step in range(first, steps):
+            batch, divergence, on_policy = _batch(parts, step, state)
+            anchor = None
+            if parts.anchor_feed is not None:
+                anchor_batch = parts.anchor_feed.batch(step)
+                anchor_targets = parts.anchor_teacher.targets(anchor_batch)
+                anchor = (sharding.shard_rows(parts.mesh, anchor_batch), anchor_targets)
+            targets = parts.teacher.targets(batch)
+            tokens = int(batch.student_mask_BS.sum())
+            batch = sharding.shard_rows(parts.mesh, batch)
+            state, sums = step_function(
+                state, parts.frozen, batch, targets, anchor, divergence=divergence
+            )
+            rows = config.train.batch_size
+            record.dispatched(step, sums, divergence, rows if on_policy else 0, tokens)
+            last = step + 1 == steps
+            if last or stop.is_set() or (step + 1) % config.checkpoint.every_steps == 0:
+                record.read()  # a state is saved only once its own numbers are known to be finite
+                checkpoints.save(state)
+            if stop.is_set() and not last:
+                checkpoints.wait()
+                raise Preempted(f"stopped by SIGTERM, saved at step {step + 1}; run again")
+        checkpoints.wait()
+    metrics = read_metrics(workdir)
+    return state, {
+        "steps": steps,
+        "tokens": sum(line["tokens"] for line in metrics),
+        "on_policy_steps": sum(line["on_policy_rows"] > 0 for line in metrics),
+        "loss": metrics[-1]["loss"],
+    }
+
+
+class Recorder:
+    """Reads a step's numbers after the next one was dispatched, so that the device never waits."""
+
+    def __init__(self, writer: MetricsWriter, bar, workdir: pathlib.Path):
+        self._writer, self._bar, self._workdir = writer, bar, workdir
+        self._pending = None
+        self._clock = time.monotonic()
+
+    def dispatched(self, step: int, sums: dict, divergence: str, on_policy: int, tokens: int):
+        """Takes the step's sums, unread, and reads those of the step before."""
+        self.read()
+        self._pending = (step, sums, divergence, on_policy, tokens)
+
+    def read(self) -> None:
+        """Waits for the pending step, checks and writes its numbers.
+
+        Raises:
+          TrainingFailure: one of them is not finite.
+        """
+        if self._pending is None:
+            return
+        (step, sums, divergence, on_policy, tokens), self._pending = self._pending, None
+        sums = {name: float(value) for name, value in jax.device_get(sums).items()}
+        now = time.monotonic()
+        seconds, self._clock = now - self._clock, now
+        values = {
+            "loss": sums["loss_sum"] / sums["targets"],
+            "divergence": divergence,
+            "targets": int(sums["targets"]),
+            "on_policy_rows": on_policy,
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "grad_norm": sums["grad_norm"],
+            "learning_rate": sums["learning_rate"],
+        }
+        if "anchor_sum" in sums:
+            values["anchor_loss"] = sums["anchor_sum"] / sums["anchor_targets"]
+        for name, value in values.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise TrainingFailure(
+                    f"{name} is {value} at step {step}; nothing after the last checkpoint in"
+                    f" {self._workdir / 'checkpoints'} is kept. Lower optim.learning_rate or"
+                    " max_grad_norm, or look at the batch's rows"
+                )
+        self._writer.write(step, values)
+        self._bar.set_postfix(
+            loss=f"{values['loss']:.4f}", tokens_s=f"{values['tokens_per_second']:.0f}"
+        )
+        self._bar.update(1)
+
+
+def _batch(parts: Run, step: int, state: TrainState) -> tuple[Batch, str, bool]:
+    """-> (the step's batch, its divergence, whether the student wrote it)."""
+    gkd = parts.config.gkd
+    if step < gkd.on_policy_warmup_steps:
+        return parts.feed.batch(step), gkd.warmup_divergence, False
+    draw = seeds.generator(parts.config.train.seed, "on_policy", step).random()
+    if draw >= gkd.on_policy_fraction:
+        return parts.feed.batch(step), gkd.divergence, False
+
+    def student_writes(prompts, row_seeds):
+        return sample(
+            parts.decoder,
+            student_params(parts.frozen, state.trainable),
+            prompts,
+            row_seeds,
+            parts.sampling,
+            stop_ids=parts.chat.stop_ids,
+            batch_size=parts.config.train.batch_size,
+            lengths=parts.buckets,
+        )
+
+    return parts.feed.on_policy_batch(step, student_writes), gkd.divergence, True
+
+
+def _write_responses(parts: Run, workdir: pathlib.Path) -> None:
+    """Off-policy text, by the teacher of each stream; a purely on-policy run needs none."""
+    gkd, config = parts.config.gkd, parts.config
+    writers = {"train": parts.teacher, "anchor": parts.anchor_teacher}
+    for name, feed in _feeds(parts).items():
+        if name == "train" and gkd.on_policy_fraction == 1 and gkd.on_policy_warmup_steps == 0:
+            continue
+        feed.prepare(
+            workdir / f"trajectories_{name}.jsonl",
+            lambda prompts, row_seeds, who=writers[name]: who.sample(
+                prompts, row_seeds, parts.sampling
+            ),
+            chunk=config.eval.batch_size,
+            show=config.log.progress_bar,
+        )
+
+
+def _feeds(parts: Run) -> dict:
+    feeds = {"train": parts.feed}
+    return feeds if parts.anchor_feed is None else feeds | {"anchor": parts.anchor_feed}
+
+
+def _export(parts: Run, state: TrainState, workdir: pathlib.Path) -> list[str]:
+    config, spec = parts.config, parts.decoder.spec
+    source, wanted = config.student.model, config.train.export
+    written = []
+    if wanted in ("merged", "both"):
+        adapters = None if parts.frozen is None else state.trainable
+        params = state.trainable if parts.frozen is None else parts.frozen
+        export.export_merged(workdir / "merged", spec, params, adapters, source)
+        written.append("merged/")
+    if wanted in ("adapter", "both"):
+        lora = config.student.lora
+        export.export_adapter(workdir / "adapter", spec, state.trainable, lora, source)
+        written.append("adapter/")
+    return written
+
+
+@contextlib.contextmanager
+def _stop_signal():
+    """An event that SIGTERM sets; the old handler is back afterwards."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # Python delivers signals to the main thread alone
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,19 @@
+"""Every random draw of a run is a function of (seed, purpose, numbers), never of a state."""
+
+import zlib
+
+import numpy as np
+
+
+def fold(seed: int, purpose: str, *numbers: int) -> int:
+    """An int in [0, 2**32) for a purpose and its numbers, such as a step and a row id."""
+    return int(_sequence(seed, purpose, numbers).generate_state(1)[0])
+
+
+def generator(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
+    """A NumPy generator for a purpose and its numbers."""
+    return np.random.default_rng(_sequence(seed, purpose, numbers))
+
+
+def _sequence(seed: int, purpose: str, numbers: tuple[int, ...]) -> np.random.SeedSequence:
+    return np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), *numbers])

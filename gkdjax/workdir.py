@@ -1,0 +1,59 @@
+"""A run's directory: which config it belongs to, and whether the run is finished."""
+
+import json
+import pathlib
+
+from gkdjax import config as config_lib
+from gkdjax.errors import UserError
+
+
+def claim(workdir: pathlib.Path, config: config_lib.Config) -> None:
+    """Writes the config into a new directory, or checks that it is the one written there.
+
+    Raises:
+      UserError: the directory belongs to another config; every key that differs is named.
+    """
+    path = workdir / "config.json"
+    mine = json.loads(json.dumps(config_lib.to_dict(config)))
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        differing = sorted(_differences(mine, theirs, "config"))
+        if differing:
+            raise UserError(
+                f"{workdir} holds a run of another config; it differs in {'; '.join(differing)}."
+                " Give --workdir another directory, or the old values"
+            )
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be made: {error}") from None
+    write_json(path, mine)
+
+
+def read_json(path: pathlib.Path) -> dict | None:
+    """The parsed file, or None if there is none."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_json(path: pathlib.Path, value: dict) -> None:
+    """Writes under another name first: the file is whole or not there."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.replace(path)
+
+
+def _differences(mine, theirs, key: str):
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for name in sorted({*mine, *theirs}):
+            if name not in mine or name not in theirs:
+                yield f"{key}.{name} (only in {'this run' if name in mine else 'the old one'})"
+            else:
+                yield from _differences(mine[name], theirs[name], f"{key}.{name}")
+    elif mine != theirs:
+        yield f"{key} (now {_short(mine)}, was {_short(theirs)})"
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

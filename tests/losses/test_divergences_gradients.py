@@ -1,0 +1,115 @@
+"""Gradients: against finite differences in float64, closed forms, and where floats run out."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gkdjax import losses
+from tests.losses import numpy_reference as ref
+from tests.losses.loss_cases import NAMES, dense_both, dense_values, random_logits, topk_both
+
+SPREADS = np.array([1.0, 3.0, 10.0, 30.0])[:, None]
+
+
+@pytest.mark.parametrize("vocabulary, k", [(6, 2), (40, 39), (40, 40)])
+def test_topk_matches_finite_differences(vocabulary, k):
+    student, teacher = random_logits(vocabulary, 4, vocabulary, spread=SPREADS)
+    top = losses.top_k_logprobs(teacher, k)
+    for (name, tail), (_, actual) in topk_both(student, top).items():
+        value = functools.partial(
+            ref.divergence, name, teacher_logits=teacher, ids=np.asarray(top.ids), tail=tail
+        )
+        expected = ref.gradient(value, student)
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=3e-6, err_msg=(name, tail))
+
+
+def test_dense_matches_finite_differences():
+    student, teacher = random_logits(1, 4, 40, spread=SPREADS)
+    for name, (_, actual) in dense_both(student, teacher, temperature=2.0).items():
+        value = functools.partial(ref.divergence, name, teacher_logits=teacher, temperature=2.0)
+        expected = ref.gradient(value, student)
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=3e-6, err_msg=name)
+
+
+def test_the_callers_teacher_is_differentiated_too():
+    student, teacher = random_logits(4, 4, 12)
+    jacobians = jax.jit(jax.jacrev(lambda y: dense_values(student, y)))(teacher)
+    for name, jacobian in jacobians.items():
+        value = functools.partial(ref.divergence, name, student)
+        expected = ref.gradient(value, teacher)
+        np.testing.assert_allclose(jacobian.sum(0), expected, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_bucket_forward_kl_has_the_closed_form():
+    # Outside the K the logit gradient is the student's softmax times one number a token.
+    student, teacher = random_logits(2, 5, 200, spread=3.0)
+    top = losses.top_k_logprobs(teacher, 10)
+    ids = np.asarray(top.ids)
+    q = np.exp(ref.log_softmax(student))
+    p_inside = np.take_along_axis(np.exp(ref.log_softmax(teacher)), ids, -1)
+    q_inside = np.take_along_axis(q, ids, -1)
+    rest_ratio = (1 - p_inside.sum(-1, keepdims=True)) / (1 - q_inside.sum(-1, keepdims=True))
+    expected = q * (1 - rest_ratio)
+    np.put_along_axis(expected, ids, q_inside - p_inside, -1)
+    _, actual = topk_both(student, top)["forward", "bucket"]
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_bucket_pulls_mass_back_from_outside_the_k_and_renormalize_cannot():
+    student = jnp.array([[0.0, 0.0, 0.0, 9.0, 8.0]])
+    top = losses.top_k_logprobs(jnp.array([[5.0, 4.0, 4.0, 0.0, 0.0]]), 3)
+    both = topk_both(student, top)
+    for name in NAMES:
+        _, pulled = both[name, "bucket"]
+        assert np.all(pulled[0, 3:] > 1e-4), name
+        _, blind = both[name, "renormalize"]
+        np.testing.assert_array_equal(blind[0, 3:], 0.0, err_msg=name)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_confidently_wrong_is_finite(k):
+    for size in (30.0, 200.0, 1e4):
+        teacher = jnp.array([[size, 0.0, 0.0, 0.0, -size]])
+        student = teacher[:, ::-1]
+        both = {**dense_both(student, teacher)}
+        both |= topk_both(student, losses.top_k_logprobs(teacher, k))
+        for key, (value, grads) in both.items():
+            assert np.all(np.isfinite(value)), (key, size)
+            assert np.all(np.isfinite(grads)), (key, size)
+        for key in ("forward", ("forward", "bucket")):
+            # 2 size nats away, and still pointing home with a full unit of gradient.
+            value, grads = both[key]
+            np.testing.assert_allclose(value, 2 * size, rtol=1e-6)
+            np.testing.assert_allclose(grads, [[-1.0, 0.0, 0.0, 0.0, 1.0]], atol=1e-6)
+
+
+def test_student_rest_is_not_a_subtraction():
+    # The student has exp(-60) outside the K: "1 - Q" would be 0 in float32, and its log infinite.
+    student = jnp.array([[0.0, -60.0, -61.0, -61.0, -61.0]])
+    teacher = jnp.array([[0.0, 0.0, -1.0, -1.0, -1.0]])
+    top = losses.top_k_logprobs(teacher, 1)
+    value, grads = topk_both(student, top)["forward", "bucket"]
+    expected = ref.divergence("forward", student, teacher, np.asarray(top.ids))
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    assert grads[0, 1] < -0.3
+
+
+def test_bfloat16_logits():
+    student, teacher = random_logits(3, 4, 50, spread=5.0)
+    student, teacher = student.astype(jnp.bfloat16), teacher.astype(jnp.bfloat16)
+    top = losses.top_k_logprobs(teacher, 8)
+    exact = student.astype(jnp.float32)
+    for half, full in (
+        (dense_both(student, teacher), dense_both(exact, teacher)),
+        (topk_both(student, top), topk_both(exact, top)),
+    ):
+        for key, (value, grads) in half.items():
+            # bfloat16 is read exactly: only the gradient is rounded, at the very end.
+            assert value.dtype == jnp.float32
+            np.testing.assert_allclose(value, full[key][0], rtol=1e-6, err_msg=key)
+            assert grads.dtype == jnp.bfloat16
+            grads = np.asarray(grads, np.float32)
+            np.testing.assert_allclose(grads, full[key][1], rtol=1e-2, atol=1e-7, err_msg=key)

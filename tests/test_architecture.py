@@ -1,0 +1,272 @@
+"""The floors of DESIGN.md, section 1, and a few of its laws, read off the source without running it.
+
+The checks are functions of a package directory; the tests at the end plant faults in a made-up
+package and see them found.
+"""
+
+import ast
+import pathlib
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "gkdjax"
+
+# A file imports only from lower floors, or from its own floor without a cycle. An entry that ends
+# in "/" covers a folder. "" is the package's own __init__.py.
+FLOORS = {
+    0: ("", "errors", "losses/", "seeds", "tree"),
+    1: ("types", "config", "sharding", "optim", "metrics", "progress"),
+    2: ("models/", "lora", "data/"),
+    3: ("hf", "sampler", "teachers/"),
+    4: ("train_step", "evaluate", "checkpoint", "export", "trajectories", "feed"),
+    5: ("loop",),
+    6: ("main", "tools/", "benchmarks/"),
+}
+
+# flax.nnx breaks with some jax releases; the others are oracles or would run foreign code.
+FORBIDDEN = ("flax.nnx", "torch", "trl", "peft", "vllm", "pickle", "cloudpickle", "dill", "joblib")
+FORBIDDEN_TRUE = ("allow_pickle", "trust_remote_code")
+LOSSES_MAY_IMPORT = {"jax", "chex", "gkdjax"}  # beside the standard library
+MOST_LINES = 400
+
+# ("file.py", "source of the call") of each x.get(key, default) that is not a hidden default.
+GET_WITH_DEFAULT: set[tuple[str, str]] = set()
+
+
+def modules(package: pathlib.Path) -> dict[str, ast.Module]:
+    """Dotted name -> syntax tree of every file; a folder's __init__.py has the folder's name."""
+    found = {}
+    for file in sorted(package.rglob("*.py")):
+        parts = file.relative_to(package.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = ast.parse(
+            file.read_text(), str(file)
+        )
+    return found
+
+
+def imported_names(name: str, tree: ast.Module, is_folder: bool) -> set[str]:
+    """Everything that a module imports, anywhere in it: `from a import b` gives "a.b"."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = name.split(".")
+                above = above[: len(above) - node.level + is_folder]
+                base = ".".join([*above, *filter(None, [base])])
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "flax.nnx":
+            names.add("flax.nnx")
+        elif isinstance(node, ast.Call) and "import" in ast.unparse(node.func):
+            # importlib.import_module("...") and __import__("...")
+            names |= {a.value for a in node.args if isinstance(a, ast.Constant)}
+    return {n for n in names if isinstance(n, str)}
+
+
+def import_graph(package: pathlib.Path) -> dict[str, set[str]]:
+    """Module -> modules of the same package that it imports."""
+    trees = modules(package)
+    folders = {name for name in trees if any(other.startswith(name + ".") for other in trees)}
+    graph = {}
+    for name, tree in trees.items():
+        edges = set()
+        for imported in imported_names(name, tree, name in folders or "." not in name):
+            if imported.split(".")[0] != package.name:
+                continue
+            while imported not in trees and "." in imported:  # a name inside a module
+                imported = imported.rpartition(".")[0]
+            edges.add(imported)
+        graph[name] = edges - {name}
+    return graph
+
+
+def floor_of(name: str, floors: dict[int, tuple[str, ...]]) -> int | None:
+    path = "/".join(name.split(".")[1:])
+    for floor, entries in floors.items():
+        for entry in entries:
+            if path == entry.rstrip("/") or (entry.endswith("/") and path.startswith(entry)):
+                return floor
+    return None
+
+
+def layout_errors(package: pathlib.Path, floors: dict[int, tuple[str, ...]]) -> list[str]:
+    """One line for each file without a floor, upward import, and cycle."""
+    graph = import_graph(package)
+    floor = {name: floor_of(name, floors) for name in graph}
+    errors = [f"{name} has no floor" for name, at in floor.items() if at is None]
+    for name, edges in graph.items():
+        for other in sorted(edges):
+            if None not in (floor[name], floor[other]) and floor[name] < floor[other]:
+                errors.append(f"{name} (floor {floor[name]}) imports {other} ({floor[other]})")
+    cycle = first_cycle(graph)
+    return errors + ([f"cycle: {' -> '.join(cycle)}"] if cycle else [])
+
+
+def first_cycle(graph: dict[str, set[str]]) -> list[str] | None:
+    done, path = set(), []
+
+    def visit(name):
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return None
+        path.append(name)
+        found = next(filter(None, map(visit, sorted(graph[name]))), None)
+        path.pop()
+        done.add(name)
+        return found
+
+    return next(filter(None, map(visit, graph)), None)
+
+
+def law_errors(package: pathlib.Path, get_allowed: set[tuple[str, str]]) -> list[str]:
+    """One line for each forbidden import or argument, default in a .get, and file too long."""
+    errors = []
+    for file in sorted(package.rglob("*.py")):
+        where = str(file.relative_to(package))
+        source = file.read_text()
+        tree = ast.parse(source, str(file))
+        for name in sorted(imported_names("", tree, False)):
+            if any(f"{name}.".startswith(f"{bad}.") for bad in FORBIDDEN):
+                errors.append(f"{where} imports {name}")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                errors += [f"{where}:{node.lineno} {e}" for e in call_errors(node, where)]
+        lines = source.count("\n")
+        if lines >= MOST_LINES:
+            errors.append(f"{where} has {lines} lines, the limit is {MOST_LINES}")
+    return [e for e in errors if not any(f in e and f"hides {c}" in e for f, c in get_allowed)]
+
+
+def call_errors(node: ast.Call, where: str) -> list[str]:
+    errors = [
+        f"sets {keyword.arg}"
+        for keyword in node.keywords
+        if keyword.arg in FORBIDDEN_TRUE and ast.unparse(keyword.value) != "False"
+    ]
+    called = node.func.attr if isinstance(node.func, ast.Attribute) else ast.unparse(node.func)
+    has_default = len(node.args) == 2 or any(k.arg == "default" for k in node.keywords)
+    if called in ("get", "getenv") and has_default:
+        errors.append(f"hides {ast.unparse(node)}: a default belongs into config.py")
+    return errors
+
+
+def test_imports_point_downwards():
+    assert layout_errors(PACKAGE, FLOORS) == []
+
+
+def test_laws():
+    assert law_errors(PACKAGE, GET_WITH_DEFAULT) == []
+
+
+def test_the_package_itself_is_empty():
+    assert (PACKAGE / "__init__.py").read_text() == ""
+
+
+def test_losses_need_jax_and_chex_only():
+    import sys
+
+    for file in (PACKAGE / "losses").rglob("*.py"):
+        names = imported_names("gkdjax.losses.x", ast.parse(file.read_text()), False)
+        outside = {n.split(".")[0] for n in names} - set(sys.stdlib_module_names)
+        assert outside <= LOSSES_MAY_IMPORT, file
+        assert all(n.startswith("gkdjax.losses") for n in names if n.startswith("gkdjax")), file
+
+
+def test_the_allow_list_holds_nothing_stale():
+    without = law_errors(PACKAGE, set())
+    for where, call in GET_WITH_DEFAULT:
+        assert any(where in e and f"hides {call}" in e for e in without), (where, call)
+
+
+PLANTED = {0: ("", "ground"), 1: ("middle/",), 2: ("roof",)}
+
+
+def plant(tmp_path: pathlib.Path, **files: str) -> pathlib.Path:
+    """A package "house" with these sources; "middle__a" is middle/a.py."""
+    sound = {"__init__": "", "ground": "", "middle____init__": "", "roof": ""}
+    for name, source in (sound | files).items():
+        name = "middle/__init__" if name == "middle____init__" else name.replace("middle__", "middle/")
+        file = tmp_path / "house" / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(source)
+    return tmp_path / "house"
+
+
+def test_a_sound_package_passes(tmp_path):
+    house = plant(
+        tmp_path,
+        roof="import os\nfrom house import ground\nfrom house.middle import a\n",
+        middle__a="from house.ground import x\nfrom . import b\n",
+        middle__b="from .. import ground\n",
+    )
+    assert layout_errors(house, PLANTED) == []
+    assert law_errors(house, set()) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted"),
+    [
+        ({"ground": "import house.roof"}, "house.ground (floor 0) imports house.roof (2)"),
+        ({"ground": "from house import roof"}, "house.ground (floor 0) imports house.roof (2)"),
+        ({"ground": "from . import roof"}, "house.ground (floor 0) imports house.roof (2)"),
+        (
+            {"ground": "def f():\n    from house.middle import a", "middle__a": ""},
+            "house.ground (floor 0) imports house.middle.a (1)",
+        ),
+        (
+            {"ground": "import importlib\nimportlib.import_module('house.roof')"},
+            "house.ground (floor 0) imports house.roof (2)",
+        ),
+        (
+            {"middle__a": "from house.roof import thing"},
+            "house.middle.a (floor 1) imports house.roof (2)",
+        ),
+        (
+            {"middle__a": "from house.middle import b", "middle__b": "from .a import x"},
+            "cycle: house.middle.a -> house.middle.b -> house.middle.a",
+        ),
+        ({"shed": ""}, "house.shed has no floor"),
+    ],
+)
+def test_a_planted_layout_fault_is_found(tmp_path, files, wanted):
+    assert wanted in layout_errors(plant(tmp_path, **files), PLANTED)
+
+
+@pytest.mark.parametrize(
+    ("source", "wanted"),
+    [
+        ("from flax import nnx", "imports flax.nnx"),
+        ("import flax.nnx as n", "imports flax.nnx"),
+        ("import flax\nflax.nnx.Module", "imports flax.nnx"),
+        ("def f():\n    import torch.nn", "imports torch.nn"),
+        ("from peft import LoraConfig", "imports peft.LoraConfig"),
+        ("import pickle", "imports pickle"),
+        ("d.get('key', 3)", "hides d.get('key', 3)"),
+        ("os.environ.get('KEY', default='x')", "hides os.environ.get('KEY', default='x')"),
+        ("os.getenv('KEY', 'x')", "hides os.getenv('KEY', 'x')"),
+        ("np.load(f, allow_pickle=True)", "sets allow_pickle"),
+        ("f(trust_remote_code=flag)", "sets trust_remote_code"),
+        ("\n" * MOST_LINES, f"has {MOST_LINES} lines"),
+    ],
+)
+def test_a_planted_breach_of_a_law_is_found(tmp_path, source, wanted):
+    (error,) = law_errors(plant(tmp_path, roof=source), set())
+    assert error.startswith("roof.py")
+    assert wanted in error
+
+
+def test_what_only_looks_like_a_breach_passes(tmp_path):
+    source = (
+        "d.get('key')\nrequests.get(url, timeout=3)\nimport torchless\n"
+        "np.load(f, allow_pickle=False)\nimport flax.linen\n"
+    )
+    assert law_errors(plant(tmp_path, roof=source), set()) == []
+
+
+def test_an_allowed_get_passes_in_its_file_only(tmp_path):
+    house = plant(tmp_path, roof="d.get('key', 3)", ground="d.get('key', 3)")
+    (error,) = law_errors(house, {("roof.py", "d.get('key', 3)")})
+    assert error.startswith("ground.py")
