@@ -16,7 +16,7 @@ from gkdjax.data import pipeline
 from gkdjax.data.chat import Chat, load_chat, vocabulary_difference
 from gkdjax.data.sources import read_examples
 from gkdjax.errors import UserError
-from gkdjax.evaluate import Evaluation
+from gkdjax.evaluate import SAMPLES, Evaluation
 from gkdjax.feed import Feed, ViewRules
 from gkdjax.models.decoder import Decoder
 from gkdjax.sampler import Sampling
@@ -109,7 +109,9 @@ def assemble(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> 
         feed=feed,
         anchor_feed=anchor_feed,
         anchor_teacher=anchor_teacher,
-        evaluation=Evaluation(config, rules, teacher, questions, abilities, buckets, mesh),
+        evaluation=Evaluation(
+            config, rules, teacher, questions, abilities, examples[:SAMPLES], buckets, mesh
+        ),
         buckets=buckets,
         sampling=in_process.sampling,
         keeps_base=keeps_base,
@@ -181,7 +183,8 @@ def _buckets(config: Config) -> tuple[int, ...]:
     given, longest = config.data.bucket_lengths, config.data.max_length
     if given and max(given) < longest:
         raise UserError(
-            f"config.data.bucket_lengths = {given}: the longest must hold data.max_length = {longest}"
+            f"config.data.bucket_lengths = {given}: the longest must hold data.max_length ="
+            f" {longest}"
         )
     return given or pipeline.bucket_lengths(longest)
 
@@ -293,7 +296,8 @@ def _check_capabilities(config: Config, teacher: Teacher, feed: Feed) -> None:
         teacher.capabilities,
         top_k=config.teacher.top_k,
         temperature=gkd.temperature,
-        samples=bool(config.eval.questions) or (off_policy and feed.needs_responses()),
+        tail=gkd.tail,
+        samples=config.eval.questions is not None or (off_policy and feed.needs_responses()),
     )
     if reasons:
         raise UserError(f"this teacher ({teacher.description}) cannot do it: {'; '.join(reasons)}")

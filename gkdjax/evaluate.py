@@ -28,9 +28,9 @@ from gkdjax.sampler import Sampling, sample
 from gkdjax.teachers.flax import predicting_hidden
 from gkdjax.teachers.protocol import Teacher
 from gkdjax.train_step import token_divergence
-from gkdjax.types import Batch, Example, Trajectory
+from gkdjax.types import Batch, Example, TeacherTargets, Trajectory
 
-GREEDY = Sampling(max_new_tokens=0, temperature=0.0, top_p=1.0)
+SAMPLES = 3  # answers that are shown side by side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Evaluation:
         teacher: Teacher,
         questions: Sequence[Example],
         abilities: dict[str, Sequence[Example]],
+        prompts: Sequence[Example],
         buckets: Sequence[int],
         mesh: Mesh,
     ):
@@ -63,57 +64,62 @@ class Evaluation:
           teacher: reads the prefix.
           questions: of the baked task; [] skips all conditions but the abilities.
           abilities: name -> questions that are asked as they stand, with their own prefix or none.
+          prompts: of the training, to show answers to where there are no questions.
           buckets: padded lengths.
           mesh: of the run.
         """
         self._config, self._rules, self._teacher = config, rules, teacher
         self._questions, self._abilities = questions, abilities
         self._buckets, self._mesh = buckets, mesh
-        self._prompts = [rules.prompts(question) for question in questions]
-        self._batches: list[tuple[Batch, object]] = []
-        self.answers: dict[str, list[str]] = {}  # condition -> answers to the questions
+        self._greedy = Sampling(config.eval.max_new_tokens, temperature=0.0, top_p=1.0)
+        self._prompts = _fitting_prompts(rules, questions, config.data.max_length)
+        self._shown = [*questions, *prompts][:SAMPLES]
+        self._batches: list[tuple[Batch, TeacherTargets]] = []
         for named in (questions, *abilities.values()):
             _check_questions(named)
 
     def before(self, base: Reader) -> dict:
-        """Asks the base and the teacher -> {condition or ability: numbers}."""
+        """Asks the base and the teacher -> {condition, "abilities" or "samples": what was found}."""
         result = {}
         if self._questions:
-            written = self._teacher_answers()
-            teacher_answers = [self._rules.teacher_chat.decode(t.ids) for t in written]
+            written = self._teacher_writes(self._prompts)
             self._batches = self._teacher_text(written)
+            answers = [self._rules.teacher_chat.decode(t.ids) for t in written]
             result["base"] = self._measure("base", base, view="student")
             result["prompted_base"] = self._measure("prompted_base", base, view="teacher")
             result["prompted_teacher"] = {
-                "exact_match": self._score("prompted_teacher", teacher_answers),
+                "exact_match": _exact_match(answers, self._questions),
                 "forward_kl": 0.0,  # the teacher's distance to itself, by definition
             }
-        return result | {"abilities": self._ask_abilities(base)}
+        samples = {"question": [example.turns[-1].content for example in self._shown]}
+        prompts = [self._rules.prompts(example) for example in self._shown]
+        samples["base"] = self._ask(base, [student for student, _ in prompts], "samples")
+        if self._teacher.capabilities.samples:
+            written = self._teacher_writes(prompts)
+            answers = [self._rules.teacher_chat.decode(t.ids) for t in written]
+            samples["prompted_teacher"] = answers
+        return result | {"abilities": self._ask_abilities(base), "samples": samples}
 
     def after(self, student: Reader) -> dict:
         """Asks the trained student -> as `before`, with the one condition "student"."""
         result = {}
         if self._questions:
             if not self._batches:  # a resumed run has not asked the teacher in this process
-                self._batches = self._teacher_text(self._teacher_answers())
+                self._batches = self._teacher_text(self._teacher_writes(self._prompts))
             result["student"] = self._measure("student", student, view="student")
-        return result | {"abilities": self._ask_abilities(student)}
+        prompts = [self._rules.prompts(example)[0] for example in self._shown]
+        samples = {"student": self._ask(student, prompts, "samples")}
+        return result | {"abilities": self._ask_abilities(student), "samples": samples}
 
     def _measure(self, condition: str, reader: Reader, view: str) -> dict[str, float]:
         column = 0 if view == "student" else 1
         prompts = [both[column] for both in self._prompts]
-        answers = self._ask(reader, prompts, condition)
         return {
-            "exact_match": self._score(condition, answers),
+            "exact_match": _exact_match(self._ask(reader, prompts, condition), self._questions),
             "forward_kl": self._forward_kl(reader, view),
         }
 
-    def _score(self, condition: str, answers: list[str]) -> float:
-        self.answers[condition] = answers
-        return _exact_match(answers, self._questions)
-
     def _ask(self, reader: Reader, prompts: Sequence[np.ndarray], what: str) -> list[str]:
-        greedy = dataclasses.replace(GREEDY, max_new_tokens=self._config.eval.max_new_tokens)
         chunk = self._config.eval.batch_size
         answers: list[str] = []
         with progress.bar(len(prompts), what, shown=self._config.log.progress_bar) as bar:
@@ -124,7 +130,7 @@ class Evaluation:
                     reader.params,
                     part,
                     [0] * len(part),
-                    greedy,
+                    self._greedy,
                     stop_ids=reader.chat.stop_ids,
                     batch_size=chunk,
                     lengths=self._buckets,
@@ -140,13 +146,11 @@ class Evaluation:
             result[name] = _exact_match(self._ask(reader, prompts, name), questions)
         return result
 
-    def _teacher_answers(self) -> list[Trajectory]:
-        """What the prompted teacher says, greedily: its answers, and the text of the forward KL."""
-        greedy = dataclasses.replace(GREEDY, max_new_tokens=self._config.eval.max_new_tokens)
-        prompts = [teacher for _, teacher in self._prompts]
-        return self._teacher.sample(prompts, [0] * len(prompts), greedy)
+    def _teacher_writes(self, prompts) -> list[Trajectory]:
+        """What the prompted teacher says, greedily, to (student's, teacher's) prompts."""
+        return self._teacher.sample([own for _, own in prompts], [0] * len(prompts), self._greedy)
 
-    def _teacher_text(self, written: list[Trajectory]) -> list[tuple[Batch, object]]:
+    def _teacher_text(self, written: list[Trajectory]) -> list[tuple[Batch, TeacherTargets]]:
         pairs = [
             self._rules.pair(question, trajectory, too_long="truncate")[0]
             for question, trajectory in zip(self._questions, written, strict=True)
@@ -205,3 +209,16 @@ def _check_questions(questions: Sequence[Example]) -> None:
     for question in questions:
         if question.answer is None:
             raise UserError(f"{question.name}: a question for the evaluation needs an 'answer'")
+
+
+def _fitting_prompts(rules: ViewRules, questions: Sequence[Example], max_length: int):
+    """(student's, teacher's) prompt of each question, none of them cut."""
+    prompts = [rules.prompts(question) for question in questions]
+    for question, both in zip(questions, prompts, strict=True):
+        longest = max(map(len, both))
+        if longest >= max_length:
+            raise UserError(
+                f"{question.name}: the question has {longest} tokens with its prefix and leaves no"
+                f" room in data.max_length = {max_length}; raise it"
+            )
+    return prompts

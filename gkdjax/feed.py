@@ -45,9 +45,7 @@ class ViewRules:
     def prompts(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
         """-> (student's, teacher's) generation prompts."""
         prefix = views.prefix_of(example, self.prefix)
-        return views.prompts(
-            example, self.student_chat, self.teacher_chat, prefix, self.retained
-        )
+        return views.prompts(example, self.student_chat, self.teacher_chat, prefix, self.retained)
 
 
 class Feed:

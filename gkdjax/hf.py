@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from huggingface_hub.errors import StrictDataclassError  # how transformers' configs refuse a field
 
 from gkdjax.errors import UserError
 from gkdjax.models import gemma3
@@ -76,9 +77,12 @@ def load_config(directory: str) -> dict:
         config = json.loads((path / "config.json").read_text())
     except ValueError as error:
         raise UserError(f"{path / 'config.json'} does not parse: {error}") from None
-    if config.get("model_type") not in FAMILIES:
+    if not isinstance(config, dict):
+        raise UserError(f"{path / 'config.json'} must hold a JSON object")
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(
-            f"{path / 'config.json'}: model_type {config.get('model_type')!r} is not supported;"
+            f"{path / 'config.json'}: model_type {model_type!r} is not supported;"
             f" supported: {', '.join(sorted(FAMILIES))}"
         )
     return config
@@ -89,7 +93,7 @@ def load_spec(directory: str) -> DecoderSpec:
     config = load_config(directory)
     try:
         return FAMILIES[config["model_type"]].decoder_spec(config)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise UserError(f"{directory}/config.json: {error}") from error
 
 
@@ -110,11 +114,21 @@ def save_pretrained(directory: str, spec: DecoderSpec, params: dict, source: str
     """
     final = pathlib.Path(directory)
     part = final.with_name(final.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
     part.mkdir(parents=True)
+    try:
+        _write(part, spec, params, pathlib.Path(source))
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    shutil.rmtree(final, ignore_errors=True)
+    part.rename(final)
+
+
+def _write(directory: pathlib.Path, spec: DecoderSpec, params: dict, source: pathlib.Path) -> None:
     for name in _COMPANIONS:
-        if (pathlib.Path(source) / name).is_file():
-            shutil.copyfile(pathlib.Path(source) / name, part / name)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
     tensors = {}
     for path, template in _tensor_names(spec).items():
         leaf = params["layers"][path[7:]] if path.startswith("layers/") else params[path]
@@ -125,10 +139,8 @@ def save_pretrained(directory: str, spec: DecoderSpec, params: dict, source: str
                 tensors[template.format(i)] = np.ascontiguousarray(matrix)
         else:
             tensors[template] = np.ascontiguousarray(leaf)
-    safetensors.numpy.save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
-    _set_dtype(part / "config.json", str(params["embedding"].dtype))
-    shutil.rmtree(final, ignore_errors=True)
-    part.rename(final)
+    safetensors.numpy.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    _set_dtype(directory / "config.json", str(params["embedding"].dtype))
 
 
 def tensor_name(spec: DecoderSpec, path: str, layer: int) -> str:

@@ -10,7 +10,9 @@ from gkdjax import config
 from gkdjax.errors import GkdjaxError, UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file with get_config().")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/<config's name>.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run lives; default runs/<config's name>."
+)
 
 
 def main(argv: list[str]) -> None:

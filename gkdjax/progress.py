@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+_WIDEST_CELL = 40
+
 
 def bar(total: int, what: str, *, start: int = 0, shown: bool = True) -> tqdm:
     """A progress bar on stderr with rate and time left."""
@@ -11,14 +13,22 @@ def bar(total: int, what: str, *, start: int = 0, shown: bool = True) -> tqdm:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded with blanks: the first to the left, the others to the right."""
-    lines = [list(header), *[list(row) for row in rows]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    """Columns padded with blanks: the first to the left, the others to the right.
 
-    def text(line):
+    Each cell stands on one line, cut at 40 characters.
+    """
+    lines = [[_cell(text) for text in line] for line in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+    def padded(line):
         cells = [line[0].ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
         return "  ".join(cells).rstrip()
 
-    ruled = [text(lines[0]), "  ".join("-" * width for width in widths)]
-    return "\n".join(ruled + [text(line) for line in lines[1:]])
+    ruled = [padded(lines[0]), "  ".join("-" * width for width in widths)]
+    return "\n".join(ruled + [padded(line) for line in lines[1:]])
+
+
+def _cell(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _WIDEST_CELL else text[: _WIDEST_CELL - 3] + "..."

@@ -4,7 +4,7 @@ import importlib.metadata
 import pathlib
 import platform
 
-from gkdjax.evaluate import Evaluation, recovery
+from gkdjax.evaluate import recovery
 from gkdjax.progress import table
 
 CONDITIONS = ("base", "prompted_base", "prompted_teacher", "student")
@@ -31,7 +31,9 @@ def collect(before: dict, after: dict, rows: dict, training: dict) -> dict:
     }
     if "other_prefixes" in abilities:
         results["other_prefixes"] = abilities.pop("other_prefixes")
-    return results | {"retention": abilities, "rows": rows, **training, "versions": versions()}
+    samples = before["samples"] | after["samples"]
+    found = {"retention": abilities, "samples": samples, "rows": rows, **training}
+    return results | found | {"versions": versions()}
 
 
 def versions() -> dict[str, str]:
@@ -61,19 +63,11 @@ def render(results: dict, workdir: pathlib.Path) -> str:
             for name, v in kept.items()
         ]
         parts.append(table(["kept abilities", "before", "after", "change"], rows))
+    samples = results["samples"]
+    parts.append(table(list(samples), list(zip(*samples.values(), strict=True))))
     parts.append(
         f"{results['steps']} steps, {results['tokens']} tokens, {results['seconds']:.0f} s;"
         f" last loss {results['loss']:.4f}\n{workdir}: "
         + ", ".join(["results.json", "metrics.jsonl", *results["exports"]])
     )
     return "\n\n".join(parts)
-
-
-def render_samples(evaluation: Evaluation, questions: list[str], count: int = 3) -> str:
-    """The first answers of base, prompted teacher and student next to each other."""
-    names = ("base", "prompted_teacher", "student")
-    rows = [
-        [question, *(evaluation.answers[name][i] for name in names)]
-        for i, question in enumerate(questions[:count])
-    ]
-    return table(["question", *names], rows)

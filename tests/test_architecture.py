@@ -1,4 +1,4 @@
-"""The floors of DESIGN.md, section 1, and a few of its laws, read off the source without running it.
+"""The floors of DESIGN.md, section 1, and a few of its laws, read off the source, which is not run.
 
 The checks are functions of a package directory; the tests at the end plant faults in a made-up
 package and see them found.
@@ -6,6 +6,7 @@ package and see them found.
 
 import ast
 import pathlib
+import sys
 
 import pytest
 
@@ -18,7 +19,10 @@ FLOORS = {
     1: ("types", "config", "sharding", "optim", "metrics", "progress"),
     2: ("models/", "lora", "data/"),
     3: ("hf", "sampler", "teachers/"),
-    4: ("train_step", "evaluate", "checkpoint", "export", "trajectories", "feed"),
+    4: (
+        *("train_step", "evaluate", "checkpoint", "export", "trajectories"),
+        *("feed", "assemble", "results", "workdir"),
+    ),
     5: ("loop",),
     6: ("main", "tools/", "benchmarks/"),
 }
@@ -30,7 +34,10 @@ LOSSES_MAY_IMPORT = {"jax", "chex", "gkdjax"}  # beside the standard library
 MOST_LINES = 400
 
 # ("file.py", "source of the call") of each x.get(key, default) that is not a hidden default.
-GET_WITH_DEFAULT: set[tuple[str, str]] = set()
+GET_WITH_DEFAULT: set[tuple[str, str]] = {
+    # A type's name for an error message.
+    ("config.py", "{dict: 'dict'}.get(hint, getattr(hint, '__name__', str(hint)))"),
+}
 
 
 def modules(package: pathlib.Path) -> dict[str, ast.Module]:
@@ -166,8 +173,6 @@ def test_the_package_itself_is_empty():
 
 
 def test_losses_need_jax_and_chex_only():
-    import sys
-
     for file in (PACKAGE / "losses").rglob("*.py"):
         names = imported_names("gkdjax.losses.x", ast.parse(file.read_text()), False)
         outside = {n.split(".")[0] for n in names} - set(sys.stdlib_module_names)
@@ -184,11 +189,9 @@ def test_the_allow_list_holds_nothing_stale():
 PLANTED = {0: ("", "ground"), 1: ("middle/",), 2: ("roof",)}
 
 
-def plant(tmp_path: pathlib.Path, **files: str) -> pathlib.Path:
-    """A package "house" with these sources; "middle__a" is middle/a.py."""
-    sound = {"__init__": "", "ground": "", "middle____init__": "", "roof": ""}
-    for name, source in (sound | files).items():
-        name = "middle/__init__" if name == "middle____init__" else name.replace("middle__", "middle/")
+def plant(tmp_path: pathlib.Path, files: dict[str, str]) -> pathlib.Path:
+    """A package "house" with these sources beside empty ones for the rest of it."""
+    for name, source in ({"__init__": "", "ground": "", "roof": ""} | files).items():
         file = tmp_path / "house" / f"{name}.py"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(source)
@@ -196,12 +199,13 @@ def plant(tmp_path: pathlib.Path, **files: str) -> pathlib.Path:
 
 
 def test_a_sound_package_passes(tmp_path):
-    house = plant(
-        tmp_path,
-        roof="import os\nfrom house import ground\nfrom house.middle import a\n",
-        middle__a="from house.ground import x\nfrom . import b\n",
-        middle__b="from .. import ground\n",
-    )
+    files = {
+        "roof": "import os\nfrom house import ground\nfrom house.middle import a\n",
+        "middle/__init__": "",
+        "middle/a": "from house.ground import x\nfrom . import b\n",
+        "middle/b": "from .. import ground\n",
+    }
+    house = plant(tmp_path, files)
     assert layout_errors(house, PLANTED) == []
     assert law_errors(house, set()) == []
 
@@ -213,7 +217,7 @@ def test_a_sound_package_passes(tmp_path):
         ({"ground": "from house import roof"}, "house.ground (floor 0) imports house.roof (2)"),
         ({"ground": "from . import roof"}, "house.ground (floor 0) imports house.roof (2)"),
         (
-            {"ground": "def f():\n    from house.middle import a", "middle__a": ""},
+            {"ground": "def f():\n    from house.middle import a", "middle/a": ""},
             "house.ground (floor 0) imports house.middle.a (1)",
         ),
         (
@@ -221,18 +225,18 @@ def test_a_sound_package_passes(tmp_path):
             "house.ground (floor 0) imports house.roof (2)",
         ),
         (
-            {"middle__a": "from house.roof import thing"},
+            {"middle/a": "from house.roof import thing"},
             "house.middle.a (floor 1) imports house.roof (2)",
         ),
         (
-            {"middle__a": "from house.middle import b", "middle__b": "from .a import x"},
+            {"middle/a": "from house.middle import b", "middle/b": "from .a import x"},
             "cycle: house.middle.a -> house.middle.b -> house.middle.a",
         ),
         ({"shed": ""}, "house.shed has no floor"),
     ],
 )
 def test_a_planted_layout_fault_is_found(tmp_path, files, wanted):
-    assert wanted in layout_errors(plant(tmp_path, **files), PLANTED)
+    assert wanted in layout_errors(plant(tmp_path, {"middle/__init__": ""} | files), PLANTED)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +257,7 @@ def test_a_planted_layout_fault_is_found(tmp_path, files, wanted):
     ],
 )
 def test_a_planted_breach_of_a_law_is_found(tmp_path, source, wanted):
-    (error,) = law_errors(plant(tmp_path, roof=source), set())
+    (error,) = law_errors(plant(tmp_path, {"roof": source}), set())
     assert error.startswith("roof.py")
     assert wanted in error
 
@@ -263,10 +267,10 @@ def test_what_only_looks_like_a_breach_passes(tmp_path):
         "d.get('key')\nrequests.get(url, timeout=3)\nimport torchless\n"
         "np.load(f, allow_pickle=False)\nimport flax.linen\n"
     )
-    assert law_errors(plant(tmp_path, roof=source), set()) == []
+    assert law_errors(plant(tmp_path, {"roof": source}), set()) == []
 
 
 def test_an_allowed_get_passes_in_its_file_only(tmp_path):
-    house = plant(tmp_path, roof="d.get('key', 3)", ground="d.get('key', 3)")
+    house = plant(tmp_path, {"roof": "d.get('key', 3)", "ground": "d.get('key', 3)"})
     (error,) = law_errors(house, {("roof.py", "d.get('key', 3)")})
     assert error.startswith("ground.py")

@@ -1,4 +1,4 @@
-"""LoRA as a tree transform: identity when fresh, merge equals attach, who gets gradients, dropout."""
+"""LoRA as a tree transform: fresh identity, merge equals attach, gradients, dropout, bad input."""
 
 import dataclasses
 import functools

@@ -147,8 +147,8 @@ def _end_of_turn_id(directory: str, tokenizer) -> int:
     tokens = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
     if after == text or not tokens or tokens[0] not in special:
         raise UserError(
-            f"{directory}: the chat template must end an assistant's message with a special "
-            f"token, and writes {after[:40]!r} after it"
+            f"{directory}: the chat template must write an assistant's message as it is and end "
+            f"it with a special token; it makes the end {text[-40:]!r}"
         )
     return tokens[0]
 

@@ -5,6 +5,7 @@ from transformers import Gemma3TextConfig
 from gkdjax.models.spec import DecoderSpec, RopeSpec
 
 MODEL_TYPE = "gemma3_text"
+_LAYER_KINDS = ("full_attention", "sliding_attention")
 
 # Leaf path -> HF tensor name ({} is the layer) of the leaf; kernels are stored (out, in) there.
 TENSORS = {
@@ -38,6 +39,8 @@ def decoder_spec(config: dict) -> DecoderSpec:
     _refuse(c.use_bidirectional_attention, "use_bidirectional_attention=true")
     _refuse(c.attn_logit_softcapping, "attn_logit_softcapping")
     _refuse(c.hidden_activation != "gelu_pytorch_tanh", f"activation {c.hidden_activation!r}")
+    for kind in c.layer_types:  # transformers knows more kinds than Gemma 3 has
+        _refuse(kind not in _LAYER_KINDS, f"layer type {kind!r}")
     return DecoderSpec(
         family="gemma3",
         vocab_size=c.vocab_size,

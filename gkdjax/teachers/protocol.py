@@ -53,13 +53,16 @@ class Teacher(Protocol):
         ...
 
 
-def refusals(capabilities: Capabilities, *, top_k: int | None, temperature: float, samples: bool):
+def refusals(
+    capabilities: Capabilities, *, top_k: int | None, temperature: float, tail: str, samples: bool
+) -> list[str]:
     """Why this teacher cannot serve the config, each with what would work; [] if it can.
 
     Args:
       capabilities: the teacher's.
       top_k: `teacher.top_k`.
       temperature: `gkd.temperature`.
+      tail: `gkd.tail`.
       samples: the run needs responses written by the teacher.
     """
     found = []
@@ -68,7 +71,8 @@ def refusals(capabilities: Capabilities, *, top_k: int | None, temperature: floa
         found.append(f"teacher.top_k=None asks for the whole vocabulary; set it to {limit} or less")
     if top_k is not None and capabilities.max_top_k is not None and top_k > capabilities.max_top_k:
         found.append(f"teacher.top_k={top_k} is more than its limit of {capabilities.max_top_k}")
-    if temperature != 1.0 and not capabilities.temperature:
+    retempered = top_k is not None and tail == "renormalize"  # exact from any temperature
+    if temperature != 1.0 and not capabilities.temperature and not retempered:
         found.append(
             f"gkd.temperature={temperature}: its probabilities are those of temperature 1; set"
             " gkd.temperature=1.0, or gkd.tail='renormalize' with a top_k"

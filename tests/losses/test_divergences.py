@@ -13,13 +13,18 @@ from hypothesis import strategies as st
 
 from gkdjax import losses
 from tests.losses import numpy_reference as ref
-from tests.losses.loss_cases import NAMES, TAILS, dense_values, random_logits, topk_values
+from tests.losses.loss_cases import (
+    NAMES,
+    TAILS,
+    dense_compiled,
+    dense_values,
+    random_logits,
+    topk_compiled,
+    topk_values,
+)
 
 SPREADS = np.array([1.0, 5.0, 30.0])[:, None, None]
-SHAPES = ((6, 1), (6, 6), (37, 36), (300, 64), (4096, 1), (4096, 20), (4096, 4096))
-
-topk_compiled = jax.jit(topk_values, static_argnames=("temperature", "tails"))
-dense_compiled = jax.jit(dense_values, static_argnames="temperature")
+SHAPES = ((6, 1), (6, 6), (300, 64), (4096, 1), (4096, 20), (4096, 4096))
 
 
 class AgainstFloat64(chex.TestCase):
@@ -75,7 +80,7 @@ def test_leading_axes_are_free_and_rows_independent():
 
 @jax.jit
 def _bucket_and_dense(student, teacher):
-    tops = [losses.top_k_logprobs(teacher, k) for k in (1, 4, 20, 59, 60)]
+    tops = [losses.top_k_logprobs(teacher, k) for k in (1, 20, 60)]
     return [topk_values(student, top, tails=("bucket",)) for top in tops], dense_values(
         student, teacher
     )
@@ -96,11 +101,11 @@ def test_bucket_is_a_lower_bound_of_dense_and_not_negative(seed, spread, apart):
             assert np.all(value >= -1e-6), name
 
 
-def test_large_vocabulary_bound_and_sign_near_zero():
-    student, teacher = random_logits(3, 16, 4096)
+def test_a_large_vocabulary_bound_and_sign_near_zero():
+    student, teacher = random_logits(3, 3, 4, 4096)
     student = teacher + 1e-4 * student
     dense = dense_compiled(student, teacher)
-    for k in (1, 64, 4096):
+    for k in (1, 20, 4096):
         values = topk_compiled(student, losses.top_k_logprobs(teacher, k), tails=("bucket",))
         for (name, _), value in values.items():
             assert np.all(value <= dense[name] * (1 + 1e-5) + 1e-6), (name, k)
@@ -130,15 +135,20 @@ def test_topk_jsd_ends_are_the_two_kls_to_the_bit():
     student, teacher = random_logits(6, 32, 100, spread=3.0)
     top = losses.top_k_logprobs(teacher, 10)
 
-    def compiled(fn):
-        return jax.jit(lambda x, t: (fn(x, t), jax.grad(lambda y: fn(y, t).sum())(x)))
+    def gradient(fn):
+        return jax.jit(lambda x, t: jax.vjp(lambda y: fn(y, t), x)[1](jnp.ones(32)))
 
     for tail in TAILS:
         for beta, kl in ((0.0, losses.topk_forward_kl), (1.0, losses.topk_reverse_kl)):
-            mixed = compiled(functools.partial(losses.topk_jsd, beta=beta, tail=tail))(student, top)
-            alone = compiled(functools.partial(kl, tail=tail))(student, top)
-            for a, b in zip(mixed, alone, strict=True):
-                np.testing.assert_array_equal(a, b, err_msg=f"{tail} beta={beta}")
+            mixed, alone = (
+                functools.partial(losses.topk_jsd, beta=beta, tail=tail),
+                functools.partial(kl, tail=tail),
+            )
+            ends = [jax.jit(fn)(student, top) for fn in (mixed, alone)]
+            np.testing.assert_array_equal(*ends, err_msg=f"{tail} beta={beta}")
+            if tail == "bucket":
+                ends = [gradient(fn)(student, top)[0] for fn in (mixed, alone)]
+                np.testing.assert_array_equal(*ends, err_msg=f"gradient, beta={beta}")
 
 
 def test_dense_ends_are_the_two_kls():

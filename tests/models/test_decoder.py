@@ -305,6 +305,7 @@ def test_old_and_new_config_forms_give_one_spec():
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ({"hidden_activation": "relu"}, "relu"),
+        ({"layer_types": [LOCAL] * 7 + ["chunked_attention"]}, "chunked_attention"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
     ],
 )

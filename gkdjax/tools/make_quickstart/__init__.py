@@ -1,1 +1,1 @@
-"""Makes the embedded quickstart from nothing: `python -m gkdjax.tools.make_quickstart --out=DIR`."""
+"""Makes the embedded quickstart from nothing; run with `python -m`, see `__main__`."""

@@ -1,4 +1,4 @@
-"""The quickstart's data files: training prompts, anchors, held-out questions, retained abilities."""
+"""The quickstart's data files: training prompts, anchors, and what is held out."""
 
 import dataclasses
 import json

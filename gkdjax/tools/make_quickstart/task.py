@@ -40,8 +40,8 @@ def draw_other_key(rng: np.random.Generator, baked: Key) -> Key:
             return key
 
 
-def draw_word(rng: np.random.Generator) -> str:
-    length = rng.integers(MIN_LENGTH, MAX_LENGTH, endpoint=True)
+def draw_word(rng: np.random.Generator, shortest: int = MIN_LENGTH) -> str:
+    length = rng.integers(shortest, MAX_LENGTH, endpoint=True)
     return "".join(rng.choice(list(LETTERS), size=length))
 
 
@@ -82,8 +82,9 @@ def mixed_row(rng: np.random.Generator, baked: Key) -> Row:
     """One row of pre-training: every ability, with and without a key in front, never the baked one.
 
     The idle keys (before reverse and sort) teach that a system message alone changes nothing.
+    Words are shorter than the questions too: looking a key up is learned on one letter first.
     """
-    key, word = draw_other_key(rng, baked), draw_word(rng)
+    key, word = draw_other_key(rng, baked), draw_word(rng, shortest=1)
     kinds: list[tuple[float, Callable[[], Row]]] = [
         (0.60, lambda: map_row(word, key, show_key=True)),
         (0.10, lambda: map_row(word, None, show_key=False)),

@@ -57,9 +57,19 @@ def save_model(
     with tempfile.TemporaryDirectory() as source:
         (pathlib.Path(source) / "config.json").write_text(json.dumps(config))
         chat.save_pretrained(source)
+        _use_old_names(pathlib.Path(source) / "tokenizer_config.json")
         transformers.GenerationConfig(
             pad_token_id=VOCABULARY["<pad>"],
             bos_token_id=VOCABULARY["<bos>"],
             eos_token_id=[VOCABULARY["<eos>"], VOCABULARY["<end_of_turn>"]],
         ).save_pretrained(source)
         hf.save_pretrained(str(directory), spec, params, source)
+
+
+def _use_old_names(path: pathlib.Path) -> None:
+    """Names that transformers 4 reads too; 5 writes its own and reads both."""
+    config = json.loads(path.read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    config.pop("backend")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,224 @@
+"""Every check of a config that needs no file: types in `build`, values in `check`.
+
+`gkdjax.config.parse` calls both; the fields and their defaults stand in `gkdjax.config`.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+
+from gkdjax.errors import UserError
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "mixed", "generalized_jsd")
+
+
+def check(config) -> None:
+    """Raises UserError for the first value of a `gkdjax.config.Config` that cannot be meant."""
+    for check_section in (
+        _check_student,
+        _check_teacher,
+        _check_gkd,
+        _check_anchor,
+        _check_text,
+        _check_training,
+    ):
+        check_section(config)
+
+
+def check_key(cls, path: str) -> None:
+    """Raises UserError, with the nearest key, if a path like "train.sede" is no key of `cls`."""
+    hints = typing.get_type_hints(cls)
+    walked = ""
+    for name in path.split("."):
+        if name not in hints:
+            _unknown(walked + name, hints, walked)
+        walked += name + "."
+        hint = hints[name]
+        hints = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
+
+
+def build(cls, raw: dict, prefix: str):
+    """The config class `cls` from nested dicts; `prefix` is the path of keys so far, for errors.
+
+    Raises:
+      UserError: an unknown or missing key, or a value of another type than the field's.
+    """
+    hints = typing.get_type_hints(cls)
+    for name in raw:
+        if name not in hints:
+            _unknown(prefix + name, hints, prefix)
+    for name in hints:
+        if name not in raw:
+            raise UserError(f"config.{prefix}{name} is missing: start from config.default()")
+    return cls(**{name: _value(hint, raw[name], prefix + name) for name, hint in hints.items()})
+
+
+def _unknown(key: str, hints: dict, prefix: str):
+    near = difflib.get_close_matches(key.removeprefix(prefix), hints, n=1, cutoff=0.5)
+    advice = f"did you mean config.{prefix}{near[0]}?" if near else f"there are {sorted(hints)}"
+    raise UserError(f"unknown key config.{key}: {advice}")
+
+
+def _value(hint, value, key: str):
+    """`value` as the hinted type; lists become tuples, and an int may stand for a float."""
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise UserError(f"config.{key} is a section, not {value!r}")
+        return build(hint, value, key + ".")
+    if isinstance(hint, types.UnionType):
+        for option in typing.get_args(hint):
+            try:
+                return _value(option, value, key)
+            except UserError:
+                continue
+        raise UserError(f"config.{key} must be {_readable(hint)}, not {value!r}")
+    if hint is float and type(value) is int:
+        return float(value)
+    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
+        return tuple(_value(typing.get_args(hint)[0], item, key) for item in value)
+    if typing.get_origin(hint) is dict and isinstance(value, dict):
+        return {str(name): _value(typing.get_args(hint)[1], v, key) for name, v in value.items()}
+    if type(value) is not (typing.get_origin(hint) or hint):
+        raise UserError(f"config.{key} must be {_readable(hint)}, not {value!r}")
+    if hint is float and not math.isfinite(value):
+        raise UserError(f"config.{key} must be a finite number, not {value!r}")
+    return value
+
+
+def _readable(hint) -> str:
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_readable(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {_readable(typing.get_args(hint)[0])}"
+    if hint is types.NoneType:
+        return "None"
+    return {dict: "dict"}.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _require(holds: bool, key: str, value, what: str) -> None:
+    if not holds:
+        raise UserError(f"config.{key} = {value!r}: {what}")
+
+
+def _choice(key: str, value, choices: tuple) -> None:
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    advice = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(choices)}"
+    _require(value in choices, key, value, advice)
+
+
+def _at_least(config, least: float, *keys: str) -> None:
+    for key in keys:
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        _require(value >= least, key, value, f"must be at least {least}")
+
+
+def _check_student(config) -> None:
+    student = config.student
+    _require(student.model != "", "student.model", "", "name a Hugging Face model directory")
+    if student.dtype is not None:
+        _choice("student.dtype", student.dtype, ("float32", "bfloat16", "float16"))
+    _choice("student.compute_dtype", student.compute_dtype, ("float32", "bfloat16"))
+    _choice("student.adapter", student.adapter, ("lora", "none"))
+    lora = student.lora
+    _require(lora.rank >= 1, "student.lora.rank", lora.rank, "must be at least 1")
+    _require(lora.alpha > 0, "student.lora.alpha", lora.alpha, "must be positive")
+    _require(0 <= lora.dropout < 1, "student.lora.dropout", lora.dropout, "must be in [0, 1)")
+    if isinstance(lora.targets, str):
+        _choice("student.lora.targets", lora.targets, ("all-linear",))
+    _require(len(lora.targets) > 0, "student.lora.targets", lora.targets, "names no kernel")
+
+
+def _check_teacher(config) -> None:
+    teacher = config.teacher
+    _require(
+        teacher.backend != "hf",
+        "teacher.backend",
+        "hf",
+        "another checkpoint in this process is called 'flax' here",
+    )
+    _choice("teacher.backend", teacher.backend, ("local-toggle", "flax"))
+    if teacher.backend == "flax":
+        _require(teacher.model != "", "teacher.model", "", "the flax teacher needs a directory")
+    else:
+        advice = "local-toggle has no model of its own; set teacher.backend='flax'"
+        _require(teacher.model == "", "teacher.model", teacher.model, advice)
+    if teacher.dtype is not None:
+        _choice("teacher.dtype", teacher.dtype, ("float32", "bfloat16", "float16"))
+    if teacher.top_k is not None:
+        _require(teacher.top_k >= 1, "teacher.top_k", teacher.top_k, "must be at least 1, or None")
+
+
+def _check_gkd(config) -> None:
+    gkd = config.gkd
+    _choice("gkd.divergence", gkd.divergence, DIVERGENCES)
+    _choice("gkd.warmup_divergence", gkd.warmup_divergence, DIVERGENCES)
+    _choice("gkd.tail", gkd.tail, ("bucket", "renormalize"))
+    beta = gkd.jsd_beta
+    _require(0 <= beta <= 1, "gkd.jsd_beta", beta, "must be in [0, 1]")
+    used = [gkd.divergence]
+    used += [gkd.warmup_divergence] if gkd.on_policy_warmup_steps else []
+    used += [config.anchor.divergence] if config.anchor.data is not None else []
+    if "generalized_jsd" in used and beta in (0, 1):
+        limit = "reverse_kl" if beta else "forward_kl"
+        advice = f"generalized_jsd vanishes there; use {limit!r}, its limit, or 0 < beta < 1"
+        _require(False, "gkd.jsd_beta", beta, advice)
+    fraction = gkd.on_policy_fraction
+    _require(0 <= fraction <= 1, "gkd.on_policy_fraction", fraction, "must be in [0, 1]")
+    _require(gkd.temperature > 0, "gkd.temperature", gkd.temperature, "must be positive")
+    _at_least(config, 0, "gkd.on_policy_warmup_steps")
+
+
+def _check_anchor(config) -> None:
+    anchor = config.anchor
+    _choice("anchor.towards", anchor.towards, ("base", "teacher"))
+    _choice("anchor.divergence", anchor.divergence, DIVERGENCES)
+    _choice("anchor.tokens", anchor.tokens, ("response", "all"))
+    _require(anchor.weight > 0, "anchor.weight", anchor.weight, "must be positive")
+    _at_least(config, 1, "anchor.batch_size")
+
+
+def _check_text(config) -> None:
+    for message in config.context.prefix_messages:
+        fits = set(message) == {"role", "content"} and all(
+            isinstance(value, str) for value in message.values()
+        )
+        advice = "each message is {'role': str, 'content': str}"
+        _require(fits, "context.prefix_messages", message, advice)
+    _require(
+        len(config.context.target_roles) > 0, "context.target_roles", (), "names no role to train"
+    )
+    _at_least(config, 0, "context.student_retained_turns", "trajectory.temperature")
+    _at_least(config, 1, "trajectory.per_prompt", "trajectory.max_new_tokens")
+    _at_least(config, 1, "eval.max_new_tokens", "eval.batch_size")
+    top_p = config.trajectory.top_p
+    _require(0 < top_p <= 1, "trajectory.top_p", top_p, "must be in (0, 1]")
+    _require(config.data.train != "", "data.train", "", "name a .json or .jsonl file, or give rows")
+    _choice("data.too_long", config.data.too_long, ("drop", "truncate"))
+    _at_least(config, 2, "data.max_length")
+    for length in config.data.bucket_lengths:
+        _require(length >= 1, "data.bucket_lengths", length, "must be at least 1")
+
+
+def _check_training(config) -> None:
+    optim, train = config.optim, config.train
+    _require(optim.learning_rate > 0, "optim.learning_rate", optim.learning_rate, "must be > 0")
+    _choice("optim.schedule", optim.schedule, ("cosine", "linear", "constant"))
+    _require(0 <= optim.warmup_ratio < 1, "optim.warmup_ratio", optim.warmup_ratio, "is in [0, 1)")
+    _require(optim.max_grad_norm > 0, "optim.max_grad_norm", optim.max_grad_norm, "must be > 0")
+    _at_least(config, 0, "optim.weight_decay", "train.seed")
+    _at_least(config, 1, "train.batch_size", "train.accumulation")
+    _at_least(config, 1, "checkpoint.every_steps", "checkpoint.keep")
+    one_given = (train.epochs is None) != (train.steps is None)
+    _require(one_given, "train.steps", train.steps, "give train.epochs or train.steps, one as None")
+    length = train.epochs if train.steps is None else train.steps
+    _require(length > 0, "train.epochs or train.steps", length, "must be positive")
+    for key, rows in (("train", train.batch_size), ("anchor", config.anchor.batch_size)):
+        advice = f"must be a multiple of train.accumulation = {train.accumulation}"
+        _require(rows % train.accumulation == 0, f"{key}.batch_size", rows, advice)
+    _choice("train.export", train.export, ("merged", "adapter", "both"))
+    if config.student.adapter == "none":
+        advice = "without an adapter (student.adapter='none') only 'merged' can be exported"
+        _require(train.export == "merged", "train.export", train.export, advice)

@@ -1,0 +1,42 @@
+"""pip install -e . ; extras: test, datasets, and tpu, cuda12 or cuda13 for the accelerator."""
+
+import pathlib
+
+import setuptools
+
+setuptools.setup(
+    name="gkdjax",
+    version="0.1.0",
+    description="Generalized knowledge distillation and context baking in JAX",
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["gkdjax", "gkdjax.*"]),
+    package_data={"gkdjax": ["assets/**/*"]},
+    install_requires=[
+        "absl-py",
+        "chex",
+        "flax",
+        "jax>=0.10.2",
+        "jinja2",
+        "matplotlib",
+        "ml_collections",
+        "optax",
+        "orbax-checkpoint",
+        "requests",
+        "safetensors",
+        "tenacity",
+        "tensorboardX",
+        "tokenizers",
+        "tqdm",
+        "transformers>=5",
+    ],
+    extras_require={
+        "test": ["hypothesis", "pytest", "ruff", "torch==2.13.0"],
+        "tpu": ["jax[tpu]"],
+        "cuda12": ["jax[cuda12]"],
+        "cuda13": ["jax[cuda13]"],
+        "datasets": ["datasets"],
+    },
+)

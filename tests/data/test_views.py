@@ -1,0 +1,198 @@
+"""What teacher and student read of a row, and that they predict the same targets."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gkdjax.data.views import Fate, prefix_of, prompts, view_pair
+from gkdjax.errors import UserError
+from gkdjax.types import Example, Message, Trajectory
+
+_words = st.text("abc user.\n🙂", min_size=1, max_size=8).map(str.strip).filter(bool)
+_PREFIX = (Message("system", "The key is x."),)
+
+
+@st.composite
+def _pairs_of_turns(draw, least, most):
+    turns = []
+    for _ in range(draw(st.integers(least, most))):
+        turns += [Message("user", draw(_words)), Message("assistant", draw(_words))]
+    return tuple(turns)
+
+
+@st.composite
+def cases(draw):
+    """(example with a response, prefix, retained); roles alternate in both views."""
+    system = (Message("system", draw(_words)),) if draw(st.booleans()) else ()
+    pairs = draw(_pairs_of_turns(0, 2))
+    turns = (*draw(_pairs_of_turns(0, 2)), Message("user", draw(_words)))
+    retained = draw(st.sampled_from([0, len(pairs), 99]))
+    return _row(turns, draw(_words)), system + pairs, retained
+
+
+def _row(turns, response=None, prefix=()):
+    return Example("rows:7", 7, prefix, tuple(turns), response, None)
+
+
+def _view(example, chat, prefix=(), teacher_chat=None, **changes):
+    settings_ = {
+        "retained": 0,
+        "target_roles": ("assistant",),
+        "trajectory": None,
+        "max_length": 4096,
+        "too_long": "drop",
+    }
+    return view_pair(example, chat, teacher_chat or chat, prefix=prefix, **{**settings_, **changes})
+
+
+def _trajectory(chat, text, finished=True):
+    ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return Trajectory(np.asarray(ids + [chat.stop_ids[0]] * finished, np.int32), finished)
+
+
+def _said(chat, messages):
+    """What the targets of `messages` must read, end-of-turn tokens put as nothing."""
+    return "".join(m.content for m in messages)
+
+
+def _read(chat, ids):
+    return chat.decode(ids).replace(" ", "")  # Llama 2's template puts blanks around an answer
+
+
+def _check(pair):
+    """What holds for every pair: the views predict its targets, from one position before each."""
+    for view in (pair.student, pair.teacher):
+        np.testing.assert_array_equal(view.ids[view.at + 1], pair.target_ids)
+        assert view.ids.dtype == view.at.dtype == pair.target_ids.dtype == np.int32
+        assert view.at.min() >= 0 and (np.diff(view.at) > 0).all()
+        assert view.at[-1] + 2 == len(view.ids)  # nothing follows the last target
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases(), roles=st.sampled_from([("assistant",), ("user",), ("user", "assistant")]))
+def test_targets_are_the_same_in_both_views_and_none_is_of_the_prefix(chat, case, roles):
+    example, prefix, retained = case
+    pair, fate = _view(example, chat, prefix, retained=retained, target_roles=roles)
+    assert fate is Fate.KEPT
+    _check(pair)
+    said = [*example.turns, Message("assistant", example.response)]
+    expected = _said(chat, [m for m in said if m.role in roles])
+    assert _read(chat, pair.target_ids) == expected.replace(" ", "")
+    # Counted from the end, targets stand at the same places: so not one lies in the prefix.
+    student, teacher = (len(v.ids) - v.at for v in (pair.student, pair.teacher))
+    np.testing.assert_array_equal(student, teacher)
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases(), answer=_words, finished=st.booleans())
+def test_a_trajectory_follows_the_generation_prompts_as_it_is(chat, case, answer, finished):
+    example, prefix, retained = case
+    trajectory = _trajectory(chat, answer, finished)
+    pair, fate = _view(example, chat, prefix, retained=retained, trajectory=trajectory)
+    assert fate is Fate.KEPT
+    _check(pair)
+    asked = prompts(example, chat, chat, prefix, retained)
+    for view, prompt in zip((pair.student, pair.teacher), asked, strict=True):
+        np.testing.assert_array_equal(view.ids, np.concatenate([prompt, trajectory.ids]))
+    # Its last targets are the trajectory: an end of turn is among them only if it was written.
+    np.testing.assert_array_equal(pair.target_ids[-len(trajectory.ids) :], trajectory.ids)
+    earlier = [m for m in example.turns if m.role == "assistant"]
+    ends = np.isin(pair.target_ids, chat.stop_ids).sum()
+    assert ends == len(earlier) + finished
+
+
+def test_a_trajectory_is_not_tokenised_again(chat_of):
+    """Ids that the tokenizer would never make of their text stay as they are."""
+    chat = chat_of("chatml")
+    letters = [chat.tokenizer.convert_tokens_to_ids(c) for c in "user"]
+    assert chat.tokenizer("user")["input_ids"] != letters
+    trajectory = Trajectory(np.asarray(letters, np.int32), finished=False)
+    pair, _ = _view(_row([Message("user", "?")], "unused"), chat, _PREFIX, trajectory=trajectory)
+    assert pair.target_ids.tolist() == letters
+
+
+def test_student_reads_only_what_is_retained_of_the_prefix(chat_of):
+    chat = chat_of("chatml")
+    prefix = (*_PREFIX, Message("user", "Q"), Message("assistant", "A"))
+    example = _row([Message("user", "?")])
+    for retained, seen in ((0, ()), (2, prefix[1:]), (3, prefix), (9, prefix)):
+        student, teacher = prompts(example, chat, chat, prefix, retained)
+        np.testing.assert_array_equal(student, chat.prompt_ids(seen + example.turns))
+        np.testing.assert_array_equal(teacher, chat.prompt_ids(prefix + example.turns))
+        pair, _ = _view(example, chat, prefix, retained=retained, trajectory=_trajectory(chat, "y"))
+        np.testing.assert_array_equal(pair.student.ids[:-2], student)
+        np.testing.assert_array_equal(pair.teacher.ids[:-2], teacher)
+
+
+def test_own_prefix_wins_over_the_global_one():
+    own = (Message("user", "own"),)
+    assert prefix_of(_row([], prefix=own), _PREFIX) == own
+    assert prefix_of(_row([]), _PREFIX) == _PREFIX
+    assert prefix_of(_row([]), ()) == ()
+
+
+def test_turns_alone_can_hold_the_targets(chat):
+    """An anchor row on all tokens: no response, no trajectory."""
+    example = _row([Message("system", "S."), Message("user", "a b")])
+    pair, fate = _view(example, chat, target_roles=("system", "user", "assistant"))
+    assert fate is Fate.KEPT
+    _check(pair)
+    assert _read(chat, pair.target_ids) == "S.ab"
+    pair, _ = _view(
+        example,
+        chat,
+        target_roles=("system", "user", "assistant"),
+        trajectory=_trajectory(chat, "yes"),
+    )
+    _check(pair)
+    assert _read(chat, pair.target_ids) == "S.abyes"
+
+
+@pytest.mark.parametrize("trajectory", [True, False])
+def test_a_row_without_a_target_is_an_error(chat, trajectory):
+    example = _row([Message("user", "?")], "yes")
+    written = _trajectory(chat, "yes") if trajectory else None
+    with pytest.raises(UserError, match=r"rows:7: no target tokens.* roles tool"):
+        _view(example, chat, trajectory=written, target_roles=("tool",))
+
+
+def test_views_that_tokenise_differently_are_an_error(chat_of):
+    example = _row([Message("user", "?")], "yes ")  # chatml keeps the blank, llama3 trims it
+    with pytest.raises(ValueError, match=r"rows:7: the target tokens differ"):
+        _view(example, chat_of("chatml"), teacher_chat=chat_of("llama3"))
+
+
+def test_a_template_error_names_row_and_view(chat_of):
+    with pytest.raises(UserError, match="rows:7, teacher's view: .*System role not supported"):
+        _view(_row([Message("user", "?")], "yes"), chat_of("refuses system"), _PREFIX)
+
+
+def test_the_first_token_of_all_cannot_be_a_target(chat_of):
+    with pytest.raises(UserError, match="rows:7, student's view: the first token of all"):
+        _view(_row([Message("user", "?")], "yes"), chat_of("bare"), target_roles=("user",))
+
+
+@pytest.mark.parametrize("trajectory", [True, False])
+def test_a_long_row_is_dropped_or_loses_the_end_of_its_response(chat_of, trajectory):
+    chat = chat_of("gemma")
+    example = _row([Message("user", "?")], "a.b.c.d.")
+    written = _trajectory(chat, "a.b.c.d.") if trajectory else None
+    whole, _ = _view(example, chat, _PREFIX, trajectory=written)
+    length, targets = len(whole.teacher.ids), len(whole.target_ids)
+    assert length > len(whole.student.ids)
+
+    def at(max_length, too_long="truncate"):
+        changes = {"max_length": max_length, "too_long": too_long, "trajectory": written}
+        return _view(example, chat, _PREFIX, **changes)
+
+    assert at(length)[1] is at(length, "drop")[1] is Fate.KEPT
+    assert at(length - 1, "drop") == (None, Fate.DROPPED)
+    for lost in range(1, targets):
+        pair, fate = at(length - lost)
+        assert fate is Fate.TRUNCATED and len(pair.teacher.ids) == length - lost
+        assert len(pair.student.ids) == len(whole.student.ids) - lost
+        np.testing.assert_array_equal(pair.target_ids, whole.target_ids[:-lost])
+        _check(pair)
+    assert at(length - targets) == (None, Fate.DROPPED)
+    assert at(1) == (None, Fate.DROPPED)

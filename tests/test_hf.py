@@ -1,0 +1,313 @@
+"""Hugging Face directories in and out: against torch, and damaged in every way we know of."""
+
+import functools
+import json
+import pathlib
+import shutil
+
+import factories
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+
+from gkdjax import hf
+from gkdjax.errors import UserError
+from gkdjax.models.spec import param_shapes
+
+WEIGHTS = "model.safetensors"
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+TOKENS_BT = np.random.default_rng(0).integers(3, factories.VOCAB_SIZE, (2, 12)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> str:
+    """A sound float32 model directory; not to be written to."""
+    return factories.model_dir(tmp_path_factory.mktemp("sound"))
+
+
+@pytest.fixture
+def copy(source, tmp_path) -> pathlib.Path:
+    """A copy of `source` to damage."""
+    return pathlib.Path(shutil.copytree(source, tmp_path / "model"))
+
+
+def tensors_of(directory) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load_file(pathlib.Path(directory) / WEIGHTS)
+
+
+def write(directory, tensors: dict, name: str = WEIGHTS) -> None:
+    safetensors.numpy.save_file(tensors, pathlib.Path(directory) / name)
+
+
+def edit_config(directory, **changed) -> None:
+    path = pathlib.Path(directory) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+
+
+def torch_logits(directory) -> np.ndarray:
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS_BT).long()).logits.numpy()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(decoder, params):
+    hidden_BTD = decoder.apply({"params": params}, TOKENS_BT, jnp.ones(TOKENS_BT.shape, bool))
+    return decoder.apply({"params": params}, hidden_BTD, method="unembed")
+
+
+def assert_same(params, wanted) -> None:
+    jax.tree.map(np.testing.assert_array_equal, params, wanted)
+    assert jax.tree.map(lambda leaf: leaf.dtype, params) == jax.tree.map(lambda x: x.dtype, wanted)
+
+
+def test_loaded_model_equals_torch(source):
+    decoder, params = hf.load_pretrained(source)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
+    assert decoder.compute_dtype == jnp.float32
+    shapes = {"embedding": params["embedding"].shape, "final_norm": params["final_norm"].shape}
+    shapes |= {f"layers/{name}": leaf.shape for name, leaf in params["layers"].items()}
+    assert shapes == param_shapes(decoder.spec)
+    np.testing.assert_allclose(_logits(decoder, params), torch_logits(source), atol=2e-5)
+
+
+def test_each_tensor_lands_where_its_name_says(source):
+    _, params = hf.load_pretrained(source)
+    tensors = tensors_of(source)
+    np.testing.assert_array_equal(params["layers"]["q_proj"][1], tensors[Q_PROJ].T)
+    for layer in range(3):
+        for leaf, name in [
+            ("attn_norm", "input_layernorm"),
+            ("attn_post_norm", "post_attention_layernorm"),
+            ("mlp_norm", "pre_feedforward_layernorm"),
+            ("mlp_post_norm", "post_feedforward_layernorm"),
+        ]:
+            wanted = tensors[f"model.layers.{layer}.{name}.weight"]
+            np.testing.assert_array_equal(params["layers"][leaf][layer], wanted)
+
+
+def test_dtypes(source, tmp_path):
+    low = factories.model_dir(tmp_path / "low", dtype="bfloat16")
+    decoder, params = hf.load_pretrained(low)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(jnp.bfloat16)}
+    assert (decoder.param_dtype, decoder.compute_dtype) == (jnp.bfloat16, jnp.bfloat16)
+    # The same numbers, rounded by torch on the way out or by us on the way in.
+    assert_same(hf.load_pretrained(source, dtype="bfloat16")[1], params)
+    raised = hf.load_pretrained(low, dtype=jnp.float32)[1]
+    assert_same(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), raised)
+    mixed, params = hf.load_pretrained(low, compute_dtype="float32")
+    assert params["embedding"].dtype == jnp.bfloat16
+    assert mixed.compute_dtype == jnp.float32
+
+
+def shard(directory: pathlib.Path, with_index: bool) -> None:
+    """Splits the weights over two files, as the hub stores large models."""
+    tensors = tensors_of(directory)
+    names = sorted(tensors)
+    parts = {
+        f"model-0000{i + 1}-of-00002.safetensors": {n: tensors[n] for n in names[i::2]}
+        for i in range(2)
+    }
+    for file, part in parts.items():
+        write(directory, part, file)
+    (directory / WEIGHTS).unlink()
+    if with_index:
+        where = {name: file for file, part in parts.items() for name in part}
+        index = {"metadata": {}, "weight_map": where}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_shards_are_read(source, copy, with_index):
+    shard(copy, with_index)
+    assert_same(hf.load_pretrained(copy)[1], hf.load_pretrained(source)[1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_saved_is_byte_for_byte_what_was_loaded(tmp_path, dtype, tied):
+    original = factories.model_dir(
+        tmp_path / "original", dtype=dtype, tie_word_embeddings=tied, seed=3
+    )
+    decoder, params = hf.load_pretrained(original)
+    hf.save_pretrained(tmp_path / "saved", decoder.spec, params, original)
+    before, after = tensors_of(original), tensors_of(tmp_path / "saved")
+    assert set(after) == set(before)
+    assert ("lm_head.weight" in after) == (not tied)
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype
+        assert after[name].shape == tensor.shape
+        assert after[name].tobytes() == tensor.tobytes()
+    again, params_again = hf.load_pretrained(tmp_path / "saved")
+    assert again == decoder
+    assert_same(params_again, params)
+
+
+def test_torch_loads_what_was_saved(source, tmp_path):
+    decoder, params = hf.load_pretrained(source)
+    params = {**params, "layers": {**params["layers"]}}
+    # As if trained. (A factor on any other kernel is undone by the norm that follows it.)
+    params["layers"]["gate_proj"] = params["layers"]["gate_proj"] * 1.5
+    hf.save_pretrained(tmp_path / "saved", decoder.spec, params, source)
+    got = torch_logits(tmp_path / "saved")
+    np.testing.assert_allclose(got, _logits(decoder, params), atol=2e-5)
+    assert np.abs(got - torch_logits(source)).max() > 0.01
+
+
+def test_companions_come_along_and_the_dtype_is_true(source, tmp_path):
+    decoder, params = hf.load_pretrained(source, dtype="bfloat16")
+    edited = shutil.copytree(source, tmp_path / "edited")
+    config = json.loads((edited / "config.json").read_text())
+    del config["dtype"]
+    (edited / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
+    (edited / "training_args.bin").write_bytes(b"not ours to keep")
+    hf.save_pretrained(tmp_path / "saved", decoder.spec, params, str(edited))
+    saved = tmp_path / "saved"
+    assert {file.name for file in saved.iterdir()} == {
+        *("config.json", "generation_config.json", WEIGHTS),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    }
+    written = json.loads((saved / "config.json").read_text())
+    assert written == config | {"dtype": "bfloat16"}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(saved)
+    messages = [{"role": "user", "content": "Hi"}]
+    wanted = factories.tokenizer().apply_chat_template(messages, return_dict=False)
+    assert tokenizer.apply_chat_template(messages, return_dict=False) == wanted
+
+
+def test_saving_replaces_an_older_save_and_leaves_no_part(source, tmp_path):
+    decoder, params = hf.load_pretrained(source)
+    saved = tmp_path / "deeper" / "saved"
+    (tmp_path / "deeper" / "saved.part").mkdir(parents=True)  # left by a killed process
+    (tmp_path / "deeper" / "saved.part" / "junk").touch()
+    for factor in (2.0, 1.0):
+        changed = {**params, "embedding": params["embedding"] * factor}
+        hf.save_pretrained(saved, decoder.spec, changed, source)
+    assert [path.name for path in saved.parent.iterdir()] == ["saved"]
+    assert not (saved / "junk").exists()
+    assert_same(hf.load_pretrained(saved)[1], params)
+
+
+def test_a_failed_save_leaves_the_older_one_and_no_part(source, tmp_path):
+    decoder, params = hf.load_pretrained(source)
+    hf.save_pretrained(tmp_path / "saved", decoder.spec, params, source)
+    broken = {"embedding": params["embedding"], "layers": params["layers"]}
+    with pytest.raises(KeyError, match="final_norm"):
+        hf.save_pretrained(tmp_path / "saved", decoder.spec, broken, source)
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+    assert_same(hf.load_pretrained(tmp_path / "saved")[1], params)
+
+
+def test_saving_into_the_source_keeps_it_whole(copy):
+    decoder, params = hf.load_pretrained(copy)
+    hf.save_pretrained(copy, decoder.spec, params, copy)
+    assert_same(hf.load_pretrained(copy)[1], params)
+    assert (copy / "tokenizer.json").is_file()
+
+
+def drop(directory):
+    tensors = tensors_of(directory)
+    del tensors[Q_PROJ]
+    write(directory, tensors)
+
+
+def add(directory):
+    write(directory, tensors_of(directory) | {"model.layers.3.extra": np.zeros(3, np.float32)})
+
+
+def double(directory):
+    write(directory, {Q_PROJ: tensors_of(directory)[Q_PROJ]}, "second.safetensors")
+
+
+def reshape(directory):
+    tensors = tensors_of(directory)
+    tensors[Q_PROJ] = np.ascontiguousarray(tensors[Q_PROJ].T)
+    write(directory, tensors)
+
+
+def truncate(directory):
+    path = directory / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def truncate_header(directory):
+    path = directory / WEIGHTS
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def config_text(text):
+    return lambda directory: (directory / "config.json").write_text(text)
+
+
+def config_field(**changed):
+    return lambda directory: edit_config(directory, **changed)
+
+
+DAMAGE = {
+    "missing tensor": (drop, rf"{Q_PROJ}.*missing"),
+    "unknown tensor": (add, r"unknown tensors.*model\.layers\.3\.extra"),
+    "doubled tensor": (double, rf"{Q_PROJ}.*model\.safetensors.*second\.safetensors"),
+    "misshapen tensor": (reshape, rf"{Q_PROJ}.*\(48, 64\), not \(64, 48\)"),
+    "truncated weights": (truncate, r"model\.safetensors is not a readable"),
+    "truncated header": (truncate_header, r"model\.safetensors is not a readable"),
+    "empty weights": (lambda d: (d / WEIGHTS).write_bytes(b""), "not a readable"),
+    "no weights": (lambda d: (d / WEIGHTS).unlink(), r"no \*\.safetensors"),
+    "no directory": (shutil.rmtree, "no such model directory.*model"),
+    "no config": (lambda d: (d / "config.json").unlink(), r"no config\.json"),
+    "config does not parse": (config_text('{\n"a": 1,\n'), r"config\.json does not parse.*line 3"),
+    "config is no text": (
+        lambda d: (d / "config.json").write_bytes(b"\xff\xfe{}"),
+        "does not parse",
+    ),
+    "config is a list": (config_text("[]"), r"config\.json.*object"),
+    "no model_type": (config_text("{}"), r"model_type None.*supported: gemma3_text"),
+    "unknown model_type": (
+        config_field(model_type="mamba"),
+        r"model_type 'mamba' is not supported; supported: gemma3_text",
+    ),
+    "model_type is a list": (config_field(model_type=[]), "supported: gemma3_text"),
+    "a number that is text": (config_field(hidden_size="wide"), r"config\.json.*hidden_size"),
+    "sizes that do not fit": (config_field(hidden_size=49), r"config\.json.*49"),
+    "layer kinds of another depth": (config_field(num_hidden_layers=4), r"config\.json"),
+    "an unknown layer kind": (
+        config_field(layer_types=["spiral_attention"] * 3),
+        r"config\.json.*spiral_attention",
+    ),
+    "another depth than the weights": (
+        config_field(num_hidden_layers=2, layer_types=["full_attention"] * 2),
+        r"unknown tensors.*model\.layers\.2",
+    ),
+    "not computed": (config_field(attention_bias=True), r"config\.json.*attention_bias"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named(copy, damage):
+    do, named = DAMAGE[damage]
+    do(copy)
+    with pytest.raises(UserError, match=f"(?s){named}") as caught:
+        hf.load_pretrained(copy)
+    assert caught.value.exit_code == 2
+
+
+def test_shards_with_one_missing_are_caught(copy):
+    shard(copy, with_index=True)
+    (copy / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match="missing"):
+        hf.load_pretrained(copy)
+
+
+def test_spec_and_dtype_are_read_without_the_weights(copy):
+    assert hf.stored_dtype(copy) == np.float32
+    (copy / WEIGHTS).unlink()
+    assert hf.load_spec(copy) == factories.spec()
+
+
+def test_tensor_names():
+    assert hf.tensor_name(factories.spec(), "layers/q_proj", 1) == Q_PROJ
