@@ -6,7 +6,10 @@ import numpy as np
 
 
 def fold(seed: int, purpose: str, *numbers: int) -> int:
-    """An int in [0, 2**32) for a purpose and its numbers, such as a step and a row id."""
+    """An int in [0, 2**32) for a purpose and its numbers, such as a step and a row id.
+
+    One purpose always brings the same count of numbers: zeros at the end make no difference.
+    """
     return int(_sequence(seed, purpose, numbers).generate_state(1)[0])
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gkdjax.data.views import Fate, prefix_of, prompts, view_pair
@@ -51,11 +51,6 @@ def _trajectory(chat, text, finished=True):
     return Trajectory(np.asarray(ids + [chat.stop_ids[0]] * finished, np.int32), finished)
 
 
-def _said(chat, messages):
-    """What the targets of `messages` must read, end-of-turn tokens put as nothing."""
-    return "".join(m.content for m in messages)
-
-
 def _read(chat, ids):
     return chat.decode(ids).replace(" ", "")  # Llama 2's template puts blanks around an answer
 
@@ -73,11 +68,14 @@ def _check(pair):
 @given(case=cases(), roles=st.sampled_from([("assistant",), ("user",), ("user", "assistant")]))
 def test_targets_are_the_same_in_both_views_and_none_is_of_the_prefix(chat, case, roles):
     example, prefix, retained = case
+    # Llama 2 puts a blank before the first user's words, or line breaks after the system's: the
+    # first word is another token then, which is refused: see below.
+    assume(roles == ("assistant",) or chat.end_of_turn != "<eos>")
     pair, fate = _view(example, chat, prefix, retained=retained, target_roles=roles)
     assert fate is Fate.KEPT
     _check(pair)
     said = [*example.turns, Message("assistant", example.response)]
-    expected = _said(chat, [m for m in said if m.role in roles])
+    expected = "".join(m.content for m in said if m.role in roles)
     assert _read(chat, pair.target_ids) == expected.replace(" ", "")
     # Counted from the end, targets stand at the same places: so not one lies in the prefix.
     student, teacher = (len(v.ids) - v.at for v in (pair.student, pair.teacher))
@@ -163,8 +161,13 @@ def test_views_that_tokenise_differently_are_an_error(chat_of):
         _view(example, chat_of("chatml"), teacher_chat=chat_of("llama3"))
 
 
+def test_a_target_whose_tokens_depend_on_the_prefix_is_an_error(chat_of):
+    with pytest.raises(UserError, match=r"rows:7: the target tokens differ"):
+        _view(_row([Message("user", "s")]), chat_of("llama2"), _PREFIX, target_roles=("user",))
+
+
 def test_a_template_error_names_row_and_view(chat_of):
-    with pytest.raises(UserError, match="rows:7, teacher's view: .*System role not supported"):
+    with pytest.raises(UserError, match=r"rows:7, teacher's view: .*System role not supported"):
         _view(_row([Message("user", "?")], "yes"), chat_of("refuses system"), _PREFIX)
 
 

@@ -69,6 +69,7 @@ def _with_gradients(values):
     return both
 
 
+top_k = jax.jit(losses.top_k_logprobs, static_argnames=("k", "temperature"))
 topk_compiled = jax.jit(topk_values, static_argnames=("temperature", "tails"))
 dense_compiled = jax.jit(dense_values, static_argnames="temperature")
 # {key: (value [...], gradient [..., V])}

@@ -14,6 +14,7 @@ from tests.losses.loss_cases import (
     TOPK,
     dense_both,
     random_logits,
+    top_k,
     topk_both,
     topk_compiled,
 )
@@ -45,7 +46,7 @@ def with_absent(top, placeholder):
 @pytest.mark.parametrize("given_tail", [True, False])
 def test_absent_entries_count_for_nothing(given_tail):
     student, teacher = random_logits(0, 4, 9, spread=2.0)
-    top = losses.top_k_logprobs(teacher, 3)
+    top = top_k(teacher, 3)
     if not given_tail:
         top = dataclasses.replace(top, tail_logprob=None)
     expected = topk_both(student, top)
@@ -74,7 +75,7 @@ def test_teacher_logits_of_minus_infinity():
     for name in ("forward", "generalized"):  # the others are infinite in truth, and floored
         expected = ref.divergence(name, student, teacher)
         np.testing.assert_allclose(dense[name][0], expected, rtol=1e-5)
-    both = topk_both(student, losses.top_k_logprobs(teacher, 9))
+    both = topk_both(student, top_k(teacher, 9))
     assert_same({name: both[name, "bucket"] for name in NAMES}, dense)
 
 
@@ -86,7 +87,7 @@ def test_tokens_that_both_sides_mask_change_nothing(masked):
         return jnp.pad(x, ((0, 0), (0, 3)), constant_values=value)
 
     student_9, teacher_9 = pad(student, masked), pad(teacher, -INF)
-    some, all_9 = (losses.top_k_logprobs(teacher_9, k) for k in (3, 9))
+    some, all_9 = (top_k(teacher_9, k) for k in (3, 9))
     ids = np.asarray(some.ids)
     in_part, in_full = topk_both(student_9, some), topk_both(student_9, all_9)
     dense = dense_both(student_9, teacher_9)
@@ -105,7 +106,7 @@ def test_tokens_that_both_sides_mask_change_nothing(masked):
 @pytest.mark.parametrize("k", [3, 9])
 def test_student_without_mass_where_the_teacher_has_some(k):
     student, teacher = random_logits(10, 4, 9)
-    both = topk_both(student.at[:, 5].set(-INF), losses.top_k_logprobs(teacher, k))
+    both = topk_both(student.at[:, 5].set(-INF), top_k(teacher, k))
     assert_finite({name: both[name, "bucket"] for name in ("reverse", "generalized")})
     value, grads = both["forward", "bucket"]
     if k == 9:
@@ -115,7 +116,7 @@ def test_student_without_mass_where_the_teacher_has_some(k):
 
 def test_derived_tail_agrees_with_the_given_one():
     student, teacher = random_logits(4, 4, 9)
-    top = losses.top_k_logprobs(teacher, 3)
+    top = top_k(teacher, 3)
     derived = dataclasses.replace(top, tail_logprob=None)
     assert_same(topk_both(student, derived), topk_both(student, top))
 
@@ -137,7 +138,7 @@ def test_derived_tail_is_floored_where_it_cancels():
 
 def test_a_small_given_tail_is_kept_exactly():
     student = jnp.zeros((1, 4))
-    top = losses.top_k_logprobs(jnp.array([[50.0, 50.0, 0.0, 0.0]]), 2)
+    top = top_k(jnp.array([[50.0, 50.0, 0.0, 0.0]]), 2)
     np.testing.assert_allclose(top.tail_logprob, -50.0, rtol=1e-6)
     expected = np.log(0.25 / 0.5) / 2 + 0.5 * (np.log(0.5) + 50.0)
     np.testing.assert_allclose(losses.topk_reverse_kl(student, top), expected, rtol=1e-6)
@@ -145,7 +146,7 @@ def test_a_small_given_tail_is_kept_exactly():
 
 def test_nothing_outside_the_k_means_that_the_tail_is_ignored():
     student, teacher = random_logits(6, 4, 9)
-    top = losses.top_k_logprobs(teacher, 9)
+    top = top_k(teacher, 9)
     expected = topk_both(student, top)
     assert_finite(expected)
     for rest in (0.0, -3.0):
@@ -156,7 +157,7 @@ def test_nothing_outside_the_k_means_that_the_tail_is_ignored():
 @pytest.mark.parametrize("bad", [9, -1, -9])
 def test_an_id_outside_the_vocabulary_is_nan(bad):
     student, teacher = random_logits(7, 4, 9)
-    top = losses.top_k_logprobs(teacher, 3)
+    top = top_k(teacher, 3)
     top = dataclasses.replace(top, ids=top.ids.at[:, 1].set(bad))
     for key, (value, _) in topk_both(student, top).items():
         assert np.all(np.isnan(value)), key
@@ -165,7 +166,7 @@ def test_an_id_outside_the_vocabulary_is_nan(bad):
 @pytest.mark.parametrize("own, new", [(1.0, 3.0), (2.0, 0.7)])
 def test_renormalize_takes_the_teacher_to_another_temperature(own, new):
     student, teacher = random_logits(8, 4, 9, spread=4.0)
-    top = losses.top_k_logprobs(teacher, 3, temperature=own)
+    top = top_k(teacher, 3, temperature=own)
     values = topk_compiled(student, top, temperature=new, tails=("renormalize",))
     for (name, tail), value in values.items():
         ids = np.asarray(top.ids)
@@ -175,7 +176,7 @@ def test_renormalize_takes_the_teacher_to_another_temperature(own, new):
 
 def test_bucket_keeps_to_the_teachers_own_temperature():
     student, teacher = random_logits(9, 4, 9, spread=4.0)
-    top = losses.top_k_logprobs(teacher, 3, temperature=2.0)
+    top = top_k(teacher, 3, temperature=2.0)
     for (name, tail), value in topk_compiled(student, top, temperature=2.0).items():
         expected = ref.divergence(name, student, teacher, np.asarray(top.ids), tail, 2.0)
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6, err_msg=name)

@@ -1,0 +1,112 @@
+"""The order of rows and the padding."""
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gkdjax.data.pipeline import batch_rows, bucket_lengths, pad
+from gkdjax.errors import UserError
+from gkdjax.types import View, ViewPair
+
+_small = st.integers(1, 9)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**32), batch_size=_small, num_rows=_small, epochs=_small)
+def test_each_row_comes_once_an_epoch_whatever_the_batch_size(seed, batch_size, num_rows, epochs):
+    steps = -(-epochs * num_rows // batch_size)
+    rows = [batch_rows(seed, "train", step, batch_size, num_rows) for step in range(steps)]
+    assert all(r.shape == (batch_size,) for r in rows)
+    order = np.concatenate(rows)[: epochs * num_rows].reshape(epochs, num_rows)
+    np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(np.arange(num_rows), (epochs, 1)))
+
+
+def test_a_step_needs_no_step_before_it():
+    """What a resumed run reads is what the whole run would have read, in any order of asking."""
+    forward = [batch_rows(3, "train", step, 7, 10).tolist() for step in range(20)]
+    backward = [batch_rows(3, "train", step, 7, 10).tolist() for step in reversed(range(20))]
+    assert forward == backward[::-1]
+
+
+def test_order_depends_on_seed_purpose_and_epoch():
+    orders = {
+        tuple(batch_rows(seed, purpose, epoch, 50, 50))
+        for seed in (0, 1)
+        for purpose in ("train", "anchor")
+        for epoch in (0, 1)
+    }
+    assert len(orders) == 8
+    assert tuple(range(50)) not in orders
+
+
+def test_order_is_this_one():
+    """Resuming with a newer version must not change it: NumPy keeps PCG64's streams."""
+    assert batch_rows(0, "train", 1, 7, 3).tolist() == [1, 2, 2, 1, 0, 2, 0]
+
+
+def test_rows_can_be_changed_by_the_caller():
+    batch_rows(0, "train", 0, 4, 4)[:] = 0
+    assert sorted(batch_rows(0, "train", 0, 4, 4)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("max_length", "expected"),
+    [
+        (10, (10,)),
+        (16, (16,)),
+        (17, (16, 17)),
+        (64, (16, 32, 48, 64)),
+        (100, (16, 32, 48, 64, 96, 100)),
+        (256, (16, 32, 48, 64, 96, 128, 192, 256)),
+    ],
+)
+def test_bucket_lengths(max_length, expected):
+    assert bucket_lengths(max_length) == expected
+
+
+def _pair(i, student, teacher, targets):
+    """Views of these lengths that end with the targets; student and teacher differ in their ids."""
+    views = [
+        View(
+            np.arange(1, length + 1, dtype=np.int32) * factor,
+            np.arange(length - targets - 1, length - 1, dtype=np.int32),
+        )
+        for length, factor in ((student, 1), (teacher, 2))
+    ]
+    return ViewPair(f"rows:{i}", 10 + i, *views, np.arange(targets, dtype=np.int32) + 50)
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.tuples(_small, _small, _small), min_size=1, max_size=4),
+    buckets=st.permutations([4, 8, 12, 18]),
+)
+def test_padding_keeps_every_row_and_fits_the_smallest_buckets(sizes, buckets):
+    pairs = [_pair(i, n + s, n + t, n) for i, (s, t, n) in enumerate(sizes)]
+    batch = pad(pairs, buckets, pad_id=-7)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(batch))
+    assert batch.row_id_B.tolist() == [10 + i for i in range(len(sizes))]
+
+    def check(rows, padded, mask, fill):
+        longest = max(len(row) for row in rows)
+        assert padded.shape == (len(rows), min(b for b in buckets if b >= longest))
+        assert padded.dtype == np.int32 and mask.dtype == bool and mask.shape == padded.shape
+        for row, out, real in zip(rows, padded, mask, strict=True):
+            np.testing.assert_array_equal(out[: len(row)], row)
+            assert real[: len(row)].all() and not real[len(row) :].any()
+            assert (out[len(row) :] == fill).all()
+
+    students, teachers = [p.student for p in pairs], [p.teacher for p in pairs]
+    check([v.ids for v in students], batch.student_tokens_BS, batch.student_mask_BS, -7)
+    check([v.ids for v in teachers], batch.teacher_tokens_BT, batch.teacher_mask_BT, -7)
+    check([p.target_ids for p in pairs], batch.target_ids_BN, batch.target_mask_BN, 0)
+    check([v.at for v in students], batch.student_at_BN, batch.target_mask_BN, 0)
+    check([v.at for v in teachers], batch.teacher_at_BN, batch.target_mask_BN, 0)
+
+
+def test_a_row_longer_than_every_bucket_is_named():
+    pairs = [_pair(0, 4, 4, 2), _pair(1, 4, 17, 2), _pair(2, 4, 5, 2)]
+    with pytest.raises(UserError, match=r"rows:1: 17 tokens do not fit .*data.bucket_lengths, 16"):
+        pad(pairs, (16, 8), 0)
