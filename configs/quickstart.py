@@ -29,8 +29,8 @@ def get_config():
 
     c.context.prefix_messages = json.loads((QUICKSTART / "prefix.json").read_text())
     c.data.train = str(QUICKSTART / "train.jsonl")
-    c.data.max_length = 64
-    c.data.bucket_lengths = (12, 32, 64)
+    c.data.max_length = 80
+    c.data.bucket_lengths = (12, 40, 80)
     c.trajectory.per_prompt = 1
     c.trajectory.max_new_tokens = 12
     c.trajectory.temperature = 1.0

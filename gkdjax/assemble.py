@@ -133,7 +133,10 @@ def initial_state(run: Run, optimizer: optax.GradientTransformation) -> TrainSta
         student = run.config.student.lora
         rules = lora.LoraRules(student.rank, student.alpha, student.dropout, student.targets)
         key = jax.random.key(seeds.fold(run.config.train.seed, "lora"))
-        trainable = lora.init(key, run.frozen, rules)
+        try:
+            trainable = lora.init(key, run.frozen, rules)
+        except ValueError as error:
+            raise UserError(f"config.student.lora.targets: {error}") from error
     return sharding.replicate(run.mesh, init_state(trainable, optimizer))
 
 

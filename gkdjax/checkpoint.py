@@ -1,6 +1,7 @@
 """Orbax checkpoints of the train state, with the run's position and a fingerprint of each leaf."""
 
 import pathlib
+import shutil
 import zlib
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from gkdjax import tree
 from gkdjax.errors import UserError
 from gkdjax.types import TrainState
 
@@ -45,17 +47,21 @@ class Checkpoints:
     def restore(self, like: TrainState) -> TrainState | None:
         """The newest checkpoint that is whole, with the structure of `like`; None without any.
 
-        A damaged one is named in the log and passed over for the one before it.
+        A damaged one is named in the log and passed over for the one before it; it is put aside as
+        "<step>.damaged", because Orbax saves nothing at or before a step that it has.
 
         Raises:
           UserError: there are checkpoints, and none of them can be read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        for tried, step in enumerate(steps):
             try:
-                return self._restore_step(step, like)
+                state = self._restore_step(step, like)
             except Exception as error:  # Orbax and tensorstore raise many types for damage
                 logging.error("checkpoint %d of %s is damaged: %s", step, self._directory, error)
+            else:
+                self._put_aside(steps[:tried])
+                return state
         if steps:
             raise UserError(
                 f"none of the checkpoints {steps} in {self._directory} can be read (see above);"
@@ -69,6 +75,14 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+    def _put_aside(self, steps: list[int]) -> None:
+        for step in steps:
+            aside = self._directory / f"{step}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self._directory / str(step)).rename(aside)
+        if steps:
+            self._manager.reload()
 
     def _restore_step(self, step: int, like: TrainState) -> TrainState:
         expected = {
@@ -92,7 +106,7 @@ class Checkpoints:
 def _by_path(state: TrainState) -> dict[str, np.ndarray]:
     """Leaves on the host by path: plain names that outlive a change of our own classes."""
     flat, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(state))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+    return {tree.path_str(path): leaf for path, leaf in flat}
 
 
 def _crc(leaf) -> int:

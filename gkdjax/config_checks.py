@@ -6,6 +6,7 @@
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 
@@ -108,6 +109,13 @@ def _choice(key: str, value, choices: tuple) -> None:
     _require(value in choices, key, value, advice)
 
 
+def _check_regex(key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        _require(False, key, pattern, f"is no regular expression: {error}")
+
+
 def _at_least(config, least: float, *keys: str) -> None:
     for key in keys:
         section, name = key.split(".")
@@ -128,6 +136,9 @@ def _check_student(config) -> None:
     _require(0 <= lora.dropout < 1, "student.lora.dropout", lora.dropout, "must be in [0, 1)")
     if isinstance(lora.targets, str):
         _choice("student.lora.targets", lora.targets, ("all-linear",))
+    else:
+        for target in lora.targets:
+            _check_regex("student.lora.targets", target)
     _require(len(lora.targets) > 0, "student.lora.targets", lora.targets, "names no kernel")
 
 

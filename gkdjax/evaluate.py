@@ -79,7 +79,7 @@ class Evaluation:
             _check_questions(named)
 
     def before(self, base: Reader) -> dict:
-        """Asks the base and the teacher -> {condition, "abilities" or "samples": what was found}."""
+        """Asks base and teacher -> {condition, "abilities" or "samples": what was found}."""
         result = {}
         if self._questions:
             written = self._teacher_writes(self._prompts)

@@ -6,12 +6,12 @@ tree (its kernels are `LoraKernel` nodes, whose frozen part would be mapped too)
 
 import dataclasses
 import functools
-import re
 import zlib
 
 import jax
 import jax.numpy as jnp
 
+from gkdjax import tree
 from gkdjax.models.layers import LoraKernel
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -25,8 +25,8 @@ class LoraRules:
       rank: r, columns of a.
       alpha: the update is scaled by alpha / rank.
       dropout: probability with which an input of `a` is dropped in training.
-      targets: names of kernels, or regular expressions that match a whole path such as
-        "layers/q_proj"; or the string "all-linear".
+      targets: names of kernels, or regular expressions of names ("[qkv]_proj") or of whole paths
+        ("layers/q_proj"); or the string "all-linear".
     """
 
     rank: int = 64
@@ -57,11 +57,11 @@ def init(rng: jax.Array, params: dict, rules: LoraRules) -> dict[str, Adapter]:
       rules: what to adapt.
 
     Raises:
-      ValueError: a target that matches no kernel, named, with the kernels there are.
+      ValueError: a target that matches no kernel; it is named, and the kernels there are.
     """
-    adapters = {}
-    for path in _target_paths(params, rules.targets):
-        L, fan_in, fan_out = _leaf(params, path).shape
+    adapters, kernels = {}, _kernels(params)
+    for path in _target_paths(kernels, rules.targets):
+        L, fan_in, fan_out = kernels[path].shape
         bound = fan_in**-0.5
         key = jax.random.fold_in(rng, zlib.crc32(path.encode()))
         shape = (L, fan_in, rules.rank)
@@ -112,43 +112,29 @@ def merge(params: dict, adapters: dict[str, Adapter]) -> dict:
     return _replace(params, adapters, kernel)
 
 
-def _kernel_paths(params: dict) -> list[str]:
-    return [f"layers/{name}" for name in params["layers"] if name.endswith("_proj")]
-
-
-def _target_paths(params: dict, targets: tuple[str, ...] | str) -> list[str]:
-    kernels = _kernel_paths(params)
-    if targets == "all-linear":
-        return kernels
+def _target_paths(kernels: dict, targets: tuple[str, ...] | str) -> list[str]:
+    targets = ALL_LINEAR if targets == "all-linear" else targets
     if isinstance(targets, str) or not targets:
         raise ValueError(f"lora targets must be a list of names or 'all-linear', not {targets!r}")
-    chosen = set()
-    for rule in targets:
-        try:
-            found = {p for p in kernels if p == f"layers/{rule}" or re.fullmatch(rule, p)}
-        except re.error as error:
-            raise ValueError(f"lora target {rule!r} is no regular expression: {error}") from None
-        if not found:
-            raise ValueError(f"lora target {rule!r} matches no kernel; there are {kernels}")
-        chosen |= found
-    return [path for path in kernels if path in chosen]
+    rules = [(rule if "/" in rule else f"layers/({rule})", True) for rule in targets]
+    chosen = tree.match([*rules, (".*", False)], kernels)
+    return [path for path, is_target in chosen.items() if is_target]
 
 
-def _leaf(params: dict, path: str):
-    node = params
-    for name in path.split("/"):
-        node = node[name]
-    return node
+def _kernels(params: dict) -> dict[str, jax.Array]:
+    names = (name for name in params["layers"] if name.endswith("_proj"))
+    return {f"layers/{name}": params["layers"][name] for name in names}
 
 
 def _replace(params: dict, adapters: dict[str, Adapter], make) -> dict:
     layers = dict(params["layers"])
-    kernels = _kernel_paths(params)
+    kernels = _kernels(params)
     for path, adapter in adapters.items():
         if path not in kernels:
-            raise ValueError(f"adapter {path!r} has no kernel in this model; there are {kernels}")
-        name = path.removeprefix("layers/")
-        w = layers[name]
+            raise ValueError(
+                f"adapter {path!r} has no kernel in this model; there are {[*kernels]}"
+            )
+        w = kernels[path]
         L, fan_in, fan_out = w.shape
         rank = adapter.a.shape[-1]
         if adapter.a.shape != (L, fan_in, rank) or adapter.b.shape != (L, rank, fan_out):
@@ -156,5 +142,5 @@ def _replace(params: dict, adapters: dict[str, Adapter], make) -> dict:
                 f"adapter {path!r} has shapes {adapter.a.shape} and {adapter.b.shape}, which do not"
                 f" fit the kernel's {w.shape}: was it trained on another base?"
             )
-        layers[name] = make(path, w, adapter)
+        layers[path.removeprefix("layers/")] = make(path, w, adapter)
     return {**params, "layers": layers}

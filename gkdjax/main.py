@@ -1,7 +1,9 @@
 """python -m gkdjax.main --config=configs/quickstart.py [--workdir=DIR] [--config.a.b=value]"""
 
 import pathlib
+import re
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -10,14 +12,13 @@ from gkdjax import config
 from gkdjax.errors import GkdjaxError, UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file with get_config().")
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where the run lives; default runs/<config's name>."
-)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/CONFIG'S NAME.")
 
 
 def main(argv: list[str]) -> None:
     del argv
-    logging.set_verbosity(logging.WARNING if logging.get_verbosity() == 0 else logging.INFO)
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # jax and orbax have much to say at INFO
     parsed = config.parse(_CONFIG.value)
     from gkdjax import loop  # jax and the models: only once the config is known to be right
 
@@ -33,16 +34,48 @@ def _default_workdir() -> pathlib.Path:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     """absl's parsing, with mistakes in the config told as ours."""
+    for argument in argv:
+        if argument.startswith("--config."):
+            config.check_key(argument.removeprefix("--config.").partition("=")[0])
     try:
-        for argument in argv:
-            if argument.startswith("--config."):
-                config.check_key(argument.removeprefix("--config.").partition("=")[0])
         rest = flags.FLAGS(argv)
         if not _CONFIG.present:
             raise UserError("name a config file: --config=configs/quickstart.py")
-        return rest
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        _CONFIG.value.to_dict()  # a file that could not be read says so only when it is used
+    except flags.Error as error:
         raise UserError(str(error)) from error
+    except OSError as error:
+        raise UserError(f"the config file cannot be read: {_innermost(error)}") from error
+    except GkdjaxError:
+        raise
+    except Exception as error:  # the config file is the user's program and may raise anything
+        raise UserError(_where(error, argv) + _readable(error)) from error
+    return rest
+
+
+def _innermost(error: BaseException) -> str:
+    """The last line of a chain of messages: the one with the file's name in it."""
+    return str(error).strip().splitlines()[-1].strip()
+
+
+def _readable(error: Exception) -> str:
+    """An unknown key without the dump of its section, anything else with its type."""
+    unknown = re.search(r'Key "(\w+)" does not exist', str(error))
+    if unknown is None:
+        return f"{type(error).__name__}: {error}"
+    near = re.search(r'Did you mean "(\w+)"', str(error))
+    advice = f": did you mean {near[1]!r}?" if near else ""
+    return f"unknown key {unknown[1]!r}{advice}"
+
+
+def _where(error: Exception, argv: list[str]) -> str:
+    """ "configs/x.py, line 12: ", the last frame of the error that lies in the config file."""
+    named = [a.partition("=")[2].partition(":")[0] for a in argv if a.startswith("--config=")]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        for path in named:
+            if pathlib.Path(frame.filename).absolute() == pathlib.Path(path).absolute():
+                return f"{path}, line {frame.lineno}: "
+    return ", ".join(named) + ": "
 
 
 def run() -> None:

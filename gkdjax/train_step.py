@@ -120,7 +120,7 @@ def make_train_step(
         sums = {
             "loss_sum": totals["main"],
             "targets": counts["main"],
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
         }
         if anchor is not None:

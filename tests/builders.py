@@ -105,7 +105,9 @@ def dense_targets(like: Batch, vocab: int = 32, width: int = 6, seed: int = 5) -
     rng = np.random.default_rng(seed)
     hidden_BNE = rng.standard_normal((*like.target_mask_BN.shape, width))
     table_VE = rng.standard_normal((vocab, width))
-    return DenseTargets(jnp.asarray(hidden_BNE, jnp.float32), jnp.asarray(table_VE, jnp.float32), None)
+    return DenseTargets(
+        jnp.asarray(hidden_BNE, jnp.float32), jnp.asarray(table_VE, jnp.float32), None
+    )
 
 
 def config(**sections) -> Config:

@@ -5,7 +5,7 @@ import functools
 import pytest
 import tokenizers
 import transformers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from gkdjax.data.chat import load_chat
 
@@ -96,7 +96,8 @@ _TEMPLATES = {
 FAMILIES = ("gemma", "chatml", "llama3", "llama2")
 
 
-def _tokenizer(chat_template: str) -> transformers.PreTrainedTokenizerFast:
+@functools.cache
+def _core() -> tokenizers.Tokenizer:
     core = tokenizers.Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -113,8 +114,16 @@ def _tokenizer(chat_template: str) -> transformers.PreTrainedTokenizerFast:
     )
     corpus = ["the user asks: what?\n\n\n  The model says, yes.\n\n\n  assistant system user model"]
     core.train_from_iterator(corpus * 20, trainer)
+    # As Gemma's: a bos of the tokenizer's own, which must not come before the template's.
+    core.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", core.token_to_id("<bos>"))]
+    )
+    return core
+
+
+def _tokenizer(chat_template: str) -> transformers.PreTrainedTokenizerFast:
     made = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+        tokenizer_object=_core(), pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
     )
     made.chat_template = chat_template
     return made

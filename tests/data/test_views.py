@@ -104,7 +104,7 @@ def test_a_trajectory_is_not_tokenised_again(chat_of):
     """Ids that the tokenizer would never make of their text stay as they are."""
     chat = chat_of("chatml")
     letters = [chat.tokenizer.convert_tokens_to_ids(c) for c in "user"]
-    assert chat.tokenizer("user")["input_ids"] != letters
+    assert chat.tokenizer("user", add_special_tokens=False)["input_ids"] != letters
     trajectory = Trajectory(np.asarray(letters, np.int32), finished=False)
     pair, _ = _view(_row([Message("user", "?")], "unused"), chat, _PREFIX, trajectory=trajectory)
     assert pair.target_ids.tolist() == letters

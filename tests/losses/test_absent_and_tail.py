@@ -46,6 +46,7 @@ def with_absent(top, placeholder):
 @pytest.mark.parametrize("given_tail", [True, False])
 def test_absent_entries_count_for_nothing(given_tail):
     student, teacher = random_logits(0, 4, 9, spread=2.0)
+    teacher = teacher.at[:2, 0].set(5.0)  # id 0, the usual placeholder, is also a valid one
     top = top_k(teacher, 3)
     if not given_tail:
         top = dataclasses.replace(top, tail_logprob=None)

@@ -1,0 +1,117 @@
+"""The in-process teacher: what it says at the targets is what its model says there."""
+
+import functools
+import types
+
+import builders
+import jax
+import numpy as np
+import pytest
+
+from gkdjax import sharding
+from gkdjax.losses import TopKLogprobs
+from gkdjax.sampler import Sampling, sample
+from gkdjax.teachers.flax import FlaxTeacher
+from gkdjax.teachers.protocol import Teacher
+from gkdjax.train_step import teacher_logits
+from gkdjax.types import DenseTargets, TopKTargets
+
+# Untied and capped, so that a forgotten table or cap shows.
+DECODER, PARAMS = builders.small_model(
+    seed=2, tie_word_embeddings=False, final_logit_softcapping=2.0
+)
+BATCH = builders.batch((4, 1, 2, 3), prefix=3)
+STOPS = (7, 11)
+
+
+def teacher(top_k: int | None = None, temperature: float = 1.0) -> FlaxTeacher:
+    mesh = sharding.data_mesh()
+    return FlaxTeacher(
+        *(DECODER, sharding.replicate(mesh, PARAMS)),
+        *(types.SimpleNamespace(stop_ids=STOPS), "a teacher"),
+        **{"top_k": top_k, "temperature": temperature, "lengths": (6,), "batch_size": 4},
+        mesh=mesh,
+    )
+
+
+@functools.cache
+def logits_by_hand(view: str) -> np.ndarray:
+    """float64 [B,N,V]: each row read alone and unpadded, each target at the place before it."""
+    tokens, mask = (BATCH.teacher_tokens_BT, BATCH.teacher_mask_BT)
+    if view == "student":
+        tokens, mask = (BATCH.student_tokens_BS, BATCH.student_mask_BS)
+
+    @jax.jit
+    def forward(tokens_BT, mask_BT):
+        variables = {"params": PARAMS}
+        hidden = DECODER.apply(variables, tokens_BT, mask_BT)
+        return DECODER.apply(variables, hidden, method="unembed")
+
+    all_BTV = np.asarray(forward(tokens, mask), np.float64)
+    out_BNV = np.zeros((*BATCH.target_mask_BN.shape, all_BTV.shape[-1]))
+    for row, row_mask in enumerate(BATCH.target_mask_BN):
+        count = int(row_mask.sum())
+        end = int(mask[row].sum())
+        assert (tokens[row, end - count : end] == BATCH.target_ids_BN[row, :count]).all()
+        out_BNV[row, :count] = all_BTV[row, end - count - 1 : end - 1]
+    return out_BNV
+
+
+def log_softmax(x):
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+@pytest.fixture(scope="module")
+def dense() -> DenseTargets:
+    return teacher().targets(BATCH)
+
+
+def test_dense_targets_are_its_logits_where_the_targets_are_predicted(dense):
+    assert isinstance(teacher(), Teacher)
+    assert isinstance(dense, DenseTargets)
+    assert dense.softcap == 2.0
+    assert len(dense.hidden_BNE.sharding.device_set) == 4
+    got = np.asarray(teacher_logits(dense))[BATCH.target_mask_BN]
+    np.testing.assert_allclose(got, logits_by_hand("teacher")[BATCH.target_mask_BN], atol=1e-5)
+
+
+def test_it_reads_the_prefix(dense):
+    got = np.asarray(teacher_logits(dense))[BATCH.target_mask_BN]
+    without = logits_by_hand("student")[BATCH.target_mask_BN]
+    assert np.abs(got - without).max(axis=-1).min() > 1e-3
+
+
+@pytest.mark.parametrize("top_k, temperature", [(32, 1.0), (5, 2.0)])
+def test_top_k_targets_are_the_best_of_the_dense_ones(top_k, temperature):
+    targets = teacher(top_k, temperature).targets(BATCH)
+    assert isinstance(targets, TopKTargets)
+    assert isinstance(targets.topk, TopKLogprobs)
+    assert targets.topk.temperature == temperature
+    mask_BN = BATCH.target_mask_BN
+    logprobs = log_softmax(logits_by_hand("teacher") / temperature)[mask_BN]
+    order = np.argsort(-logprobs, axis=-1)
+    ids, values = (np.asarray(x)[mask_BN] for x in (targets.topk.ids, targets.topk.logprobs))
+    np.testing.assert_array_equal(ids, order[:, :top_k])
+    np.testing.assert_allclose(values, np.take_along_axis(logprobs, ids, axis=-1), atol=1e-5)
+    tail = np.asarray(targets.topk.tail_logprob)[mask_BN]
+    if top_k == 32:
+        assert (tail == -np.inf).all()
+    else:
+        rest = np.take_along_axis(logprobs, order[:, top_k:], axis=-1)
+        np.testing.assert_allclose(tail, np.log(np.exp(rest).sum(axis=-1)), atol=1e-5)
+    at_target = np.take_along_axis(logprobs, BATCH.target_ids_BN[mask_BN][:, None], axis=-1)
+    np.testing.assert_allclose(
+        np.asarray(targets.target_logprob_BN)[mask_BN], at_target[:, 0], atol=1e-5
+    )
+
+
+def test_it_writes_with_its_own_weights_and_stop_ids():
+    prompts = [np.array([5, 9, 4], np.int32), np.array([8], np.int32)]
+    sampling = Sampling(6, temperature=1.5, top_p=0.9)
+    got = teacher().sample(prompts, range(2), sampling)
+    shapes = {"batch_size": 4, "lengths": (6,)}
+    wanted = sample(DECODER, PARAMS, prompts, range(2), sampling, stop_ids=STOPS, **shapes)
+    assert [t.ids.tolist() for t in got] == [t.ids.tolist() for t in wanted]
+    assert len(got) == 2
+    assert all(t.finished == (t.ids[-1] in STOPS) for t in got)

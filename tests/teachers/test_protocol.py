@@ -1,0 +1,77 @@
+"""What a teacher has to have, and how one that cannot serve a config says so."""
+
+import dataclasses
+
+import pytest
+
+from gkdjax.teachers import toggle
+from gkdjax.teachers.flax import FlaxTeacher
+from gkdjax.teachers.protocol import Capabilities, Teacher, refusals
+
+ALL = Capabilities(max_top_k=None, dense=True, samples=True, temperature=True)
+SERVER = Capabilities(max_top_k=20, dense=False, samples=False, temperature=False)
+EASY = {"top_k": 20, "temperature": 1.0, "tail": "bucket", "samples": False}
+
+
+def test_an_in_process_teacher_can_do_everything():
+    assert FlaxTeacher.capabilities == ALL
+    for changed in ({}, {"top_k": None}, {"top_k": 10**6}, {"temperature": 2.0}, {"samples": True}):
+        assert refusals(ALL, **(EASY | changed)) == []
+    assert refusals(SERVER, **EASY) == []
+    # A truncated teacher is taken to another temperature exactly, but without its tail.
+    assert refusals(SERVER, **(EASY | {"temperature": 2.0, "tail": "renormalize"})) == []
+
+
+@pytest.mark.parametrize(
+    "changed, reason, advice",
+    [
+        ({"top_k": None}, "teacher.top_k=None asks for the whole vocabulary", "20 or less"),
+        ({"top_k": 21}, "teacher.top_k=21", "limit of 20"),
+        ({"temperature": 0.5}, "gkd.temperature=0.5", "gkd.temperature=1.0"),
+        ({"samples": True}, "cannot write responses", "'response'"),
+    ],
+)
+def test_each_refusal_names_the_key_and_what_would_work(changed, reason, advice):
+    (message,) = refusals(SERVER, **(EASY | changed))
+    assert reason in message
+    assert advice in message
+
+
+def test_all_reasons_come_at_once():
+    everything = {"top_k": None, "temperature": 2.0, "tail": "renormalize", "samples": True}
+    assert len(refusals(SERVER, **everything)) == 3
+
+
+@dataclasses.dataclass
+class Mine:
+    capabilities = ALL
+    chat = None
+    description = "mine"
+
+    def targets(self, batch):
+        raise NotImplementedError
+
+    def sample(self, prompts, seeds, sampling):
+        raise NotImplementedError
+
+
+def test_any_object_with_the_members_is_a_teacher():
+    assert isinstance(Mine(), Teacher)
+    for missing in ("capabilities", "chat", "description", "targets", "sample"):
+        members = {name: getattr(Mine, name) for name in vars(Mine) if name != missing}
+        keep = {name: members[name] for name in members if not name.startswith("__")}
+        assert not isinstance(type("Less", (), keep)(), Teacher), missing
+
+
+def test_a_toggle_without_a_longer_view_is_refused():
+    toggle.require_longer_view(True)
+    with pytest.raises(ValueError, match=r"prefix_messages.*student_retained_turns.*'flax'"):
+        toggle.require_longer_view(False)
+
+
+def test_a_second_copy_is_announced_with_its_size(monkeypatch):
+    lines = []
+    monkeypatch.setattr(toggle.logging, "warning", lambda text, *args: lines.append(text % args))
+    toggle.announce_second_copy(3 * 2**20, "the anchor")
+    assert "the anchor" in lines[0]
+    assert "3.0 MiB" in lines[0]

@@ -1,0 +1,129 @@
+"""Defaults, types and values of the config, without any file or model."""
+
+import dataclasses
+
+import pytest
+from ml_collections import config_dict
+
+from gkdjax import config
+from gkdjax.errors import UserError
+
+
+def valid() -> config_dict.ConfigDict:
+    c = config.default()
+    c.student.model = "models/student"
+    c.data.train = [{"prompt": "a"}]
+    return c
+
+
+def changed(key: str, value) -> config_dict.ConfigDict:
+    """A valid config with one value replaced, however wrong its type."""
+    raw = valid().to_dict()
+    section = raw
+    *path, name = key.split(".")
+    for part in path:
+        section = section[part]
+    section[name] = value
+    return raw
+
+
+def test_default_holds_every_key_and_parses_back_to_the_dataclasses():
+    c = valid()
+    parsed = config.parse(c)
+    assert parsed == dataclasses.replace(
+        config.Config(),
+        student=config.Student(model="models/student"),
+        data=config.Data(train=({"prompt": "a"},)),
+    )
+    assert set(c.to_dict()) == {field.name for field in dataclasses.fields(config.Config)}
+
+
+def test_an_unset_model_or_data_is_asked_for():
+    for key in ("student.model", "data.train"):
+        with pytest.raises(UserError, match=key):
+            config.parse(changed(key, ""))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("gkd.jsd_beta", 1.5, r"in \[0, 1\]"),
+        ("gkd.on_policy_fraction", -0.1, r"in \[0, 1\]"),
+        ("gkd.divergence", "foward_kl", "did you mean 'forward_kl'"),
+        ("gkd.tail", "bin", "bucket, renormalize"),
+        ("gkd.temperature", 0.0, "positive"),
+        ("gkd.temperature", float("nan"), "finite"),
+        ("teacher.backend", "hf", "called 'flax' here"),
+        ("teacher.backend", "vllm", "local-toggle, flax"),
+        ("teacher.backend", "flax", "teacher.model"),
+        ("teacher.model", "elsewhere", "teacher.backend='flax'"),
+        ("teacher.top_k", 0, "at least 1"),
+        ("teacher.top_k", "many", "int or None"),
+        ("student.lora.targets", "all", "all-linear"),
+        ("student.lora.targets", [], "names no kernel"),
+        ("student.lora.targets", ["q_proj", "[k"], "no regular expression"),
+        ("student.lora.dropout", 1.0, r"\[0, 1\)"),
+        ("context.prefix_messages", [{"role": "system"}], "content"),
+        ("context.target_roles", [], "no role"),
+        ("context.student_retained_turns", -1, "at least 0"),
+        ("data.too_long", "cut", "drop, truncate"),
+        ("trajectory.top_p", 0.0, r"\(0, 1\]"),
+        ("optim.schedule", "cosin", "did you mean 'cosine'"),
+        ("train.batch_size", 2.5, "must be int"),
+        ("train.batch_size", True, "must be int"),
+        ("train.steps", 10, "one as None"),
+        ("train.accumulation", 3, "multiple of train.accumulation"),
+        ("train.export", "all", "merged, adapter, both"),
+        ("anchor.towards", "student", "base, teacher"),
+        ("checkpoint.keep", 0, "at least 1"),
+        ("eval.retention", ["x.jsonl"], "must be"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_would_be_right(key, value, told):
+    with pytest.raises(UserError, match=told) as caught:
+        config.parse(changed(key, value))
+    assert key.split(".")[0] in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(("beta", "instead"), [(0.0, "forward_kl"), (1.0, "reverse_kl")])
+def test_generalized_jsd_at_an_end_names_the_divergence_to_use(beta, instead):
+    raw = changed("gkd.divergence", "generalized_jsd")
+    raw["gkd"]["jsd_beta"] = beta
+    with pytest.raises(UserError, match=instead):
+        config.parse(raw)
+
+
+def test_full_fine_tuning_has_no_adapter_to_export():
+    raw = changed("student.adapter", "none")
+    raw["train"]["export"] = "both"
+    with pytest.raises(UserError, match="only 'merged'"):
+        config.parse(raw)
+
+
+@pytest.mark.parametrize(
+    ("path", "nearest"), [("train.sede", "train.seed"), ("gdk.jsd_beta", "config.gkd")]
+)
+def test_an_unknown_key_suggests_the_nearest(path, nearest):
+    with pytest.raises(UserError, match=nearest):
+        config.check_key(path)
+    with pytest.raises(UserError, match=nearest):
+        raw = valid().to_dict()
+        section, name = path.split(".")
+        raw[section] = {**raw.get(section, {}), name: 1}
+        config.parse(raw)
+
+
+def test_a_missing_key_is_an_error_and_not_a_default():
+    raw = valid().to_dict()
+    del raw["train"]["seed"]
+    with pytest.raises(UserError, match=r"config\.train\.seed is missing"):
+        config.parse(raw)
+
+
+def test_an_integer_stands_for_a_float_and_a_list_for_a_tuple():
+    raw = changed("optim.learning_rate", 1)
+    raw["data"]["bucket_lengths"] = [16, 2048]
+    parsed = config.parse(raw)
+    assert type(parsed.optim.learning_rate) is float
+    assert parsed.data.bucket_lengths == (16, 2048)

@@ -1,0 +1,212 @@
+"""Whole runs, in this process, on four forced devices and tiny random models."""
+
+import json
+import pathlib
+
+import factories
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gkdjax import config, hf, loop
+from gkdjax.errors import UserError
+from gkdjax.losses import TopKLogprobs
+from gkdjax.teachers.protocol import Capabilities
+from gkdjax.types import TopKTargets, Trajectory
+
+PREFIX = [{"role": "system", "content": "be brief"}]
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory) -> str:
+    return factories.model_dir(tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> str:
+    return factories.model_dir(tmp_path_factory.mktemp("teacher"), seed=1, hidden_size=32)
+
+
+def small(student: str, **changes):
+    """A config of few shapes and steps; `changes` are like gkd__divergence="mixed"."""
+    c = config.default()
+    c.student.model = student
+    c.student.lora.rank = 2
+    c.student.lora.dropout = 0.0
+    c.context.prefix_messages = PREFIX
+    c.data.train = [{"prompt": f"ask {i}"} for i in range(6)]
+    c.data.max_length = 64
+    c.data.bucket_lengths = (32, 64)
+    c.trajectory.per_prompt = 1
+    c.trajectory.max_new_tokens = 4
+    c.optim.learning_rate = 1e-2
+    c.train.batch_size = 4
+    c.train.epochs = None
+    c.train.steps = 4
+    c.eval.max_new_tokens = 4
+    c.eval.batch_size = 4
+    c.checkpoint.every_steps = 2
+    c.log.tensorboard = False
+    c.log.progress_bar = False
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        c[section][name] = value
+    return c
+
+
+def metrics(workdir: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_hex(workdir: pathlib.Path) -> list[str]:
+    return [line["loss"].hex() for line in metrics(workdir)]
+
+
+class ConstantTeacher:
+    """Puts 90 % on one token, everywhere, and stops at once; it may break down on the way."""
+
+    capabilities = Capabilities(max_top_k=1, dense=False, samples=True, temperature=False)
+    chat = None
+    description = "a constant"
+
+    def __init__(self, token: int, stop: int, fails_at: int | None = None):
+        self.token, self.stop = token, stop
+        self.calls, self.fails_at = 0, fails_at
+
+    def targets(self, batch):
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise ConnectionError("gone")
+        shape = (*batch.target_ids_BN.shape, 1)
+        topk = TopKLogprobs(
+            jnp.full(shape, self.token, jnp.int32), jnp.full(shape, np.log(0.9), jnp.float32)
+        )
+        return TopKTargets(topk, topk.logprobs[..., 0])
+
+    def sample(self, prompts, seeds, sampling):
+        return [Trajectory(np.asarray([self.token, self.stop], np.int32), True) for _ in prompts]
+
+
+def test_a_custom_teacher_is_learnt_from_and_everything_is_handed_over(student, tmp_path):
+    stop = 5  # <end_of_turn>
+    teacher = ConstantTeacher(token=50, stop=stop)
+    c = small(student, teacher__top_k=1, train__steps=30, train__export="both")
+    results = loop.run(c, tmp_path / "run", teacher=teacher)
+    lines = metrics(tmp_path / "run")
+    assert lines[-1]["loss"] < 0.2 * lines[0]["loss"]
+    assert results["steps"] == 30 and results["samples"]["prompted_teacher"] == ["T"] * 3
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+    decoder, params = hf.load_pretrained(str(tmp_path / "run" / "merged"))
+    hidden = decoder.apply({"params": params}, np.full((1, 8), 60), np.ones((1, 8), bool))
+    logits = decoder.apply({"params": params}, hidden, method="unembed")
+    assert int(jnp.argmax(logits[0, -1])) == 50
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
+
+
+def test_what_a_custom_teacher_cannot_do_is_refused_with_what_would_work(student, tmp_path):
+    with pytest.raises(UserError, match="top_k=None asks for the whole vocabulary; set it to 1"):
+        loop.run(small(student), tmp_path / "a", teacher=ConstantTeacher(50, 5))
+    c = small(student, teacher__top_k=1, gkd__temperature=2.0)
+    with pytest.raises(UserError, match="gkd.temperature=2.0"):
+        loop.run(c, tmp_path / "b", teacher=ConstantTeacher(50, 5))
+    with pytest.raises(UserError, match="is no teacher"):
+        loop.run(small(student), tmp_path / "c", teacher=object())
+
+
+def test_an_interrupted_run_continues_as_if_it_had_not_been(student, tmp_path):
+    """Batches, adapters and optimizer of the steps after the break are those of a whole run."""
+    c = small(student, teacher__top_k=1, train__steps=6, gkd__on_policy_fraction=0.5)
+    loop.run(c, tmp_path / "whole", teacher=ConstantTeacher(50, 5))
+    with pytest.raises(ConnectionError):
+        loop.run(c, tmp_path / "broken", teacher=ConstantTeacher(50, 5, fails_at=4))
+    assert len(metrics(tmp_path / "broken")) < 6
+    loop.run(c, tmp_path / "broken", teacher=ConstantTeacher(50, 5))
+    assert losses_hex(tmp_path / "broken") == losses_hex(tmp_path / "whole")
+    tensors = [
+        (tmp_path / name / "merged" / "model.safetensors").read_bytes()
+        for name in ("whole", "broken")
+    ]
+    assert tensors[0] == tensors[1]
+
+
+def test_on_policy_batches_are_drawn_logged_and_come_after_the_warm_up(student, other, tmp_path):
+    c = small(
+        student,
+        teacher__backend="flax",
+        teacher__model=other,
+        gkd__divergence="reverse_kl",
+        gkd__on_policy_fraction=1.0,
+        gkd__on_policy_warmup_steps=2,
+        data__train=[{"prompt": f"ask {i}", "response": "yes"} for i in range(6)],
+    )
+    results = loop.run(c, tmp_path, teacher=None)
+    lines = metrics(tmp_path)
+    assert [line["divergence"] for line in lines] == ["forward_kl"] * 2 + ["reverse_kl"] * 2
+    assert [line["on_policy_rows"] for line in lines] == [0, 0, 4, 4]
+    # "yes" and its end of turn: 4 targets a row. The student's own text has 4 tokens at most.
+    assert [line["targets"] for line in lines[:2]] == [16, 16]
+    assert all(line["targets"] <= 16 for line in lines[2:])
+    assert results["on_policy_steps"] == 2
+
+
+def test_self_baking_brings_the_student_nearer_to_its_prompted_self(student, tmp_path):
+    questions = [{"prompt": f"tell {i}", "answer": "x"} for i in range(5)]
+    c = small(student, train__steps=40, eval__questions=questions, gkd__divergence="forward_kl")
+    results = loop.run(c, tmp_path)
+    assert results["prompted_base"]["forward_kl"] == pytest.approx(0.0, abs=1e-5)
+    assert results["student"]["forward_kl"] < 0.5 * results["base"]["forward_kl"]
+    assert set(results) >= {"recovery", "retention", "seconds", "tokens", "versions", "rows"}
+    assert results["recovery"] is None  # nobody answers "x": the prefix changes no answer
+
+
+def test_full_fine_tuning_keeps_a_frozen_copy_and_says_so(student, tmp_path, caplog):
+    c = small(student, train__steps=2)
+    c.student.adapter = "none"
+    loop.run(c, tmp_path)
+    assert "frozen second copy of the student" in caplog.text
+    _, before = hf.load_pretrained(student)
+    _, after = hf.load_pretrained(str(tmp_path / "merged"))
+    assert not np.array_equal(before["embedding"], after["embedding"])
+
+
+def test_the_anchor_has_a_loss_of_its_own(student, tmp_path):
+    c = small(student, anchor__data=[{"prompt": "other"}, {"prompt": "thing"}])
+    c.anchor.batch_size = 4
+    loop.run(c, tmp_path)
+    lines = metrics(tmp_path)
+    # The student starts as the base, so that its distance to the base starts at zero.
+    assert lines[0]["anchor_loss"] == pytest.approx(0.0, abs=1e-6)
+    assert lines[-1]["anchor_loss"] > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"prompt": "other", "prefix_messages": PREFIX}, "carries the prefix"),
+        ({"messages": [*PREFIX, {"role": "user", "content": "other"}]}, "carries the prefix"),
+        ({"prompt": "ask 3"}, "a row of data.train"),
+    ],
+)
+def test_an_anchor_row_of_the_baked_condition_is_refused(student, tmp_path, row, told):
+    c = small(student, anchor__data=[{"prompt": "fine"}, row])
+    c.anchor.batch_size = 4
+    with pytest.raises(UserError, match=told) as caught:
+        loop.run(c, tmp_path)
+    assert "anchor.data:1" in str(caught.value)
+
+
+def test_rows_that_are_too_long_are_counted_and_named(student, tmp_path, caplog):
+    rows = [{"prompt": f"ask {i}", "response": "no"} for i in range(5)]
+    rows[1]["response"] = "far too long " * 6
+    rows[3]["prompt"] = "much too long " * 6
+    dropped = loop.run(small(student, data__train=rows), tmp_path / "drop")
+    assert sorted(dropped["rows"]["train"]["dropped"]) == ["data.train:1", "data.train:3"]
+    assert "data.train: 2 rows dropped" in caplog.text and "data.train:3" in caplog.text
+    c = small(student, data__train=rows, data__too_long="truncate")
+    cut = loop.run(c, tmp_path / "cut")
+    assert cut["rows"]["train"] == {"dropped": ["data.train:3"], "truncated": ["data.train:1"]}
+
+
+def test_rows_that_four_devices_cannot_share_are_refused(student, tmp_path):
+    with pytest.raises(UserError, match=r"train.batch_size: 6 rows.*4 devices.*is 8"):
+        loop.run(small(student, train__batch_size=6), tmp_path)

@@ -1,0 +1,171 @@
+"""The command line, end to end, in processes of its own: exit codes and what a person reads.
+
+All processes are started together, two at a time, by one fixture; each test looks at one of them.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import factories
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+CONFIG = """\
+from gkdjax import config
+
+def get_config():
+    c = config.default()
+    c.student.model = {student!r}
+    c.context.prefix_messages = [{{"role": "system", "content": "be brief"}}]
+    c.data.train = [{{"prompt": "a", "response": "b"}}, {{"prompt": "c", "response": "d"}}]
+    c.data.max_length = 64
+    c.data.bucket_lengths = (64,)
+    c.student.lora.rank = 2
+    c.train.batch_size = 2
+    c.train.epochs = None
+    c.train.steps = 3
+    c.eval.max_new_tokens = 4
+    c.eval.batch_size = 4
+    c.trajectory.max_new_tokens = 4
+    c.checkpoint.every_steps = 1
+    {extra}
+    return c
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A run, and what is expected of it."""
+
+    name: str
+    arguments: tuple[str, ...] = ()
+    extra: str = ""  # a statement of the config file
+    code: int = 2
+    told: tuple[str, ...] = ()  # all of it stands on stderr
+    workdir: str = ""  # shared with another case; else the case's own
+
+
+def data_case(name: str, *told: str) -> Case:
+    return Case(name, (f"--config.data.train=FILES/{name}.jsonl",), told=told)
+
+
+DATA_FILES = {
+    "unparsable.jsonl": '{"prompt": "fine"}\n{"prompt": \n',
+    "empty.jsonl": "\n",
+    "no_turns.jsonl": '{"response": "b"}\n',
+    "too_long.jsonl": json.dumps({"prompt": "x" * 100, "response": "b"}) + "\n",
+}
+
+CASES = [
+    Case("flag_typo", ("--config.train.sede=1",), told=("train.sede", "config.train.seed")),
+    Case("file_typo", extra="c.train.sede = 1", told=("line 22", "'sede'", "'seed'")),
+    Case("beta", ("--config.gkd.jsd_beta=2",), told=("gkd.jsd_beta", "[0, 1]")),
+    Case("fraction", ("--config.gkd.on_policy_fraction=1.5",), told=("on_policy_fraction",)),
+    Case("no_kernel", extra="c.student.lora.targets = ('r_proj',)", told=("r_proj", "q_proj")),
+    Case("no_model", ("--config.student.model=/no/such",), told=("/no/such",)),
+    Case("architecture", ("--config.student.model=FILES/mamba",), told=("mamba", "gemma3_text")),
+    data_case("unparsable", "unparsable.jsonl:2"),
+    data_case("empty", "empty.jsonl"),
+    data_case("no_turns", "no_turns.jsonl:1", "prompt"),
+    data_case("too_long", "too_long.jsonl:1", "data.max_length"),
+    Case("no_system", ("--config.student.model=FILES/no_system",), told=("System role", "user")),
+    Case("no_targets", extra="c.context.target_roles = ('tool',)", told=("data.train:0", "tool")),
+    Case("equal_views", ("--config.context.student_retained_turns=1",), told=("loss would be",)),
+    Case(
+        "other_tokenizer",
+        ("--config.teacher.backend=flax", "--config.teacher.model=FILES/other_tokenizer"),
+        told=("FILES/other_tokenizer", "FILES/student", "tokenizer"),
+    ),
+    Case(
+        "not_finite",
+        ("--config.optim.learning_rate=1e30", "--config.optim.warmup_ratio=0"),
+        code=3,
+        told=("at step 1", "checkpoints"),
+    ),
+    Case("good", ("--config.log.progress_bar=False",), code=0, workdir="good"),
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> pathlib.Path:
+    """Models and data that the cases refer to as FILES/..."""
+    directory = tmp_path_factory.mktemp("files")
+    factories.model_dir(directory / "student")
+    factories.model_dir(
+        directory / "no_system", chat_template=factories.CHAT_TEMPLATE_WITHOUT_SYSTEM
+    )
+    factories.model_dir(directory / "other_tokenizer")
+    tokenizer = directory / "other_tokenizer" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"A": 39', '"Ä": 39'))
+    (directory / "mamba").mkdir()
+    (directory / "mamba" / "config.json").write_text('{"model_type": "mamba"}')
+    for name, content in DATA_FILES.items():
+        (directory / name).write_text(content)
+    return directory
+
+
+def start(case: Case, files: pathlib.Path) -> subprocess.CompletedProcess:
+    config = files / f"{case.name}.py"
+    config.write_text(CONFIG.format(student=str(files / "student"), extra=case.extra))
+    arguments = [argument.replace("FILES", str(files)) for argument in case.arguments]
+    workdir = files / "runs" / (case.workdir or case.name)
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "gkdjax.main",
+            f"--config={config}",
+            f"--workdir={workdir}",
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": ""},
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(files) -> dict[str, subprocess.CompletedProcess]:
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        started = {case.name: pool.submit(start, case, files) for case in CASES}
+        return {name: future.result() for name, future in started.items()}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_exit_code_and_message(case, finished, files):
+    process = finished[case.name]
+    assert process.returncode == case.code, process.stderr
+    for text in case.told:
+        assert text.replace("FILES", str(files)) in process.stderr
+    assert "Traceback" not in process.stderr
+    if case.code:
+        assert process.stderr.strip().splitlines()[-1].startswith("gkdjax: ")
+
+
+def test_a_failed_run_keeps_its_last_good_checkpoint_and_its_metrics(finished, files):
+    assert finished["not_finite"].returncode == 3
+    workdir = files / "runs" / "not_finite"
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["1"]
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0]
+    assert not (workdir / "results.json").exists()
+
+
+def test_a_finished_run_shows_its_table_and_another_config_is_refused(finished, files):
+    assert finished["good"].returncode == 0
+    again = start(Case("good", ("--config.log.progress_bar=False",), workdir="good"), files)
+    assert again.returncode == 0
+    table = finished["good"].stdout
+    assert again.stdout == table and "3 steps" in table
+    arguments = ("--config.log.progress_bar=False", "--config.train.seed=7")
+    other = start(Case("good", arguments, workdir="good"), files)
+    assert other.returncode == 2
+    assert "config.train.seed (now 7, was 0)" in other.stderr

@@ -1,0 +1,360 @@
+"""The train step: per-token means however a batch is cut, every loss, and what it may not touch."""
+
+import dataclasses
+import functools
+
+import builders
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gkdjax import lora, losses, optim, sharding
+from gkdjax.config import Anchor, Gkd, Optim, Train
+from gkdjax.losses import top_k_logprobs
+from gkdjax.train_step import init_state, make_train_step, teacher_logits, token_divergence
+from gkdjax.types import TopKTargets, TrainState
+
+RAGGED = (4, 1, 2, 1, 1, 1, 3, 1)  # targets a row: parts of a batch hold 9 and 5, 7 and 2 ...
+BATCH = builders.batch(RAGGED)
+TARGETS = builders.dense_targets(BATCH)
+SGD = optax.sgd(1.0)  # its update is the gradient itself: nothing hides a wrong scale
+DECODER, PARAMS = builders.small_model()
+RATE = 0.125
+
+
+@functools.cache
+def step_function(
+    gkd=Gkd("forward_kl"), accumulation=1, anchor=Anchor(), seed=0, remat=False, devices=1
+):
+    """A step on the small model; each distinct call compiles a program, so ask for few."""
+    config = builders.config(gkd=gkd, train=Train(accumulation=accumulation, seed=seed))
+    config = dataclasses.replace(config, anchor=anchor)
+    mesh = jax.sharding.Mesh(np.asarray(jax.local_devices()[:devices]), ("data",))
+    decoder = dataclasses.replace(DECODER, remat=remat)
+    step = make_train_step(decoder, SGD, optax.constant_schedule(RATE), config, mesh)
+
+    def call(state, frozen, batch=BATCH, targets=TARGETS, anchor=None, *, divergence=None):
+        batch = sharding.shard_rows(mesh, batch)
+        state, frozen = sharding.replicate(mesh, (state, frozen))
+        return step(
+            *(state, frozen, batch, targets, anchor), divergence=divergence or gkd.divergence
+        )
+
+    return call
+
+
+def lora_state(dropout: float = 0.0, step: int = 0) -> TrainState:
+    """Fresh arrays each time: the step takes its state away."""
+    state = init_state(builders.adapters(DECODER, dropout=dropout), SGD)
+    return dataclasses.replace(state, step=jnp.int32(step))
+
+
+def leaves(state: TrainState) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state.trainable)]
+
+
+def assert_close(state, other, rtol=1e-5, atol=2e-6):
+    for got, wanted in zip(leaves(state), leaves(other), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=rtol, atol=atol)
+
+
+def largest_difference(state, other) -> float:
+    pairs = zip(leaves(state), leaves(other), strict=True)
+    return max(float(np.abs(a - b).max()) for a, b in pairs)
+
+
+@functools.cache
+def reference() -> tuple[TrainState, dict]:
+    """One step of the whole batch on one device."""
+    state, sums = step_function()(lora_state(), PARAMS)
+    return state, {name: float(value) for name, value in sums.items()}
+
+
+def student_logits(params=PARAMS, batch=BATCH):
+    """float32 [B,N,V] the straight way, adapters merged."""
+    hidden = _hidden(params, batch.student_tokens_BS, batch.student_mask_BS)
+    rows = np.arange(len(RAGGED))[:, None]
+    return np.asarray(hidden)[rows, batch.student_at_BN] @ np.asarray(params["embedding"]).T
+
+
+@jax.jit
+def _hidden(params, tokens_BS, mask_BS):
+    return DECODER.apply({"params": params}, tokens_BS, mask_BS)
+
+
+@functools.cache
+def merged_logits():
+    return student_logits(lora.merge(PARAMS, builders.adapters(DECODER)))
+
+
+def test_the_sums_are_those_of_the_tokens():
+    state, sums = reference()
+    loss_BN = losses.forward_kl(jnp.asarray(merged_logits()), teacher_logits(TARGETS))
+    wanted = np.asarray(loss_BN)[BATCH.target_mask_BN].sum()
+    np.testing.assert_allclose(sums["loss_sum"], wanted, rtol=1e-5)
+    assert sums["targets"] == sum(RAGGED)
+    assert sums["learning_rate"] == RATE
+    norm = np.sqrt(sum(((a - b) ** 2).sum() for a, b in zip(leaves(state), START, strict=True)))
+    np.testing.assert_allclose(sums["grad_norm"], norm, rtol=1e-4)
+    assert int(state.step) == 1
+
+
+START = leaves(lora_state())
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulation_is_the_one_large_batch(accumulation):
+    state, sums = step_function(accumulation=accumulation)(lora_state(), PARAMS)
+    wanted_state, wanted_sums = reference()
+    assert_close(state, wanted_state)
+    for name, value in wanted_sums.items():
+        np.testing.assert_allclose(sums[name], value, rtol=1e-5)
+
+
+def test_a_mean_of_means_would_be_seen():
+    """The same batch in two halves, as `accumulation` cuts it, each averaged by itself."""
+    updates, means = [], []
+    for half in (0, 1):
+        keep = (np.arange(len(RAGGED)) % 2 == half)[:, None]
+        part = dataclasses.replace(BATCH, target_mask_BN=BATCH.target_mask_BN & keep)
+        state, sums = step_function()(lora_state(), PARAMS, part)
+        updates.append([got - start for got, start in zip(leaves(state), START, strict=True)])
+        means.append(float(sums["loss_sum"] / sums["targets"]))
+    wanted_state, wanted_sums = reference()
+    gap = abs(np.mean(means) - wanted_sums["loss_sum"] / wanted_sums["targets"])
+    assert gap > 1e-2  # the tests above allow 1e-5
+    pairs = zip(leaves(wanted_state), START, *updates, strict=True)
+    assert max(np.abs((a + b) / 2 - (w - s)).max() for w, s, a, b in pairs) > 1e-3
+
+
+def test_four_devices_are_one():
+    state, sums = step_function(accumulation=2, devices=4)(lora_state(), PARAMS)
+    wanted_state, wanted_sums = reference()
+    assert_close(state, wanted_state)
+    for name, value in wanted_sums.items():
+        np.testing.assert_allclose(sums[name], value, rtol=1e-5)
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
+    assert len(jax.tree.leaves(state)[0].sharding.device_set) == 4
+
+
+def test_the_state_is_donated_and_the_base_is_not():
+    state, frozen = lora_state(), jax.tree.map(jnp.copy, PARAMS)
+    before = jax.tree.map(np.asarray, frozen)
+    step_function()(state, frozen)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.trainable))
+    jax.tree.map(np.testing.assert_array_equal, frozen, before)  # alive and unchanged
+
+
+BETA, T = 0.3, 2.0
+DENSE = {
+    "forward_kl": losses.forward_kl,
+    "reverse_kl": losses.reverse_kl,
+    "mixed": functools.partial(losses.mixed_kl, beta=BETA),
+    "generalized_jsd": functools.partial(losses.generalized_jsd, beta=BETA),
+}
+TOP_K = {
+    "forward_kl": losses.topk_forward_kl,
+    "reverse_kl": losses.topk_reverse_kl,
+    "mixed": functools.partial(losses.topk_jsd, beta=BETA),
+    "generalized_jsd": functools.partial(losses.topk_generalized_jsd, beta=BETA),
+}
+
+
+def top_k_targets(k: int, temperature: float = 1.0) -> TopKTargets:
+    top_k = top_k_logprobs(teacher_logits(TARGETS), k, temperature)
+    return TopKTargets(top_k, jnp.zeros(TARGETS.hidden_BNE.shape[:2]))
+
+
+@pytest.fixture(scope="module")
+def divergences() -> dict:
+    """{name: (ours, the library's)} of the four, all in one program."""
+
+    @jax.jit
+    def compute(logits_BNV):
+        found = {}
+        some, whole = top_k_targets(5, T), top_k_targets(32, T)
+        for name in DENSE:
+            gkd = Gkd(name, jsd_beta=BETA, temperature=T)
+            dense = DENSE[name](logits_BNV, teacher_logits(TARGETS), temperature=T)
+            found[name, "dense"] = token_divergence(logits_BNV, TARGETS, name, gkd), dense
+            found[name, "K=V"] = token_divergence(logits_BNV, whole, name, gkd), dense
+            for tail in ("bucket", "renormalize"):
+                ours = token_divergence(logits_BNV, some, name, dataclasses.replace(gkd, tail=tail))
+                wanted = TOP_K[name](logits_BNV, some.topk, tail=tail, temperature=T)
+                found[name, tail] = ours, wanted
+        return found
+
+    return jax.device_get(compute(jnp.asarray(merged_logits())))
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_every_divergence_is_the_one_of_the_library(divergences, name):
+    for form in ("dense", "K=V", "bucket", "renormalize"):
+        ours, wanted = divergences[name, form]
+        np.testing.assert_allclose(ours, wanted, rtol=1e-4, atol=1e-6)
+        close = [np.allclose(ours, other, rtol=1e-3) for _, other in divergences.values()]
+        assert sum(close) == (2 if form in ("dense", "K=V") else 1)  # no other one would pass
+
+
+def test_the_divergence_of_a_call_is_its_argument():
+    """Warm-up steps run through the same function with another name."""
+    step = step_function()
+    _, forward = step(lora_state(), PARAMS)
+    _, reverse = step(lora_state(), PARAMS, divergence="reverse_kl")
+    wanted = losses.reverse_kl(jnp.asarray(merged_logits()), teacher_logits(TARGETS))
+    np.testing.assert_allclose(
+        reverse["loss_sum"], np.asarray(wanted)[BATCH.target_mask_BN].sum(), rtol=1e-5
+    )
+    assert abs(float(forward["loss_sum"] - reverse["loss_sum"])) > 0.1
+
+
+def test_all_k_are_dense_and_accumulate():
+    state, sums = step_function(accumulation=2)(lora_state(), PARAMS, targets=top_k_targets(32))
+    assert_close(state, reference()[0], atol=1e-5)
+    np.testing.assert_allclose(sums["loss_sum"], reference()[1]["loss_sum"], rtol=1e-5)
+
+
+def test_padding_and_what_is_no_target_do_not_matter():
+    state, sums = step_function()(lora_state(), PARAMS, builders.batch(RAGGED, length=11))
+    assert_close(state, reference()[0])
+    np.testing.assert_allclose(sums["loss_sum"], reference()[1]["loss_sum"], rtol=1e-5)
+    # Padded ids, and teacher values where there is no target, even NaN.
+    mask_BN = BATCH.target_mask_BN
+    noisy = dataclasses.replace(
+        BATCH, student_tokens_BS=np.where(BATCH.student_mask_BS, BATCH.student_tokens_BS, 9)
+    )
+    nan = jnp.where(mask_BN[:, :, None], TARGETS.hidden_BNE, jnp.nan)
+    again, sums = step_function()(
+        lora_state(), PARAMS, noisy, dataclasses.replace(TARGETS, hidden_BNE=nan)
+    )
+    assert_close(again, reference()[0])
+    # A token of a prompt, on the other hand, is read.
+    other = np.array(BATCH.student_tokens_BS)
+    other[:, 1] = 3 + other[:, 1] % 7
+    _, sums = step_function()(
+        lora_state(), PARAMS, dataclasses.replace(BATCH, student_tokens_BS=other)
+    )
+    assert abs(float(sums["loss_sum"]) - reference()[1]["loss_sum"]) > 1e-2
+
+
+def test_nan_in_a_target_is_seen():
+    nan = TARGETS.hidden_BNE.at[2, 0, 0].set(jnp.nan)
+    _, sums = step_function()(
+        lora_state(), PARAMS, targets=dataclasses.replace(TARGETS, hidden_BNE=nan)
+    )
+    assert not np.isfinite(sums["loss_sum"])
+    assert not np.isfinite(sums["grad_norm"])
+
+
+def test_a_batch_without_a_target_is_no_zero_loss():
+    empty = dataclasses.replace(BATCH, target_mask_BN=np.zeros_like(BATCH.target_mask_BN))
+    _, sums = step_function()(lora_state(), PARAMS, empty)
+    assert sums["targets"] == 0
+    assert not np.isfinite(sums["loss_sum"] / sums["targets"])
+    assert not np.isfinite(sums["grad_norm"])
+
+
+def test_the_anchor_adds_its_weighted_mean():
+    anchor_batch = builders.batch((2, 4, 1, 3, 1, 2, 2, 1), seed=8)
+    anchor_targets = builders.dense_targets(anchor_batch, seed=9)
+    anchor = Anchor(weight=0.5, divergence="reverse_kl")
+    gkd = Gkd("forward_kl")
+    step = step_function(gkd, accumulation=2, anchor=anchor)
+    state, sums = step(lora_state(), PARAMS, anchor=(anchor_batch, anchor_targets))
+    alone, alone_sums = step_function()(
+        lora_state(), PARAMS, anchor_batch, anchor_targets, divergence="reverse_kl"
+    )
+    main, main_sums = reference()
+    np.testing.assert_allclose(sums["loss_sum"], main_sums["loss_sum"], rtol=1e-5)
+    np.testing.assert_allclose(sums["anchor_sum"], alone_sums["loss_sum"], rtol=1e-5)
+    assert (sums["targets"], sums["anchor_targets"]) == (sum(RAGGED), 16)
+    for got, m, a, start in zip(*map(leaves, (state, main, alone)), START, strict=True):
+        np.testing.assert_allclose(got - start, m - start + 0.5 * (a - start), rtol=1e-4, atol=3e-6)
+
+
+def test_dropout_is_a_function_of_seed_and_step():
+    step = step_function()
+
+    def after(number, step=step):
+        return step(lora_state(0.5, number), PARAMS)[0]
+
+    first = after(0)
+    assert largest_difference(after(0), first) == 0.0
+    assert largest_difference(after(1), first) > 1e-3
+    assert largest_difference(reference()[0], first) > 1e-3  # it is on
+    assert largest_difference(after(0, step_function(seed=1)), first) > 1e-3
+
+
+def test_dropout_differs_between_the_parts_of_a_batch():
+    """Two parts of the same rows, in one step: with one mask for both, the halves would agree."""
+    twice = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), BATCH)
+    targets = dataclasses.replace(TARGETS, hidden_BNE=jnp.repeat(TARGETS.hidden_BNE, 2, axis=0))
+    state, _ = step_function(accumulation=2)(lora_state(0.5), PARAMS, twice, targets)
+    once, _ = step_function()(lora_state(0.5), PARAMS)
+    assert largest_difference(state, once) > 1e-3
+
+
+def test_remat_changes_no_update():
+    state, _ = step_function(remat=True)(lora_state(0.5), PARAMS)
+    assert_close(state, step_function()(lora_state(0.5), PARAMS)[0])
+
+
+@pytest.mark.parametrize("teacher_vocab", [27, 40])
+def test_vocabularies_padded_differently_are_compared_on_what_both_have(teacher_vocab):
+    targets = builders.dense_targets(BATCH, vocab=teacher_vocab)
+    shared = min(teacher_vocab, 32)
+
+    @jax.jit
+    def both(logits_BNV, targets):
+        teacher = teacher_logits(targets)[..., :shared]
+        wanted = losses.forward_kl(logits_BNV[..., :shared], teacher)
+        return token_divergence(logits_BNV, targets, "forward_kl", Gkd("forward_kl")), wanted
+
+    got, wanted = both(merged_logits(), targets)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    beyond = np.array(targets.unembedding_VE)
+    beyond[shared:] = 50.0
+    logits = np.array(merged_logits())
+    logits[..., shared:] = 50.0
+    again, _ = both(logits, dataclasses.replace(targets, unembedding_VE=beyond))
+    np.testing.assert_array_equal(again, got)
+
+
+def test_full_fine_tuning_is_adamw_of_every_parameter():
+    optimizer_config = Optim(learning_rate=0.01, warmup_ratio=0.0, max_grad_norm=0.5)
+    optimizer = optim.optimizer(optimizer_config, 10)
+    mesh = sharding.data_mesh()
+    config = builders.config(gkd=Gkd("forward_kl"), train=Train(accumulation=2))
+    schedule = optim.schedule(optimizer_config, 10)
+    step = make_train_step(DECODER, optimizer, schedule, config, mesh)
+    state = init_state(jax.tree.map(jnp.copy, PARAMS), optimizer)
+    state = sharding.replicate(mesh, state)
+    got, sums = step(
+        *(state, None, sharding.shard_rows(mesh, BATCH), TARGETS, None), divergence="forward_kl"
+    )
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        variables = {"params": params}
+        hidden = DECODER.apply(variables, BATCH.student_tokens_BS, BATCH.student_mask_BS)
+        logits = DECODER.apply(variables, hidden, method="unembed")
+        rows = np.arange(len(RAGGED))[:, None]
+        loss_BN = losses.forward_kl(logits[rows, BATCH.student_at_BN], teacher_logits(TARGETS))
+        return jnp.sum(jnp.where(BATCH.target_mask_BN, loss_BN, 0.0)) / sum(RAGGED)
+
+    grads = gradient(PARAMS)
+    norm = np.sqrt(sum(float(jnp.sum(g * g)) for g in jax.tree.leaves(grads)))
+    np.testing.assert_allclose(sums["grad_norm"], norm, rtol=1e-5)
+    assert norm > 0.5  # the clip acts
+
+    def check(new, old, grad):
+        clipped = np.asarray(grad) * 0.5 / norm
+        sure = np.abs(clipped) > 1e-5  # Adam's first step is all but the sign
+        wanted = old - 0.01 * clipped / (np.abs(clipped) + 1e-8)
+        np.testing.assert_allclose(np.asarray(new)[sure], wanted[sure], atol=2e-5)
+        assert sure.mean() > 0.5
+
+    jax.tree.map(check, got.trainable, jax.tree.map(np.asarray, PARAMS), grads)

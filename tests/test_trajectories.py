@@ -1,0 +1,84 @@
+"""The teacher's text is written once: whatever interrupts it, the file ends up the same."""
+
+import types
+
+import numpy as np
+import pytest
+
+from gkdjax.trajectories import write_once
+from gkdjax.types import Trajectory
+
+PROMPTS = [np.arange(n + 1, dtype=np.int32) for n in range(7)]
+NAMES = [f"data.jsonl:{n}" for n in range(7)]
+SEEDS = list(range(100, 107))
+CHAT = types.SimpleNamespace(decode=lambda ids: "é\u2028" + " ".join(map(str, ids)))
+
+
+class Writer:
+    """Writes text that depends on the whole chunk, as a padded batch's rounding may."""
+
+    def __init__(self, fails_at: int = 99):
+        self.chunks, self._fails_at = [], fails_at
+
+    def __call__(self, prompts, seeds):
+        if len(self.chunks) == self._fails_at:
+            raise KeyboardInterrupt
+        self.chunks.append([len(prompt) for prompt in prompts])
+        return [
+            Trajectory(np.array([len(p), seed, len(prompts)], np.int32), finished=seed % 2 == 0)
+            for p, seed in zip(prompts, seeds, strict=True)
+        ]
+
+
+def write(path, writer) -> list[tuple[list[int], bool]]:
+    written = write_once(path, NAMES, PROMPTS, SEEDS, writer, CHAT, chunk=3, show=False)
+    assert all(t.ids.dtype == np.int32 for t in written)
+    return [(t.ids.tolist(), t.finished) for t in written]
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """(trajectories, file content) of a run that nothing interrupts."""
+    path = tmp_path / "whole.jsonl"
+    return write(path, Writer()), path.read_bytes()
+
+
+def test_chunks_in_order(tmp_path, whole):
+    writer = Writer()
+    write(tmp_path / "file.jsonl", writer)
+    assert writer.chunks == [[1, 2, 3], [4, 5, 6], [7]]
+    assert whole[0][4] == ([5, 104, 3], True)
+    assert whole[1].count(b"\n") == 7
+
+
+def test_a_complete_file_is_read_and_nothing_is_written(tmp_path, whole):
+    path = tmp_path / "whole.jsonl"
+    writer = Writer()
+    assert write(path, writer) == whole[0]
+    assert writer.chunks == []
+    assert path.read_bytes() == whole[1]
+
+
+def test_stopped_between_chunks(tmp_path, whole):
+    path = tmp_path / "file.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        write(path, Writer(fails_at=2))
+    assert path.read_bytes().count(b"\n") == 6  # what was paid for is kept
+    writer = Writer()
+    assert write(path, writer) == whole[0]
+    assert writer.chunks == [[7]]
+    assert path.read_bytes() == whole[1]
+
+
+@pytest.mark.parametrize("lines", range(7))
+@pytest.mark.parametrize("torn", ["", '{"row": "data.js', "all but the newline"])
+def test_stopped_in_the_middle_of_a_chunk_or_a_line(tmp_path, whole, lines, torn):
+    path = tmp_path / "file.jsonl"
+    all_lines = whole[1].decode().splitlines(keepends=True)
+    tail = all_lines[lines][:-1] if torn.startswith("all") else torn
+    path.write_text("".join(all_lines[:lines]) + tail)
+    writer = Writer()
+    assert write(path, writer) == whole[0]
+    assert sum(writer.chunks, []) == list(range(lines // 3 * 3 + 1, 8))
+    assert path.read_bytes() == whole[1]
+    assert not list(tmp_path.glob("*.part"))
