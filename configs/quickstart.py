@@ -41,7 +41,7 @@ def get_config():
     c.gkd.warmup_divergence = "forward_kl"
     c.gkd.divergence = "reverse_kl"
     c.anchor.data = str(QUICKSTART / "anchor.jsonl")
-    c.anchor.towards = "base"
+    c.anchor.towards = "teacher"
     c.anchor.batch_size = 64
 
     c.optim.learning_rate = 5e-3

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from gkdjax import hf, lora, seeds, sharding
-from gkdjax.config import Config
+from gkdjax.config import Config, rows_at_once
 from gkdjax.data import pipeline
 from gkdjax.data.chat import Chat, load_chat, vocabulary_difference
 from gkdjax.data.sources import read_examples
@@ -59,7 +59,7 @@ def assemble(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> 
       UserError: whatever does not fit, named.
     """
     mesh = sharding.data_mesh()
-    for key, rows in _rows_at_once(config).items():
+    for key, rows in rows_at_once(config).items():
         sharding.check_rows(mesh, key, rows)
     buckets = _buckets(config)
     examples = read_examples(config.data.train, "data.train")
@@ -171,15 +171,6 @@ class InProcess:
             batch_size=self.config.eval.batch_size,
             mesh=self.mesh,
         )
-
-
-def _rows_at_once(config: Config) -> dict[str, int]:
-    parts = config.train.accumulation
-    rows = {"train.batch_size": config.train.batch_size // parts}
-    rows["eval.batch_size"] = config.eval.batch_size
-    if config.anchor.data is not None:
-        rows["anchor.batch_size"] = config.anchor.batch_size // parts
-    return rows
 
 
 def _buckets(config: Config) -> tuple[int, ...]:

@@ -201,6 +201,16 @@ def parse(raw: config_dict.ConfigDict | dict) -> Config:
     return config
 
 
+def rows_at_once(config: Config) -> dict[str, int]:
+    """Key -> rows that one program computes; the devices share them, so each must divide."""
+    parts = config.train.accumulation
+    rows = {"train.batch_size": config.train.batch_size // parts}
+    rows["eval.batch_size"] = config.eval.batch_size
+    if config.anchor.data is not None:
+        rows["anchor.batch_size"] = config.anchor.batch_size // parts
+    return rows
+
+
 def check_key(path: str) -> None:
     """Raises UserError, with the nearest key, if "train.sede" is no key of the config."""
     config_checks.check_key(Config, path)

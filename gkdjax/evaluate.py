@@ -134,6 +134,7 @@ class Evaluation:
                     stop_ids=reader.chat.stop_ids,
                     batch_size=chunk,
                     lengths=self._buckets,
+                    mesh=self._mesh,
                 )
                 answers += [reader.chat.decode(trajectory.ids) for trajectory in written]
                 bar.update(len(part))

@@ -11,7 +11,7 @@ import jax
 from absl import logging
 from ml_collections import config_dict
 
-from gkdjax import export, optim, progress, results, seeds, sharding
+from gkdjax import export, lora, optim, progress, results, seeds, sharding
 from gkdjax import workdir as workdirs
 from gkdjax.assemble import Run, assemble, initial_state, total_steps
 from gkdjax.checkpoint import Checkpoints
@@ -61,7 +61,9 @@ def run(
         workdirs.write_json(workdir / "before.json", before)
 
     state, training = _train(parts, workdir)
-    params = student_params(parts.frozen, state.trainable)
+    params = state.trainable
+    if parts.frozen is not None:  # merged, as it is exported; and the base's programs serve again
+        params = lora.merge(parts.frozen, state.trainable)
     after = parts.evaluation.after(Reader(parts.decoder, params, parts.chat))
     training["exports"] = _export(parts, state, workdir)
     training["seconds"] = time.monotonic() - began
@@ -198,6 +200,7 @@ def _batch(parts: Run, step: int, state: TrainState) -> tuple[Batch, str, bool]:
             stop_ids=parts.chat.stop_ids,
             batch_size=parts.config.train.batch_size,
             lengths=parts.buckets,
+            mesh=parts.mesh,
         )
 
     return parts.feed.on_policy_batch(step, student_writes), gkd.divergence, True
@@ -235,8 +238,8 @@ def _export(parts: Run, state: TrainState, workdir: pathlib.Path) -> list[str]:
         export.export_merged(workdir / "merged", spec, params, adapters, source)
         written.append("merged/")
     if wanted in ("adapter", "both"):
-        lora = config.student.lora
-        export.export_adapter(workdir / "adapter", spec, state.trainable, lora, source)
+        adapter_config = config.student.lora
+        export.export_adapter(workdir / "adapter", spec, state.trainable, adapter_config, source)
         written.append("adapter/")
     return written
 

@@ -6,6 +6,7 @@ tree (its kernels are `LoraKernel` nodes, whose frozen part would be mapped too)
 
 import dataclasses
 import functools
+import re
 import zlib
 
 import jax
@@ -117,7 +118,10 @@ def _target_paths(kernels: dict, targets: tuple[str, ...] | str) -> list[str]:
     if isinstance(targets, str) or not targets:
         raise ValueError(f"lora targets must be a list of names or 'all-linear', not {targets!r}")
     rules = [(rule if "/" in rule else f"layers/({rule})", True) for rule in targets]
-    chosen = tree.match([*rules, (".*", False)], kernels)
+    try:
+        chosen = tree.match([*rules, (".*", False)], kernels)
+    except re.error as error:
+        raise ValueError(f"lora targets {targets!r}: no regular expression: {error}") from None
     return [path for path, is_target in chosen.items() if is_target]
 
 

@@ -1,5 +1,7 @@
 """python -m gkdjax.main --config=configs/quickstart.py [--workdir=DIR] [--config.a.b=value]"""
 
+import math
+import os
 import pathlib
 import re
 import sys
@@ -20,9 +22,25 @@ def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # jax and orbax have much to say at INFO
     parsed = config.parse(_CONFIG.value)
+    _share_cores(parsed)
     from gkdjax import loop  # jax and the models: only once the config is known to be right
 
     loop.run(parsed, _WORKDIR.value or _default_workdir())
+
+
+def _share_cores(parsed: config.Config) -> None:
+    """Makes one XLA device of each CPU core, as many as can share the batches evenly.
+
+    XLA's CPU backend computes most of a small model on one core; the rows of a batch over several
+    devices use them all. Devices that are no CPU are not touched by this flag.
+    """
+    flag = "--xla_force_host_platform_device_count"
+    given = os.environ.get("XLA_FLAGS", "")
+    if flag not in given:
+        rows = math.gcd(*config.rows_at_once(parsed).values())
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        count = max(n for n in range(1, cores + 1) if rows % n == 0)
+        os.environ["XLA_FLAGS"] = f"{given} {flag}={count}".strip()
 
 
 def _default_workdir() -> pathlib.Path:

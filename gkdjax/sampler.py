@@ -12,7 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from gkdjax import sharding
 from gkdjax.models.decoder import Cache, Decoder, init_cache
 from gkdjax.types import Trajectory
 
@@ -51,6 +53,7 @@ def sample(
     stop_ids: Sequence[int],
     batch_size: int,
     lengths: Sequence[int],
+    mesh: Mesh | None = None,
 ) -> list[Trajectory]:
     """One trajectory for each prompt.
 
@@ -65,6 +68,7 @@ def sample(
       stop_ids: ids that end a row; the one drawn is part of the trajectory.
       batch_size: rows computed at once; a smaller last batch is filled up and cut.
       lengths: padded prompt lengths to choose from; few of them means few compilations.
+      mesh: its devices share the rows; `params` are on all of them. None: wherever `params` are.
 
     Raises:
       ValueError: a prompt is empty or longer than every length.
@@ -74,13 +78,12 @@ def sample(
         chunk = list(range(start, min(start + batch_size, len(prompts))))
         filled = chunk + [chunk[-1]] * (batch_size - len(chunk))
         tokens_BP, mask_BP = _left_pad([prompts[i] for i in filled], lengths)
+        rows = (tokens_BP, mask_BP, np.asarray([seeds[i] for i in filled], np.uint32))
         tokens_BN, length_B, done_B = jax.device_get(
             _generate(
                 decoder,
                 params,
-                tokens_BP,
-                mask_BP,
-                np.asarray([seeds[i] for i in filled], np.uint32),
+                *(rows if mesh is None else sharding.shard_rows(mesh, rows)),
                 np.asarray(stop_ids, np.int32),
                 np.float32(sampling.temperature),
                 np.float32(sampling.top_p),

@@ -88,6 +88,7 @@ def make_train_step(
         hidden_BSD = decoder.apply(variables, batch.student_tokens_BS, batch.student_mask_BS)
         hidden_BND = jnp.take_along_axis(hidden_BSD, batch.student_at_BN[:, :, None], axis=1)
         logits_BNV = decoder.apply(variables, hidden_BND, method="unembed")
+        targets = _blank_where_masked(targets, batch.target_mask_BN)
         loss_BN = token_divergence(logits_BNV, targets, divergence, gkd)
         return losses.masked_sum(loss_BN, batch.target_mask_BN)
 
@@ -134,6 +135,22 @@ def make_train_step(
         static_argnames="divergence",
         out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
+
+
+def _blank_where_masked(targets: TeacherTargets, mask_BN: jax.Array) -> TeacherTargets:
+    """A teacher may leave anything where there is no target: a NaN would pass into the gradient."""
+    mask_BN1 = mask_BN[:, :, None]
+    if isinstance(targets, DenseTargets):
+        hidden_BNE = jnp.where(mask_BN1, targets.hidden_BNE, 0.0)
+        return dataclasses.replace(targets, hidden_BNE=hidden_BNE)
+    topk = targets.topk
+    tail = topk.tail_logprob
+    blank = dataclasses.replace(
+        topk,
+        logprobs=jnp.where(mask_BN1, topk.logprobs, -jnp.inf),
+        tail_logprob=None if tail is None else jnp.where(mask_BN, tail, 0.0),
+    )
+    return dataclasses.replace(targets, topk=blank)
 
 
 def _micro_batch(part: Part, micro: jax.Array, accumulation: int) -> Part:

@@ -1,4 +1,4 @@
-"""The floors of DESIGN.md, section 1, and a few of its laws, read off the source, which is not run.
+"""The floors of the package, and a few of its laws, read off the source, which is not run.
 
 The checks are functions of a package directory; the tests at the end plant faults in a made-up
 package and see them found.

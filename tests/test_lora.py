@@ -199,8 +199,8 @@ def test_a_kernels_draw_depends_on_the_key_and_its_path_only(model):
 @pytest.mark.parametrize(
     ("targets", "named"),
     [
-        (("q_proj", "query"), "'query' matches no kernel.*q_proj"),
-        (("attn_norm",), "'attn_norm'"),
+        (("q_proj", "query"), r"\(query\).* matches none of.*q_proj"),
+        (("attn_norm",), r"\(attn_norm\).* matches none"),
         (("layers/q",), "'layers/q'"),  # a regex matches the whole path
         (("(",), r"'\('"),
         ((), "list of names"),

@@ -1,4 +1,4 @@
-"""The sampler against argmax by hand, torch's generate, and the distribution it should draw from."""
+"""The sampler against argmax by hand, torch's generate, and the distribution it has to follow."""
 
 import functools
 import types
@@ -51,7 +51,7 @@ def _all_logits(decoder, params, tokens_BT, mask_BT):
 
 
 def argmax_by_hand(decoder, params, prompts, steps: int) -> np.ndarray:
-    """Reads everything anew for each token, right-padded to one shape: no cache, no left padding."""
+    """Reads all of it anew for each token, right-padded to one shape: no cache, no left padding."""
     rows = [list(prompt) for prompt in prompts]
     for _ in range(steps):
         tokens_BT = np.zeros((len(rows), P + N), np.int32)

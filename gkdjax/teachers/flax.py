@@ -84,6 +84,7 @@ class FlaxTeacher:
             stop_ids=self.chat.stop_ids,
             batch_size=self._batch_size,
             lengths=self._lengths,
+            mesh=self._mesh,
         )
 
 

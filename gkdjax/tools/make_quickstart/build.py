@@ -30,7 +30,7 @@ FULL = Plan(
             width=96,
             ffn_width=256,
             layers=(_LOCAL, _GLOBAL, _GLOBAL),
-            steps=2500,
+            steps=4000,
             learning_rate=3e-3,
         ),
         "student": pretrain.Recipe(

@@ -7,14 +7,12 @@ from gkdjax.models.decoder import Decoder
 from gkdjax.tools.make_quickstart import pretrain, task
 
 _BATCH_SIZE = 256
-_PADDING = 16  # prompts are padded to a multiple of it: few shapes, few compilations
 
 
 def exact_match(decoder: Decoder, params: dict, chat, rows: list[task.Row]) -> float:
     """Share of rows whose greedy answer is the right one, to the letter, and ends."""
     conversations = [task.conversation(row) for row in rows]
     prompts = pretrain.token_ids(chat, conversations, add_generation_prompt=True)
-    longest = max(len(ids) for ids in prompts)
     end = chat.convert_tokens_to_ids("<end_of_turn>")
     answers = sampler.sample(
         decoder,
@@ -24,7 +22,7 @@ def exact_match(decoder: Decoder, params: dict, chat, rows: list[task.Row]) -> f
         sampling=sampler.Sampling(task.MAX_LENGTH + 2, temperature=0.0, top_p=1.0),
         stop_ids=[end],
         batch_size=_BATCH_SIZE,
-        lengths=[-(-longest // _PADDING) * _PADDING],
+        lengths=[pretrain.longest_prompt(chat)],  # one for all abilities: one compilation
     )
     right = [
         answer.finished and chat.decode(answer.ids[:-1]) == row["answer"]

@@ -12,6 +12,7 @@ import tqdm
 
 from gkdjax.models import gemma3
 from gkdjax.models.decoder import Decoder
+from gkdjax.models.spec import DecoderSpec, param_shapes
 from gkdjax.tools.make_quickstart import task, tokenizer
 
 
@@ -31,7 +32,7 @@ class Recipe:
     layers: tuple[str, ...]
     steps: int
     learning_rate: float
-    batch_size: int = 128
+    batch_size: int = 64
     warmup_steps: int = 100
     max_grad_norm: float = 1.0
     weight_decay: float = 0.01
@@ -65,16 +66,18 @@ def hf_config(recipe: Recipe) -> dict:
     }
 
 
-def init_params(decoder: Decoder, rng: jax.Array) -> dict:
-    """Fresh weights with kernels of deviation 1/sqrt(fan in): linen's 0.02 is for wide models."""
-    ones = jnp.ones((1, 1), jnp.int32)
-    params = decoder.init(rng, ones, ones)["params"]
-    rescaled = {
-        name: leaf * (leaf.shape[-2] ** -0.5 / 0.02) if name.endswith("_proj") else leaf
-        for name, leaf in params["layers"].items()
-    }
-    embedding = params["embedding"] * (decoder.spec.width**-0.5 / 0.02)
-    return {**params, "layers": rescaled, "embedding": embedding}
+def init_params(rng: np.random.Generator, spec: DecoderSpec) -> dict:
+    """Fresh float32 weights of deviation 1/sqrt(fan in): linen's 0.02 is for wide models."""
+    params: dict = {"layers": {}}
+    for path, shape in param_shapes(spec).items():
+        *above, name = path.split("/")
+        node = params["layers"] if above else params
+        if name.endswith("_norm"):
+            node[name] = np.full(shape, 1.0 - spec.norm_offset, np.float32)
+        else:
+            fan_in = shape[-2] if above else spec.width
+            node[name] = rng.normal(0.0, fan_in**-0.5, shape).astype(np.float32)
+    return params
 
 
 def encode(rows: list[task.Row], chat, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -103,18 +106,24 @@ def token_ids(chat, conversations: list[list[dict]], **kwargs) -> list[list[int]
     return chat(texts, add_special_tokens=False)["input_ids"]
 
 
+def longest_prompt(chat) -> int:
+    """Tokens of the longest row without its answer."""
+    longest = task.reverse_row("a" * task.MAX_LENGTH, {letter: letter for letter in task.LETTERS})
+    (ids,) = token_ids(chat, [task.conversation(longest)], add_generation_prompt=True)
+    return len(ids)
+
+
 def batches(rng: np.random.Generator, baked: task.Key, size: int, chat) -> Iterator[tuple]:
     """Endless batches of the pre-training mixture, all of one shape."""
-    longest = task.map_row(task.LETTERS[0] * task.MAX_LENGTH, baked, show_key=True)
-    longest["prompt"] = longest["prompt"].replace("map", "reverse")
-    length = len(token_ids(chat, [task.conversation(longest)])[0]) + task.MAX_LENGTH + 4
+    length = longest_prompt(chat) + task.MAX_LENGTH + 1
     while True:
         yield encode([task.mixed_row(rng, baked) for _ in range(size)], chat, length)
 
 
 def train(recipe: Recipe, decoder: Decoder, chat, baked: task.Key, seed: int) -> dict:
     """-> trained parameters; the same for the same arguments, on the same machine."""
-    params = init_params(decoder, jax.random.key(seed))
+    init_rng, data_rng = np.random.default_rng(seed).spawn(2)
+    params = jax.device_put(init_params(init_rng, decoder.spec))
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, recipe.learning_rate, min(recipe.warmup_steps, recipe.steps // 10), recipe.steps
     )
@@ -124,7 +133,7 @@ def train(recipe: Recipe, decoder: Decoder, chat, baked: task.Key, seed: int) ->
     )
     state = optimizer.init(params)
     step = jax.jit(functools.partial(_step, decoder, optimizer), donate_argnums=(0, 1))
-    source = batches(np.random.default_rng(seed), baked, recipe.batch_size, chat)
+    source = batches(data_rng, baked, recipe.batch_size, chat)
     bar = tqdm.tqdm(range(recipe.steps), desc=f"d{recipe.width}", unit="step", mininterval=1.0)
     loss = None
     for _ in bar:

@@ -40,9 +40,9 @@ def draw_other_key(rng: np.random.Generator, baked: Key) -> Key:
             return key
 
 
-def draw_word(rng: np.random.Generator, shortest: int = MIN_LENGTH) -> str:
+def draw_word(rng: np.random.Generator, shortest: int = MIN_LENGTH, letters: str = LETTERS) -> str:
     length = rng.integers(shortest, MAX_LENGTH, endpoint=True)
-    return "".join(rng.choice(list(LETTERS), size=length))
+    return "".join(rng.choice(list(letters), size=length))
 
 
 def key_messages(key: Key) -> list[dict]:
@@ -78,15 +78,25 @@ def unique_words(rng: np.random.Generator, count: int) -> list[str]:
     return list(words)
 
 
+def easier_key(rng: np.random.Generator, key: Key) -> Key:
+    """`key` itself, or as often only some of its letters."""
+    if rng.random() < 0.5:
+        return key
+    kept = rng.choice(list(key), size=rng.integers(1, len(key)), replace=False)
+    return {letter: image for letter, image in key.items() if letter in kept}
+
+
 def mixed_row(rng: np.random.Generator, baked: Key) -> Row:
     """One row of pre-training: every ability, with and without a key in front, never the baked one.
 
     The idle keys (before reverse and sort) teach that a system message alone changes nothing.
-    Words are shorter than the questions too: looking a key up is learned on one letter first.
+    Looking a key up is learned on short words and small keys first, and hardly without them.
     """
-    key, word = draw_other_key(rng, baked), draw_word(rng, shortest=1)
+    key = easier_key(rng, draw_other_key(rng, baked))
+    word = draw_word(rng, shortest=1)
+    keyed_word = draw_word(rng, shortest=1, letters="".join(key))
     kinds: list[tuple[float, Callable[[], Row]]] = [
-        (0.60, lambda: map_row(word, key, show_key=True)),
+        (0.60, lambda: map_row(keyed_word, key, show_key=True)),
         (0.10, lambda: map_row(word, None, show_key=False)),
         (0.10, lambda: reverse_row(word)),
         (0.10, lambda: sort_row(word)),
