@@ -37,17 +37,17 @@ def get_config():
     c.trajectory.top_p = 1.0
 
     c.gkd.on_policy_fraction = 1.0
-    c.gkd.on_policy_warmup_steps = 200
+    c.gkd.on_policy_warmup_steps = 150
     c.gkd.warmup_divergence = "forward_kl"
     c.gkd.divergence = "reverse_kl"
     c.anchor.data = str(QUICKSTART / "anchor.jsonl")
-    c.anchor.towards = "teacher"
+    c.anchor.towards = "base"
     c.anchor.batch_size = 64
 
     c.optim.learning_rate = 5e-3
-    c.optim.warmup_ratio = 0.075
+    c.optim.warmup_ratio = 0.1
     c.train.epochs = None
-    c.train.steps = 400
+    c.train.steps = 300
     c.train.batch_size = 64
     c.train.export = "both"
 

@@ -58,6 +58,8 @@ def assemble(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> 
     Raises:
       UserError: whatever does not fit, named.
     """
+    if teacher is not None and not isinstance(teacher, Teacher):
+        raise UserError(f"{teacher!r} is no teacher: see gkdjax.teachers.protocol.Teacher")
     mesh = sharding.data_mesh()
     for key, rows in rows_at_once(config).items():
         sharding.check_rows(mesh, key, rows)
@@ -76,7 +78,7 @@ def assemble(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> 
         toggle.require_longer_view(feed.views_differ())
 
     decoder, base = _load(config, config.student.model, config.student.dtype, mesh)
-    in_process = InProcess(config, buckets, mesh)
+    in_process = InProcess(config, buckets, mesh, decoder.spec.vocab_size)
     if teacher is None and toggles:
         teacher = in_process.teacher(decoder, base, chat, "the student's base, adapter off")
     elif teacher is None:
@@ -147,6 +149,7 @@ class InProcess:
     config: Config
     buckets: Sequence[int]
     mesh: Mesh
+    vocab_size: int  # of the student
 
     @property
     def sampling(self) -> Sampling:
@@ -154,11 +157,10 @@ class InProcess:
         return Sampling(c.max_new_tokens, c.temperature, c.top_p)
 
     def teacher(self, decoder: Decoder, params: dict, chat: Chat, description: str) -> FlaxTeacher:
-        k = self.config.teacher.top_k
-        if k is not None and k > decoder.spec.vocab_size:
+        k, shared = self.config.teacher.top_k, min(self.vocab_size, decoder.spec.vocab_size)
+        if k is not None and k > shared:
             raise UserError(
-                f"config.teacher.top_k = {k}: the vocabulary has {decoder.spec.vocab_size} tokens;"
-                " None takes them all"
+                f"config.teacher.top_k = {k}: the vocabulary has {shared} tokens; None takes all"
             )
         return FlaxTeacher(
             decoder,
@@ -166,6 +168,7 @@ class InProcess:
             chat,
             description,
             top_k=k,
+            vocab_size=self.vocab_size,
             temperature=self.config.gkd.temperature,
             lengths=self.buckets,
             batch_size=self.config.eval.batch_size,
@@ -282,8 +285,6 @@ def _load(config: Config, directory: str, dtype: str | None, mesh: Mesh) -> tupl
 
 
 def _check_capabilities(config: Config, teacher: Teacher, feed: Feed) -> None:
-    if not isinstance(teacher, Teacher):
-        raise UserError(f"{teacher!r} is no teacher: see gkdjax.teachers.protocol.Teacher")
     gkd = config.gkd
     off_policy = gkd.on_policy_fraction < 1 or gkd.on_policy_warmup_steps > 0
     reasons = refusals(

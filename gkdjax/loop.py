@@ -155,6 +155,8 @@ class Recorder:
         sums = {name: float(value) for name, value in jax.device_get(sums).items()}
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
+        if sums["targets"] == 0:
+            raise TrainingFailure(f"the batch of step {step} has no target token")
         values = {
             "loss": sums["loss_sum"] / sums["targets"],
             "divergence": divergence,

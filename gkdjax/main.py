@@ -28,19 +28,30 @@ def main(argv: list[str]) -> None:
     loop.run(parsed, _WORKDIR.value or _default_workdir())
 
 
-def _share_cores(parsed: config.Config) -> None:
-    """Makes one XLA device of each CPU core, as many as can share the batches evenly.
+_SMALL_MODEL_BYTES = 64 * 2**20
+_FEWEST_ROWS_PER_CORE = 8
 
-    XLA's CPU backend computes most of a small model on one core; the rows of a batch over several
-    devices use them all. Devices that are no CPU are not touched by this flag.
+
+def _share_cores(parsed: config.Config) -> None:
+    """Small models on a CPU: makes an XLA device of each core, and the rows of a batch use them.
+
+    XLA's CPU backend computes most of a small model on one core. A large model's matrix products
+    use all of them anyway, and every device would hold a copy of it. The flag does not touch
+    devices that are no CPU, and a number that the user has set stays.
     """
     flag = "--xla_force_host_platform_device_count"
     given = os.environ.get("XLA_FLAGS", "")
-    if flag not in given:
-        rows = math.gcd(*config.rows_at_once(parsed).values())
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        count = max(n for n in range(1, cores + 1) if rows % n == 0)
-        os.environ["XLA_FLAGS"] = f"{given} {flag}={count}".strip()
+    weights = [
+        path.stat().st_size
+        for model in {parsed.student.model, parsed.teacher.model} - {""}
+        for path in pathlib.Path(model).glob("*.safetensors")
+    ]
+    if flag in given or sum(weights) > _SMALL_MODEL_BYTES:
+        return
+    rows = math.gcd(*config.rows_at_once(parsed).values())
+    cores = min(os.cpu_count() or 1, max(rows // _FEWEST_ROWS_PER_CORE, 1))
+    count = max(n for n in range(1, cores + 1) if rows % n == 0)
+    os.environ["XLA_FLAGS"] = f"{given} {flag}={count}".strip()
 
 
 def _default_workdir() -> pathlib.Path:

@@ -37,6 +37,10 @@ MOST_LINES = 400
 GET_WITH_DEFAULT: set[tuple[str, str]] = {
     # A type's name for an error message.
     ("config_checks.py", "{dict: 'dict'}.get(hint, getattr(hint, '__name__', str(hint)))"),
+    # An unset environment variable and an empty one are the same.
+    ("main.py", "os.environ.get('XLA_FLAGS', '')"),
+    # A column that a row need not have.
+    ("tools/make_quickstart/task.py", "row.get('prefix_messages', ())"),
 }
 
 

@@ -94,7 +94,7 @@ def test_a_custom_teacher_is_learnt_from_and_everything_is_handed_over(student, 
     results = loop.run(c, tmp_path / "run", teacher=teacher)
     lines = metrics(tmp_path / "run")
     assert lines[-1]["loss"] < 0.2 * lines[0]["loss"]
-    assert results["steps"] == 30 and results["samples"]["prompted_teacher"] == ["T"] * 3
+    assert results["steps"] == 30 and results["samples"]["prompted_teacher"] == ["K"] * 3
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
     decoder, params = hf.load_pretrained(str(tmp_path / "run" / "merged"))
     hidden = decoder.apply({"params": params}, np.full((1, 8), 60), np.ones((1, 8), bool))
@@ -151,7 +151,10 @@ def test_on_policy_batches_are_drawn_logged_and_come_after_the_warm_up(student, 
 
 def test_self_baking_brings_the_student_nearer_to_its_prompted_self(student, tmp_path):
     questions = [{"prompt": f"tell {i}", "answer": "x"} for i in range(5)]
-    c = small(student, train__steps=40, eval__questions=questions, gkd__divergence="forward_kl")
+    c = small(student, train__steps=60, eval__questions=questions, gkd__divergence="forward_kl")
+    c.data.train = [{"prompt": f"tell {i}"} for i in range(10, 60)]
+    c.optim.learning_rate = 2e-3
+    c.student.lora.rank = 8
     results = loop.run(c, tmp_path)
     assert results["prompted_base"]["forward_kl"] == pytest.approx(0.0, abs=1e-5)
     assert results["student"]["forward_kl"] < 0.5 * results["base"]["forward_kl"]

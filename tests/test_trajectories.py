@@ -5,6 +5,7 @@ import types
 import numpy as np
 import pytest
 
+from gkdjax.errors import UserError
 from gkdjax.trajectories import write_once
 from gkdjax.types import Trajectory
 
@@ -82,3 +83,21 @@ def test_stopped_in_the_middle_of_a_chunk_or_a_line(tmp_path, whole, lines, torn
     assert [n for chunk in writer.chunks for n in chunk] == list(range(lines // 3 * 3 + 1, 8))
     assert path.read_bytes() == whole[1]
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_text_of_other_rows_is_refused(tmp_path):
+    path = tmp_path / "file.jsonl"
+    write(path, Writer())
+    changed = [PROMPTS[0], PROMPTS[1] + 1, *PROMPTS[2:]]
+    for names, prompts in ((NAMES[:5], PROMPTS[:5]), (NAMES[::-1], PROMPTS), (NAMES, changed)):
+        with pytest.raises(UserError, match="written for other rows"):
+            write_once(path, names, prompts, SEEDS, Writer(), CHAT, chunk=3, show=False)
+
+
+def test_a_line_that_does_not_parse_is_named(tmp_path):
+    path = tmp_path / "file.jsonl"
+    write(path, Writer())
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], lines[1][:9], *lines[2:]]) + "\n")
+    with pytest.raises(UserError, match=r"file\.jsonl:2 does not parse"):
+        write(path, Writer())

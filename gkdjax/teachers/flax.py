@@ -31,6 +31,7 @@ class FlaxTeacher:
         *,
         top_k: int | None,
         temperature: float,
+        vocab_size: int,
         lengths: Sequence[int],
         batch_size: int,
         mesh: Mesh,
@@ -43,6 +44,8 @@ class FlaxTeacher:
           chat: renders the teacher's view.
           description: a few words for the log.
           top_k: None for `DenseTargets`, K for `TopKTargets`.
+          vocab_size: of the student, whose checkpoint may pad the same vocabulary to another size;
+            top-k entries come from the ids that both have.
           temperature: at which the logprobs of `TopKTargets` are taken.
           lengths: padded prompt lengths for sampling.
           batch_size: rows sampled at once.
@@ -51,6 +54,7 @@ class FlaxTeacher:
         self.decoder, self.params, self.chat = decoder, params, chat
         self.description = description
         self._top_k, self._temperature = top_k, temperature
+        self._shared_vocab = min(vocab_size, decoder.spec.vocab_size)
         self._lengths, self._batch_size = tuple(lengths), batch_size
         self._mesh = mesh
 
@@ -69,7 +73,9 @@ class FlaxTeacher:
         dense = DenseTargets(hidden_BNE, table, spec.final_softcap)
         if self._top_k is None:
             return dense
-        return _top_k_targets(dense, batch.target_ids_BN, self._top_k, self._temperature)
+        return _top_k_targets(
+            dense, batch.target_ids_BN, self._top_k, self._temperature, self._shared_vocab
+        )
 
     def sample(
         self, prompts: Sequence[np.ndarray], seeds: Sequence[int], sampling: Sampling
@@ -95,9 +101,11 @@ def predicting_hidden(decoder: Decoder, params, tokens_BT, mask_BT, at_BN) -> ja
     return jnp.take_along_axis(hidden_BTE, at_BN[:, :, None], axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("k", "temperature"))
-def _top_k_targets(dense: DenseTargets, target_ids_BN, k: int, temperature: float) -> TopKTargets:
-    logits_BNV = unembed(dense.hidden_BNE, dense.unembedding_VE, dense.softcap)
+@functools.partial(jax.jit, static_argnames=("k", "temperature", "vocab_size"))
+def _top_k_targets(
+    dense: DenseTargets, target_ids_BN, k: int, temperature: float, vocab_size: int
+) -> TopKTargets:
+    logits_BNV = unembed(dense.hidden_BNE, dense.unembedding_VE[:vocab_size], dense.softcap)
     logprobs_BNV = jax.nn.log_softmax(logits_BNV / temperature, axis=-1)
     target_logprob_BN1 = jnp.take_along_axis(logprobs_BNV, target_ids_BN[:, :, None], axis=-1)
     return TopKTargets(top_k_logprobs(logits_BNV, k, temperature), target_logprob_BN1[:, :, 0])

@@ -24,13 +24,16 @@ BATCH = builders.batch((4, 1, 2, 3), prefix=3)
 STOPS = (7, 11)
 
 
-def teacher(top_k: int | None = None, temperature: float = 1.0) -> FlaxTeacher:
+def teacher(
+    top_k: int | None = None, temperature: float = 1.0, vocab_size: int = 32
+) -> FlaxTeacher:
     mesh = sharding.data_mesh()
     return FlaxTeacher(
         *(DECODER, sharding.replicate(mesh, PARAMS)),
         *(types.SimpleNamespace(stop_ids=STOPS), "a teacher"),
         **{"top_k": top_k, "temperature": temperature, "lengths": (6,), "batch_size": 4},
         mesh=mesh,
+        vocab_size=vocab_size,
     )
 
 
@@ -115,3 +118,12 @@ def test_it_writes_with_its_own_weights_and_stop_ids():
     assert [t.ids.tolist() for t in got] == [t.ids.tolist() for t in wanted]
     assert len(got) == 2
     assert all(t.finished == (t.ids[-1] in STOPS) for t in got)
+
+
+def test_top_k_keeps_to_the_ids_that_the_student_has_too():
+    """A student whose checkpoint pads the vocabulary to 20 rows, a teacher with 32."""
+    cut = teacher(top_k=20, vocab_size=20).targets(BATCH).topk
+    assert cut.ids.max() == 19
+    expected = np.sort(log_softmax(logits_by_hand("teacher")[..., :20]), axis=-1)[..., ::-1]
+    mask = BATCH.target_mask_BN
+    np.testing.assert_allclose(cut.logprobs[mask], expected[mask], atol=1e-5)

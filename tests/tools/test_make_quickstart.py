@@ -108,10 +108,15 @@ def test_the_anchor_never_shows_the_baked_condition(directory):
         assert "prefix_messages" in row or not row["prompt"].startswith("map")
 
 
-def test_training_rows_give_no_answer_away(directory):
-    for name in ("train.jsonl", "anchor.jsonl"):
-        assert all(set(row) <= {"prompt", "prefix_messages"} for row in rows_of(directory, name))
+def test_the_prompts_to_bake_give_no_answer_away(directory):
     assert all(set(row) == {"prompt"} for row in rows_of(directory, "train.jsonl"))
+
+
+def test_the_anchor_brings_right_answers(directory):
+    baked = key_in(prefix_of(directory))
+    for row in rows_of(directory, "anchor.jsonl"):
+        assert set(row) - {"prefix_messages"} == {"prompt", "response"}
+        assert row["response"] == right_answer(row, baked)
 
 
 @pytest.mark.parametrize("name", ["teacher", "student"])
@@ -124,10 +129,13 @@ def test_models_agree_with_torch(directory, name):
     hidden_BTD = decoder.apply({"params": params}, tokens_BT, jnp.ones_like(tokens_BT))
     ours_BTV = decoder.apply({"params": params}, hidden_BTD, method="unembed")
     oracle = transformers.Gemma3ForCausalLM.from_pretrained(directory / name)
+    assert oracle.dtype == torch.float32
     with torch.no_grad():
         theirs_BTV = oracle(torch.from_numpy(tokens_BT).long()).logits.numpy()
-    assert oracle.dtype == torch.float32
-    np.testing.assert_allclose(ours_BTV, theirs_BTV, atol=2e-5)
+        exact_BTV = oracle.double()(torch.from_numpy(tokens_BT).long()).logits.numpy()
+    # Trained weights magnify rounding: torch's own, against float64, is the yardstick.
+    rounding = np.abs(theirs_BTV - exact_BTV).max()
+    np.testing.assert_allclose(ours_BTV, exact_BTV, rtol=0, atol=2e-5 + 2 * rounding)
 
 
 @pytest.mark.parametrize("name", ["teacher", "student"])

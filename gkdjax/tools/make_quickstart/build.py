@@ -34,7 +34,11 @@ FULL = Plan(
             learning_rate=3e-3,
         ),
         "student": pretrain.Recipe(
-            width=64, ffn_width=128, layers=(_LOCAL, _GLOBAL), steps=3000, learning_rate=4e-3
+            width=64,
+            ffn_width=192,
+            layers=(_LOCAL, _GLOBAL),
+            steps=5000,
+            learning_rate=4e-3,
         ),
     },
     counts=data.Counts(),

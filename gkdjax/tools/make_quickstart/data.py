@@ -14,7 +14,7 @@ class Counts:
     """Rows of each file; `retention` is of each retained ability's."""
 
     train: int = 4096
-    anchor: int = 4096
+    anchor: int = 8192
     questions: int = 1024
     retention: int = 640
 
@@ -22,10 +22,11 @@ class Counts:
 def make_files(rng: np.random.Generator, baked: task.Key, counts: Counts) -> dict[str, list[dict]]:
     """File name -> rows. A held-out word never stands in the training rows of its own ability."""
     train, questions = _split(rng, counts.train, counts.questions)
-    third = counts.anchor // 3
-    reverse_anchor, reverse = _split(rng, third, counts.retention)
-    sort_anchor, sort = _split(rng, third, counts.retention)
-    others_anchor, others = _split(rng, counts.anchor - 2 * third, counts.retention)
+    # Looking up other keys is what baking one of them puts at risk: it gets most of the anchor.
+    fifth = counts.anchor // 5
+    reverse_anchor, reverse = _split(rng, fifth, counts.retention)
+    sort_anchor, sort = _split(rng, fifth, counts.retention)
+    others_anchor, others = _split(rng, counts.anchor - 2 * fifth, counts.retention)
     anchor = [
         *(task.reverse_row(word) for word in reverse_anchor),
         *(task.sort_row(word) for word in sort_anchor),
@@ -33,7 +34,7 @@ def make_files(rng: np.random.Generator, baked: task.Key, counts: Counts) -> dic
     ]
     return {
         "train.jsonl": [_unanswered(task.map_row(w, baked, show_key=False)) for w in train],
-        "anchor.jsonl": [_unanswered(anchor[i]) for i in rng.permutation(len(anchor))],
+        "anchor.jsonl": [_conversation(anchor[i]) for i in rng.permutation(len(anchor))],
         "questions.jsonl": [task.map_row(w, baked, show_key=False) for w in questions],
         "retention/reverse.jsonl": [task.reverse_row(word) for word in reverse],
         "retention/sort.jsonl": [task.sort_row(word) for word in sort],
@@ -61,3 +62,8 @@ def _other_key_row(rng: np.random.Generator, word: str, baked: task.Key) -> task
 
 def _unanswered(row: task.Row) -> task.Row:
     return {name: value for name, value in row.items() if name != "answer"}
+
+
+def _conversation(row: task.Row) -> task.Row:
+    """The answer as the response to learn from, so that nobody has to write one."""
+    return _unanswered(row) | {"response": row["answer"]}

@@ -61,7 +61,7 @@ seed and on the machine's rounding: that is why the checkpoints are shipped and 
 | file | rows |
 | --- | --- |
 | `train.jsonl` | prompts of the task to bake, without answers |
-| `anchor.jsonl` | prompts of what must survive: reverse, sort, map by other keys |
+| `anchor.jsonl` | what must survive, with answers: reverse, sort, map by other keys |
 | `questions.jsonl` | held-out questions under the baked key, none of them in `train.jsonl` |
 | `retention/*.jsonl` | held-out questions of what must survive, none of them in `anchor.jsonl` |
 | `prefix.json` | the messages to bake in |
