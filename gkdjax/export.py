@@ -6,7 +6,6 @@ import shutil
 
 import jax
 import numpy as np
-import safetensors.numpy
 
 from gkdjax import hf, lora
 from gkdjax.models.spec import DecoderSpec
@@ -51,9 +50,7 @@ def export_adapter(
             for half, stacked in (("lora_A", adapter.a), ("lora_B", adapter.b)):
                 matrix = np.asarray(jax.device_get(stacked[layer]), np.float32).T
                 tensors[f"base_model.model.{name}.{half}.weight"] = np.ascontiguousarray(matrix)
-    safetensors.numpy.save_file(
-        tensors, part / "adapter_model.safetensors", metadata={"format": "pt"}
-    )
+    hf.save_tensors(tensors, part / "adapter_model.safetensors")
     (part / "adapter_config.json").write_text(
         json.dumps(_peft_config(adapters, config, source), indent=2) + "\n"
     )

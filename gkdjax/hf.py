@@ -139,8 +139,16 @@ def _write(directory: pathlib.Path, spec: DecoderSpec, params: dict, source: pat
                 tensors[template.format(i)] = np.ascontiguousarray(matrix)
         else:
             tensors[template] = np.ascontiguousarray(leaf)
-    safetensors.numpy.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, directory / "model.safetensors")
     _set_dtype(directory / "config.json", str(params["embedding"].dtype))
+
+
+def save_tensors(tensors: dict[str, np.ndarray], path: pathlib.Path) -> None:
+    """Writes a safetensors file that others may read as they may any new file of this process."""
+    path.touch()
+    mode = path.stat().st_mode
+    safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)  # the library leaves it to its owner alone
 
 
 def tensor_name(spec: DecoderSpec, path: str, layer: int) -> str:

@@ -65,6 +65,12 @@ def test_a_merged_directory_is_the_attached_student_in_torch(source, model, tmp_
     jax.tree.map(np.testing.assert_array_equal, again, lora.merge(params, adapters))
 
 
+def test_exported_weights_may_be_read_like_any_new_file(adapter_dir, tmp_path):
+    (tmp_path / "any").touch()
+    mode = (tmp_path / "any").stat().st_mode
+    assert (pathlib.Path(adapter_dir) / "adapter_model.safetensors").stat().st_mode == mode
+
+
 def test_the_sources_dtype_is_kept(model, tmp_path):
     """Masters are float32; the sum is rounded once, at the end."""
     source = factories.model_dir(tmp_path / "source", dtype="bfloat16")
