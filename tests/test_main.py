@@ -64,13 +64,13 @@ DATA_FILES = {
 
 CASES = [
     Case("flag_typo", ("--config.train.sede=1",), told=("train.sede", "config.train.seed")),
-    Case("file_typo", extra="c.train.sede = 1", told=("line 22", "'sede'", "'seed'")),
+    Case("file_typo", extra="c.train.sede = 1", told=("file_typo.py, line 18", "'sede'", "'seed'")),
     Case("beta", ("--config.gkd.jsd_beta=2",), told=("gkd.jsd_beta", "[0, 1]")),
     Case("fraction", ("--config.gkd.on_policy_fraction=1.5",), told=("on_policy_fraction",)),
     Case("no_kernel", extra="c.student.lora.targets = ('r_proj',)", told=("r_proj", "q_proj")),
     Case("no_model", ("--config.student.model=/no/such",), told=("/no/such",)),
     Case("architecture", ("--config.student.model=FILES/mamba",), told=("mamba", "gemma3_text")),
-    data_case("unparsable", "unparsable.jsonl:2"),
+    data_case("unparsable", "unparsable.jsonl: line 2, column 12"),
     data_case("empty", "empty.jsonl"),
     data_case("no_turns", "no_turns.jsonl:1", "prompt"),
     data_case("too_long", "too_long.jsonl:1", "data.max_length"),
@@ -102,7 +102,9 @@ def files(tmp_path_factory) -> pathlib.Path:
     )
     factories.model_dir(directory / "other_tokenizer")
     tokenizer = directory / "other_tokenizer" / "tokenizer.json"
-    tokenizer.write_text(tokenizer.read_text().replace('"A": 39', '"Ä": 39'))
+    content = json.loads(tokenizer.read_text())
+    content["model"]["vocab"]["Ä"] = content["model"]["vocab"].pop("A")
+    tokenizer.write_text(json.dumps(content))
     (directory / "mamba").mkdir()
     (directory / "mamba" / "config.json").write_text('{"model_type": "mamba"}')
     for name, content in DATA_FILES.items():
