@@ -16,7 +16,7 @@ from gkdjax.data import pipeline
 from gkdjax.data.chat import Chat, load_chat, vocabulary_difference
 from gkdjax.data.sources import read_examples
 from gkdjax.errors import UserError
-from gkdjax.evaluate import SAMPLES, Evaluation
+from gkdjax.evaluate import Evaluation
 from gkdjax.feed import Feed, ViewRules
 from gkdjax.models.decoder import Decoder
 from gkdjax.sampler import Sampling
@@ -112,7 +112,7 @@ def assemble(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> 
         anchor_feed=anchor_feed,
         anchor_teacher=anchor_teacher,
         evaluation=Evaluation(
-            config, rules, teacher, questions, abilities, examples[:SAMPLES], buckets, mesh
+            config, rules, teacher, questions, abilities, examples, buckets, mesh
         ),
         buckets=buckets,
         sampling=in_process.sampling,

@@ -10,6 +10,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -25,7 +26,7 @@ from gkdjax.errors import UserError
 from gkdjax.feed import ViewRules
 from gkdjax.models.decoder import Decoder
 from gkdjax.sampler import Sampling, sample
-from gkdjax.teachers.flax import predicting_hidden
+from gkdjax.teachers.flax import FlaxTeacher, predicting_hidden
 from gkdjax.teachers.protocol import Teacher
 from gkdjax.train_step import token_divergence
 from gkdjax.types import Batch, Example, TeacherTargets, Trajectory
@@ -72,8 +73,12 @@ class Evaluation:
         self._questions, self._abilities = questions, abilities
         self._buckets, self._mesh = buckets, mesh
         self._greedy = Sampling(config.eval.max_new_tokens, temperature=0.0, top_p=1.0)
-        self._prompts = _fitting_prompts(rules, questions, config.data.max_length)
-        self._shown = [*questions, *prompts][:SAMPLES]
+        longest = config.data.max_length
+        self._prompts = [rules.prompts(question) for question in questions]
+        for question, both in zip(questions, self._prompts, strict=True):
+            _check_fits(question, max(map(len, both)), longest)
+        fitting = (e for e in (*questions, *prompts) if max(map(len, rules.prompts(e))) < longest)
+        self._shown = list(itertools.islice(fitting, SAMPLES))
         self._batches: list[tuple[Batch, TeacherTargets]] = []
         for named in (questions, *abilities.values()):
             _check_questions(named)
@@ -89,7 +94,7 @@ class Evaluation:
             result["prompted_base"] = self._measure("prompted_base", base, view="teacher")
             result["prompted_teacher"] = {
                 "exact_match": _exact_match(answers, self._questions),
-                "forward_kl": 0.0,  # the teacher's distance to itself, by definition
+                "forward_kl": self._teacher_to_itself(),
             }
         samples = {"question": [example.turns[-1].content for example in self._shown]}
         prompts = [self._rules.prompts(example) for example in self._shown]
@@ -140,10 +145,22 @@ class Evaluation:
                 bar.update(len(part))
         return answers
 
+    def _teacher_to_itself(self) -> float:
+        """Measured where the teacher is in this process: not 0 if a view or a shift were wrong.
+
+        Only the answers of another teacher are known, whose distance to itself is 0 by definition.
+        """
+        if not isinstance(self._teacher, FlaxTeacher):
+            return 0.0
+        itself = Reader(self._teacher.decoder, self._teacher.params, self._teacher.chat)
+        return self._forward_kl(itself, view="teacher")
+
     def _ask_abilities(self, reader: Reader) -> dict[str, float]:
         result = {}
         for name, questions in self._abilities.items():
             prompts = [reader.chat.prompt_ids((*q.prefix, *q.turns), q.name) for q in questions]
+            for question, prompt in zip(questions, prompts, strict=True):
+                _check_fits(question, len(prompt), self._config.data.max_length)
             result[name] = _exact_match(self._ask(reader, prompts, name), questions)
         return result
 
@@ -212,14 +229,9 @@ def _check_questions(questions: Sequence[Example]) -> None:
             raise UserError(f"{question.name}: a question for the evaluation needs an 'answer'")
 
 
-def _fitting_prompts(rules: ViewRules, questions: Sequence[Example], max_length: int):
-    """(student's, teacher's) prompt of each question, none of them cut."""
-    prompts = [rules.prompts(question) for question in questions]
-    for question, both in zip(questions, prompts, strict=True):
-        longest = max(map(len, both))
-        if longest >= max_length:
-            raise UserError(
-                f"{question.name}: the question has {longest} tokens with its prefix and leaves no"
-                f" room in data.max_length = {max_length}; raise it"
-            )
-    return prompts
+def _check_fits(question: Example, length: int, max_length: int) -> None:
+    if length >= max_length:
+        raise UserError(
+            f"{question.name}: the question has {length} tokens with its prefix and leaves no room"
+            f" in data.max_length = {max_length}; raise it"
+        )

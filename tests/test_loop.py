@@ -156,7 +156,9 @@ def test_self_baking_brings_the_student_nearer_to_its_prompted_self(student, tmp
     c.optim.learning_rate = 2e-3
     c.student.lora.rank = 8
     results = loop.run(c, tmp_path)
+    # The teacher is the base: both are measured, and neither is 0 if a view or a shift were wrong.
     assert results["prompted_base"]["forward_kl"] == pytest.approx(0.0, abs=1e-5)
+    assert results["prompted_teacher"]["forward_kl"] == pytest.approx(0.0, abs=1e-5)
     assert results["student"]["forward_kl"] < 0.5 * results["base"]["forward_kl"]
     assert set(results) >= {"recovery", "retention", "seconds", "tokens", "versions", "rows"}
     assert results["recovery"] is None  # nobody answers "x": the prefix changes no answer
@@ -201,13 +203,29 @@ def test_an_anchor_row_of_the_baked_condition_is_refused(student, tmp_path, row,
 def test_rows_that_are_too_long_are_counted_and_named(student, tmp_path, caplog):
     rows = [{"prompt": f"ask {i}", "response": "no"} for i in range(5)]
     rows[1]["response"] = "far too long " * 6
-    rows[3]["prompt"] = "much too long " * 6
+    rows[3]["prompt"] = rows[0]["prompt"] = "much too long " * 6
     dropped = loop.run(small(student, data__train=rows), tmp_path / "drop")
-    assert sorted(dropped["rows"]["train"]["dropped"]) == ["data.train:1", "data.train:3"]
-    assert "data.train: 2 rows dropped" in caplog.text and "data.train:3" in caplog.text
+    assert sorted(dropped["rows"]["train"]["dropped"]) == [
+        *("data.train:0", "data.train:1", "data.train:3")
+    ]
+    assert dropped["samples"]["question"] == ["ask 1", "ask 2", "ask 4"]
+    assert "data.train: 3 rows dropped" in caplog.text and "data.train:3" in caplog.text
     c = small(student, data__train=rows, data__too_long="truncate")
     cut = loop.run(c, tmp_path / "cut")
-    assert cut["rows"]["train"] == {"dropped": ["data.train:3"], "truncated": ["data.train:1"]}
+    assert cut["rows"]["train"] == {
+        "dropped": ["data.train:0", "data.train:3"],
+        "truncated": ["data.train:1"],
+    }
+
+
+def test_questions_that_do_not_fit_are_named(student, tmp_path):
+    long = {"prompt": "much too long " * 6, "answer": "x"}
+    with pytest.raises(UserError, match=r"eval\.questions:0: .*data\.max_length = 64"):
+        loop.run(small(student, eval__questions=[long]), tmp_path / "a")
+    (tmp_path / "long.jsonl").write_text(json.dumps(long) + "\n")
+    c = small(student, eval__retention={"reading": str(tmp_path / "long.jsonl")})
+    with pytest.raises(UserError, match=r"long\.jsonl:1: .*data\.max_length = 64"):
+        loop.run(c, tmp_path / "b")
 
 
 def test_rows_that_four_devices_cannot_share_are_refused(student, tmp_path):
