@@ -19,12 +19,6 @@ class TrainingFailure(GkdjaxError):
     exit_code = 3
 
 
-class TeacherUnreachable(GkdjaxError):
-    """A teacher (or the coordinator of a pod) does not answer."""
-
-    exit_code = 4
-
-
 class Preempted(GkdjaxError):
     """Asked to stop (SIGTERM); the state is saved, and the same command continues."""
 

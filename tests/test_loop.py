@@ -1,7 +1,9 @@
 """Whole runs, in this process, on four forced devices and tiny random models."""
 
 import json
+import os
 import pathlib
+import signal
 
 import factories
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 from gkdjax import config, hf, loop
-from gkdjax.errors import UserError
+from gkdjax.errors import Preempted, UserError
 from gkdjax.losses import TopKLogprobs
 from gkdjax.teachers.protocol import Capabilities
 from gkdjax.types import TopKTargets, Trajectory
@@ -69,14 +71,18 @@ class ConstantTeacher:
     chat = None
     description = "a constant"
 
-    def __init__(self, token: int, stop: int, fails_at: int | None = None):
+    def __init__(
+        self, token: int, stop: int, fails_at: int | None = None, stopped_at: int | None = None
+    ):
         self.token, self.stop = token, stop
-        self.calls, self.fails_at = 0, fails_at
+        self.calls, self.fails_at, self.stopped_at = 0, fails_at, stopped_at
 
     def targets(self, batch):
         self.calls += 1
         if self.calls == self.fails_at:
             raise ConnectionError("gone")
+        if self.calls == self.stopped_at:
+            os.kill(os.getpid(), signal.SIGTERM)
         shape = (*batch.target_ids_BN.shape, 1)
         topk = TopKLogprobs(
             jnp.full(shape, self.token, jnp.int32), jnp.full(shape, np.log(0.9), jnp.float32)
@@ -119,14 +125,30 @@ def test_an_interrupted_run_continues_as_if_it_had_not_been(student, tmp_path):
     loop.run(c, tmp_path / "whole", teacher=ConstantTeacher(50, 5))
     with pytest.raises(ConnectionError):
         loop.run(c, tmp_path / "broken", teacher=ConstantTeacher(50, 5, fails_at=4))
-    assert len(metrics(tmp_path / "broken")) < 6
-    loop.run(c, tmp_path / "broken", teacher=ConstantTeacher(50, 5))
+    again = ConstantTeacher(50, 5)
+    loop.run(c, tmp_path / "broken", teacher=again)
+    assert again.calls == 4  # the steps after the checkpoint, not all six once more
     assert losses_hex(tmp_path / "broken") == losses_hex(tmp_path / "whole")
     tensors = [
         (tmp_path / name / "merged" / "model.safetensors").read_bytes()
         for name in ("whole", "broken")
     ]
     assert tensors[0] == tensors[1]
+
+
+def test_sigterm_saves_says_so_and_the_same_call_goes_on(student, tmp_path):
+    c = small(student, teacher__top_k=1, train__steps=6, gkd__on_policy_fraction=0.5)
+    loop.run(c, tmp_path / "whole", teacher=ConstantTeacher(50, 5))
+    c.checkpoint.every_steps = 100  # nothing but the signal saves before the end
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted, match="saved at step 3") as caught:
+        loop.run(c, tmp_path / "stopped", teacher=ConstantTeacher(50, 5, stopped_at=3))
+    assert caught.value.exit_code == 75
+    assert signal.getsignal(signal.SIGTERM) is before
+    again = ConstantTeacher(50, 5)
+    loop.run(c, tmp_path / "stopped", teacher=again)
+    assert again.calls == 3  # the other three steps
+    assert losses_hex(tmp_path / "stopped") == losses_hex(tmp_path / "whole")
 
 
 def test_on_policy_batches_are_drawn_logged_and_come_after_the_warm_up(student, other, tmp_path):
