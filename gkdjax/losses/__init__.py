@@ -16,12 +16,16 @@ from gkdjax.losses.divergences import (
     topk_jsd,
     topk_reverse_kl,
 )
+from gkdjax.losses.fused import fused_dense_divergence, fused_top_k, fused_topk_divergence
 from gkdjax.losses.masked import masked_count, masked_mean, masked_sum
 from gkdjax.losses.topk import TopKLogprobs, top_k_logprobs
 
 __all__ = [
     "TopKLogprobs",
     "forward_kl",
+    "fused_dense_divergence",
+    "fused_top_k",
+    "fused_topk_divergence",
     "generalized_jsd",
     "masked_count",
     "masked_mean",

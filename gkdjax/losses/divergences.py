@@ -20,6 +20,7 @@ Student logits of -inf where the teacher has mass give an infinite forward KL, a
 
 import math
 import numbers
+from typing import NamedTuple
 
 import chex
 import jax
@@ -32,10 +33,11 @@ from gkdjax.losses.topk import (
     check_logits,
     check_temperature,
     log_sum_exp,
-    rest_category,
     scale,
     topk_categories,
 )
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "mixed", "generalized_jsd")
 
 
 def topk_forward_kl(
@@ -64,7 +66,7 @@ def topk_forward_kl(
         cannot reach; leading axes that differ; K > V.
       AssertionError: ranks, dtypes or the teacher's own shapes do not fit.
     """
-    return _forward(topk_categories(student_logits, teacher, tail, temperature))
+    return _topk(Divergence("forward_kl"), student_logits, teacher, tail, temperature)
 
 
 def topk_reverse_kl(
@@ -78,7 +80,7 @@ def topk_reverse_kl(
 
     Arguments, result and errors: those of `topk_forward_kl`.
     """
-    return _reverse(topk_categories(student_logits, teacher, tail, temperature))
+    return _topk(Divergence("reverse_kl"), student_logits, teacher, tail, temperature)
 
 
 def topk_jsd(
@@ -108,7 +110,7 @@ def topk_jsd(
       ValueError: beta outside [0, 1]; and what `topk_forward_kl` raises.
     """
     _check_beta(beta)
-    return _mixed(topk_categories(student_logits, teacher, tail, temperature), beta)
+    return _topk(Divergence("mixed", beta), student_logits, teacher, tail, temperature)
 
 
 def topk_generalized_jsd(
@@ -139,7 +141,7 @@ def topk_generalized_jsd(
       ValueError: beta outside (0, 1); and what `topk_forward_kl` raises.
     """
     _check_open_beta(beta, at_zero="topk_forward_kl", at_one="topk_reverse_kl")
-    return _generalized(topk_categories(student_logits, teacher, tail, temperature), beta)
+    return _topk(Divergence("generalized_jsd", beta), student_logits, teacher, tail, temperature)
 
 
 def forward_kl(
@@ -160,14 +162,14 @@ def forward_kl(
       ValueError: a temperature that is not positive and finite.
       AssertionError: shapes that differ, logits that are not floating.
     """
-    return _forward(_dense_categories(student_logits, teacher_logits, temperature))
+    return _dense(Divergence("forward_kl"), student_logits, teacher_logits, temperature)
 
 
 def reverse_kl(
     student_logits: jax.Array, teacher_logits: jax.Array, *, temperature: float = 1.0
 ) -> jax.Array:
     """KL(q || p) = sum q (log q - log p) over the whole vocabulary; the rest as `forward_kl`."""
-    return _reverse(_dense_categories(student_logits, teacher_logits, temperature))
+    return _dense(Divergence("reverse_kl"), student_logits, teacher_logits, temperature)
 
 
 def mixed_kl(
@@ -179,7 +181,7 @@ def mixed_kl(
       ValueError: beta outside [0, 1]; and what `forward_kl` raises.
     """
     _check_beta(beta)
-    return _mixed(_dense_categories(student_logits, teacher_logits, temperature), beta)
+    return _dense(Divergence("mixed", beta), student_logits, teacher_logits, temperature)
 
 
 def generalized_jsd(
@@ -193,35 +195,73 @@ def generalized_jsd(
       ValueError: beta outside (0, 1); and what `forward_kl` raises.
     """
     _check_open_beta(beta, at_zero="forward_kl", at_one="reverse_kl")
-    return _generalized(_dense_categories(student_logits, teacher_logits, temperature), beta)
+    return _dense(Divergence("generalized_jsd", beta), student_logits, teacher_logits, temperature)
 
 
-def _forward(parts: tuple[Categories, ...]) -> jax.Array:
-    return sum(_kl(c.log_p, c.log_q, c.valid) for c in parts)
+class Divergence(NamedTuple):
+    """One of the four by name, with its beta: hashable, to be chosen while tracing."""
+
+    name: str  # of DIVERGENCES
+    beta: float = 0.0  # "mixed": weight of the reverse KL; "generalized_jsd": the teacher's share
+
+    def terms(self, c: Categories) -> jax.Array:
+        """[..., C], one non-negative term a category, 0 where there is none; they sum to it.
+
+        Each depends on its own log_q alone: fused heads differentiate them one by one.
+        """
+        if self.name == "forward_kl":
+            return _forward(c)
+        if self.name == "reverse_kl":
+            return _reverse(c)
+        if self.name == "mixed":
+            return _mixed(c, self.beta)
+        return _generalized(c, self.beta)
+
+    def check(self) -> None:
+        """Raises ValueError for an unknown name or a beta that it does not take."""
+        if self.name not in DIVERGENCES:
+            known = ", ".join(map(repr, DIVERGENCES))
+            raise ValueError(f"divergence must be one of {known}, got {self.name!r}")
+        if self.name == "mixed":
+            _check_beta(self.beta)
+        if self.name == "generalized_jsd":
+            _check_open_beta(self.beta, at_zero="forward_kl", at_one="reverse_kl")
 
 
-def _reverse(parts: tuple[Categories, ...]) -> jax.Array:
+def total(divergence: Divergence, parts: tuple[Categories, ...]) -> jax.Array:
+    """[...], the divergence over all categories."""
+    return sum(jnp.sum(divergence.terms(c), axis=-1) for c in parts)
+
+
+def _forward(c: Categories) -> jax.Array:
+    return _kl(c.log_p, c.log_q, c.valid)
+
+
+def _reverse(c: Categories) -> jax.Array:
     # A teacher that gives the rest nothing at all would make this infinite: read 0 as epsilon.
-    return sum(
-        _kl(c.log_q, jnp.where(c.log_p == -jnp.inf, math.log(EPS), c.log_p), c.valid) for c in parts
-    )
+    return _kl(c.log_q, jnp.where(c.log_p == -jnp.inf, math.log(EPS), c.log_p), c.valid)
 
 
-def _mixed(parts: tuple[Categories, ...], beta: float) -> jax.Array:
+def _mixed(c: Categories, beta: float) -> jax.Array:
     # Chosen while tracing, so that an end point is the very program of its KL, to the bit.
     if beta == 0:
-        return _forward(parts)
+        return _forward(c)
     if beta == 1:
-        return _reverse(parts)
-    return (1 - beta) * _forward(parts) + beta * _reverse(parts)
+        return _reverse(c)
+    return (1 - beta) * _forward(c) + beta * _reverse(c)
 
 
-def _generalized(parts: tuple[Categories, ...], beta: float) -> jax.Array:
-    total = 0.0
-    for c in parts:
-        log_m = _log_mixture(c.log_p, c.log_q, beta)
-        total += beta * _kl(c.log_p, log_m, c.valid) + (1 - beta) * _kl(c.log_q, log_m, c.valid)
-    return total
+def _generalized(c: Categories, beta: float) -> jax.Array:
+    log_m = _log_mixture(c.log_p, c.log_q, beta)
+    return beta * _kl(c.log_p, log_m, c.valid) + (1 - beta) * _kl(c.log_q, log_m, c.valid)
+
+
+def _topk(divergence, student_logits, teacher, tail, temperature) -> jax.Array:
+    return total(divergence, topk_categories(student_logits, teacher, tail, temperature))
+
+
+def _dense(divergence, student_logits, teacher_logits, temperature) -> jax.Array:
+    return total(divergence, _dense_categories(student_logits, teacher_logits, temperature))
 
 
 def _log_mixture(log_p: jax.Array, log_q: jax.Array, beta: float) -> jax.Array:
@@ -233,7 +273,7 @@ def _log_mixture(log_p: jax.Array, log_q: jax.Array, beta: float) -> jax.Array:
 
 
 def _kl(log_a: jax.Array, log_b: jax.Array, valid: jax.Array) -> jax.Array:
-    """sum a (log a - log b) - a + b over the valid categories; 0 log 0 = 0.
+    """a (log a - log b) - a + b for each valid category; 0 log 0 = 0.
 
     "- a + b" adds up to zero over a whole distribution. With it every term is at least 0 and a
     rounding error in a normaliser enters squared, so that a small divergence is neither negative
@@ -243,7 +283,7 @@ def _kl(log_a: jax.Array, log_b: jax.Array, valid: jax.Array) -> jax.Array:
     log_a = jnp.where(live, log_a, 0.0)
     a = jnp.exp(log_a)
     terms = jnp.where(live, a * (log_a - jnp.where(live, log_b, 0.0)) - a, 0.0)
-    return jnp.sum(terms + jnp.where(valid, jnp.exp(log_b), 0.0), axis=-1)
+    return terms + jnp.where(valid, jnp.exp(log_b), 0.0)
 
 
 def _dense_categories(
@@ -260,8 +300,12 @@ def _dense_categories(
     max_q_1, log_sum_q_1 = log_sum_exp(student_V)
     absent_V = teacher_V == -jnp.inf
     log_p_V, log_q_V = (teacher_V - max_p_1) - log_sum_p_1, (student_V - max_q_1) - log_sum_q_1
-    none_1 = jnp.full_like(max_p_1, -jnp.inf)
-    rest = rest_category(none_1, student_V, absent_V, max_q_1, log_sum_q_1)
+    rest_max_1, rest_log_sum_1 = log_sum_exp(student_V, absent_V)
+    rest = Categories(
+        log_p=jnp.full_like(max_p_1, -jnp.inf),
+        log_q=(rest_max_1 - max_q_1) + rest_log_sum_1 - log_sum_q_1,
+        valid=jnp.any(absent_V, axis=-1, keepdims=True),
+    )
     return Categories(log_p_V, log_q_V, ~absent_V), rest
 
 

@@ -18,6 +18,8 @@ TAILS = ("bucket", "renormalize")
 # The least probability that float32 can tell from 0 next to 1: the worth of a "1 - P" that cancels.
 EPS = float(jnp.finfo(jnp.float32).eps)
 
+_BLOCK = 128  # tokens whose largest is found before any are put in order
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -71,72 +73,133 @@ def top_k_logprobs(logits: jax.Array, k: int, temperature: float = 1.0) -> TopKL
         raise ValueError(f"k must be between 1 and the vocabulary's {logits.shape[-1]}, got {k}")
     # float32 before top_k: on bfloat16 XLA's CPU top_k is two orders of magnitude slower.
     scaled_V = scale(logits, temperature)
-    max_1, log_sum_1 = log_sum_exp(scaled_V)
-    best_K, ids_K = jax.lax.top_k(scaled_V, k)
-    outside_V = ~membership(ids_K, jnp.ones(ids_K.shape, bool), logits.shape[-1])
-    rest_max_1, rest_log_sum_1 = log_sum_exp(scaled_V, outside_V)
-    tail_1 = (rest_max_1 - max_1) + rest_log_sum_1 - log_sum_1
-    return TopKLogprobs(
-        ids=ids_K.astype(jnp.int32),
-        logprobs=(best_K - max_1) - log_sum_1,
-        tail_logprob=jnp.squeeze(tail_1, -1),
-        temperature=temperature,
+    best_K, ids_K = top_k(scaled_V, k)
+    # A stable handle on the order: the look-up above is done before its row is written over.
+    scaled_V, best_K, ids_K = jax.lax.optimization_barrier((scaled_V, best_K, ids_K))
+    parts = Parts(best_K, *log_sum_exp(put(scaled_V, ids_K, -jnp.inf)))
+    log_p_K, log_p_rest_1 = parts.log_softmax()
+    return TopKLogprobs(ids_K, log_p_K, jnp.squeeze(log_p_rest_1, -1), temperature)
+
+
+def top_k(x_V: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest of float32 [..., V] -> (values, ids int32), the lowest id first among equals.
+
+    The largest of each block of 128 first, then a search within the k best blocks: the same answer
+    as `jax.lax.top_k`, whose time grows with everything it has to put in order.
+    """
+    vocabulary = x_V.shape[-1]
+    blocks = -(-vocabulary // _BLOCK)
+    if blocks <= 2 * k:
+        values_K, ids_K = jax.lax.top_k(x_V, k)
+        return values_K, ids_K.astype(jnp.int32)
+    filled = jnp.pad(
+        x_V,
+        [(0, 0)] * (x_V.ndim - 1) + [(0, blocks * _BLOCK - vocabulary)],
+        constant_values=-jnp.inf,
     )
+    filled = filled.reshape(*x_V.shape[:-1], blocks, _BLOCK)
+    # A block that holds one of the k is itself among the k best, ties by lowest id included. In
+    # ascending order the candidates' places are in the order of their ids.
+    _, best_blocks = jax.lax.top_k(jnp.max(filled, axis=-1), k)
+    best_blocks = jnp.sort(best_blocks, axis=-1)
+    candidates = jnp.take_along_axis(filled, best_blocks[..., None], axis=-2)
+    values_K, places_K = jax.lax.top_k(candidates.reshape(*x_V.shape[:-1], k * _BLOCK), k)
+    block_K = jnp.take_along_axis(best_blocks, places_K // _BLOCK, axis=-1)
+    return values_K, (block_K * _BLOCK + places_K % _BLOCK).astype(jnp.int32)
 
 
 def topk_categories(
     student_logits: jax.Array, teacher: TopKLogprobs, tail: str, temperature: float
 ) -> tuple[Categories, ...]:
     """Both sides on the teacher's K tokens and, for "bucket", on all the rest as one more."""
-    if tail not in TAILS:
-        raise ValueError(f"tail must be one of {', '.join(map(repr, TAILS))}, got {tail!r}")
-    check_temperature(temperature)
-    check_temperature(teacher.temperature, "teacher.temperature")
-    _check_shapes(student_logits, teacher)
-    if tail == "bucket" and temperature != teacher.temperature:
-        raise ValueError(
-            f"temperature={temperature} differs from teacher.temperature={teacher.temperature}, "
-            "and tail='bucket' cannot follow: how the mass outside the K tokens changes with "
-            "temperature depends on probabilities that were cut off. Ask the teacher at that "
-            "temperature, or use tail='renormalize'"
+    check_logits(student_logits, "student_logits")
+    check_teacher(student_logits.shape, teacher, tail, temperature)
+    parts, _, _ = split(scale(student_logits, temperature), teacher)
+    return parts_categories(parts, student_logits.shape[-1], teacher, tail, temperature)
+
+
+class Parts(NamedTuple):
+    """Logits as the K that a teacher names and the log-sum-exp of all the others.
+
+    A distribution over K + 1 categories follows from it, and with it every loss; so the gradient to
+    a logit outside K is the gradient to `rest_1` times its share of the rest.
+    """
+
+    logits_K: jax.Array  # float32 [..., K]; NaN where a valid id is out of range
+    rest_max_1: jax.Array  # float32 [..., 1]; 0 where there is no rest
+    rest_log_sum_1: jax.Array  # float32 [..., 1]; -inf where there is no rest
+
+    def log_softmax(self, valid_K: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """-> (log-probabilities [..., K] of the K, [..., 1] of the rest).
+
+        The rest's log(1 - Q) is a log-sum-exp: 1 - Q itself has no digits left in float32 once the
+        model is sure, and its gradient vanishes.
+        """
+        valid_K = jnp.ones(self.logits_K.shape, bool) if valid_K is None else valid_K
+        kept_K = jnp.where(valid_K, self.logits_K, -jnp.inf)
+        no_rest_1 = self.rest_log_sum_1 == -jnp.inf
+        rest_max_1 = jnp.where(no_rest_1, -jnp.inf, self.rest_max_1)
+        max_1 = jnp.maximum(jnp.max(kept_K, axis=-1, keepdims=True), rest_max_1)
+        max_1 = jax.lax.stop_gradient(jnp.where(max_1 == -jnp.inf, 0.0, max_1))
+        rest_1 = (self.rest_max_1 - max_1) + self.rest_log_sum_1
+        log_sum_1 = jnp.log(
+            jnp.sum(jnp.exp(kept_K - max_1), axis=-1, keepdims=True) + jnp.exp(rest_1)
         )
-    student_V = scale(student_logits, temperature)
-    vocabulary = student_V.shape[-1]
-    logprobs_K = jnp.asarray(teacher.logprobs, jnp.float32)
-    valid_K = logprobs_K != -jnp.inf
+        return (self.logits_K - max_1) - log_sum_1, rest_1 - log_sum_1
+
+
+def split(scaled_V: jax.Array, teacher: TopKLogprobs) -> tuple[Parts, jax.Array, jax.Array]:
+    """Student logits at the teacher's K tokens and the others -> (parts, outside [..., V], ids).
+
+    `outside` is `scaled_V` with -inf at the K; `ids` has V in place of absent ids, so that writing
+    to them writes nothing.
+    """
+    vocabulary = scaled_V.shape[-1]
     ids_K = jnp.asarray(teacher.ids).astype(jnp.int32)
     # An absent entry's id may be anything; a negative one that counts must not wrap around: out of
     # range, the look-up fills in NaN, which is seen.
-    ids_K = jnp.where(valid_K, jnp.where(ids_K < 0, vocabulary, ids_K), 0)
-    student_K = jnp.take_along_axis(student_V, ids_K, axis=-1, mode="fill")
+    valid_K = teacher.logprobs != -jnp.inf
+    ids_K = jnp.where(ids_K < 0, vocabulary, ids_K)
+    found_K = jnp.where(valid_K, ids_K, 0)
+    ids_K = jnp.where(valid_K, ids_K, vocabulary)
+    logits_K = jnp.take_along_axis(scaled_V, found_K, axis=-1, mode="fill")
+    # That the ids depend on what was looked up puts the look-up first: XLA then writes in place,
+    # where it would copy [..., V] otherwise.
+    ids_K = jnp.where(jnp.isnan(logits_K), vocabulary, ids_K)
+    outside_V = put(scaled_V, ids_K, -jnp.inf)
+    return Parts(logits_K, *log_sum_exp(outside_V)), outside_V, ids_K
 
+
+def parts_categories(
+    parts: Parts, vocabulary: int, teacher: TopKLogprobs, tail: str, temperature: float
+) -> tuple[Categories, ...]:
+    """`topk_categories` of a student whose logits are split already; `check_teacher` was called."""
+    log_p_K = jnp.asarray(teacher.logprobs, jnp.float32)
+    valid_K = log_p_K != -jnp.inf
     if tail == "renormalize":
-        retempered_K = logprobs_K * (teacher.temperature / temperature)
-        log_p_K = _log_softmax(retempered_K, valid_K)
-        return (Categories(log_p_K, _log_softmax(student_K, valid_K), valid_K),)
+        retempered_K = log_p_K * (teacher.temperature / temperature)
+        sides = _log_softmax(retempered_K, valid_K), _log_softmax(parts.logits_K, valid_K)
+        return (Categories(*sides, valid_K),)
+    log_q_K, log_q_rest_1 = parts.log_softmax(valid_K)
+    log_p_rest_1 = _teacher_tail(teacher.tail_logprob, log_p_K)
+    # The valid ids are distinct, so that their number says whether any token is left.
+    has_rest_1 = jnp.sum(valid_K, axis=-1, keepdims=True) < vocabulary
+    return (
+        Categories(log_p_K, log_q_K, valid_K),
+        Categories(log_p_rest_1, log_q_rest_1, has_rest_1),
+    )
 
-    max_1, log_sum_1 = log_sum_exp(student_V)
-    outside_V = ~membership(ids_K, valid_K, vocabulary)
-    inside = Categories(logprobs_K, (student_K - max_1) - log_sum_1, valid_K)
-    log_p_1 = _teacher_tail(teacher.tail_logprob, logprobs_K)
-    return inside, rest_category(log_p_1, student_V, outside_V, max_1, log_sum_1)
 
+def put(x_V: jax.Array, ids_K: jax.Array, values) -> jax.Array:
+    """`x_V` with `values` (a number, or [..., K]) at the ids; ids out of range write nothing."""
 
-def rest_category(
-    log_p_1: jax.Array,
-    student_V: jax.Array,
-    outside_V: jax.Array,
-    max_1: jax.Array,
-    log_sum_1: jax.Array,
-) -> Categories:
-    """All tokens of `outside_V` as one category; not valid where there is none.
+    def one_row(x, ids, new):
+        return x.at[ids].set(new, mode="drop")
 
-    The student's log(1 - Q) is a log-sum-exp over those tokens: 1 - Q itself has no digits left in
-    float32 once the student is sure, and its gradient vanishes.
-    """
-    rest_max_1, rest_log_sum_1 = log_sum_exp(student_V, outside_V)
-    log_q_1 = (rest_max_1 - max_1) + rest_log_sum_1 - log_sum_1
-    return Categories(log_p_1, log_q_1, jnp.any(outside_V, axis=-1, keepdims=True))
+    values = jnp.broadcast_to(jnp.asarray(values, x_V.dtype), ids_K.shape)
+    for _ in range(ids_K.ndim - 1):
+        one_row = jax.vmap(one_row)
+    return one_row(x_V, ids_K, values)
 
 
 def log_sum_exp(x_V: jax.Array, keep_V: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -151,18 +214,6 @@ def log_sum_exp(x_V: jax.Array, keep_V: jax.Array | None = None) -> tuple[jax.Ar
     sum_1 = jnp.sum(jnp.exp(kept_V - max_1), axis=-1, keepdims=True)
     # Twice where: log(0) would be right in the value and NaN in the gradient.
     return max_1, jnp.where(none_1, -jnp.inf, jnp.log(jnp.where(none_1, 1.0, sum_1)))
-
-
-def membership(ids_K: jax.Array, valid_K: jax.Array, vocabulary: int) -> jax.Array:
-    """bool [..., V]: the tokens that a valid entry names. Others name nothing."""
-
-    def one_row(ids, valid):
-        # max and not set: an absent entry must not undo a valid one that has the same id.
-        return jnp.zeros((vocabulary,), bool).at[ids].max(valid)
-
-    for _ in range(ids_K.ndim - 1):
-        one_row = jax.vmap(one_row)
-    return one_row(ids_K, valid_K)
 
 
 def scale(logits: jax.Array, temperature: float) -> jax.Array:
@@ -194,19 +245,36 @@ def _teacher_tail(tail_logprob: jax.Array | None, logprobs_K: jax.Array) -> jax.
     return jnp.log(jnp.maximum(rest_1, EPS))
 
 
-def _check_shapes(student_logits: jax.Array, teacher: TopKLogprobs) -> None:
-    check_logits(student_logits, "student_logits")
+def check_teacher(
+    shape: tuple[int, ...], teacher: TopKLogprobs, tail: str, temperature: float
+) -> None:
+    """Raises as `topk_forward_kl` does if `teacher` cannot be met by student logits of `shape`."""
+    if tail not in TAILS:
+        raise ValueError(f"tail must be one of {', '.join(map(repr, TAILS))}, got {tail!r}")
+    check_temperature(temperature)
+    check_temperature(teacher.temperature, "teacher.temperature")
+    _check_shapes(shape, teacher)
+    if tail == "bucket" and temperature != teacher.temperature:
+        raise ValueError(
+            f"temperature={temperature} differs from teacher.temperature={teacher.temperature}, "
+            "and tail='bucket' cannot follow: how the mass outside the K tokens changes with "
+            "temperature depends on probabilities that were cut off. Ask the teacher at that "
+            "temperature, or use tail='renormalize'"
+        )
+
+
+def _check_shapes(student_shape: tuple[int, ...], teacher: TopKLogprobs) -> None:
     chex.assert_type(teacher.ids, int, custom_message="teacher.ids must be integers")
     chex.assert_type(teacher.logprobs, float, custom_message="teacher.logprobs must be floating")
     chex.assert_rank(
         [teacher.ids, teacher.logprobs],
-        student_logits.ndim,
+        len(student_shape),
         custom_message="teacher.ids and teacher.logprobs need the rank of student_logits",
     )
     chex.assert_equal_shape(
         [teacher.ids, teacher.logprobs], custom_message="teacher.ids against teacher.logprobs"
     )
-    leading, vocabulary = student_logits.shape[:-1], student_logits.shape[-1]
+    leading, vocabulary = student_shape[:-1], student_shape[-1]
     if teacher.ids.shape[:-1] != leading:
         raise ValueError(
             f"the leading axes of student_logits {leading} and teacher.ids "
