@@ -30,7 +30,6 @@ def get_config():
     c.context.prefix_messages = json.loads((QUICKSTART / "prefix.json").read_text())
     c.data.train = str(QUICKSTART / "train.jsonl")
     c.data.max_length = 80
-    c.data.bucket_lengths = (12, 40, 80)
     c.trajectory.per_prompt = 1
     c.trajectory.max_new_tokens = 12
     c.trajectory.temperature = 1.0
@@ -59,4 +58,5 @@ def get_config():
     c.eval.other_prefixes = str(QUICKSTART / "retention/other_keys.jsonl")
     c.eval.max_new_tokens = 12
     c.eval.batch_size = 256
+    c.eval.every_steps = 50
     return c

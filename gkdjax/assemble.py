@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from gkdjax import hf, lora, seeds, sharding
 from gkdjax.config import Config, rows_at_once
-from gkdjax.data import pipeline
+from gkdjax.data import shapes
 from gkdjax.data.chat import Chat, load_chat, vocabulary_difference
 from gkdjax.data.sources import read_examples
 from gkdjax.errors import UserError
@@ -24,6 +24,7 @@ from gkdjax.teachers import toggle
 from gkdjax.teachers.flax import FlaxTeacher
 from gkdjax.teachers.protocol import Teacher, refusals
 from gkdjax.train_step import init_state
+from gkdjax.trajectories import ResponseRules
 from gkdjax.types import Example, Message, TrainState
 
 
@@ -42,7 +43,6 @@ class Run:
     anchor_feed: Feed | None
     anchor_teacher: Teacher | None
     evaluation: Evaluation
-    buckets: Sequence[int]
     sampling: Sampling
     keeps_base: bool  # somebody reads the base during training
 
@@ -63,22 +63,22 @@ def assemble(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> 
     mesh = sharding.data_mesh()
     for key, rows in rows_at_once(config).items():
         sharding.check_rows(mesh, key, rows)
-    buckets = _buckets(config)
+    lengths = _ladder(config)
     examples = read_examples(config.data.train, "data.train")
     anchor_examples = _anchor_examples(config, examples)
-    questions, abilities = _evaluation_examples(config)
+    questions, held_out, abilities = _evaluation_examples(config)
 
     hf.load_spec(config.student.model)
     chat = load_chat(config.student.model)
     teacher_chat = _teacher_chat(config, chat, teacher)
     rules = _view_rules(config, chat, teacher_chat)
-    feed = _feed(config, "data.train", examples, rules, buckets, config.train.batch_size)
+    feed = _feed(config, "data.train", examples, rules, config.train.batch_size)
     toggles = teacher is None and config.teacher.backend == "local-toggle"
     if toggles:
         toggle.require_longer_view(feed.views_differ())
 
     decoder, base = _load(config, config.student.model, config.student.dtype, mesh)
-    in_process = InProcess(config, buckets, mesh, decoder.spec.vocab_size)
+    in_process = InProcess(config, lengths, mesh, decoder.spec.vocab_size)
     if teacher is None and toggles:
         teacher = in_process.teacher(decoder, base, chat, "the student's base, adapter off")
     elif teacher is None:
@@ -93,7 +93,7 @@ def assemble(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> 
             anchor_teacher = in_process.teacher(decoder, base, chat, "the student's base")
         anchor_rules = _anchor_rules(config, rules, anchor_teacher, chat)
         anchor_feed = _feed(
-            config, "anchor.data", anchor_examples, anchor_rules, buckets, config.anchor.batch_size
+            config, "anchor.data", anchor_examples, anchor_rules, config.anchor.batch_size
         )
     full = config.student.adapter == "none"
     keeps_base = toggles or (anchor_feed is not None and config.anchor.towards == "base")
@@ -112,9 +112,8 @@ def assemble(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> 
         anchor_feed=anchor_feed,
         anchor_teacher=anchor_teacher,
         evaluation=Evaluation(
-            config, rules, teacher, questions, abilities, examples, buckets, mesh
+            config, rules, teacher, questions, held_out, abilities, examples, lengths, mesh
         ),
-        buckets=buckets,
         sampling=in_process.sampling,
         keeps_base=keeps_base,
     )
@@ -147,7 +146,7 @@ class InProcess:
     """Makes in-process teachers, alike but for their weights."""
 
     config: Config
-    buckets: Sequence[int]
+    lengths: Sequence[int]  # padded prompt lengths for sampling
     mesh: Mesh
     vocab_size: int  # of the student
 
@@ -170,20 +169,21 @@ class InProcess:
             top_k=k,
             vocab_size=self.vocab_size,
             temperature=self.config.gkd.temperature,
-            lengths=self.buckets,
+            lengths=self.lengths,
             batch_size=self.config.eval.batch_size,
+            chunk_size=self.config.gkd.chunk_size,
             mesh=self.mesh,
         )
 
 
-def _buckets(config: Config) -> tuple[int, ...]:
+def _ladder(config: Config) -> tuple[int, ...]:
     given, longest = config.data.bucket_lengths, config.data.max_length
     if given and max(given) < longest:
         raise UserError(
             f"config.data.bucket_lengths = {given}: the longest must hold data.max_length ="
             f" {longest}"
         )
-    return given or pipeline.bucket_lengths(longest)
+    return shapes.ladder(longest, given)
 
 
 def _messages(dicts: Sequence[dict]) -> tuple[Message, ...]:
@@ -211,14 +211,18 @@ def _anchor_rules(config: Config, rules: ViewRules, anchor_teacher: Teacher, cha
     )
 
 
-def _feed(config: Config, key: str, examples, rules: ViewRules, buckets, batch_size: int) -> Feed:
+def _feed(config: Config, key: str, examples, rules: ViewRules, batch_size: int) -> Feed:
+    c = config.trajectory
+    # The pattern is for what is being taught; the anchor's text may be about anything.
+    pattern = c.target_content_pattern if key == "data.train" else None
     return Feed(
         key,
         examples,
         rules,
-        per_prompt=config.trajectory.per_prompt,
+        ResponseRules(pattern, c.max_refills, c.max_new_tokens),
+        per_prompt=c.per_prompt,
         batch_size=batch_size,
-        buckets=buckets,
+        allowed_lengths=config.data.bucket_lengths,
         seed=config.train.seed,
     )
 
@@ -247,10 +251,13 @@ def _anchor_examples(config: Config, examples: Sequence[Example]) -> list[Exampl
     return rows
 
 
-def _evaluation_examples(config: Config) -> tuple[list[Example], dict[str, list[Example]]]:
-    questions = []
+def _evaluation_examples(config: Config):
+    """-> (questions, held-out prompts, {ability: questions})."""
+    questions, held_out = [], []
     if config.eval.questions is not None:
         questions = read_examples(config.eval.questions, "eval.questions")
+    if config.eval.held_out is not None:
+        held_out = read_examples(config.eval.held_out, "eval.held_out")
     abilities = {
         name: read_examples(path, f"eval.retention.{name}")
         for name, path in config.eval.retention.items()
@@ -259,7 +266,7 @@ def _evaluation_examples(config: Config) -> tuple[list[Example], dict[str, list[
         abilities["other_prefixes"] = read_examples(
             config.eval.other_prefixes, "eval.other_prefixes"
         )
-    return questions, abilities
+    return questions, held_out, abilities
 
 
 def _teacher_chat(config: Config, chat: Chat, teacher: Teacher | None) -> Chat:
@@ -286,13 +293,14 @@ def _load(config: Config, directory: str, dtype: str | None, mesh: Mesh) -> tupl
 
 def _check_capabilities(config: Config, teacher: Teacher, feed: Feed) -> None:
     gkd = config.gkd
+    asked = config.eval.questions is not None or config.eval.held_out is not None
     off_policy = gkd.on_policy_fraction < 1 or gkd.on_policy_warmup_steps > 0
     reasons = refusals(
         teacher.capabilities,
         top_k=config.teacher.top_k,
         temperature=gkd.temperature,
         tail=gkd.tail,
-        samples=config.eval.questions is not None or (off_policy and feed.needs_responses()),
+        samples=asked or (off_policy and feed.needs_responses()),
     )
     if reasons:
         raise UserError(f"this teacher ({teacher.description}) cannot do it: {'; '.join(reasons)}")

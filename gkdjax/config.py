@@ -64,6 +64,7 @@ class Gkd:
     jsd_beta: float = 0.0  # mixed: weight of the reverse KL; generalized_jsd: the paper's beta
     temperature: float = 1.0  # divides both sides' logits
     tail: str = "bucket"  # with teacher.top_k: "bucket" or "renormalize"
+    chunk_size: int = 512  # memory of the head: as much as [chunk_size, V] float32 logits take
     on_policy_fraction: float = 0.0  # of the batches: the student writes the responses
     on_policy_warmup_steps: int = 0  # the first steps are off-policy whatever the fraction
     warmup_divergence: str = "forward_kl"  # their loss
@@ -98,6 +99,8 @@ class TrajectoryConfig:
     max_new_tokens: int = 128
     temperature: float = 0.8
     top_p: float = 0.9
+    target_content_pattern: str | None = None  # a regular expression to be found in each response
+    max_refills: int = 4  # how often a response without it is written again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +110,7 @@ class Data:
     train: str | tuple[dict, ...] = ""  # a .json or .jsonl file, or the rows themselves
     max_length: int = 2048  # tokens of the longer view, response included
     too_long: str = "drop"  # or "truncate": the response loses its end
-    bucket_lengths: tuple[int, ...] = ()  # padded lengths; (): 32, 48, 64, 96, ... max_length
+    bucket_lengths: tuple[int, ...] = ()  # allowed padded lengths; (): chosen from the data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,19 +133,23 @@ class Train:
     batch_size: int = 8  # rows of one optimizer step
     accumulation: int = 1  # parts that such a batch is computed in, one after the other
     remat: bool = False
+    matmul_precision: str = "default"  # of float32 products: "default", "high" or "highest"
     seed: int = 0
     export: str = "merged"  # "merged", "adapter" or "both"
 
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-    """What is asked at the end."""
+    """What is asked before, after, and on the way."""
 
     questions: str | tuple[dict, ...] | None = None  # rows with an answer
+    held_out: str | tuple[dict, ...] | None = None  # prompts for divergences; None: the questions
     retention: dict[str, str] = dataclasses.field(default_factory=dict)  # ability -> file
     other_prefixes: str | None = None  # questions that bring prefixes of their own
     max_new_tokens: int = 100
     batch_size: int = 64
+    every_steps: int | None = None  # how often on the way; None: only before and after
+    rows: int = 256  # prompts asked on the way
 
 
 @dataclasses.dataclass(frozen=True)

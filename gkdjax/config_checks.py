@@ -12,7 +12,7 @@ import typing
 
 from gkdjax.errors import UserError
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "mixed", "generalized_jsd")
+DIVERGENCES = ("forward_kl", "reverse_kl", "mixed", "generalized_jsd")  # without jax: spelt out
 
 
 def check(config) -> None:
@@ -180,6 +180,7 @@ def _check_gkd(config) -> None:
     _require(0 <= fraction <= 1, "gkd.on_policy_fraction", fraction, "must be in [0, 1]")
     _require(gkd.temperature > 0, "gkd.temperature", gkd.temperature, "must be positive")
     _at_least(config, 0, "gkd.on_policy_warmup_steps")
+    _at_least(config, 1, "gkd.chunk_size")
 
 
 def _check_anchor(config) -> None:
@@ -203,7 +204,15 @@ def _check_text(config) -> None:
     )
     _at_least(config, 0, "context.student_retained_turns", "trajectory.temperature")
     _at_least(config, 1, "trajectory.per_prompt", "trajectory.max_new_tokens")
-    _at_least(config, 1, "eval.max_new_tokens", "eval.batch_size")
+    _at_least(config, 0, "trajectory.max_refills")
+    if config.trajectory.target_content_pattern is not None:
+        _check_regex("trajectory.target_content_pattern", config.trajectory.target_content_pattern)
+    _at_least(config, 1, "eval.max_new_tokens", "eval.batch_size", "eval.rows")
+    if config.eval.every_steps is not None:
+        _at_least(config, 1, "eval.every_steps")
+        asked = config.eval.questions is not None or config.eval.held_out is not None
+        advice = "nothing to measure on: set eval.questions or eval.held_out"
+        _require(asked, "eval.every_steps", config.eval.every_steps, advice)
     top_p = config.trajectory.top_p
     _require(0 < top_p <= 1, "trajectory.top_p", top_p, "must be in (0, 1]")
     _require(config.data.train != "", "data.train", "", "name a .json or .jsonl file, or give rows")
@@ -229,6 +238,7 @@ def _check_training(config) -> None:
     for key, rows in (("train", train.batch_size), ("anchor", config.anchor.batch_size)):
         advice = f"must be a multiple of train.accumulation = {train.accumulation}"
         _require(rows % train.accumulation == 0, f"{key}.batch_size", rows, advice)
+    _choice("train.matmul_precision", train.matmul_precision, ("default", "high", "highest"))
     _choice("train.export", train.export, ("merged", "adapter", "both"))
     if config.student.adapter == "none":
         advice = "without an adapter (student.adapter='none') only 'merged' can be exported"

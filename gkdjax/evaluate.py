@@ -13,38 +13,29 @@ import functools
 import itertools
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gkdjax import losses, progress, sharding
-from gkdjax.config import Config, Gkd
-from gkdjax.data import pipeline
+from gkdjax import losses, progress, scoring
+from gkdjax.config import Config
+from gkdjax.data import pipeline, shapes
 from gkdjax.data.chat import Chat
 from gkdjax.errors import UserError
 from gkdjax.feed import ViewRules
-from gkdjax.models.decoder import Decoder
 from gkdjax.sampler import Sampling, sample
-from gkdjax.teachers.flax import FlaxTeacher, predicting_hidden
+from gkdjax.scoring import Reader, Scored
+from gkdjax.teachers.flax import FlaxTeacher
 from gkdjax.teachers.protocol import Teacher
-from gkdjax.train_step import token_divergence
-from gkdjax.types import Batch, Example, TeacherTargets, Trajectory
+from gkdjax.types import Example, Trajectory
 
 SAMPLES = 3  # answers that are shown side by side
 
 
-@dataclasses.dataclass(frozen=True)
-class Reader:
-    """A model that answers: the untrained student, or the trained one."""
-
-    decoder: Decoder
-    params: dict
-    chat: Chat
-
-
 class Evaluation:
-    """The questions of a run, asked of the base before training and of the student after it."""
+    """What is asked of the base before training, of the student on the way, and after it.
+
+    Texts and answers are greedy: the same at every time, but for what the student has learnt.
+    """
 
     def __init__(
         self,
@@ -52,9 +43,10 @@ class Evaluation:
         rules: ViewRules,
         teacher: Teacher,
         questions: Sequence[Example],
+        held_out: Sequence[Example],
         abilities: dict[str, Sequence[Example]],
         prompts: Sequence[Example],
-        buckets: Sequence[int],
+        lengths: Sequence[int],
         mesh: Mesh,
     ):
         """Renders every prompt once.
@@ -63,87 +55,129 @@ class Evaluation:
           config: the run's.
           rules: how a question becomes a teacher's and a student's view.
           teacher: reads the prefix.
-          questions: of the baked task; [] skips all conditions but the abilities.
+          questions: of the baked task, with answers; [] asks none.
+          held_out: prompts on whose text the divergences are taken; [] takes the questions.
           abilities: name -> questions that are asked as they stand, with their own prefix or none.
-          prompts: of the training, to show answers to where there are no questions.
-          buckets: padded lengths.
+          prompts: of the training, to show answers to where there are no others.
+          lengths: padded prompt lengths for sampling.
           mesh: of the run.
         """
         self._config, self._rules, self._teacher = config, rules, teacher
-        self._questions, self._abilities = questions, abilities
-        self._buckets, self._mesh = buckets, mesh
+        self._questions, self._held_out = questions, held_out or questions
+        self._abilities, self._lengths, self._mesh = abilities, lengths, mesh
         self._greedy = Sampling(config.eval.max_new_tokens, temperature=0.0, top_p=1.0)
         longest = config.data.max_length
-        self._prompts = [rules.prompts(question) for question in questions]
-        for question, both in zip(questions, self._prompts, strict=True):
-            _check_fits(question, max(map(len, both)), longest)
-        fitting = (e for e in (*questions, *prompts) if max(map(len, rules.prompts(e))) < longest)
+        for example in (*questions, *held_out):
+            _check_fits(example, max(map(len, rules.prompts(example))), longest)
+        asked = (*questions, *held_out, *prompts)
+        fitting = (e for e in asked if max(map(len, rules.prompts(e))) < longest)
         self._shown = list(itertools.islice(fitting, SAMPLES))
-        self._batches: list[tuple[Batch, TeacherTargets]] = []
         for named in (questions, *abilities.values()):
             _check_questions(named)
 
     def before(self, base: Reader) -> dict:
         """Asks base and teacher -> {condition, "abilities" or "samples": what was found}."""
         result = {}
+        if self._held_out:
+            result["base"] = self._condition("base", base, view="student")
+            result["prompted_base"] = self._condition("prompted_base", base, view="teacher")
+            result["prompted_teacher"] = {"forward_kl": self._teacher_to_itself()}
         if self._questions:
-            written = self._teacher_writes(self._prompts)
-            self._batches = self._teacher_text(written)
-            answers = [self._rules.teacher_chat.decode(t.ids) for t in written]
-            result["base"] = self._measure("base", base, view="student")
-            result["prompted_base"] = self._measure("prompted_base", base, view="teacher")
-            result["prompted_teacher"] = {
-                "exact_match": _exact_match(answers, self._questions),
-                "forward_kl": self._teacher_to_itself(),
-            }
+            same = self._held_out is self._questions
+            answers = self._teacher_answers if same else self._teacher_writes(self._questions)
+            result["prompted_teacher"]["exact_match"] = self._exact_match(answers)
         samples = {"question": [example.turns[-1].content for example in self._shown]}
-        prompts = [self._rules.prompts(example) for example in self._shown]
-        samples["base"] = self._ask(base, [student for student, _ in prompts], "samples")
+        samples["base"] = _texts(base, self._ask(base, self._shown, "samples"))
         if self._teacher.capabilities.samples:
-            written = self._teacher_writes(prompts)
-            answers = [self._rules.teacher_chat.decode(t.ids) for t in written]
-            samples["prompted_teacher"] = answers
+            written = self._teacher_writes(self._shown)
+            samples["prompted_teacher"] = [self._rules.teacher_chat.decode(t.ids) for t in written]
         return result | {"abilities": self._ask_abilities(base), "samples": samples}
 
     def after(self, student: Reader) -> dict:
         """Asks the trained student -> as `before`, with the one condition "student"."""
         result = {}
-        if self._questions:
-            if not self._batches:  # a resumed run has not asked the teacher in this process
-                self._batches = self._teacher_text(self._teacher_writes(self._prompts))
-            result["student"] = self._measure("student", student, view="student")
-        prompts = [self._rules.prompts(example)[0] for example in self._shown]
-        samples = {"student": self._ask(student, prompts, "samples")}
+        if self._held_out:
+            result["student"] = self._condition("student", student, view="student")
+        samples = {"student": _texts(student, self._ask(student, self._shown, "samples"))}
         return result | {"abilities": self._ask_abilities(student), "samples": samples}
 
-    def _measure(self, condition: str, reader: Reader, view: str) -> dict[str, float]:
-        column = 0 if view == "student" else 1
-        prompts = [both[column] for both in self._prompts]
-        return {
-            "exact_match": _exact_match(self._ask(reader, prompts, condition), self._questions),
-            "forward_kl": self._forward_kl(reader, view),
-        }
+    def on_the_way(self, student: Reader) -> dict[str, float]:
+        """The same on the first `eval.rows` prompts -> a line of eval.jsonl; {} if none is asked.
 
-    def _ask(self, reader: Reader, prompts: Sequence[np.ndarray], what: str) -> list[str]:
-        chunk = self._config.eval.batch_size
-        answers: list[str] = []
+        For the teacher's text and the student's own: divergences, masses and rates by name, as in
+        `losses.Agreement`, means over tokens.
+        """
+        found = {}
+        held_out = self._held_out[: self._config.eval.rows]
+        if not held_out:
+            return found
+        own = self._ask(student, held_out, "student's text")
+        if self._questions:
+            questions = self._questions[: self._config.eval.rows]
+            asked = own if self._held_out is self._questions else None
+            found["exact_match"] = self._exact_match(
+                asked or self._ask(student, questions, "questions"), student.chat
+            )
+        for text, scored in (
+            ("teacher_text", self._teacher_texts.first(len(held_out))),
+            ("student_text", self._score(held_out, own)),
+        ):
+            means = self._agreement(student, scored, "student")._asdict()
+            found |= {f"{text}/{name}": value for name, value in means.items()}
+        return found
+
+    def _condition(self, name: str, reader: Reader, view: str) -> dict[str, float]:
+        agreement = self._agreement(reader, self._teacher_texts, view)
+        found = {"forward_kl": agreement.forward_kl}
+        if self._questions:
+            answers = self._ask(reader, self._questions, name, view)
+            found["exact_match"] = self._exact_match(answers, reader.chat)
+        return found
+
+    def _ask(
+        self, reader: Reader, examples: Sequence[Example], what: str, view: str = "student"
+    ) -> list[Trajectory]:
+        prompts = [self._rules.prompts(example)[view == "teacher"] for example in examples]
+        return self._sample(reader, prompts, what)
+
+    def _sample(self, reader: Reader, prompts: Sequence[np.ndarray], what: str):
+        rows = self._config.eval.batch_size
+        written: list[Trajectory] = []
         with progress.bar(len(prompts), what, shown=self._config.log.progress_bar) as bar:
-            for start in range(0, len(prompts), chunk):
-                part = prompts[start : start + chunk]
-                written = sample(
+            for start in range(0, len(prompts), rows):
+                part = prompts[start : start + rows]
+                written += sample(
                     reader.decoder,
                     reader.params,
                     part,
                     [0] * len(part),
                     self._greedy,
                     stop_ids=reader.chat.stop_ids,
-                    batch_size=chunk,
-                    lengths=self._buckets,
+                    batch_size=rows,
+                    lengths=self._lengths,
                     mesh=self._mesh,
                 )
-                answers += [reader.chat.decode(trajectory.ids) for trajectory in written]
                 bar.update(len(part))
-        return answers
+        return written
+
+    def _ask_abilities(self, reader: Reader) -> dict[str, float]:
+        result = {}
+        for name, questions in self._abilities.items():
+            prompts = [reader.chat.prompt_ids((*q.prefix, *q.turns), q.name) for q in questions]
+            for question, prompt in zip(questions, prompts, strict=True):
+                _check_fits(question, len(prompt), self._config.data.max_length)
+            answers = _texts(reader, self._sample(reader, prompts, name))
+            result[name] = _share_right(answers, questions)
+        return result
+
+    def _exact_match(self, answers: Sequence[Trajectory], chat: Chat | None = None) -> float:
+        chat = chat or self._rules.teacher_chat
+        texts = [chat.decode(answer.ids) for answer in answers]
+        return _share_right(texts, self._questions[: len(texts)])
+
+    def _teacher_writes(self, examples: Sequence[Example]) -> list[Trajectory]:
+        prompts = [self._rules.prompts(example)[1] for example in examples]
+        return self._teacher.sample(prompts, [0] * len(prompts), self._greedy)
 
     def _teacher_to_itself(self) -> float:
         """Measured where the teacher is in this process: not 0 if a view or a shift were wrong.
@@ -153,63 +187,41 @@ class Evaluation:
         if not isinstance(self._teacher, FlaxTeacher):
             return 0.0
         itself = Reader(self._teacher.decoder, self._teacher.params, self._teacher.chat)
-        return self._forward_kl(itself, view="teacher")
+        return self._agreement(itself, self._teacher_texts, "teacher").forward_kl
 
-    def _ask_abilities(self, reader: Reader) -> dict[str, float]:
-        result = {}
-        for name, questions in self._abilities.items():
-            prompts = [reader.chat.prompt_ids((*q.prefix, *q.turns), q.name) for q in questions]
-            for question, prompt in zip(questions, prompts, strict=True):
-                _check_fits(question, len(prompt), self._config.data.max_length)
-            result[name] = _exact_match(self._ask(reader, prompts, name), questions)
-        return result
+    @functools.cached_property
+    def _teacher_answers(self) -> list[Trajectory]:
+        """To all held-out prompts."""
+        return self._teacher_writes(self._held_out)
 
-    def _teacher_writes(self, prompts) -> list[Trajectory]:
-        """What the prompted teacher says, greedily, to (student's, teacher's) prompts."""
-        return self._teacher.sample([own for _, own in prompts], [0] * len(prompts), self._greedy)
+    @functools.cached_property
+    def _teacher_texts(self) -> Scored:
+        return self._score(self._held_out, self._teacher_answers)
 
-    def _teacher_text(self, written: list[Trajectory]) -> list[tuple[Batch, TeacherTargets]]:
+    def _score(self, examples: Sequence[Example], written: Sequence[Trajectory]) -> Scored:
+        """What the teacher says of each text, read after its own view of the prompt."""
         pairs = [
-            self._rules.pair(question, trajectory, too_long="truncate")[0]
-            for question, trajectory in zip(self._questions, written, strict=True)
+            self._rules.pair(example, trajectory, too_long="truncate")[0]
+            for example, trajectory in zip(examples, written, strict=True)
         ]
         rows = self._config.eval.batch_size
+        parts = [pairs[start : start + rows] for start in range(0, len(pairs), rows)]
+        needs = [shapes.longest([pipeline.shape_of(pair) for pair in part]) for part in parts]
+        chain = shapes.choose(needs, self._config.data.bucket_lengths)
         batches = []
-        for start in range(0, len(pairs), rows):
-            part = pairs[start : start + rows]
+        for part, need in zip(parts, needs, strict=True):
             batch = pipeline.pad(
                 part + part[-1:] * (rows - len(part)),
-                self._buckets,
+                pipeline.BatchShape(*shapes.smallest(chain, need)),
                 self._rules.student_chat.pad_id,
             )
             real_B1 = np.arange(rows)[:, None] < len(part)
             batch = dataclasses.replace(batch, target_mask_BN=batch.target_mask_BN & real_B1)
             batches.append((batch, self._teacher.targets(batch)))
-        return batches
+        return Scored(batches, rows)
 
-    def _forward_kl(self, reader: Reader, view: str) -> float:
-        """Nats per token of the teacher's own text, at `gkd.temperature`."""
-        total = count = 0.0
-        for batch, targets in self._batches:
-            batch = sharding.shard_rows(self._mesh, batch)
-            sums = _forward_kl_sums(
-                reader.decoder, reader.params, batch, targets, self._config.gkd, view
-            )
-            total, count = total + float(sums[0]), count + float(sums[1])
-        return total / count
-
-
-@functools.partial(jax.jit, static_argnames=("decoder", "gkd", "view"))
-def _forward_kl_sums(decoder: Decoder, params, batch: Batch, targets, gkd: Gkd, view: str):
-    student, teacher = (
-        (batch.student_tokens_BS, batch.student_mask_BS, batch.student_at_BN),
-        (batch.teacher_tokens_BT, batch.teacher_mask_BT, batch.teacher_at_BN),
-    )
-    hidden_BND = predicting_hidden(decoder, params, *(student if view == "student" else teacher))
-    logits_BNV = decoder.apply({"params": params}, hidden_BND, method="unembed")
-    kl_BN = token_divergence(logits_BNV, targets, "forward_kl", gkd)
-    mask_BN = batch.target_mask_BN
-    return losses.masked_sum(kl_BN, mask_BN), jnp.sum(mask_BN, dtype=jnp.float32)
+    def _agreement(self, reader: Reader, scored: Scored, view: str) -> losses.Agreement:
+        return scoring.mean_agreement(reader, scored, view, self._config.gkd, self._mesh)
 
 
 def recovery(base: float, prompted_teacher: float, student: float) -> float | None:
@@ -218,7 +230,11 @@ def recovery(base: float, prompted_teacher: float, student: float) -> float | No
     return None if gap == 0 else (student - base) / gap
 
 
-def _exact_match(answers: Sequence[str], questions: Sequence[Example]) -> float:
+def _texts(reader: Reader, answers: Sequence[Trajectory]) -> list[str]:
+    return [reader.chat.decode(answer.ids) for answer in answers]
+
+
+def _share_right(answers: Sequence[str], questions: Sequence[Example]) -> float:
     right = [a.strip() == q.answer.strip() for a, q in zip(answers, questions, strict=True)]
     return sum(right) / len(right)
 

@@ -2,18 +2,21 @@
 
 import collections
 import dataclasses
+import functools
+import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from absl import logging
 
 from gkdjax import seeds
-from gkdjax.data import pipeline, views
+from gkdjax.data import pipeline, shapes, views
 from gkdjax.data.chat import Chat
 from gkdjax.errors import UserError
-from gkdjax.trajectories import Writer, write_once
-from gkdjax.types import Batch, Example, Message, Trajectory, ViewPair
+from gkdjax.trajectories import ResponseRules, Writer, write_accepted, write_once
+from gkdjax.types import Batch, Example, Message, Trajectory, View, ViewPair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +51,20 @@ class ViewRules:
         return views.prompts(example, self.student_chat, self.teacher_chat, prefix, self.retained)
 
 
+class OnPolicyBatch(NamedTuple):
+    """A batch that the student has just written."""
+
+    batch: Batch
+    refused: int  # responses that were not accepted, and written again where that was still allowed
+    dropped: int  # rows that are in the batch without a target, because their last one was refused
+
+
 class Feed:
     """One stream of rows (training or anchor); the batch of a step is a function of the step.
 
     A row is an example with its own response, or one of `per_prompt` trajectories for an example
-    without. Rows that are too long are dropped or cut here, once, counted and named.
+    without. Rows that are too long are dropped or cut here, once, counted and named; and so are
+    those whose response is not accepted.
     """
 
     def __init__(
@@ -60,14 +72,16 @@ class Feed:
         purpose: str,
         examples: Sequence[Example],
         rules: ViewRules,
+        responses: ResponseRules,
         *,
         per_prompt: int,
         batch_size: int,
-        buckets: Sequence[int],
+        allowed_lengths: Sequence[int],
         seed: int,
     ):
-        self._purpose, self._rules = purpose, rules
-        self._batch_size, self._buckets, self._seed = batch_size, buckets, seed
+        self._purpose, self._rules, self._responses = purpose, rules, responses
+        self._batch_size, self._seed = batch_size, seed
+        self._allowed_lengths = allowed_lengths
         self._examples = [
             (example, number)
             for example in examples
@@ -75,6 +89,8 @@ class Feed:
         ]
         self._prompts = {example.row_id: rules.prompts(example) for example in examples}
         self._pairs: list[ViewPair] = []
+        self._shapes: Sequence[shapes.Shape] = ()
+        self.refused = 0  # responses of the teacher that were not accepted
         self.fates: dict[str, list[str]] = collections.defaultdict(list)  # fate -> row names
         self._drop_endless_prompts()
 
@@ -92,60 +108,129 @@ class Feed:
     def prepare(self, path: pathlib.Path, writer: Writer, *, chunk: int, show: bool) -> None:
         """Builds the off-policy view pairs; `writer` answers the rows that have no response."""
         rows = [i for i, (example, _) in enumerate(self._examples) if example.response is None]
-        written = {}
+        written: dict[int, Trajectory] = {}
         if rows:
-            trajectories = write_once(
+            found = write_once(
                 path,
                 [self._examples[i][0].name for i in rows],
-                [self._prompts[self._examples[i][0].row_id][1] for i in rows],
-                [self._row_seed("teacher", 0, i) for i in rows],
-                writer,
+                [self._prompt(i, "teacher") for i in rows],
+                lambda places: self._write([rows[p] for p in places], "teacher", 0, writer),
                 self._rules.teacher_chat,
                 chunk=chunk,
                 show=show,
             )
-            written = dict(zip(rows, trajectories, strict=True))
+            self.refused = sum(w.refused for w in found)
+            written = {i: w.trajectory for i, w in zip(rows, found, strict=True)}
         kept = []
-        for i, (example, number) in enumerate(self._examples):
-            pair, fate = self._rules.pair(example, written.get(i))
+        for i, row in enumerate(self._examples):
+            pair, fate = self._pair(row[0], written.get(i))
             if fate is not views.Fate.KEPT:
-                self.fates[fate.value].append(example.name)
+                self.fates[fate.value].append(row[0].name)
             if pair is not None:
-                kept.append((example, number))
+                kept.append(row)
                 self._pairs.append(pair)
+        example_text = [self._rules.teacher_chat.decode(t.ids) for t in written.values()][:1]
         self._examples = kept
-        self._report_fates()
+        self._report_fates(example_text)
+        self._shapes = self._choose_shapes([pipeline.shape_of(pair) for pair in self._pairs])
 
     def batch(self, step: int) -> Batch:
         """The off-policy batch of a step, as NumPy arrays."""
-        return self._pad([self._pairs[i] for i in self._rows(step)])
+        pairs = [self._pairs[i] for i in self._rows(step)]
+        need = shapes.longest([pipeline.shape_of(pair) for pair in pairs])
+        return self._pad(pairs, shapes.smallest(self._shapes, need))
 
-    def on_policy_batch(self, step: int, writer: Writer) -> Batch:
-        """The same rows, with responses that the current student writes from its own view."""
+    def on_policy_batch(
+        self, step: int, writer: Callable[[Sequence[np.ndarray], Sequence[int], int], list]
+    ) -> OnPolicyBatch:
+        """The same rows, with responses that the current student writes from its own view.
+
+        Args:
+          step: of the run.
+          writer: (prompts, seeds, padded prompt length) -> trajectories.
+        """
         rows = self._rows(step)
-        examples = [self._examples[i][0] for i in rows]
-        written = writer(
-            [self._prompts[example.row_id][0] for example in examples],
-            [self._row_seed("on_policy", step, i) for i in rows],
+        # Both shapes, the sampler's and the batch's, follow from the prompts: what the student
+        # happens to write compiles nothing new.
+        need = shapes.longest([self._longest_written[i] for i in rows])
+        prompt_length, *lengths = shapes.smallest(self._on_policy_shapes, need)
+        written = self._write(
+            list(rows), "student", step, lambda prompts, keys: writer(prompts, keys, prompt_length)
         )
+        pairs, dropped = [], 0
+        for i, (trajectory, _) in zip(rows, written, strict=True):
+            pair = None
+            if self._responses.fate(trajectory, self._rules.student_chat) is views.Fate.KEPT:
+                pair = self._student_pair(i, trajectory)
+            dropped += pair is None
+            pairs.append(self._blank(i) if pair is None else pair)
+        refused = sum(w.refused for w in written)
+        return OnPolicyBatch(self._pad(pairs, tuple(lengths)), refused, dropped)
+
+    def report(self) -> dict:
+        """What became of the rows, for results.json: fate -> names, and the refused responses."""
+        return {**self.fates, "refused_responses": self.refused}
+
+    def _pair(self, example: Example, trajectory: Trajectory | None):
+        if trajectory is not None:
+            fate = self._responses.fate(trajectory, self._rules.teacher_chat)
+            if fate is not views.Fate.KEPT:
+                return None, fate
+        return self._rules.pair(example, trajectory)
+
+    def _student_pair(self, row: int, trajectory: Trajectory) -> ViewPair:
         # A row cannot leave a batch that is already drawn: what does not fit is cut, like any
         # trajectory that reaches max_new_tokens.
-        pairs = [
-            self._rules.pair(dataclasses.replace(example, response=None), t, too_long="truncate")[0]
-            for example, t in zip(examples, written, strict=True)
-        ]
-        return self._pad(pairs)
+        example = dataclasses.replace(self._examples[row][0], response=None)
+        return self._rules.pair(example, trajectory, too_long="truncate")[0]
 
-    def _pad(self, pairs: list[ViewPair]) -> Batch:
-        return pipeline.pad(pairs, self._buckets, self._rules.student_chat.pad_id)
+    def _blank(self, row: int) -> ViewPair:
+        """A row of the batch that teaches nothing."""
+        example, none = self._examples[row][0], np.zeros(0, np.int32)
+        student, teacher = (View(ids, none) for ids in self._prompts[example.row_id])
+        return ViewPair(example.name, example.row_id, student, teacher, none)
+
+    def _write(self, rows: Sequence[int], author: str, step: int, writer: Writer):
+        purpose = f"{self._purpose}/{'on_policy' if author == 'student' else author}"
+        chat = self._rules.student_chat if author == "student" else self._rules.teacher_chat
+        return write_accepted(
+            writer,
+            [self._prompt(i, author) for i in rows],
+            lambda place, attempt: seeds.fold(self._seed, purpose, step, rows[place], attempt),
+            self._responses,
+            chat,
+        )
+
+    def _prompt(self, row: int, author: str) -> np.ndarray:
+        return self._prompts[self._examples[row][0].row_id][author == "teacher"]
+
+    @functools.cached_property
+    def _longest_written(self) -> list[shapes.Shape]:
+        """(prompt, *BatchShape) of each row if the student writes as much as it may."""
+        # Any token does: only the lengths are of interest.
+        most = Trajectory(np.zeros(self._responses.max_new_tokens, np.int32), finished=False)
+        return [
+            (len(self._prompt(i, "student")), *pipeline.shape_of(self._student_pair(i, most)))
+            for i in range(len(self._examples))
+        ]
+
+    @functools.cached_property
+    def _on_policy_shapes(self) -> Sequence[shapes.Shape]:
+        return self._choose_shapes(self._longest_written)
+
+    def _choose_shapes(self, needs: Sequence[shapes.Shape]) -> Sequence[shapes.Shape]:
+        """Of the batches of the first epoch, so that no later one needs another."""
+        steps = math.ceil(len(needs) / self._batch_size)
+        batches = [shapes.longest([needs[i] for i in self._rows(step)]) for step in range(steps)]
+        return shapes.choose(batches, self._allowed_lengths)
+
+    def _pad(self, pairs: list[ViewPair], shape: shapes.Shape) -> Batch:
+        return pipeline.pad(pairs, pipeline.BatchShape(*shape), self._rules.student_chat.pad_id)
 
     def _rows(self, step: int) -> np.ndarray:
         return pipeline.batch_rows(
             self._seed, self._purpose, step, self._batch_size, len(self._examples)
         )
-
-    def _row_seed(self, author: str, step: int, row: int) -> int:
-        return seeds.fold(self._seed, f"{self._purpose}/{author}", step, row)
 
     def _drop_endless_prompts(self) -> None:
         """Without room for a single response token there is no training row."""
@@ -157,22 +242,30 @@ class Feed:
         self.fates[views.Fate.DROPPED.value].extend(sorted(dropped))
         self._examples = [row for row in self._examples if fits[row[0].row_id]]
         if not self._examples:
-            self._report_fates()
+            self._report_fates([])
 
-    def _report_fates(self) -> None:
+    def _report_fates(self, example_text: list[str]) -> None:
+        """Names the rows that are gone; raises UserError if none is left."""
+        reasons = {
+            views.Fate.DROPPED.value: f"longer than data.max_length={self._rules.max_length}",
+            views.Fate.TRUNCATED.value: f"longer than data.max_length={self._rules.max_length}",
+            views.Fate.EMPTY.value: "a response without a token",
+            views.Fate.UNMATCHED.value: "no response with trajectory.target_content_pattern="
+            f"{self._responses.pattern!r} in {self._responses.max_refills + 1} attempts",
+        }
         for fate, names in self.fates.items():
             if names:
                 shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
                 logging.warning(
-                    "%s: %d rows %s, longer than data.max_length=%d: %s",
-                    self._purpose,
-                    len(names),
-                    fate,
-                    self._rules.max_length,
-                    shown,
+                    "%s: %d rows %s (%s): %s",
+                    *(self._purpose, len(names), fate, reasons[fate], shown),
                 )
         if not self._examples:
+            found = "; ".join(
+                f"{len(names)} rows: {reasons[fate]}" for fate, names in self.fates.items() if names
+            )
+            seen = f". The first response was {example_text[0]!r}" if example_text else ""
             raise UserError(
-                f"no row of {self._purpose} is left: all are longer than data.max_length ="
-                f" {self._rules.max_length}; raise it, or set data.too_long='truncate'"
+                f"no row of {self._purpose} is left: {found}{seen}. Raise data.max_length, set"
+                " data.too_long='truncate', or change trajectory.target_content_pattern"
             )

@@ -6,20 +6,22 @@ import pathlib
 import signal
 import threading
 import time
+import zlib
 
 import jax
+import numpy as np
 from absl import logging
 from ml_collections import config_dict
 
-from gkdjax import export, lora, optim, progress, results, seeds, sharding
+from gkdjax import compilations, export, lora, optim, progress, report, results, seeds, sharding
 from gkdjax import workdir as workdirs
 from gkdjax.assemble import Run, assemble, initial_state, total_steps
 from gkdjax.checkpoint import Checkpoints
-from gkdjax.config import Config, parse
+from gkdjax.config import Config, Log, parse
 from gkdjax.errors import Preempted, TrainingFailure
-from gkdjax.evaluate import Reader
-from gkdjax.metrics import MetricsWriter, read_metrics
+from gkdjax.metrics import MetricsWriter, read_lines
 from gkdjax.sampler import sample
+from gkdjax.scoring import Reader
 from gkdjax.teachers.protocol import Teacher
 from gkdjax.train_step import make_train_step, student_params
 from gkdjax.types import Batch, TrainState
@@ -53,25 +55,28 @@ def run(
         print(results.render(finished, workdir))
         return finished
 
-    parts = assemble(config, workdir, teacher)
+    # Part of every program's identity: set here, once, for all of them.
+    with jax.default_matmul_precision(config.train.matmul_precision):
+        found = _run(assemble(config, workdir, teacher), workdir, began)
+    print(results.render(found, workdir))
+    workdirs.write_json(workdir / "results.json", found)
+    return found
+
+
+def _run(parts: Run, workdir: pathlib.Path, began: float) -> dict:
     _write_responses(parts, workdir)
     before = workdirs.read_json(workdir / "before.json")
     if before is None:
         before = parts.evaluation.before(Reader(parts.decoder, parts.base, parts.chat))
         workdirs.write_json(workdir / "before.json", before)
-
     state, training = _train(parts, workdir)
-    params = state.trainable
-    if parts.frozen is not None:  # merged, as it is exported; and the base's programs serve again
-        params = lora.merge(parts.frozen, state.trainable)
-    after = parts.evaluation.after(Reader(parts.decoder, params, parts.chat))
+    after = parts.evaluation.after(_reader(parts, state))
     training["exports"] = _export(parts, state, workdir)
+    report.draw(workdir)
     training["seconds"] = time.monotonic() - began
-    rows = {name: dict(feed.fates) for name, feed in _feeds(parts).items()}
-    found = results.collect(before, after, rows, training)
-    print(results.render(found, workdir))
-    workdirs.write_json(workdir / "results.json", found)
-    return found
+    rows = {name: feed.report() for name, feed in _feeds(parts).items()}
+    on_the_way = read_lines(workdir / "eval.jsonl")
+    return results.collect(before, on_the_way, after, rows, training)
 
 
 def _train(parts: Run, workdir: pathlib.Path) -> tuple[TrainState, dict]:
@@ -93,26 +98,25 @@ def _train(parts: Run, workdir: pathlib.Path) -> tuple[TrainState, dict]:
 
     with (
         contextlib.closing(checkpoints),
-        contextlib.closing(MetricsWriter(workdir, first, config.log.tensorboard)) as writer,
-        progress.bar(steps, "train", start=first, shown=config.log.progress_bar) as bar,
+        contextlib.closing(Recorder(workdir, first, steps, config.log)) as record,
+        contextlib.closing(Schedule(parts, workdir, first, steps)) as evaluate,
         _stop_signal() as stop,
     ):
-        record = Recorder(writer, bar, workdir)
         for step in range(first, steps):
-            batch, divergence, on_policy = _batch(parts, step, state)
+            evaluate.if_due(step, state, record)
+            batch, divergence, counts = _batch(parts, step, state)
             anchor = None
             if parts.anchor_feed is not None:
                 anchor_batch = parts.anchor_feed.batch(step)
                 anchor_targets = parts.anchor_teacher.targets(anchor_batch)
                 anchor = (sharding.shard_rows(parts.mesh, anchor_batch), anchor_targets)
             targets = parts.teacher.targets(batch)
-            tokens = int(batch.student_mask_BS.sum())
+            counts |= {"tokens": int(batch.student_mask_BS.sum()), "batch_crc32": _crc32(batch)}
             batch = sharding.shard_rows(parts.mesh, batch)
             state, sums = step_function(
                 state, parts.frozen, batch, targets, anchor, divergence=divergence
             )
-            rows = config.train.batch_size
-            record.dispatched(step, sums, divergence, rows if on_policy else 0, tokens)
+            record.dispatched(step, sums, divergence, counts)
             last = step + 1 == steps
             if last or stop.is_set() or (step + 1) % config.checkpoint.every_steps == 0:
                 record.read()  # a state is saved only once its own numbers are known to be finite
@@ -121,27 +125,65 @@ def _train(parts: Run, workdir: pathlib.Path) -> tuple[TrainState, dict]:
                 checkpoints.wait()
                 raise Preempted(f"stopped by SIGTERM, saved at step {step + 1}; run again")
         checkpoints.wait()
-    metrics = read_metrics(workdir)
+        evaluate.if_due(steps, state, record)
+    metrics = read_lines(workdir / "metrics.jsonl")
     return state, {
         "steps": steps,
         "tokens": sum(line["tokens"] for line in metrics),
         "on_policy_steps": sum(line["on_policy_rows"] > 0 for line in metrics),
+        "compilations": sum(line["compilations"] for line in metrics),
         "loss": metrics[-1]["loss"],
     }
+
+
+class Schedule:
+    """Evaluates before the first step, every `eval.every_steps` and after the last."""
+
+    def __init__(self, parts: Run, workdir: pathlib.Path, first_step: int, steps: int):
+        self._parts, self._steps = parts, steps
+        path = workdir / "eval.jsonl"
+        # A line is written before its step's checkpoint may be: after a restart it stands.
+        tensorboard = parts.config.log.tensorboard
+        self._writer = MetricsWriter(path, first_step + 1, tensorboard, group="eval/")
+        self._done = {line["step"] for line in read_lines(path)}
+
+    def if_due(self, step: int, state: TrainState, record: "Recorder") -> None:
+        """Measures the state that `step` steps have made, if that is to be and was not done yet."""
+        every = self._parts.config.eval.every_steps
+        due = step in (0, self._steps) or (every is not None and step % every == 0)
+        if not due or step in self._done:
+            return
+        record.read()
+        found = self._parts.evaluation.on_the_way(_reader(self._parts, state))
+        if found:
+            self._writer.write(step, found)
+        record.restart_clock()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class Recorder:
     """Reads a step's numbers after the next one was dispatched, so that the device never waits."""
 
-    def __init__(self, writer: MetricsWriter, bar, workdir: pathlib.Path):
-        self._writer, self._bar, self._workdir = writer, bar, workdir
+    def __init__(self, workdir: pathlib.Path, first_step: int, steps: int, log: Log):
+        self._workdir = workdir
+        self._writer = MetricsWriter(workdir / "metrics.jsonl", first_step, log.tensorboard)
+        self._bar = progress.bar(steps, "train", start=first_step, shown=log.progress_bar)
         self._pending = None
-        self._clock = time.monotonic()
+        self.restart_clock()
 
-    def dispatched(self, step: int, sums: dict, divergence: str, on_policy: int, tokens: int):
+    def restart_clock(self) -> None:
+        """What came before belongs to no step: neither its time nor its compilations."""
+        self._clock, self._compiled = time.monotonic(), compilations.count()
+
+    def dispatched(self, step: int, sums: dict, divergence: str, counts: dict) -> None:
         """Takes the step's sums, unread, and reads those of the step before."""
+        compiled = compilations.count()
+        counts = counts | {"compilations": compiled - self._compiled}
+        self._compiled = compiled
         self.read()
-        self._pending = (step, sums, divergence, on_policy, tokens)
+        self._pending = (step, sums, divergence, counts)
 
     def read(self) -> None:
         """Waits for the pending step, checks and writes its numbers.
@@ -151,19 +193,21 @@ class Recorder:
         """
         if self._pending is None:
             return
-        (step, sums, divergence, on_policy, tokens), self._pending = self._pending, None
+        (step, sums, divergence, counts), self._pending = self._pending, None
         sums = {name: float(value) for name, value in jax.device_get(sums).items()}
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
         if sums["targets"] == 0:
-            raise TrainingFailure(f"the batch of step {step} has no target token")
+            raise TrainingFailure(
+                f"the batch of step {step} has no target token ({counts['dropped_rows']} of its"
+                " rows lost theirs: see trajectory.target_content_pattern)"
+            )
         values = {
             "loss": sums["loss_sum"] / sums["targets"],
             "divergence": divergence,
             "targets": int(sums["targets"]),
-            "on_policy_rows": on_policy,
-            "tokens": tokens,
-            "tokens_per_second": tokens / seconds,
+            **counts,
+            "tokens_per_second": counts["tokens"] / seconds,
             "grad_norm": sums["grad_norm"],
             "learning_rate": sums["learning_rate"],
         }
@@ -182,17 +226,38 @@ class Recorder:
         )
         self._bar.update(1)
 
+    def close(self) -> None:
+        self._writer.close()
+        self._bar.close()
 
-def _batch(parts: Run, step: int, state: TrainState) -> tuple[Batch, str, bool]:
-    """-> (the step's batch, its divergence, whether the student wrote it)."""
-    gkd = parts.config.gkd
+
+def _reader(parts: Run, state: TrainState) -> Reader:
+    """The student as it would be exported now; merged, so that the base's programs serve again."""
+    params = state.trainable
+    if parts.frozen is not None:
+        params = lora.merge(parts.frozen, state.trainable)
+    return Reader(parts.decoder, params, parts.chat)
+
+
+def _crc32(batch: Batch) -> int:
+    """A fingerprint of what a step reads: two runs that differ show where they begin to."""
+    found = 0
+    for leaf in jax.tree.leaves(batch):
+        found = zlib.crc32(np.ascontiguousarray(leaf), found)
+    return found
+
+
+def _batch(parts: Run, step: int, state: TrainState) -> tuple[Batch, str, dict[str, int]]:
+    """-> (the step's batch, its divergence, counts of rows that the student wrote)."""
+    gkd, rows = parts.config.gkd, parts.config.train.batch_size
+    none = {"on_policy_rows": 0, "refused_responses": 0, "dropped_rows": 0}
     if step < gkd.on_policy_warmup_steps:
-        return parts.feed.batch(step), gkd.warmup_divergence, False
+        return parts.feed.batch(step), gkd.warmup_divergence, none
     draw = seeds.generator(parts.config.train.seed, "on_policy", step).random()
     if draw >= gkd.on_policy_fraction:
-        return parts.feed.batch(step), gkd.divergence, False
+        return parts.feed.batch(step), gkd.divergence, none
 
-    def student_writes(prompts, row_seeds):
+    def student_writes(prompts, row_seeds, prompt_length):
         return sample(
             parts.decoder,
             student_params(parts.frozen, state.trainable),
@@ -200,12 +265,14 @@ def _batch(parts: Run, step: int, state: TrainState) -> tuple[Batch, str, bool]:
             row_seeds,
             parts.sampling,
             stop_ids=parts.chat.stop_ids,
-            batch_size=parts.config.train.batch_size,
-            lengths=parts.buckets,
+            batch_size=rows,
+            lengths=(prompt_length,),
             mesh=parts.mesh,
         )
 
-    return parts.feed.on_policy_batch(step, student_writes), gkd.divergence, True
+    batch, refused, dropped = parts.feed.on_policy_batch(step, student_writes)
+    counts = {"on_policy_rows": rows, "refused_responses": refused, "dropped_rows": dropped}
+    return batch, gkd.divergence, counts
 
 
 def _write_responses(parts: Run, workdir: pathlib.Path) -> None:

@@ -1,4 +1,8 @@
-"""A run's numbers, step by step: metrics.jsonl for programs, TensorBoard for eyes."""
+"""A run's numbers, step by step: JSON lines for programs, TensorBoard for eyes.
+
+metrics.jsonl has a line for each optimizer step (from 0), eval.jsonl one for each evaluation on the
+way, with the number of steps done before it.
+"""
 
 import json
 import pathlib
@@ -9,25 +13,33 @@ from tensorboardX import SummaryWriter
 class MetricsWriter:
     """Appends one line a step; a resumed run first takes back the lines past its checkpoint."""
 
-    def __init__(self, workdir: pathlib.Path, first_step: int, tensorboard: bool):
-        self._path = workdir / "metrics.jsonl"
-        if self._path.exists():
-            _drop_from(self._path, first_step)
-        self._file = self._path.open("a")
+    def __init__(self, path: pathlib.Path, first_step: int, tensorboard: bool, group: str = ""):
+        """Opens `path`, and its directory's TensorBoard files, for steps from `first_step` on.
+
+        Args:
+          group: put before the names in TensorBoard, as "eval/".
+        """
+        if path.exists():
+            _drop_from(path, first_step)
+        self._file = path.open("a")
+        self._group = group
         self._tensorboard = None
         if tensorboard:
             self._tensorboard = SummaryWriter(
-                str(workdir / "tensorboard"), purge_step=first_step, write_to_disk=True
+                str(path.parent / "tensorboard"),
+                purge_step=first_step,
+                write_to_disk=True,
+                filename_suffix=f".{path.stem}",
             )
 
     def write(self, step: int, values: dict[str, float | int | str]) -> None:
-        """Writes the numbers of optimizer step `step` (from 0); a name holds one type for good."""
+        """Writes the numbers of step `step`; a name holds one type for good."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
             for name, value in values.items():
                 if not isinstance(value, str):
-                    self._tensorboard.add_scalar(name, value, step)
+                    self._tensorboard.add_scalar(self._group + name, value, step)
 
     def close(self) -> None:
         self._file.close()
@@ -35,9 +47,9 @@ class MetricsWriter:
             self._tensorboard.close()
 
 
-def read_metrics(workdir: pathlib.Path) -> list[dict]:
-    """All lines of a run's metrics.jsonl, in order."""
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+def read_lines(path: pathlib.Path) -> list[dict]:
+    """All lines of such a file, in order; [] if there is none."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _drop_from(path: pathlib.Path, step: int) -> None:

@@ -5,24 +5,28 @@ import pathlib
 import platform
 
 from gkdjax.evaluate import recovery
+from gkdjax.losses import Agreement
 from gkdjax.progress import table
 
 CONDITIONS = ("base", "prompted_base", "prompted_teacher", "student")
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 
 
-def collect(before: dict, after: dict, rows: dict, training: dict) -> dict:
+def collect(before: dict, on_the_way: list[dict], after: dict, rows: dict, training: dict) -> dict:
     """The content of results.json.
 
     Args:
       before: `Evaluation.before`.
+      on_the_way: lines of eval.jsonl.
       after: `Evaluation.after`.
       rows: what became of the data's rows.
       training: steps, tokens, seconds and the last losses.
     """
     results = {name: before[name] for name in CONDITIONS if name in before}
     results |= {name: after[name] for name in CONDITIONS if name in after}
-    if "student" in results:
+    if on_the_way:
+        results["held_out"] = {"before": on_the_way[0], "after": on_the_way[-1]}
+    if "student" in results and "exact_match" in results["student"]:
         exact = {name: results[name]["exact_match"] for name in CONDITIONS}
         results["recovery"] = recovery(exact["base"], exact["prompted_teacher"], exact["student"])
     abilities = {
@@ -46,14 +50,21 @@ def render(results: dict, workdir: pathlib.Path) -> str:
     """The tables that are printed at the end."""
     parts = []
     if "student" in results:
+        measures = {"exact_match": ("exact match", "{:.1%}")}
+        measures |= {"forward_kl": ("KL to prompted teacher", "{:.4f}")}
+        shown = [name for name in measures if name in results["student"]]
+        header = ["held-out prompts", *(measures[name][0] for name in shown)]
         rows = [
-            [name, f"{results[name]['exact_match']:.1%}", f"{results[name]['forward_kl']:.4f}"]
-            for name in CONDITIONS
+            [who, *(measures[name][1].format(results[who][name]) for name in shown)]
+            for who in CONDITIONS
         ]
-        parts.append(table(["held-out questions", "exact match", "KL to prompted teacher"], rows))
+        parts.append(table(header, rows))
+    if "recovery" in results:
         share = results["recovery"]
         said = "not defined: the prefix changes nothing" if share is None else f"{share:.3f}"
         parts.append(f"recovery of the prefix: {said}")
+    if "held_out" in results:
+        parts.append(_held_out_table(**results["held_out"]))
     kept = dict(results["retention"])
     if "other_prefixes" in results:
         kept["other prefixes"] = results["other_prefixes"]
@@ -68,6 +79,17 @@ def render(results: dict, workdir: pathlib.Path) -> str:
     parts.append(
         f"{results['steps']} steps, {results['tokens']} tokens, {results['seconds']:.0f} s;"
         f" last loss {results['loss']:.4f}\n{workdir}: "
-        + ", ".join(["results.json", "metrics.jsonl", *results["exports"]])
+        + ", ".join(["results.json", "metrics.jsonl", "report.png", *results["exports"]])
     )
     return "\n\n".join(parts)
+
+
+def _held_out_table(before: dict, after: dict) -> str:
+    """Distance to the teacher on its own text and on the student's, before and after."""
+    texts = {"teacher_text": "teacher's text", "student_text": "student's text"}
+    rows = []
+    for field in Agreement._fields:
+        cells = [f"{line[f'{text}/{field}']:.4f}" for text in texts for line in (before, after)]
+        rows.append([field.replace("_", " "), *cells])
+    header = [f"{name}, {when}" for name in texts.values() for when in ("before", "after")]
+    return table(["means over held-out tokens", *header], rows)

@@ -1,7 +1,8 @@
 """Text from a decoder: prefill, then one token of every row at a time, in one jitted program.
 
 Knows token ids only, nothing of tokenizers. Shape letters: B rows, P prompt positions (padded on
-the left, so that all rows write the same cache slot), N new tokens, V vocabulary.
+the left, so that all rows write the same cache slot), N new tokens, V vocabulary, E width, K top-k
+entries; 1 is a kept axis of length one.
 """
 
 import dataclasses
@@ -12,11 +13,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from gkdjax import sharding
+from gkdjax.losses import top_k_logprobs
 from gkdjax.models.decoder import Cache, Decoder, init_cache
-from gkdjax.types import Trajectory
+from gkdjax.types import KeptHidden, KeptTopK, TopKTargets, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +26,10 @@ class Sampling:
     """How tokens are drawn.
 
     Attributes:
-      max_new_tokens: N; a row that has not stopped by then is cut off.
+      max_new_tokens: N, at least 1; a row that has not stopped by then is cut off.
       temperature: divides the logits; 0 takes the most probable token.
-      top_p: draw from the smallest set of tokens whose probability reaches it; 1 draws from all.
+      top_p: draw from the smallest set of tokens whose probability reaches it, the lowest ids first
+        among equals; 1 draws from all.
     """
 
     max_new_tokens: int
@@ -34,13 +37,31 @@ class Sampling:
     top_p: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """What of the predictions that the tokens are drawn from becomes `Trajectory.kept`.
+
+    It does not depend on how tokens are drawn: temperature and vocabulary are those of the loss.
+
+    Attributes:
+      top_k: K for `KeptTopK`; None for `KeptHidden`, to which the rest does not apply.
+      temperature: the log-probabilities are those of softmax(logits / temperature).
+      vocab_size: the ids below it are the whole vocabulary, and a token drawn from beyond has
+        logprob -inf; None: all ids.
+    """
+
+    top_k: int | None
+    temperature: float
+    vocab_size: int | None = None
+
+
 class _State(NamedTuple):
     step: jax.Array  # int32 scalar, tokens drawn so far
     tokens_BN: jax.Array  # int32, 0 where nothing was drawn
     length_B: jax.Array  # int32, tokens of the row, a stop id included
     done_B: jax.Array  # bool, the row has drawn a stop id
-    logits_BV: jax.Array  # float32, of the next token
-    cache: Cache
+    cache: Cache  # of all tokens but the last one drawn
+    kept: TopKTargets | jax.Array | None  # [B,N,...], the array is hidden_BNE
 
 
 def sample(
@@ -54,6 +75,7 @@ def sample(
     batch_size: int,
     lengths: Sequence[int],
     mesh: Mesh | None = None,
+    keep: Keep | None = None,
 ) -> list[Trajectory]:
     """One trajectory for each prompt.
 
@@ -69,9 +91,12 @@ def sample(
       batch_size: rows computed at once; a smaller last batch is filled up and cut.
       lengths: padded prompt lengths to choose from; few of them means few compilations.
       mesh: its devices share the rows; `params` are on all of them. None: wherever `params` are.
+      keep: what to keep of each prediction, so that the text need not be read again to be scored;
+        None: nothing, at no cost.
 
     Raises:
-      ValueError: a prompt is empty or longer than every length.
+      ValueError: a prompt is empty or longer than every length; `keep.top_k` is outside
+        [1, vocabulary]; `keep.temperature` is not positive and finite.
     """
     trajectories: list[Trajectory] = []
     for start in range(0, len(prompts), batch_size):
@@ -79,20 +104,24 @@ def sample(
         filled = chunk + [chunk[-1]] * (batch_size - len(chunk))
         tokens_BP, mask_BP = _left_pad([prompts[i] for i in filled], lengths)
         rows = (tokens_BP, mask_BP, np.asarray([seeds[i] for i in filled], np.uint32))
-        tokens_BN, length_B, done_B = jax.device_get(
+        tokens_BN, length_B, done_B, kept = jax.device_get(
             _generate(
                 decoder,
                 params,
-                *(rows if mesh is None else sharding.shard_rows(mesh, rows)),
+                rows if mesh is None else sharding.shard_rows(mesh, rows),
                 np.asarray(stop_ids, np.int32),
                 np.float32(sampling.temperature),
                 np.float32(sampling.top_p),
                 sampling.max_new_tokens,
+                keep,
+                mesh,
             )
         )
         for row in range(len(chunk)):
-            ids = tokens_BN[row, : length_B[row]]
-            trajectories.append(Trajectory(ids=ids, finished=bool(done_B[row])))
+            n = length_B[row]
+            trajectories.append(
+                Trajectory(tokens_BN[row, :n], bool(done_B[row]), _kept_of(kept, row, n))
+            )
     return trajectories
 
 
@@ -112,53 +141,100 @@ def _left_pad(prompts: Sequence[np.ndarray], lengths: Sequence[int]):
     return tokens_BP, mask_BP
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "max_new_tokens"))
-def _generate(
-    decoder, params, tokens_BP, mask_BP, seeds_B, stop_ids, temperature, top_p, max_new_tokens
-):
+def _kept_of(kept: TopKTargets | np.ndarray | None, row: int, n: int):
+    """Copies, because a slice would hold on to the arrays of the whole batch."""
+    kept = jax.tree.map(lambda values_BN: values_BN[row, :n].copy(), kept)
+    if isinstance(kept, TopKTargets):
+        return KeptTopK(kept.topk, kept.target_logprob_BN)
+    return None if kept is None else KeptHidden(kept)
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "max_new_tokens", "keep", "mesh"))
+def _generate(decoder, params, rows, stop_ids, temperature, top_p, max_new_tokens, keep, mesh):
     """Everything that may change between calls is an argument: no stale constant is compiled in."""
-    B, P = tokens_BP.shape
-    variables = {"params": params}
+    generate = functools.partial(_generate_rows, decoder, max_new_tokens, keep)
+    if mesh is not None:
+        # Each device loops for its own rows, until they are done. Left to the partitioner, every
+        # step would ask all devices for that, and top_k gather the logits of all rows.
+        cut, whole = PartitionSpec("data"), PartitionSpec()
+        generate = jax.shard_map(
+            generate, mesh=mesh, in_specs=(whole, cut, whole), out_specs=cut, check_vma=False
+        )
+    return generate(params, rows, (stop_ids, temperature, top_p))
 
-    def read(tokens, mask, cache):
-        hidden, cache = decoder.apply(variables, tokens, mask, cache, method="extend")
-        return decoder.apply(variables, hidden[:, -1], method="unembed"), cache
 
-    cache = init_cache(decoder.spec, B, P + max_new_tokens, decoder.compute_dtype)
-    logits_BV, cache = read(tokens_BP, mask_BP, cache)
+def _generate_rows(decoder: Decoder, max_new_tokens: int, keep: Keep | None, params, rows, how):
+    tokens_BP, mask_BP, seeds_B = rows
+    stop_ids, temperature, top_p = how
+    apply = functools.partial(decoder.apply, {"params": params})
     keys_B = jax.vmap(jax.random.key)(seeds_B)
+
+    def draw(state: _State, hidden_B1E) -> _State:
+        logits_B1V = apply(hidden_B1E, method="unembed")
+        step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.step)
+        drawn_B = _draw(logits_B1V[:, 0], step_keys_B, temperature, top_p)
+        token_B1 = jnp.where(state.done_B, 0, drawn_B)[:, None]
+        return _write(state, token_B1, stop_ids, _to_keep(keep, hidden_B1E, logits_B1V, token_B1))
+
+    def read_and_draw(state: _State) -> _State:
+        last_B1 = jax.lax.dynamic_slice_in_dim(state.tokens_BN, state.step - 1, 1, axis=1)
+        alive_B1 = ~state.done_B[:, None]
+        hidden_B1E, cache = apply(last_B1, alive_B1, state.cache, method="extend")
+        return draw(state._replace(cache=cache), hidden_B1E)
 
     def unfinished(state: _State):
         return (state.step < max_new_tokens) & ~jnp.all(state.done_B)
 
-    def draw_and_read(state: _State) -> _State:
-        step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.step)
-        drawn_B = _draw(state.logits_BV, step_keys_B, temperature, top_p)
-        alive_B = ~state.done_B
-        token_B = jnp.where(alive_B, drawn_B, 0)
-        stopped_B = jnp.any(token_B[:, None] == stop_ids[None, :], axis=1)
-        logits_BV, cache = read(token_B[:, None], alive_B[:, None], state.cache)
-        return _State(
-            step=state.step + 1,
-            tokens_BN=jax.lax.dynamic_update_slice_in_dim(
-                state.tokens_BN, token_B[:, None], state.step, axis=1
-            ),
-            length_B=state.length_B + alive_B.astype(jnp.int32),
-            done_B=state.done_B | stopped_B,
-            logits_BV=logits_BV,
-            cache=cache,
-        )
+    start, hidden_B1E = _prefill(apply, decoder, tokens_BP, mask_BP, max_new_tokens, keep)
+    end = jax.lax.while_loop(unfinished, read_and_draw, draw(start, hidden_B1E))
+    return end.tokens_BN, end.length_B, end.done_B, end.kept
 
-    start = _State(
+
+def _prefill(apply, decoder: Decoder, tokens_BP, mask_BP, N: int, keep: Keep | None):
+    """-> (the state before the first draw, the hidden states that predict the first token)."""
+    B, P = tokens_BP.shape
+    # The last token is not read, and its slot stays empty: P + N is the rounder number.
+    cache = init_cache(decoder.spec, B, P + N, decoder.compute_dtype)
+    hidden_BPE, cache = apply(tokens_BP, mask_BP, cache, method="extend")
+    hidden_B1E = hidden_BPE[:, -1:]
+    one = jax.eval_shape(
+        lambda: _to_keep(keep, hidden_B1E, apply(hidden_B1E, method="unembed"), tokens_BP[:, :1])
+    )
+    state = _State(
         step=jnp.zeros((), jnp.int32),
-        tokens_BN=jnp.zeros((B, max_new_tokens), jnp.int32),
+        tokens_BN=jnp.zeros((B, N), jnp.int32),
         length_B=jnp.zeros((B,), jnp.int32),
         done_B=jnp.zeros((B,), bool),
-        logits_BV=logits_BV,
         cache=cache,
+        kept=jax.tree.map(lambda at_B1: jnp.zeros((B, N, *at_B1.shape[2:]), at_B1.dtype), one),
     )
-    end = jax.lax.while_loop(unfinished, draw_and_read, start)
-    return end.tokens_BN, end.length_B, end.done_B
+    return state, hidden_B1E
+
+
+def _write(state: _State, token_B1, stop_ids, to_keep) -> _State:
+    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=state.step, axis=1)
+    return state._replace(
+        step=state.step + 1,
+        tokens_BN=write(state.tokens_BN, token_B1),
+        length_B=state.length_B + (~state.done_B).astype(jnp.int32),
+        done_B=state.done_B | jnp.any(token_B1 == stop_ids[None, :], axis=1),
+        kept=jax.tree.map(write, state.kept, to_keep),
+    )
+
+
+def _to_keep(keep: Keep | None, hidden_B1E, logits_B1V, token_B1):
+    """What `_State.kept` holds, of one step."""
+    if keep is None:
+        return None
+    if keep.top_k is None:
+        return hidden_B1E
+    logits_B1V = logits_B1V[:, :, : keep.vocab_size]
+    topk = top_k_logprobs(logits_B1V, keep.top_k, keep.temperature)
+    logprobs_B1V = jax.nn.log_softmax(logits_B1V / keep.temperature, axis=-1)
+    drawn_B11 = jnp.take_along_axis(
+        logprobs_B1V, token_B1[:, :, None], axis=-1, mode="fill", fill_value=-jnp.inf
+    )
+    return TopKTargets(topk, drawn_B11[:, :, 0])
 
 
 def _draw(logits_BV, keys_B, temperature, top_p) -> jax.Array:
@@ -170,30 +246,50 @@ def _draw(logits_BV, keys_B, temperature, top_p) -> jax.Array:
     def stochastic():
         scaled_BV = logits_BV / jnp.maximum(temperature, 1e-6)
         probs_BV = jax.nn.softmax(scaled_BV, axis=-1)
-        uniform_B = jax.vmap(jax.random.uniform)(keys_B)
-        return jax.lax.cond(
-            top_p < 1.0,
-            lambda: _invert_nucleus(probs_BV, uniform_B, top_p),
-            lambda: _invert(probs_BV, uniform_B),
-        )
+        probs_BV = jax.lax.cond(top_p < 1.0, lambda: _nucleus(probs_BV, top_p), lambda: probs_BV)
+        return _invert(probs_BV, jax.vmap(jax.random.uniform)(keys_B))
 
     return jax.lax.cond(temperature > 0.0, stochastic, greedy).astype(jnp.int32)
 
 
 def _invert(probs_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
     """The first index whose cumulative sum passes uniform x total; never one of probability 0."""
+    # It is a sum of partial sums, whose rounding may lift it at a token of probability 0 too.
     cumulative_BV = jnp.cumsum(probs_BV, axis=-1)
-    threshold_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
+    possible_BV = probs_BV > 0.0
+    total_B1 = jnp.max(jnp.where(possible_BV, cumulative_BV, 0.0), axis=-1, keepdims=True)
     # Rounding may put the threshold on the total itself, past which no index lies.
-    threshold_B1 = jnp.minimum(threshold_B1, jnp.nextafter(cumulative_BV[:, -1:], 0.0))
-    return jnp.argmax(cumulative_BV > threshold_B1, axis=-1)
+    threshold_B1 = jnp.minimum(uniform_B[:, None] * total_B1, jnp.nextafter(total_B1, 0.0))
+    return jnp.argmax(possible_BV & (cumulative_BV > threshold_B1), axis=-1)
 
 
-def _invert_nucleus(probs_BV: jax.Array, uniform_B: jax.Array, top_p: jax.Array) -> jax.Array:
-    """`_invert` within the nucleus (Holtzman et al. 2020, arXiv:1904.09751)."""
-    order_BV = jnp.argsort(-probs_BV, axis=-1)
-    sorted_BV = jnp.take_along_axis(probs_BV, order_BV, axis=-1)
-    before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV
-    nucleus_BV = jnp.where(before_BV < top_p, sorted_BV, 0.0)
-    rank_B = _invert(nucleus_BV, uniform_B)
-    return jnp.take_along_axis(order_BV, rank_B[:, None], axis=-1)[:, 0]
+def _nucleus(probs_BV: jax.Array, top_p: jax.Array) -> jax.Array:
+    """The probabilities, 0 outside the nucleus (Holtzman et al. 2020, arXiv:1904.09751).
+
+    A token belongs to it if those before it, the more probable ones and equals of lower id, do not
+    reach top_p without it.
+    """
+    least_B1 = _least_reaching(probs_BV, top_p)
+    above_BV = probs_BV > least_B1
+    equal_BV = probs_BV == least_B1
+    mass_above_B1 = jnp.sum(jnp.where(above_BV, probs_BV, 0.0), axis=-1, keepdims=True)
+    equals_before_BV = jnp.cumsum(equal_BV, axis=-1, dtype=jnp.int32) - equal_BV
+    before_BV = mass_above_B1 + equals_before_BV * least_B1
+    return jnp.where(above_BV | (equal_BV & (before_BV < top_p)), probs_BV, 0.0)
+
+
+def _least_reaching(probs_BV: jax.Array, top_p: jax.Array) -> jax.Array:
+    """[B, 1]: the largest t such that the tokens of probability t and more reach top_p.
+
+    Non-negative floats are in the order of their bits, so t is found bit by bit, exactly, in thirty
+    sums (1.0 has no higher bit) instead of a sort of the vocabulary, which takes ten times as long.
+    """
+    bits_BV = jax.lax.bitcast_convert_type(probs_BV, jnp.int32)
+
+    def try_bit(i, least_B1):
+        raised_B1 = least_B1 | (1 << (29 - i))
+        mass_B1 = jnp.sum(jnp.where(bits_BV >= raised_B1, probs_BV, 0.0), axis=-1, keepdims=True)
+        return jnp.where(mass_B1 >= top_p, raised_B1, least_B1)
+
+    least_B1 = jax.lax.fori_loop(0, 30, try_bit, jnp.zeros((probs_BV.shape[0], 1), jnp.int32))
+    return jax.lax.bitcast_convert_type(least_B1, jnp.float32)

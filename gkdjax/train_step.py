@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gkdjax import lora, losses
 from gkdjax.config import Config, Gkd
-from gkdjax.models.decoder import Decoder, unembed
+from gkdjax.models.decoder import Decoder, unembedding_table
 from gkdjax.types import Batch, DenseTargets, TeacherTargets, TrainState
 
 Part = tuple[Batch, TeacherTargets]
@@ -30,38 +30,43 @@ def student_params(frozen: dict | None, trainable, dropout_rng: jax.Array | None
     return trainable if frozen is None else lora.attach(frozen, trainable, dropout_rng)
 
 
-def token_divergence(
-    student_logits_BNV: jax.Array, targets: TeacherTargets, divergence: str, gkd: Gkd
-) -> jax.Array:
-    """The divergence of each target, float32 [B,N] in nats, against dense or top-k targets.
+def weighted_divergence(
+    hidden_BND: jax.Array,
+    unembedding_VD: jax.Array,
+    softcap: float | None,
+    targets: TeacherTargets,
+    weights_BN: jax.Array,
+    divergence: str,
+    gkd: Gkd,
+    mesh: Mesh,
+) -> tuple[jax.Array, jax.Array]:
+    """The student's divergence from dense or top-k targets -> (weighted sum, per token [B,N]).
 
+    Fused from hidden states, see `gkdjax.losses.fused`; the mesh's devices share the rows.
     Vocabularies padded to different sizes are compared on the ids that both have.
     """
+    options = {
+        "divergence": divergence,
+        "beta": gkd.jsd_beta,
+        "temperature": gkd.temperature,
+        "softcap": softcap,
+        "chunk_size": gkd.chunk_size,
+        "mesh": mesh,
+    }
     if isinstance(targets, DenseTargets):
-        function = {
-            "forward_kl": losses.forward_kl,
-            "reverse_kl": losses.reverse_kl,
-            "mixed": losses.mixed_kl,
-            "generalized_jsd": losses.generalized_jsd,
-        }[divergence]
-        teacher = teacher_logits(targets)
-        shared = min(teacher.shape[-1], student_logits_BNV.shape[-1])
-        sides, options = (student_logits_BNV[..., :shared], teacher[..., :shared]), {}
-    else:
-        function = {
-            "forward_kl": losses.topk_forward_kl,
-            "reverse_kl": losses.topk_reverse_kl,
-            "mixed": losses.topk_jsd,
-            "generalized_jsd": losses.topk_generalized_jsd,
-        }[divergence]
-        sides, options = (student_logits_BNV, targets.topk), {"tail": gkd.tail}
-    beta = (gkd.jsd_beta,) if divergence in ("mixed", "generalized_jsd") else ()
-    return function(*sides, *beta, temperature=gkd.temperature, **options)
-
-
-def teacher_logits(targets: DenseTargets) -> jax.Array:
-    """float32 [B,N,V] of dense targets."""
-    return unembed(targets.hidden_BNE, targets.unembedding_VE, targets.softcap)
+        shared = min(unembedding_VD.shape[0], targets.unembedding_VE.shape[0])
+        return losses.fused_dense_divergence(
+            hidden_BND,
+            unembedding_VD[:shared],
+            targets.hidden_BNE,
+            targets.unembedding_VE[:shared],
+            weights_BN,
+            teacher_softcap=targets.softcap,
+            **options,
+        )
+    return losses.fused_topk_divergence(
+        hidden_BND, unembedding_VD, targets.topk, weights_BN, tail=gkd.tail, **options
+    )
 
 
 def make_train_step(
@@ -80,17 +85,26 @@ def make_train_step(
       tokens, `anchor_sum` over `anchor_targets`, and the step's `grad_norm` and `learning_rate`.
     """
     accumulation, gkd, anchor_config = config.train.accumulation, config.gkd, config.anchor
+    spec = decoder.spec
     seed_key = jax.random.key(config.train.seed)
 
     def part_loss(params, part: Part, divergence: str) -> jax.Array:
         batch, targets = part
-        variables = {"params": params}
-        hidden_BSD = decoder.apply(variables, batch.student_tokens_BS, batch.student_mask_BS)
+        hidden_BSD = decoder.apply(
+            {"params": params}, batch.student_tokens_BS, batch.student_mask_BS
+        )
         hidden_BND = jnp.take_along_axis(hidden_BSD, batch.student_at_BN[:, :, None], axis=1)
-        logits_BNV = decoder.apply(variables, hidden_BND, method="unembed")
-        targets = _blank_where_masked(targets, batch.target_mask_BN)
-        loss_BN = token_divergence(logits_BNV, targets, divergence, gkd)
-        return losses.masked_sum(loss_BN, batch.target_mask_BN)
+        summed, _ = weighted_divergence(
+            hidden_BND,
+            unembedding_table(spec, params),
+            spec.final_softcap,
+            targets,
+            batch.target_mask_BN,
+            divergence,
+            gkd,
+            mesh,
+        )
+        return summed
 
     def step(state: TrainState, frozen, batch, targets, anchor, *, divergence: str):
         parts = {"main": (batch, targets)} | ({} if anchor is None else {"anchor": anchor})
@@ -135,22 +149,6 @@ def make_train_step(
         static_argnames="divergence",
         out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
-
-
-def _blank_where_masked(targets: TeacherTargets, mask_BN: jax.Array) -> TeacherTargets:
-    """A teacher may leave anything where there is no target: a NaN would pass into the gradient."""
-    mask_BN1 = mask_BN[:, :, None]
-    if isinstance(targets, DenseTargets):
-        hidden_BNE = jnp.where(mask_BN1, targets.hidden_BNE, 0.0)
-        return dataclasses.replace(targets, hidden_BNE=hidden_BNE)
-    topk = targets.topk
-    tail = topk.tail_logprob
-    blank = dataclasses.replace(
-        topk,
-        logprobs=jnp.where(mask_BN1, topk.logprobs, -jnp.inf),
-        tail_logprob=None if tail is None else jnp.where(mask_BN, tail, 0.0),
-    )
-    return dataclasses.replace(targets, topk=blank)
 
 
 def _micro_batch(part: Part, micro: jax.Array, accumulation: int) -> Part:

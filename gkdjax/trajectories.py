@@ -1,42 +1,104 @@
-"""Responses that the teacher writes for rows without one: written once, kept on disk, read back."""
+"""Responses: which are accepted, and the teacher's, written once, kept on disk and read back."""
 
+import dataclasses
 import json
 import pathlib
+import re
 import zlib
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from gkdjax import progress
 from gkdjax.data.chat import Chat
+from gkdjax.data.views import Fate
 from gkdjax.errors import UserError
 from gkdjax.types import Trajectory
 
 Writer = Callable[[Sequence[np.ndarray], Sequence[int]], list[Trajectory]]  # (prompts, seeds)
 
 
+@dataclasses.dataclass(frozen=True)
+class ResponseRules:
+    """Which responses are learnt from.
+
+    Attributes:
+      pattern: a regular expression that has to be found somewhere in the text; None: any text.
+      max_refills: a response that is refused is written again at most so many times.
+      max_new_tokens: the longest that it may be.
+    """
+
+    pattern: str | None
+    max_refills: int
+    max_new_tokens: int
+
+    def fate(self, trajectory: Trajectory, chat: Chat) -> Fate:
+        """KEPT, EMPTY or UNMATCHED."""
+        if len(trajectory.ids) == 0:
+            return Fate.EMPTY
+        if self.pattern is not None and not re.search(self.pattern, chat.decode(trajectory.ids)):
+            return Fate.UNMATCHED
+        return Fate.KEPT
+
+
+class Written(NamedTuple):
+    """The last response to a prompt, accepted or not, and how many were refused in all."""
+
+    trajectory: Trajectory
+    refused: int
+
+
+def write_accepted(
+    writer: Writer,
+    prompts: Sequence[np.ndarray],
+    seed: Callable[[int, int], int],
+    rules: ResponseRules,
+    chat: Chat,
+) -> list[Written]:
+    """A response to each prompt; one that is refused is written again, up to the rules' bound.
+
+    Args:
+      writer: who writes.
+      prompts: token ids of the writer's view.
+      seed: (index of the prompt, attempt from 0) -> seed.
+      rules: what is accepted.
+      chat: the writer's.
+    """
+    refused, trajectories = [0] * len(prompts), [None] * len(prompts)
+    places = list(range(len(prompts)))
+    for attempt in range(rules.max_refills + 1):
+        again = writer([prompts[i] for i in places], [seed(i, attempt) for i in places])
+        for i, trajectory in zip(places, again, strict=True):
+            trajectories[i] = trajectory
+        places = [i for i in places if rules.fate(trajectories[i], chat) is not Fate.KEPT]
+        for i in places:
+            refused[i] += 1
+        if not places:
+            break
+    return [Written(t, n) for t, n in zip(trajectories, refused, strict=True)]
+
+
 def write_once(
     path: pathlib.Path,
     names: Sequence[str],
     prompts: Sequence[np.ndarray],
-    seeds: Sequence[int],
-    writer: Writer,
+    write: Callable[[Sequence[int]], list[Written]],
     chat: Chat,
     *,
     chunk: int,
     show: bool,
-) -> list[Trajectory]:
-    """The trajectories of all prompts; those that `path` holds already are not written again.
+) -> list[Written]:
+    """The responses to all prompts; those that `path` holds already are not written again.
 
     They are written in chunks of fixed rows in a fixed order, so that an interrupted run that
     continues here gets the same text as an uninterrupted one. A chunk is on disk before it is used.
 
     Args:
-      path: a JSONL file, a trajectory a line, with its text for people to read.
+      path: a JSONL file, a response a line, with its text for people to read.
       names: of the rows, for the file.
       prompts: token ids of the writer's view.
-      seeds: one a prompt.
-      writer: who writes.
+      write: indices of prompts -> what was written to them.
       chat: decodes the text.
       chunk: prompts written at once.
       show: a progress bar.
@@ -53,30 +115,30 @@ def write_once(
         path.open("a" if done else "w") as file,
     ):
         for start in range(len(done), len(prompts), chunk):
-            rows = slice(start, start + chunk)
-            written = writer(prompts[rows], seeds[rows])
-            for name, prompt, trajectory in zip(names[rows], prompts[rows], written, strict=True):
-                file.write(_line(name, prompt, trajectory, chat))
+            places = range(start, min(start + chunk, len(prompts)))
+            written = write(places)
+            for i, one in zip(places, written, strict=True):
+                file.write(_line(names[i], prompts[i], one, chat))
             file.flush()
             done += written
             bar.update(len(written))
     return done
 
 
-def _line(name: str, prompt: np.ndarray, trajectory: Trajectory, chat: Chat) -> str:
+def _line(name: str, prompt: np.ndarray, written: Written, chat: Chat) -> str:
+    trajectory = written.trajectory
     record = {
         "row": name,
         "prompt_crc32": _crc32(prompt),
         "text": chat.decode(trajectory.ids),
         "finished": trajectory.finished,
+        "refused": written.refused,
         "ids": trajectory.ids.tolist(),
     }
     return json.dumps(record) + "\n"
 
 
-def _read(
-    path: pathlib.Path, names: Sequence[str], prompts: Sequence[np.ndarray]
-) -> list[Trajectory]:
+def _read(path: pathlib.Path, names: Sequence[str], prompts: Sequence[np.ndarray]) -> list[Written]:
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)
@@ -84,7 +146,7 @@ def _read(
         lines.pop()
     if len(lines) > len(names):
         raise _other_rows(path, len(names) + 1)
-    trajectories = []
+    found = []
     for number, (line, name, prompt) in enumerate(zip(lines, names, prompts, strict=False), 1):
         try:
             record = json.loads(line)
@@ -92,8 +154,9 @@ def _read(
             raise UserError(f"{path}:{number} does not parse: {error}; remove the file") from None
         if (record["row"], record["prompt_crc32"]) != (name, _crc32(prompt)):
             raise _other_rows(path, number)
-        trajectories.append(Trajectory(np.asarray(record["ids"], np.int32), record["finished"]))
-    return trajectories
+        trajectory = Trajectory(np.asarray(record["ids"], np.int32), record["finished"])
+        found.append(Written(trajectory, record["refused"]))
+    return found
 
 
 def _other_rows(path: pathlib.Path, line: int) -> UserError:

@@ -37,11 +37,27 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True)
+class KeptTopK:
+    """One row of `TopKTargets`, in NumPy: what the writer predicted where it drew its tokens."""
+
+    topk: TopKLogprobs  # [n,K]
+    target_logprob: np.ndarray  # float32 [n], the drawn token's own logprob
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptHidden:
+    """One row of `DenseTargets`, in NumPy, without the unembedding."""
+
+    hidden: np.ndarray  # compute dtype [n,E]
+
+
+@dataclasses.dataclass(frozen=True)
 class Trajectory:
     """A response as token ids; it stays so from the sampler to the loss."""
 
     ids: np.ndarray  # int32 [n]; if finished, the last one is a stop id
     finished: bool  # False: cut off at max_new_tokens, so there is no end-of-turn target
+    kept: KeptTopK | KeptHidden | None = None  # row n predicted ids[n]; None: nobody asked for it
 
 
 @dataclasses.dataclass(frozen=True)

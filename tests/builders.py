@@ -11,6 +11,7 @@ import numpy as np
 
 from gkdjax.config import Config, Train
 from gkdjax.lora import Adapter
+from gkdjax.losses.head import unembed
 from gkdjax.models.decoder import Decoder
 from gkdjax.models.spec import layer_shapes, param_shapes
 from gkdjax.types import Batch, DenseTargets
@@ -113,3 +114,13 @@ def dense_targets(like: Batch, vocab: int = 32, width: int = 6, seed: int = 5) -
 def config(**sections) -> Config:
     """`Config` with whole sections replaced, as config(gkd=Gkd(divergence="reverse_kl"))."""
     return dataclasses.replace(Config(), **({"train": Train()} | sections))
+
+
+def logits(hidden_BND, table_VD, softcap: float | None):
+    """[B,N,V] at once, as nothing but a test holds them."""
+    return unembed(jnp.asarray(hidden_BND), jnp.asarray(table_VD), softcap)
+
+
+def teacher_logits(targets: DenseTargets):
+    """[B,N,V] of dense targets."""
+    return logits(targets.hidden_BNE, targets.unembedding_VE, targets.softcap)

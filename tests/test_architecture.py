@@ -16,12 +16,15 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "gkdjax"
 # in "/" covers a folder. "" is the package's own __init__.py.
 FLOORS = {
     0: ("", "errors", "losses/", "seeds", "tree"),
-    1: ("types", "config", "config_checks", "sharding", "optim", "metrics", "progress"),
+    1: (
+        *("types", "config", "config_checks", "sharding", "optim", "metrics", "progress"),
+        "compilations",
+    ),
     2: ("models/", "lora", "data/"),
     3: ("hf", "sampler", "teachers/"),
     4: (
         *("train_step", "evaluate", "checkpoint", "export", "trajectories"),
-        *("feed", "assemble", "results", "workdir"),
+        *("feed", "assemble", "results", "workdir", "scoring", "report"),
     ),
     5: ("loop",),
     6: ("main", "tools/", "benchmarks/"),

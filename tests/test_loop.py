@@ -237,6 +237,7 @@ def test_rows_that_are_too_long_are_counted_and_named(student, tmp_path, caplog)
     assert cut["rows"]["train"] == {
         "dropped": ["data.train:0", "data.train:3"],
         "truncated": ["data.train:1"],
+        "refused_responses": 0,
     }
 
 

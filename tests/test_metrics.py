@@ -4,34 +4,36 @@ import contextlib
 import json
 
 from gkdjax import progress
-from gkdjax.metrics import MetricsWriter, read_metrics
+from gkdjax.metrics import MetricsWriter, read_lines
 
 
 def write(workdir, first_step: int, steps, tensorboard: bool = False) -> None:
-    with contextlib.closing(MetricsWriter(workdir, first_step, tensorboard)) as writer:
+    with contextlib.closing(
+        MetricsWriter(workdir / "metrics.jsonl", first_step, tensorboard)
+    ) as writer:
         for step in steps:
             writer.write(step, {"loss": first_step + step / 8, "divergence": "mixed"})
 
 
 def test_a_line_a_step(tmp_path):
     write(tmp_path, 0, range(2))
-    assert read_metrics(tmp_path) == [
+    assert read_lines(tmp_path / "metrics.jsonl") == [
         {"step": 0, "loss": 0.0, "divergence": "mixed"},
         {"step": 1, "loss": 0.125, "divergence": "mixed"},
     ]
 
 
 def test_lines_are_on_disk_at_once(tmp_path):
-    writer = MetricsWriter(tmp_path, 0, tensorboard=False)
+    writer = MetricsWriter(tmp_path / "metrics.jsonl", 0, tensorboard=False)
     writer.write(0, {"loss": 1.0})
-    assert len(read_metrics(tmp_path)) == 1
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 1
     writer.close()
 
 
 def test_a_resumed_run_drops_what_its_checkpoint_does_not_know(tmp_path):
     write(tmp_path, 0, range(5))
     write(tmp_path, 3, range(3, 6))
-    lines = read_metrics(tmp_path)
+    lines = read_lines(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
     assert [line["loss"] >= 3 for line in lines] == [False] * 3 + [True] * 3
 
@@ -41,13 +43,13 @@ def test_a_line_cut_by_a_crash_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text()[:-4])
     write(tmp_path, 2, range(2, 4))
-    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2, 3]
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
 
 
 def test_from_the_start_again_is_from_the_start(tmp_path):
     write(tmp_path, 0, range(3))
     write(tmp_path, 0, range(1))
-    assert [line["step"] for line in read_metrics(tmp_path)] == [0]
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0]
     assert not list(tmp_path.glob("*.part"))
 
 

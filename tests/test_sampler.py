@@ -1,4 +1,7 @@
-"""The sampler against argmax by hand, torch's generate, and the distribution it has to follow."""
+"""The sampler against argmax by hand, torch's generate, and the distribution it has to follow.
+
+What it keeps is tested against an uncached forward over what it wrote.
+"""
 
 import functools
 import types
@@ -11,8 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from gkdjax import hf, lora, sampler
-from gkdjax.sampler import Sampling, sample
+from gkdjax import hf, lora, sampler, sharding
+from gkdjax.losses import top_k_logprobs
+from gkdjax.models.decoder import Decoder
+from gkdjax.sampler import Keep, Sampling, sample
+from gkdjax.types import KeptHidden
 
 N, P = 14, 9  # past the window of 5 with prompts of all lengths
 GREEDY = Sampling(N, temperature=0.0, top_p=1.0)
@@ -33,32 +39,37 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(model):
-    """run(prompts, seeds, sampling, stops) in batches of three, all in one shape."""
+    """run(prompts, seeds, sampling, stops, **how) in batches of three, all in one shape."""
 
-    def run(prompts=PROMPTS, seeds=(1, 2, 3), sampling=GREEDY, stops=NEVER, params=model[1]):
+    def run(prompts=PROMPTS, seeds=(1, 2, 3), sampling=GREEDY, stops=NEVER, params=model[1], **how):
         return sample(
             *(model[0], params, prompts, seeds, sampling),
-            **{"stop_ids": stops, "batch_size": 3, "lengths": (P,)},
+            **{"stop_ids": stops, "batch_size": 3, "lengths": (P,)} | how,
         )
 
     return run
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _all_logits(decoder, params, tokens_BT, mask_BT):
+def _forward(decoder, params, tokens_BT, mask_BT):
     hidden = decoder.apply({"params": params}, tokens_BT, mask_BT)
-    return decoder.apply({"params": params}, hidden, method="unembed")
+    return hidden, decoder.apply({"params": params}, hidden, method="unembed")
+
+
+def uncached(decoder, params, rows) -> tuple[np.ndarray, np.ndarray]:
+    """(hidden, logits) of whole rows, right-padded to one shape: no cache, no left padding."""
+    tokens_BT = np.zeros((len(rows), P + N), np.int32)
+    for row, ids in enumerate(rows):
+        tokens_BT[row, : len(ids)] = ids
+    mask_BT = np.arange(P + N)[None, :] < np.array([len(ids) for ids in rows])[:, None]
+    return jax.device_get(_forward(decoder, params, tokens_BT, mask_BT))
 
 
 def argmax_by_hand(decoder, params, prompts, steps: int) -> np.ndarray:
-    """Reads all of it anew for each token, right-padded to one shape: no cache, no left padding."""
+    """Reads all of it anew for each token."""
     rows = [list(prompt) for prompt in prompts]
     for _ in range(steps):
-        tokens_BT = np.zeros((len(rows), P + N), np.int32)
-        for row, ids in enumerate(rows):
-            tokens_BT[row, : len(ids)] = ids
-        mask_BT = np.arange(P + N)[None, :] < np.array([len(ids) for ids in rows])[:, None]
-        logits = np.asarray(_all_logits(decoder, params, tokens_BT, mask_BT))
+        _, logits = uncached(decoder, params, rows)
         for row, ids in enumerate(rows):
             ids.append(int(logits[row, len(ids) - 1].argmax()))
     return np.array([ids[-steps:] for ids in rows])
@@ -114,8 +125,13 @@ def test_greedy_equals_torchs_generate(model, greedy):
         assert until(row, stops) == until(got, stops)
 
 
-def test_the_loop_ends_with_the_last_row(model, monkeypatch):
-    drawn = []
+def test_the_loop_ends_with_the_last_row_and_reads_no_last_token(monkeypatch):
+    drawn, read = [], []
+
+    class Counted(Decoder):
+        def extend(self, *args):
+            jax.debug.callback(lambda: read.append(1))
+            return super().extend(*args)
 
     def counted(logits_BV, keys_B, temperature, top_p):
         jax.debug.callback(lambda: drawn.append(1))
@@ -123,14 +139,16 @@ def test_the_loop_ends_with_the_last_row(model, monkeypatch):
 
     monkeypatch.setattr(sampler, "_draw", counted)
     decoder, params = builders.small_model()
-    generate = jax.jit(sampler._generate.__wrapped__, static_argnums=(0, 8))
+    generate = jax.jit(sampler._generate.__wrapped__, static_argnums=(0, 6))
     tokens_BP = np.full((2, 3), 7, np.int32)
-    args = (decoder, params, tokens_BP, tokens_BP > 0, np.arange(2, dtype=np.uint32))
+    rows = (tokens_BP, tokens_BP > 0, np.arange(2, dtype=np.uint32))
     for stops, steps in (((5, 6), 1), ((5, 9), 40)):
-        drawn.clear()
-        _, length_B, done_B = generate(*args, np.asarray(stops), 1.0, 1.0, 40)
+        drawn.clear(), read.clear()
+        _, length_B, done_B, _ = generate(
+            *(Counted(decoder.spec), params, rows, np.asarray(stops)), *(1.0, 1.0, 40, None, None)
+        )
         jax.effects_barrier()
-        assert len(drawn) == steps
+        assert len(drawn) == len(read) == steps
         assert (length_B.tolist(), done_B.tolist()) == ([1, steps], [True, steps == 1])
 
 
@@ -176,7 +194,7 @@ def small():
     """.frequencies(temperature, top_p) of the first tokens of 8,192 seeds, and their .logits."""
     decoder, params = builders.small_model(seed=3, vocab_size=VOCAB)
     prompt = np.array([4, 7, 9], np.int32)
-    logits = _all_logits(decoder, params, prompt[None], np.ones((1, 3), bool))
+    _, logits = _forward(decoder, params, prompt[None], np.ones((1, 3), bool))
 
     def frequencies(temperature, top_p):
         drawn = sample(
@@ -222,3 +240,152 @@ def test_inversion_never_gives_a_token_of_probability_zero():
     probs_BV = jnp.asarray([[0.0, 0.3, 0.0, 0.7, 0.0]] * 4, jnp.float32)
     ends_B = jnp.asarray([0.0, 0.299, 0.301, np.nextafter(np.float32(1), np.float32(0))])
     assert sampler._invert(probs_BV, ends_B).tolist() == [1, 1, 3, 3]
+
+
+def test_rounding_in_the_sum_draws_no_token_of_probability_zero():
+    rng = np.random.default_rng(0)
+    possible_BV = rng.random((64, 4096)) < 0.1
+    possible_BV &= np.arange(4096) < rng.integers(2000, 4096, (64, 1))
+    probs_BV = (rng.random((64, 4096)) * possible_BV).astype(np.float32)
+    sums_BV = np.asarray(jnp.cumsum(jnp.asarray(probs_BV), axis=-1))
+    rises_BV = (np.diff(sums_BV) > 0) & ~possible_BV[:, 1:]
+    before_rise_B = sums_BV[np.arange(64), rises_BV.argmax(axis=-1)]
+    for uniform_B in (before_rise_B / sums_BV[:, -1], np.full(64, 1 - 2**-24, np.float32)):
+        drawn_B = sampler._invert(jnp.asarray(probs_BV), jnp.asarray(uniform_B))
+        assert possible_BV[np.arange(64), drawn_B].all()
+
+
+def test_the_nucleus_is_that_of_a_stable_sort():
+    """In units of 1/1024, so that sums are exact: many tokens are equal, some are 0."""
+    rng = np.random.default_rng(0)
+    probs_BV = rng.multinomial(1024, rng.dirichlet(np.full(300, 0.7), size=4)) / 1024
+    order_BV = np.argsort(-probs_BV, axis=-1, kind="stable")
+    sorted_BV = np.take_along_axis(probs_BV, order_BV, axis=-1)
+    for top_p in (1e-9, 1 / 1024, 0.25, 0.5, 0.5 + 1 / 2048, 0.9, 1023 / 1024, 1 - 2**-20):
+        inside_BV = np.cumsum(sorted_BV, axis=-1) - sorted_BV < top_p
+        wanted_BV = np.zeros_like(probs_BV)
+        np.put_along_axis(wanted_BV, order_BV, sorted_BV * inside_BV, axis=-1)
+        got_BV = sampler._nucleus(jnp.asarray(probs_BV, jnp.float32), jnp.float32(top_p))
+        np.testing.assert_array_equal(got_BV, wanted_BV)
+    one = sampler._nucleus(jnp.asarray([[0.0, 1.0, 0.0]]), jnp.float32(0.9))
+    assert one.tolist() == [[0.0, 1.0, 0.0]]
+    some_BV = jax.nn.softmax(jnp.asarray(rng.standard_normal((8, 300)), jnp.float32))
+    assert (some_BV == sampler._least_reaching(some_BV, 0.7)).any(axis=-1).all()
+
+
+TOP, TOP_SHARED, HIDDEN = KEEPS = (Keep(5, 2.0), Keep(7, 0.5, vocab_size=100), Keep(None, 1.0))
+
+
+@pytest.fixture(scope="module")
+def written(run):
+    """(stop ids, what is drawn with them): rows of 5 tokens, of more, and one that is cut off."""
+    free = ids(run(sampling=WARM))
+    stops = (free[0][4], next(i for i in free[1][8:] if i not in free[2]))
+    drawn = run(sampling=WARM, stops=stops)
+    assert len({len(t.ids) for t in drawn}) == 3
+    assert {t.finished for t in drawn} == {True, False}
+    return stops, drawn
+
+
+def leaves(drawn) -> list[np.ndarray]:
+    """All arrays that were kept."""
+    return jax.tree.leaves([vars(t.kept) for t in drawn])
+
+
+def assert_same(drawn, others, atol=1e-5):
+    assert ids(drawn) == ids(others)
+    for a, b in zip(leaves(drawn), leaves(others), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol)
+
+
+def predictions(model, drawn):
+    """(hidden [B,T,E], logits [B,T,V], each row's positions that predict its tokens)."""
+    rows = [[*prompt, *t.ids] for prompt, t in zip(PROMPTS, drawn, strict=True)]
+    at = [
+        slice(len(row) - len(t.ids) - 1, len(row) - 1) for row, t in zip(rows, drawn, strict=True)
+    ]
+    return *uncached(*model[:2], rows), at
+
+
+def test_kept_hidden_states_are_those_of_an_uncached_forward(model, run, written):
+    stops, drawn = written
+    got = run(sampling=WARM, stops=stops, keep=HIDDEN)
+    assert ids(got) == ids(drawn)
+    hidden_BTE, _, at = predictions(model, drawn)
+    for row, t in enumerate(got):
+        assert isinstance(t.kept, KeptHidden)
+        assert t.kept.hidden.flags.owndata  # it holds on to no more than its own row
+        np.testing.assert_allclose(t.kept.hidden, hidden_BTE[row, at[row]], atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", (TOP, TOP_SHARED))
+def test_kept_top_k_is_that_of_an_uncached_forward(model, run, written, keep):
+    stops, drawn = written
+    got = run(sampling=WARM, stops=stops, keep=keep)
+    assert ids(got) == ids(drawn)
+    _, logits_BTV, at = predictions(model, drawn)
+    vocab_size = keep.vocab_size or 128
+    logits_BTV = np.where(np.arange(128) < vocab_size, logits_BTV, -np.inf)
+    wanted = top_k_logprobs(jnp.asarray(logits_BTV), keep.top_k, keep.temperature)
+    logprobs_BTV = np.asarray(jax.nn.log_softmax(logits_BTV / keep.temperature))
+    for row, t in enumerate(got):
+        topk, logprobs_NV = t.kept.topk, logprobs_BTV[row, at[row]]
+        assert (topk.temperature, topk.ids.dtype) == (keep.temperature, np.int32)
+        assert all(array.flags.owndata for array in leaves([t]))
+        close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
+        close(topk.logprobs, wanted.logprobs[row, at[row]])
+        close(topk.tail_logprob, wanted.tail_logprob[row, at[row]])
+        # The ids by their worth: two that are equal up to rounding may change places.
+        close(topk.logprobs, np.take_along_axis(logprobs_NV, topk.ids, axis=-1))
+        close(t.kept.target_logprob, logprobs_NV[np.arange(len(t.ids)), t.ids])
+    beyond = [t.ids[t.kept.target_logprob == -np.inf].tolist() for t in got]
+    assert beyond == [[i for i in t.ids if i >= vocab_size] for t in drawn]
+    assert any(beyond) == (keep is TOP_SHARED)
+
+
+def test_how_tokens_are_drawn_does_not_change_what_is_kept(run):
+    greedy = run(keep=TOP)
+    for sampling in (Sampling(N, 1e-4, 1.0), Sampling(N, 1.0, 1e-9)):  # the same tokens
+        assert_same(run(sampling=sampling, keep=TOP), greedy, atol=0)
+
+
+def test_neighbours_batch_size_and_mesh_do_not_change_what_is_kept(model, run, written):
+    warm = {"sampling": WARM, "stops": written[0], "keep": TOP_SHARED}
+    wanted = run(**warm)
+    assert_same(run(PROMPTS[1:2], (2,), **warm), wanted[1:2])
+    assert_same(run(PROMPTS[::-1], (3, 2, 1), **warm, batch_size=2)[::-1], wanted)
+    mesh = sharding.data_mesh()
+    on_all = {"params": sharding.replicate(mesh, model[1]), "mesh": mesh, "batch_size": 4}
+    assert_same(run(PROMPTS * 2, (1, 2, 3) * 2, **warm, **on_all), wanted * 2)
+
+
+def program(keep, mesh=None, dtype=jnp.float32):
+    """`_generate` as traced for four rows."""
+    decoder, params = builders.small_model()
+    tokens_BP = np.full((4, 3), 7, np.int32)
+    rows = (tokens_BP, tokens_BP > 0, np.arange(4, dtype=np.uint32))
+    if mesh is not None:
+        params, rows = sharding.replicate(mesh, params), sharding.shard_rows(mesh, rows)
+    how = (np.array([1]), np.float32(1), np.float32(1), 6, keep, mesh)
+    return sampler._generate.trace(decoder.clone(compute_dtype=dtype), params, rows, *how)
+
+
+def test_what_is_not_asked_for_is_neither_computed_nor_stored(written):
+    assert all(t.kept is None for t in written[1])
+    assert ["top_k" in str(program(keep).jaxpr) for keep in (None, *KEEPS)] == [0, 1, 1, 0]
+    stored = [jax.tree.leaves(program(keep).out_info)[3:] for keep in (None, *KEEPS)]
+    assert [len(leaves) for leaves in stored] == [0, 4, 4, 1]
+    hidden = program(HIDDEN, dtype=jnp.bfloat16).out_info[3]
+    assert (hidden.shape, hidden.dtype) == ((4, 6, 16), jnp.bfloat16)
+
+
+def test_devices_do_not_talk_while_they_write():
+    text = program(TOP, sharding.data_mesh()).lower().compile().as_text()
+    assert 'custom_call_target="TopK"' in text
+    assert not [word for word in ("all-gather", "all-reduce", "all-to-all") if word in text]
+
+
+@pytest.mark.parametrize("keep, wanted", [(Keep(101, 1.0, 100), "k must"), (Keep(4, 0), "temper")])
+def test_what_cannot_be_kept_is_refused(keep, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        program(keep)

@@ -9,16 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gkdjax import losses
+from gkdjax import losses, sharding
 from gkdjax.config import Gkd
 from gkdjax.losses import top_k_logprobs
-from gkdjax.train_step import teacher_logits, token_divergence
+from gkdjax.train_step import weighted_divergence
 from gkdjax.types import TopKTargets
 
-BATCH = builders.batch((4, 2))
-TARGETS = builders.dense_targets(BATCH)
-LOGITS_BNV = np.random.default_rng(1).standard_normal((2, 4, 32)).astype(np.float32)
-BETA, T = 0.3, 2.0
+MESH = sharding.data_mesh()
+BATCH = builders.batch((4, 2, 1, 3))
+WEIGHTS_BN = BATCH.target_mask_BN
+TARGETS = dataclasses.replace(builders.dense_targets(BATCH), softcap=4.0)
+HIDDEN_BND = np.random.default_rng(1).standard_normal((4, 4, 6)).astype(np.float32)
+TABLE_VD = np.random.default_rng(2).standard_normal((32, 6)).astype(np.float32)
+BETA, T, CAP = 0.3, 2.0, 3.0
 DENSE = {
     "forward_kl": losses.forward_kl,
     "reverse_kl": losses.reverse_kl,
@@ -33,26 +36,37 @@ TOP_K = {
 }
 
 
+def divergence(table_VD, softcap, targets, name, gkd):
+    """The per-token values, of the four devices' rows."""
+    return weighted_divergence(
+        *(jnp.asarray(HIDDEN_BND), jnp.asarray(table_VD), softcap, targets, WEIGHTS_BN),
+        *(name, gkd, MESH),
+    )[1]
+
+
 @pytest.fixture(scope="module")
 def divergences() -> dict:
     """{name: (ours, the library's)} of the four, all in one program."""
 
     @jax.jit
-    def compute(logits_BNV):
+    def compute():
         found = {}
-        top_k = top_k_logprobs(teacher_logits(TARGETS), 5, T)
+        student_BNV = builders.logits(HIDDEN_BND, TABLE_VD, CAP)
+        teacher_BNV = builders.teacher_logits(TARGETS)
+        top_k = top_k_logprobs(teacher_BNV, 5, T)
         some = TopKTargets(top_k, jnp.zeros(top_k.ids.shape[:2]))
         for name in DENSE:
-            gkd = Gkd(name, jsd_beta=BETA, temperature=T)
-            dense = DENSE[name](logits_BNV, teacher_logits(TARGETS), temperature=T)
-            found[name, "dense"] = token_divergence(logits_BNV, TARGETS, name, gkd), dense
+            gkd = Gkd(name, jsd_beta=BETA, temperature=T, chunk_size=7)
+            ours = divergence(TABLE_VD, CAP, TARGETS, name, gkd)
+            found[name, "dense"] = ours, DENSE[name](student_BNV, teacher_BNV, temperature=T)
             for tail in ("bucket", "renormalize"):
-                ours = token_divergence(logits_BNV, some, name, dataclasses.replace(gkd, tail=tail))
-                wanted = TOP_K[name](logits_BNV, some.topk, tail=tail, temperature=T)
+                ours = divergence(TABLE_VD, CAP, some, name, dataclasses.replace(gkd, tail=tail))
+                wanted = TOP_K[name](student_BNV, some.topk, tail=tail, temperature=T)
                 found[name, tail] = ours, wanted
-        return found
+        masked = {key: (ours, WEIGHTS_BN * wanted) for key, (ours, wanted) in found.items()}
+        return masked
 
-    return jax.device_get(compute(LOGITS_BNV))
+    return jax.device_get(compute())
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -70,16 +84,14 @@ def test_vocabularies_padded_differently_are_compared_on_what_both_have(teacher_
     shared = min(teacher_vocab, 32)
 
     @jax.jit
-    def both(logits_BNV, targets):
-        teacher = teacher_logits(targets)[..., :shared]
-        wanted = losses.forward_kl(logits_BNV[..., :shared], teacher)
-        return token_divergence(logits_BNV, targets, "forward_kl", Gkd("forward_kl")), wanted
+    def ours(table_VD, targets):
+        return divergence(table_VD, None, targets, "forward_kl", Gkd("forward_kl"))
 
-    got, wanted = both(LOGITS_BNV, targets)
-    np.testing.assert_allclose(got, wanted, rtol=1e-5)
-    beyond = np.array(targets.unembedding_VE)
-    beyond[shared:] = 50.0
-    logits = np.array(LOGITS_BNV)
-    logits[..., shared:] = 50.0
-    again, _ = both(logits, dataclasses.replace(targets, unembedding_VE=beyond))
+    got = ours(TABLE_VD, targets)
+    student = builders.logits(HIDDEN_BND, TABLE_VD[:shared], None)
+    wanted = losses.forward_kl(student, builders.teacher_logits(targets)[..., :shared])
+    np.testing.assert_allclose(got, WEIGHTS_BN * wanted, rtol=1e-4, atol=1e-6)
+    beyond, table = np.array(targets.unembedding_VE), np.array(TABLE_VD)
+    beyond[shared:], table[shared:] = 50.0, 50.0
+    again = ours(table, dataclasses.replace(targets, unembedding_VE=beyond))
     np.testing.assert_array_equal(again, got)

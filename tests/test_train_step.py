@@ -13,7 +13,7 @@ import pytest
 from gkdjax import lora, losses, optim, sharding
 from gkdjax.config import Anchor, Gkd, Optim, Train
 from gkdjax.losses import top_k_logprobs
-from gkdjax.train_step import init_state, make_train_step, teacher_logits
+from gkdjax.train_step import init_state, make_train_step
 from gkdjax.types import TopKTargets, TrainState
 
 RAGGED = (4, 1, 2, 1, 1, 1, 3, 1)  # targets a row: parts of a batch hold 9 and 5, 7 and 2 ...
@@ -103,7 +103,7 @@ def merged_logits():
 
 def test_the_sums_are_those_of_the_tokens():
     state, sums = reference()
-    loss_BN = losses.forward_kl(jnp.asarray(merged_logits()), teacher_logits(TARGETS))
+    loss_BN = losses.forward_kl(jnp.asarray(merged_logits()), builders.teacher_logits(TARGETS))
     wanted = np.asarray(loss_BN)[BATCH.target_mask_BN].sum()
     np.testing.assert_allclose(sums["loss_sum"], wanted, rtol=1e-5)
     assert sums["targets"] == sum(RAGGED)
@@ -158,7 +158,7 @@ def test_the_divergence_of_a_call_is_its_argument():
     step = step_function()
     _, forward = step(lora_state(), PARAMS)
     _, reverse = step(lora_state(), PARAMS, divergence="reverse_kl")
-    wanted = losses.reverse_kl(jnp.asarray(merged_logits()), teacher_logits(TARGETS))
+    wanted = losses.reverse_kl(jnp.asarray(merged_logits()), builders.teacher_logits(TARGETS))
     np.testing.assert_allclose(
         reverse["loss_sum"], np.asarray(wanted)[BATCH.target_mask_BN].sum(), rtol=1e-5
     )
@@ -166,7 +166,7 @@ def test_the_divergence_of_a_call_is_its_argument():
 
 
 def top_k_targets(k: int) -> TopKTargets:
-    top_k = top_k_logprobs(teacher_logits(TARGETS), k)
+    top_k = top_k_logprobs(builders.teacher_logits(TARGETS), k)
     return TopKTargets(top_k, jnp.zeros(BATCH.target_mask_BN.shape))
 
 
@@ -264,7 +264,9 @@ def test_full_fine_tuning_is_adamw_of_every_parameter():
         hidden = DECODER.apply(variables, BATCH.student_tokens_BS, BATCH.student_mask_BS)
         logits = DECODER.apply(variables, hidden, method="unembed")
         rows = np.arange(len(RAGGED))[:, None]
-        loss_BN = losses.forward_kl(logits[rows, BATCH.student_at_BN], teacher_logits(TARGETS))
+        loss_BN = losses.forward_kl(
+            logits[rows, BATCH.student_at_BN], builders.teacher_logits(TARGETS)
+        )
         return jnp.sum(jnp.where(BATCH.target_mask_BN, loss_BN, 0.0)) / sum(RAGGED)
 
     grads = gradient(PARAMS)

@@ -1,4 +1,4 @@
-"""The order of rows, a pure function of the step, and padding to a few lengths.
+"""The order of rows, a pure function of the step, and padding.
 
 There is no iterator and so no state to save: step n's rows follow from (seed, purpose, n).
 """
@@ -6,13 +6,11 @@ There is no iterator and so no state to save: step n's rows follow from (seed, p
 import functools
 import zlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from gkdjax.errors import UserError
-from gkdjax.types import Batch, View, ViewPair
-
-_SHORTEST_BUCKET = 16
+from gkdjax.types import Batch, ViewPair
 
 
 def batch_rows(seed: int, purpose: str, step: int, batch_size: int, num_rows: int) -> np.ndarray:
@@ -33,38 +31,36 @@ def batch_rows(seed: int, purpose: str, step: int, batch_size: int, num_rows: in
     return rows
 
 
-def bucket_lengths(max_length: int) -> tuple[int, ...]:
-    """16, 32, 48, 64, 96, 128, 192, ... up to `max_length`, which is always the last."""
-    lengths, power = [_SHORTEST_BUCKET], 2 * _SHORTEST_BUCKET
-    while power < max_length:
-        lengths += [power, power * 3 // 2]
-        power *= 2
-    return (*(length for length in lengths if length < max_length), max_length)
+class BatchShape(NamedTuple):
+    """Padded lengths of a batch."""
+
+    student: int  # S
+    teacher: int  # T
+    targets: int  # N
 
 
-def pad(pairs: Sequence[ViewPair], buckets: Sequence[int], pad_id: int) -> Batch:
-    """Right-pads S, T and N each to the smallest bucket that holds the longest row.
+def shape_of(pair: ViewPair) -> BatchShape:
+    """What one row needs."""
+    return BatchShape(len(pair.student.ids), len(pair.teacher.ids), len(pair.target_ids))
+
+
+def pad(pairs: Sequence[ViewPair], shape: BatchShape, pad_id: int) -> Batch:
+    """Right-pads all rows to one shape, which must hold them.
 
     Returns:
       A Batch of NumPy arrays, rows in the order of `pairs`.
-
-    Raises:
-      UserError: a row is longer than every bucket.
     """
     students, teachers = [p.student for p in pairs], [p.teacher for p in pairs]
-    num_targets = _bucket([len(p.target_ids) for p in pairs], pairs, buckets)
-    student_tokens, student_mask = _tokens(students, pairs, buckets, pad_id)
-    teacher_tokens, teacher_mask = _tokens(teachers, pairs, buckets, pad_id)
     targets = [p.target_ids for p in pairs]
     return Batch(
-        student_tokens_BS=student_tokens,
-        student_mask_BS=student_mask,
-        student_at_BN=_rectangle([v.at for v in students], num_targets, 0),
-        teacher_tokens_BT=teacher_tokens,
-        teacher_mask_BT=teacher_mask,
-        teacher_at_BN=_rectangle([v.at for v in teachers], num_targets, 0),
-        target_ids_BN=_rectangle(targets, num_targets, 0),
-        target_mask_BN=_mask(targets, num_targets),
+        student_tokens_BS=_rectangle([v.ids for v in students], shape.student, pad_id),
+        student_mask_BS=_mask([v.ids for v in students], shape.student),
+        student_at_BN=_rectangle([v.at for v in students], shape.targets, 0),
+        teacher_tokens_BT=_rectangle([v.ids for v in teachers], shape.teacher, pad_id),
+        teacher_mask_BT=_mask([v.ids for v in teachers], shape.teacher),
+        teacher_at_BN=_rectangle([v.at for v in teachers], shape.targets, 0),
+        target_ids_BN=_rectangle(targets, shape.targets, 0),
+        target_mask_BN=_mask(targets, shape.targets),
         row_id_B=np.asarray([p.row_id for p in pairs], np.int32),
     )
 
@@ -75,26 +71,6 @@ def _epoch_order(seed: int, purpose: str, epoch: int, num_rows: int) -> np.ndarr
     order = np.random.default_rng(entropy).permutation(num_rows)
     order.flags.writeable = False  # it is shared by all callers
     return order
-
-
-def _tokens(
-    views: Sequence[View], pairs: Sequence[ViewPair], buckets: Sequence[int], pad_id: int
-) -> tuple[np.ndarray, np.ndarray]:
-    rows = [view.ids for view in views]
-    length = _bucket([len(row) for row in rows], pairs, buckets)
-    return _rectangle(rows, length, pad_id), _mask(rows, length)
-
-
-def _bucket(lengths: Sequence[int], pairs: Sequence[ViewPair], buckets: Sequence[int]) -> int:
-    longest = max(lengths)
-    fitting = [bucket for bucket in buckets if bucket >= longest]
-    if not fitting:
-        name = pairs[lengths.index(longest)].name
-        raise UserError(
-            f"{name}: {longest} tokens do not fit the longest of data.bucket_lengths, "
-            f"{max(buckets)}; add a longer one, or lower data.max_length"
-        )
-    return min(fitting)
 
 
 def _rectangle(rows: Sequence[np.ndarray], length: int, fill: int) -> np.ndarray:

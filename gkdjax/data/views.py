@@ -20,7 +20,9 @@ class Fate(enum.Enum):
 
     KEPT = "kept"
     TRUNCATED = "truncated"  # it lost targets at its end
-    DROPPED = "dropped"
+    DROPPED = "dropped"  # too long
+    EMPTY = "empty"  # its response has no token
+    UNMATCHED = "unmatched"  # its response does not have trajectory.target_content_pattern
 
 
 def prefix_of(example: Example, global_prefix: tuple[Message, ...]) -> tuple[Message, ...]:

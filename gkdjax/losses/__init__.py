@@ -6,6 +6,7 @@ teacher = top_k_logprobs(teacher_logits, k=64)
 loss = masked_mean(topk_forward_kl(student_logits, teacher), mask)
 """
 
+from gkdjax.losses.agreement import Agreement, dense_agreement, topk_agreement
 from gkdjax.losses.divergences import (
     forward_kl,
     generalized_jsd,
@@ -21,7 +22,9 @@ from gkdjax.losses.masked import masked_count, masked_mean, masked_sum
 from gkdjax.losses.topk import TopKLogprobs, top_k_logprobs
 
 __all__ = [
+    "Agreement",
     "TopKLogprobs",
+    "dense_agreement",
     "forward_kl",
     "fused_dense_divergence",
     "fused_top_k",
@@ -33,6 +36,7 @@ __all__ = [
     "mixed_kl",
     "reverse_kl",
     "top_k_logprobs",
+    "topk_agreement",
     "topk_forward_kl",
     "topk_generalized_jsd",
     "topk_jsd",

@@ -261,7 +261,7 @@ def _topk(divergence, student_logits, teacher, tail, temperature) -> jax.Array:
 
 
 def _dense(divergence, student_logits, teacher_logits, temperature) -> jax.Array:
-    return total(divergence, _dense_categories(student_logits, teacher_logits, temperature))
+    return total(divergence, dense_categories(student_logits, teacher_logits, temperature))
 
 
 def _log_mixture(log_p: jax.Array, log_q: jax.Array, beta: float) -> jax.Array:
@@ -286,7 +286,7 @@ def _kl(log_a: jax.Array, log_b: jax.Array, valid: jax.Array) -> jax.Array:
     return terms + jnp.where(valid, jnp.exp(log_b), 0.0)
 
 
-def _dense_categories(
+def dense_categories(
     student_logits: jax.Array, teacher_logits: jax.Array, temperature: float
 ) -> tuple[Categories, Categories]:
     check_temperature(temperature)

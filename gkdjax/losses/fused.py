@@ -7,7 +7,7 @@ each token is known beforehand. Tokens of weight 0 are not computed.
 
 Equal to `unembed` + the functions of `gkdjax.losses.divergences` in value and gradient, but for
 float32 rounding. Shape letters: B rows, N tokens of a row, D and E widths of student and teacher, V
-vocabulary, K top-k; S shards and C tokens of a chunk, as in `gkdjax.losses.chunks`.
+vocabulary, K top-k; C tokens of a chunk.
 """
 
 import functools
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from gkdjax.losses.chunks import Chunks, over_chunks
 from gkdjax.losses.divergences import Divergence, total
@@ -60,7 +61,7 @@ def fused_topk_divergence(
     temperature: float = 1.0,
     softcap: float | None = None,
     chunk_size: int = 128,
-    shards: int = 1,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """sum over tokens of weight x D(p || q), q = softmax(softcapped(hidden @ unembedding.T) / T).
 
@@ -81,7 +82,7 @@ def fused_topk_divergence(
       softcap: c in c tanh(logits / c), before the temperature; None: none.
       chunk_size: about as many float32 numbers as [chunk_size, V] has are held at once; half as
         many tokens are computed together.
-      shards: devices that share the rows B; each cuts its own rows into chunks.
+      mesh: its first axis shares the rows B; each device cuts its own into chunks. None: no other.
 
     Returns:
       (float32 scalar, differentiable; float32 [B,N] nats a token, unweighted and without gradient,
@@ -89,13 +90,13 @@ def fused_topk_divergence(
 
     Raises:
       ValueError: an unknown divergence or tail; beta, temperature or chunk_size out of range; rows
-        that the shards do not divide; teacher and hidden states that do not fit.
+        that the mesh cannot share; teacher and hidden states that do not fit.
       AssertionError: ranks or dtypes do not fit.
     """
     _check_student(hidden_BND, unembedding_VD, weights_BN)
     shape = (*hidden_BND.shape[:2], unembedding_VD.shape[0])
     check_teacher(shape, teacher, tail, temperature)
-    options = _options(divergence, beta, temperature, softcap, chunk_size, shards, tail=tail)
+    options = _options(divergence, beta, temperature, softcap, chunk_size, mesh, tail=tail)
     return _run(options, hidden_BND, unembedding_VD, (teacher, None), weights_BN)
 
 
@@ -112,7 +113,7 @@ def fused_dense_divergence(
     softcap: float | None = None,
     teacher_softcap: float | None = None,
     chunk_size: int = 128,
-    shards: int = 1,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """sum over tokens of weight x D(p || q) over the whole vocabulary of both.
 
@@ -141,7 +142,7 @@ def fused_dense_divergence(
     chex.assert_equal(teacher_hidden_BNE.shape[2], teacher_unembedding_VE.shape[1])
     teacher_head = Head(teacher_softcap, temperature)
     options = _options(
-        divergence, beta, temperature, softcap, chunk_size, shards, teacher=teacher_head
+        divergence, beta, temperature, softcap, chunk_size, mesh, teacher=teacher_head
     )
     teacher = (teacher_hidden_BNE, teacher_unembedding_VE)
     return _run(options, hidden_BND, unembedding_VD, teacher, weights_BN)
@@ -156,7 +157,7 @@ def fused_top_k(
     temperature: float = 1.0,
     softcap: float | None = None,
     chunk_size: int = 128,
-    shards: int = 1,
+    mesh: Mesh | None = None,
 ) -> TopKLogprobs:
     """`top_k_logprobs` of the logits that hidden states and unembedding make, chunk by chunk.
 
@@ -179,31 +180,31 @@ def fused_top_k(
     check_temperature(temperature)
     head = Head(softcap, temperature)
 
-    def body(carry, hidden_SCD):
-        topk = top_k_logprobs(head.logits(hidden_SCD, unembedding_VD), k)
-        return carry, (topk.ids, topk.logprobs, topk.tail_logprob)
+    def body(nothing, hidden_CD, table_VD):
+        topk = top_k_logprobs(head.logits(hidden_CD, table_VD), k)
+        return nothing, (topk.ids, topk.logprobs, topk.tail_logprob)
 
-    chunks = _chunks(chunk_size, _TOPK_ARRAYS, shards)
-    _, (ids, logprobs, tail) = over_chunks(body, (), hidden_BND, mask_BN, chunks)
+    chunks = _chunks(chunk_size, _TOPK_ARRAYS, mesh)
+    _, (ids, logprobs, tail) = over_chunks(body, (), hidden_BND, unembedding_VD, mask_BN, chunks)
     logprobs = jnp.where(mask_BN[..., None], logprobs, -jnp.inf)
     return jax.lax.stop_gradient(TopKLogprobs(ids, logprobs, tail, temperature))
 
 
-def _chunks(chunk_size: int, arrays: int, shards: int) -> Chunks:
+def _chunks(chunk_size: int, arrays: int, mesh: Mesh | None) -> Chunks:
     if not isinstance(chunk_size, numbers.Integral) or chunk_size < 1:
         raise ValueError(f"chunk_size must be a whole number of at least 1, got {chunk_size!r}")
-    return Chunks(max(chunk_size // arrays, 1), shards)
+    return Chunks(max(chunk_size // arrays, 1), mesh)
 
 
 def _options(
-    divergence, beta, temperature, softcap, chunk_size, shards, *, teacher=None, tail="bucket"
+    divergence, beta, temperature, softcap, chunk_size, mesh, *, teacher=None, tail="bucket"
 ) -> _Options:
     check_temperature(temperature)
     chosen = Divergence(divergence, beta)
     chosen.check()
     arrays = _TOPK_ARRAYS if teacher is None else _DENSE_ARRAYS[divergence]
     head = Head(softcap, temperature)
-    return _Options(chosen, head, teacher, tail, _chunks(chunk_size, arrays, shards))
+    return _Options(chosen, head, teacher, tail, _chunks(chunk_size, arrays, mesh))
 
 
 def _check_student(hidden_BND, unembedding_VD, weights_BN) -> None:
@@ -245,74 +246,74 @@ def _compute(options: _Options, hidden_BND, table_VD, teacher, weights_BN, to_hi
     """-> ((sum, per token), (gradient to hidden or None, gradient to the unembedding or None))."""
     per_token, teacher_table = teacher
     chunk_values = _topk_chunk if options.teacher is None else _dense_chunk
-    compute_dtype = hidden_BND.dtype
-    table = table_VD.astype(compute_dtype)  # once, and not for each chunk
+    table = table_VD.astype(hidden_BND.dtype)  # once, and not for each chunk
     if teacher_table is not None:
         teacher_table = teacher_table.astype(per_token.dtype)
 
-    def body(d_table, chunk):
-        hidden_SCD, teacher_SC, weights_SC = chunk
-        value_SC, d_logits = chunk_values(
-            options, hidden_SCD, table, teacher_SC, teacher_table, weights_SC
+    def body(d_table_VD, chunk, tables):
+        hidden_CD, teacher_C, weights_C = chunk
+        table_VD, teacher_table = tables
+        value_C, d_logits_CV = chunk_values(
+            options, hidden_CD, table_VD, teacher_C, teacher_table, weights_C
         )
-        outputs = {"value": value_SC}
-        d_logits = d_logits.astype(compute_dtype)
+        outputs = {"value": value_C}
+        d_logits_CV = d_logits_CV.astype(hidden_CD.dtype)
         if to_hidden:
-            outputs["d_hidden"] = jnp.einsum("SCV,VD->SCD", d_logits, table)
+            outputs["d_hidden"] = d_logits_CV @ table_VD
         if to_table:
-            d_table += jnp.einsum(
-                "SCV,SCD->SVD", d_logits, hidden_SCD, preferred_element_type=jnp.float32
+            d_table_VD += jnp.einsum(
+                "CV,CD->VD", d_logits_CV, hidden_CD, preferred_element_type=jnp.float32
             )
-        return d_table, outputs
+        return d_table_VD, outputs
 
-    shards = options.chunks.shards
-    # One a shard, added up once at the end and not after each chunk.
-    d_table = jnp.zeros((shards, *table_VD.shape), jnp.float32) if to_table else None
+    d_table = jax.ShapeDtypeStruct(table_VD.shape, jnp.float32) if to_table else None
     tokens = (hidden_BND, per_token, weights_BN)
-    d_table, outputs = over_chunks(body, d_table, tokens, weights_BN > 0, options.chunks)
+    d_table, outputs = over_chunks(
+        body, d_table, tokens, (table, teacher_table), weights_BN > 0, options.chunks
+    )
     if to_table:
-        d_table = jnp.sum(d_table, axis=0).astype(table_VD.dtype)
+        d_table = d_table.astype(table_VD.dtype)
     summed = masked_sum(outputs["value"], weights_BN)
     return (summed, outputs["value"]), (outputs["d_hidden"] if to_hidden else None, d_table)
 
 
-def _topk_chunk(options, hidden_SCD, table_VD, teacher, teacher_table, weights_SC):
-    """-> (divergence [S,C], d (weight x divergence) / d (hidden @ table) [S,C,V])."""
+def _topk_chunk(options, hidden_CD, table_VD, teacher, teacher_table, weights_C):
+    """-> (divergence [C], d (weight x divergence) / d (hidden @ table) [C,V])."""
     del teacher_table
     head = options.student
-    logits_SCV = head.logits(hidden_SCD, table_VD)
-    parts, outside_SCV, ids_SCK = split(logits_SCV, teacher)
+    logits_CV = head.logits(hidden_CD, table_VD)
+    parts, outside_CV, ids_CK = split(logits_CV, teacher)
 
     def divergence(parts):
         categories = parts_categories(
-            parts, logits_SCV.shape[-1], teacher, options.tail, head.temperature
+            parts, logits_CV.shape[-1], teacher, options.tail, head.temperature
         )
         return total(options.divergence, categories)
 
     # The rest's maximum and log-sum enter only as their sum: one gradient serves.
-    value_SC, vjp = jax.vjp(divergence, parts)
-    (slopes,) = vjp(weights_SC)
-    d_inside_SCK = slopes.logits_K * head.slope(parts.logits_K)
-    d_rest_SC1, log_sum_SC1 = slopes.rest_log_sum_1, parts.rest_log_sum_1
-    share_SC1 = jnp.where(log_sum_SC1 == -jnp.inf, 0.0, d_rest_SC1 * jnp.exp(-log_sum_SC1))
-    d_SCV = jnp.exp(outside_SCV - parts.rest_max_1) * share_SC1 * head.slope(outside_SCV)
-    return value_SC, put(d_SCV, ids_SCK, d_inside_SCK)
+    value_C, vjp = jax.vjp(divergence, parts)
+    (slopes,) = vjp(weights_C)
+    d_inside_CK = slopes.logits_K * head.slope(parts.logits_K)
+    d_rest_C1, log_sum_C1 = slopes.rest_log_sum_1, parts.rest_log_sum_1
+    share_C1 = jnp.where(log_sum_C1 == -jnp.inf, 0.0, d_rest_C1 * jnp.exp(-log_sum_C1))
+    d_CV = jnp.exp(outside_CV - parts.rest_max_1) * share_C1 * head.slope(outside_CV)
+    return value_C, put(d_CV, ids_CK, d_inside_CK)
 
 
-def _dense_chunk(options, hidden_SCD, table_VD, teacher_SCE, teacher_table_VE, weights_SC):
-    """-> (divergence [S,C], d (weight x divergence) / d (hidden @ table) [S,C,V])."""
-    logits_SCV = options.student.logits(hidden_SCD, table_VD)
-    teacher_SCV = options.teacher.logits(teacher_SCE, teacher_table_VE)
-    max_q, log_sum_q = log_sum_exp(logits_SCV)
-    max_p, log_sum_p = log_sum_exp(teacher_SCV)
-    log_q_SCV = (logits_SCV - max_q) - log_sum_q
-    log_p_SCV = (teacher_SCV - max_p) - log_sum_p
-    everywhere = jnp.ones(log_p_SCV.shape, bool)
+def _dense_chunk(options, hidden_CD, table_VD, teacher_CE, teacher_table_VE, weights_C):
+    """-> (divergence [C], d (weight x divergence) / d (hidden @ table) [C,V])."""
+    logits_CV = options.student.logits(hidden_CD, table_VD)
+    teacher_CV = options.teacher.logits(teacher_CE, teacher_table_VE)
+    max_q, log_sum_q = log_sum_exp(logits_CV)
+    max_p, log_sum_p = log_sum_exp(teacher_CV)
+    log_q_CV = (logits_CV - max_q) - log_sum_q
+    log_p_CV = (teacher_CV - max_p) - log_sum_p
+    everywhere = jnp.ones(log_p_CV.shape, bool)
 
-    def terms(log_q_SCV):
-        return options.divergence.terms(Categories(log_p_SCV, log_q_SCV, everywhere))
+    def terms(log_q_CV):
+        return options.divergence.terms(Categories(log_p_CV, log_q_CV, everywhere))
 
-    terms_SCV, u_SCV = jax.jvp(terms, (log_q_SCV,), (jnp.ones_like(log_q_SCV),))
-    d_SCV = u_SCV - jnp.exp(log_q_SCV) * jnp.sum(u_SCV, axis=-1, keepdims=True)
-    d_SCV *= options.student.slope(logits_SCV) * weights_SC[..., None]
-    return jnp.sum(terms_SCV, axis=-1), d_SCV
+    terms_CV, u_CV = jax.jvp(terms, (log_q_CV,), (jnp.ones_like(log_q_CV),))
+    d_CV = u_CV - jnp.exp(log_q_CV) * jnp.sum(u_CV, axis=-1, keepdims=True)
+    d_CV *= options.student.slope(logits_CV) * weights_C[..., None]
+    return jnp.sum(terms_CV, axis=-1), d_CV

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gkdjax.losses.head import unembed
 from gkdjax.models.layers import KeyValues, attend, dense, gated_mlp, rms_norm, rotate, rotation
 from gkdjax.models.spec import DecoderSpec, layer_shapes
 
@@ -117,8 +118,10 @@ class Decoder(nn.Module):
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] -> float32 logits [..., V]."""
-        table_VD = self.embedding if self.spec.tied_embedding else self.unembedding
-        return unembed(hidden, table_VD, self.spec.final_softcap)
+        tied = self.spec.tied_embedding
+        return unembed(
+            hidden, self.embedding if tied else self.unembedding, self.spec.final_softcap
+        )
 
     def _run(self, tokens_BT, mask_BT, positions_BT, cache):
         spec = self.spec
@@ -149,12 +152,9 @@ class Decoder(nn.Module):
         return _norm(spec, x_BTD, self.final_norm), new_kv
 
 
-def unembed(hidden: jax.Array, table_VD: jax.Array, softcap: float | None) -> jax.Array:
-    """Hidden states [..., D] and an unembedding -> float32 logits [..., V]."""
-    logits = jnp.einsum(
-        "...D,VD->...V", hidden, table_VD.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+def unembedding_table(spec: DecoderSpec, params: dict) -> jax.Array:
+    """[V,D] of a decoder's parameters: what its hidden states are projected with."""
+    return params["embedding" if spec.tied_embedding else "unembedding"]
 
 
 def _positions(mask_BT: jax.Array) -> jax.Array:

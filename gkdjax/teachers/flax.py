@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 
 from gkdjax import sharding
 from gkdjax.data.chat import Chat
-from gkdjax.losses import top_k_logprobs
-from gkdjax.models.decoder import Decoder, unembed
+from gkdjax.losses import fused_top_k
+from gkdjax.losses.head import unembed
+from gkdjax.models.decoder import Decoder, unembedding_table
 from gkdjax.sampler import Sampling, sample
 from gkdjax.teachers.protocol import Capabilities
 from gkdjax.types import Batch, DenseTargets, TeacherTargets, TopKTargets, Trajectory
@@ -34,6 +35,7 @@ class FlaxTeacher:
         vocab_size: int,
         lengths: Sequence[int],
         batch_size: int,
+        chunk_size: int,
         mesh: Mesh,
     ):
         """Keeps `params`, without a copy.
@@ -49,6 +51,7 @@ class FlaxTeacher:
           temperature: at which the logprobs of `TopKTargets` are taken.
           lengths: padded prompt lengths for sampling.
           batch_size: rows sampled at once.
+          chunk_size: of the head that finds the top k, see `losses.fused_top_k`.
           mesh: the rows of a batch are cut along its data axis.
         """
         self.decoder, self.params, self.chat = decoder, params, chat
@@ -56,7 +59,7 @@ class FlaxTeacher:
         self._top_k, self._temperature = top_k, temperature
         self._shared_vocab = min(vocab_size, decoder.spec.vocab_size)
         self._lengths, self._batch_size = tuple(lengths), batch_size
-        self._mesh = mesh
+        self._chunk_size, self._mesh = chunk_size, mesh
 
     def targets(self, batch: Batch) -> TeacherTargets:
         """See `protocol.Teacher`. Dispatched, not waited for."""
@@ -69,12 +72,19 @@ class FlaxTeacher:
             batch.teacher_at_BN,
         )
         spec = self.decoder.spec
-        table = self.params["embedding" if spec.tied_embedding else "unembedding"]
+        table = unembedding_table(spec, self.params)
         dense = DenseTargets(hidden_BNE, table, spec.final_softcap)
         if self._top_k is None:
             return dense
         return _top_k_targets(
-            dense, batch.target_ids_BN, self._top_k, self._temperature, self._shared_vocab
+            dense,
+            batch.target_ids_BN,
+            batch.target_mask_BN,
+            self._top_k,
+            self._temperature,
+            self._shared_vocab,
+            self._chunk_size,
+            self._mesh,
         )
 
     def sample(
@@ -101,11 +111,35 @@ def predicting_hidden(decoder: Decoder, params, tokens_BT, mask_BT, at_BN) -> ja
     return jnp.take_along_axis(hidden_BTE, at_BN[:, :, None], axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("k", "temperature", "vocab_size"))
+@functools.partial(
+    jax.jit, static_argnames=("k", "temperature", "vocab_size", "chunk_size", "mesh")
+)
 def _top_k_targets(
-    dense: DenseTargets, target_ids_BN, k: int, temperature: float, vocab_size: int
+    dense: DenseTargets,
+    target_ids_BN,
+    mask_BN,
+    k: int,
+    temperature: float,
+    vocab_size: int,
+    chunk_size: int,
+    mesh: Mesh,
 ) -> TopKTargets:
-    logits_BNV = unembed(dense.hidden_BNE, dense.unembedding_VE[:vocab_size], dense.softcap)
-    logprobs_BNV = jax.nn.log_softmax(logits_BNV / temperature, axis=-1)
-    target_logprob_BN1 = jnp.take_along_axis(logprobs_BNV, target_ids_BN[:, :, None], axis=-1)
-    return TopKTargets(top_k_logprobs(logits_BNV, k, temperature), target_logprob_BN1[:, :, 0])
+    hidden_BNE, table_VE = dense.hidden_BNE, dense.unembedding_VE[:vocab_size]
+    topk = fused_top_k(
+        hidden_BNE,
+        table_VE,
+        k,
+        mask_BN,
+        temperature=temperature,
+        softcap=dense.softcap,
+        chunk_size=chunk_size,
+        mesh=mesh,
+    )
+
+    def logit(ids_BN):
+        per_token = jax.vmap(jax.vmap(lambda h, row: unembed(h, row[None, :], dense.softcap)[0]))
+        return per_token(hidden_BNE, table_VE[ids_BN]) / temperature
+
+    # The best token's logit and logprob are known, and with them the normaliser of each token.
+    target_BN = topk.logprobs[:, :, 0] + logit(target_ids_BN) - logit(topk.ids[:, :, 0])
+    return TopKTargets(topk, jnp.where(mask_BN, target_BN, 0.0))

@@ -2,12 +2,11 @@
 
 import jax
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gkdjax.data.pipeline import batch_rows, bucket_lengths, pad
-from gkdjax.errors import UserError
+from gkdjax.data.pipeline import BatchShape, batch_rows, pad, shape_of
+from gkdjax.data.shapes import longest
 from gkdjax.types import View, ViewPair
 
 _small = st.integers(1, 9)
@@ -51,21 +50,6 @@ def test_rows_can_be_changed_by_the_caller():
     assert sorted(batch_rows(0, "train", 0, 4, 4)) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(
-    ("max_length", "expected"),
-    [
-        (10, (10,)),
-        (16, (16,)),
-        (17, (16, 17)),
-        (64, (16, 32, 48, 64)),
-        (100, (16, 32, 48, 64, 96, 100)),
-        (256, (16, 32, 48, 64, 96, 128, 192, 256)),
-    ],
-)
-def test_bucket_lengths(max_length, expected):
-    assert bucket_lengths(max_length) == expected
-
-
 def _pair(i, student, teacher, targets):
     """Views of these lengths that end with the targets; student and teacher differ in their ids."""
     views = [
@@ -81,32 +65,28 @@ def _pair(i, student, teacher, targets):
 @settings(deadline=None)
 @given(
     sizes=st.lists(st.tuples(_small, _small, _small), min_size=1, max_size=4),
-    buckets=st.permutations([4, 8, 12, 18]),
+    spare=st.tuples(*[st.integers(0, 3)] * 3),
 )
-def test_padding_keeps_every_row_and_fits_the_smallest_buckets(sizes, buckets):
+def test_padding_keeps_every_row(sizes, spare):
     pairs = [_pair(i, n + s, n + t, n) for i, (s, t, n) in enumerate(sizes)]
-    batch = pad(pairs, buckets, pad_id=-7)
+    need = longest([shape_of(pair) for pair in pairs])
+    shape = BatchShape(*(a + b for a, b in zip(need, spare, strict=True)))
+    batch = pad(pairs, shape, pad_id=-7)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(batch))
     assert batch.row_id_B.tolist() == [10 + i for i in range(len(sizes))]
 
-    def check(rows, padded, mask, fill):
-        longest = max(len(row) for row in rows)
-        assert padded.shape == (len(rows), min(b for b in buckets if b >= longest))
+    def check(rows, padded, mask, fill, length):
+        assert padded.shape == (len(rows), length)
         assert padded.dtype == np.int32 and mask.dtype == bool and mask.shape == padded.shape
         for row, out, real in zip(rows, padded, mask, strict=True):
             np.testing.assert_array_equal(out[: len(row)], row)
             assert real[: len(row)].all() and not real[len(row) :].any()
             assert (out[len(row) :] == fill).all()
 
+    S, T, N = shape
     students, teachers = [p.student for p in pairs], [p.teacher for p in pairs]
-    check([v.ids for v in students], batch.student_tokens_BS, batch.student_mask_BS, -7)
-    check([v.ids for v in teachers], batch.teacher_tokens_BT, batch.teacher_mask_BT, -7)
-    check([p.target_ids for p in pairs], batch.target_ids_BN, batch.target_mask_BN, 0)
-    check([v.at for v in students], batch.student_at_BN, batch.target_mask_BN, 0)
-    check([v.at for v in teachers], batch.teacher_at_BN, batch.target_mask_BN, 0)
-
-
-def test_a_row_longer_than_every_bucket_is_named():
-    pairs = [_pair(0, 4, 4, 2), _pair(1, 4, 17, 2), _pair(2, 4, 5, 2)]
-    with pytest.raises(UserError, match=r"rows:1: 17 tokens do not fit .*data.bucket_lengths, 16"):
-        pad(pairs, (16, 8), 0)
+    check([v.ids for v in students], batch.student_tokens_BS, batch.student_mask_BS, -7, S)
+    check([v.ids for v in teachers], batch.teacher_tokens_BT, batch.teacher_mask_BT, -7, T)
+    check([p.target_ids for p in pairs], batch.target_ids_BN, batch.target_mask_BN, 0, N)
+    check([v.at for v in students], batch.student_at_BN, batch.target_mask_BN, 0, N)
+    check([v.at for v in teachers], batch.teacher_at_BN, batch.target_mask_BN, 0, N)

@@ -4,32 +4,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
 
 from gkdjax.losses.chunks import Chunks, over_chunks
 
+COUNT = jax.ShapeDtypeStruct((), jnp.int32)
 
-def count_and_double(carry, chunk):
+
+def count_and_double(count, chunk, factor):
     """Counts the chunks; leaves what it saw."""
-    return carry + 1, (2 * chunk, chunk)
+    return count + 1, (factor * chunk, chunk)
+
+
+def mesh_of(devices):
+    if devices == 1:
+        return None
+    return Mesh(np.asarray(jax.devices()[:devices]), ("data",), axis_types=(AxisType.Auto,))
 
 
 @pytest.mark.parametrize(
-    ("kept", "shards", "size", "chunks"),
+    ("kept", "devices", "size", "chunks"),
     [
         ([0, 1, 2, 3, 4, 5, 6, 7], 1, 3, 3),
         ([0, 1, 2, 3, 4, 5, 6, 7], 1, 100, 1),
         ([5], 1, 3, 1),
         ([], 1, 3, 0),
         ([1, 2, 6], 1, 2, 2),
-        ([0, 1, 2, 3], 2, 2, 2),  # the first shard has all: it needs two chunks, and so do both
-        ([0, 1, 6, 7], 2, 2, 1),
-        ([0, 7], 4, 1, 1),
+        ([0, 1, 2, 3], 2, 2, 2),  # the first device has all of them, the second computes nothing
+        ([0, 1, 6, 7], 2, 2, 2),  # one chunk each
+        ([0, 7], 4, 1, 2),
     ],
 )
-def test_only_chunks_that_hold_a_token_are_computed(kept, shards, size, chunks):
+def test_only_chunks_that_hold_a_token_are_computed(kept, devices, size, chunks):
     tokens = jnp.arange(1, 9, dtype=jnp.float32).reshape(4, 2)
     mask = np.isin(np.arange(8), kept).reshape(4, 2)
-    run = jax.jit(lambda x, m: over_chunks(count_and_double, 0, x, m, Chunks(size, shards)))
+    how = Chunks(size, mesh_of(devices))
+    run = jax.jit(lambda x, m: over_chunks(count_and_double, COUNT, x, 2.0, m, how))
     count, (doubled, seen) = run(tokens, mask)
     assert count == chunks
     np.testing.assert_array_equal(doubled, np.where(mask, 2 * tokens, 0))
@@ -40,14 +50,22 @@ def test_tokens_come_in_their_order_and_the_last_chunk_is_filled_with_zeros():
     tokens = jnp.arange(1, 9, dtype=jnp.float32).reshape(2, 4)
     mask = np.array([[1, 0, 1, 1], [0, 1, 0, 1]], bool)
 
-    def collect(carry, chunk):
-        return jnp.concatenate([carry[:, 3:], chunk], axis=1), chunk
+    def collect(seen, chunk, shared):
+        del shared
+        return jnp.concatenate([seen[3:], chunk]), chunk
 
-    start = jnp.full((1, 6), -1.0)
-    carry, _ = over_chunks(collect, start, tokens, mask, Chunks(3, 1))
-    np.testing.assert_array_equal(carry, [[1, 3, 4, 6, 8, 0]])
+    like = jax.ShapeDtypeStruct((6,), jnp.float32)
+    seen, _ = over_chunks(collect, like, tokens, None, mask, Chunks(3, None))
+    np.testing.assert_array_equal(seen, [1, 3, 4, 6, 8, 0])
 
 
-def test_rows_that_the_shards_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="shards must divide the 3 rows, got 2"):
-        over_chunks(count_and_double, 0, jnp.ones((3, 2)), jnp.ones((3, 2), bool), Chunks(2, 2))
+def test_rows_that_the_devices_cannot_share_are_refused():
+    with pytest.raises(ValueError, match="3 rows cannot be shared by 2 devices of 'data'"):
+        over_chunks(
+            count_and_double,
+            COUNT,
+            jnp.ones((3, 2)),
+            2.0,
+            jnp.ones((3, 2), bool),
+            Chunks(2, mesh_of(2)),
+        )

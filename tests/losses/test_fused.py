@@ -1,6 +1,7 @@
 """Fused heads: equal to the unfused losses in value and gradient, and what they do not compute."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -17,6 +18,14 @@ BETA = ref.BETA
 DIVERGENCES = ("forward_kl", "reverse_kl", "mixed", "generalized_jsd")
 REFERENCE = dict(zip(DIVERGENCES, ref.DIVERGENCES, strict=True))
 B, N, V, D, E, K = 4, 6, 300, 8, 12, 7
+
+
+MESHES = {
+    n: Mesh(np.asarray(jax.devices()[:n]), ("data",), axis_types=(AxisType.Auto,)) for n in (3, 4)
+}
+
+
+MOVES = re.compile("all-gather|all-to-all|collective-permute")
 
 
 def arrays(seed=0, dtype=np.float32):
@@ -312,10 +321,10 @@ def large_loss(kind, divergence):
     return loss, shapes
 
 
-def has_table_sized_gradient(loss, shapes, argnums):
-    """Whether the differentiated program computes anything of the table's gradient shape."""
+def table_sized(loss, shapes, argnums):
+    """How many values of the table's shape the differentiated program names."""
     text = str(jax.make_jaxpr(jax.grad(loss, argnums=argnums))(*shapes))
-    return f"f32[1,{V_LARGE},{D_SMALL}]" in text
+    return text.count(f":f32[{V_LARGE},{D_SMALL}]")
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -327,8 +336,7 @@ def test_no_array_of_tokens_by_vocabulary(kind, divergence):
     assert frozen < dense_bytes / 10
     trained = whole_size(jax.value_and_grad(loss, argnums=(0, 1)), *shapes)
     assert trained < dense_bytes / 10 + V_LARGE * D_SMALL * 4
-    assert not has_table_sized_gradient(loss, shapes, 0)
-    assert has_table_sized_gradient(loss, shapes, (0, 1))
+    assert table_sized(loss, shapes, 0) < table_sized(loss, shapes, (0, 1))
 
 
 def test_the_unfused_form_fails_the_same_test():
@@ -342,19 +350,23 @@ def test_four_devices_compute_their_own_rows_and_nothing_of_another(tail):
     teacher = top_k_of(a, 1.0)
     options = {"divergence": "mixed", "temperature": 1.0, "softcap": None, "tail": tail}
     expected = with_gradients(fused, a, teacher=teacher, **options)
-    mesh = Mesh(np.asarray(jax.devices()[:4]), ("data",), axis_types=(AxisType.Auto,))
+    mesh = MESHES[4]
     rows, whole = (NamedSharding(mesh, PartitionSpec(*axis)) for axis in (("data",), ()))
     placed = {name: jax.device_put(x, whole if "table" in name else rows) for name, x in a.items()}
     top = jax.device_put(teacher, rows)
-    actual = with_gradients(fused, placed, teacher=top, **options, shards=4, chunk_size=8)
+    actual = with_gradients(fused, placed, teacher=top, **options, mesh=mesh, chunk_size=8)
     assert_same(actual, expected)
 
     def value(hidden):
-        return fused({**placed, "hidden": hidden}, teacher=top, **options, shards=4)[0]
+        return fused({**placed, "hidden": hidden}, teacher=top, **options, mesh=mesh)[0]
 
     text = jax.jit(jax.grad(value)).lower(placed["hidden"]).compile().as_text()
-    # The number of chunks and the sum are all-reduced; tokens and logits stay where they are.
-    assert "all-gather" not in text and "all-to-all" not in text and "permute" not in text
+    # The sum is all-reduced; tokens and logits stay where they are.
+    assert not MOVES.search(text)
+    top_k = jax.jit(lambda h, t: losses.fused_top_k(h, t, K, mesh=mesh))
+    arguments = placed["teacher_hidden"], placed["teacher_table"]
+    chex.assert_trees_all_close(top_k(*arguments), top_k_of(a, 1.0), rtol=1e-5)
+    assert not MOVES.search(top_k.lower(*arguments).compile().as_text())
 
 
 def test_bfloat16_hidden_states_give_float32_losses_and_bfloat16_gradients():
@@ -397,7 +409,7 @@ def test_fused_top_k_is_top_k_logprobs_where_the_mask_is(softcap, k):
     [
         ({"chunk_size": 0}, "chunk_size must be a whole number of at least 1, got 0"),
         ({"chunk_size": 12.5}, "chunk_size must be a whole number of at least 1, got 12.5"),
-        ({"shards": 3}, "shards must divide the 4 rows, got 3"),
+        ({"mesh": MESHES[3]}, "4 rows cannot be shared by 3 devices of 'data'"),
         ({"divergence": "kl"}, "divergence must be one of 'forward_kl', .*got 'kl'"),
         ({"divergence": "generalized_jsd", "beta": 0.0}, "use forward_kl instead"),
         ({"divergence": "generalized_jsd", "beta": 1}, "use reverse_kl instead"),

@@ -13,7 +13,6 @@ from gkdjax.losses import TopKLogprobs
 from gkdjax.sampler import Sampling, sample
 from gkdjax.teachers.flax import FlaxTeacher
 from gkdjax.teachers.protocol import Teacher
-from gkdjax.train_step import teacher_logits
 from gkdjax.types import DenseTargets, TopKTargets
 
 # Untied and capped, so that a forgotten table or cap shows.
@@ -32,6 +31,7 @@ def teacher(
         *(DECODER, sharding.replicate(mesh, PARAMS)),
         *(types.SimpleNamespace(stop_ids=STOPS), "a teacher"),
         **{"top_k": top_k, "temperature": temperature, "lengths": (6,), "batch_size": 4},
+        chunk_size=8,
         mesh=mesh,
         vocab_size=vocab_size,
     )
@@ -75,12 +75,12 @@ def test_dense_targets_are_its_logits_where_the_targets_are_predicted(dense):
     assert isinstance(dense, DenseTargets)
     assert dense.softcap == 2.0
     assert len(dense.hidden_BNE.sharding.device_set) == 4
-    got = np.asarray(teacher_logits(dense))[BATCH.target_mask_BN]
+    got = np.asarray(builders.teacher_logits(dense))[BATCH.target_mask_BN]
     np.testing.assert_allclose(got, logits_by_hand("teacher")[BATCH.target_mask_BN], atol=1e-5)
 
 
 def test_it_reads_the_prefix(dense):
-    got = np.asarray(teacher_logits(dense))[BATCH.target_mask_BN]
+    got = np.asarray(builders.teacher_logits(dense))[BATCH.target_mask_BN]
     without = logits_by_hand("student")[BATCH.target_mask_BN]
     assert np.abs(got - without).max(axis=-1).min() > 1e-3
 

@@ -1,0 +1,217 @@
+"""Writes a small random Gemma 3 with a vocabulary as large as one likes, to try things on.
+
+    python -m gkdjax.tools.make_tiny --out=DIR --width=64 --layers=3 --vocab_size=262144
+
+Tokenizer and chat template are the quickstart's, which know far fewer ids than a real vocabulary.
+The rows past them are as random as the others, but never drawn: channel 0 carries the same constant
+in every token of the tokenizer, no layer can write to it (its post-norms are zero there, whatever
+is trained below them), and the final norm lifts it to at least 1. There the rows past the tokenizer
+hold -40, so that their logits lie some 40 below the others'.
+
+This module imports no jax, so that a config file can call it before jax may be loaded.
+"""
+
+import json
+import pathlib
+import shutil
+import sys
+import tempfile
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+from absl import app, flags
+
+from gkdjax.config import ASSETS
+from gkdjax.errors import UserError
+from gkdjax.models import gemma3
+from gkdjax.models.spec import DecoderSpec, param_shapes
+
+_SOURCE = ASSETS / "quickstart/student"
+_COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
+_COPIED += ("chat_template.jinja",)
+_SETTINGS = "make_tiny.json"  # a directory that holds it was made here, with these
+_WEIGHTS = "model.safetensors"
+_DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+_NEVER = -40.0  # logit of an id that the tokenizer does not know
+
+
+def make_tiny(
+    directory: str | pathlib.Path,
+    *,
+    width: int,
+    layers: int,
+    vocab_size: int,
+    seed: int,
+    dtype: str = "bfloat16",
+) -> None:
+    """Writes a Hugging Face model directory, whole or not at all.
+
+    One that is there already, of the same settings, is left as it is.
+
+    Args:
+      directory: absent, empty, or made here before.
+      width: hidden size, at least 16.
+      layers: local and global ones in turn; at least 2, so that there are both.
+      vocab_size: rows of the embedding; at least as many as the tokenizer has ids.
+      seed: of the weights.
+      dtype: of the weights, "bfloat16" or "float32".
+
+    Raises:
+      UserError: a setting is out of range, or `directory` holds something else.
+    """
+    directory = pathlib.Path(directory)
+    settings = {"width": width, "layers": layers, "vocab_size": vocab_size}
+    settings |= {"seed": seed, "dtype": dtype}
+    known_ids = _known_ids()
+    _check(settings, known_ids)
+    if _is_made(directory, settings):
+        return
+    config = _hf_config(width, layers, vocab_size, dtype)
+    tensors = _tensors(gemma3.decoder_spec(config), known_ids, seed, _DTYPES[dtype])
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: the runs of a sweep may all come here at the same time.
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=directory.name + ".") as part:
+        made = pathlib.Path(part) / "made"  # the directory around it is its owner's alone
+        made.mkdir()
+        for name in _COPIED:
+            shutil.copyfile(_SOURCE / name, made / name)
+        _write_json(made / "config.json", config)
+        _write_json(made / _SETTINGS, settings)
+        # Not save_file, which makes files that nobody else may read.
+        weights = safetensors.numpy.save(tensors, metadata={"format": "pt"})
+        (made / _WEIGHTS).write_bytes(weights)
+        try:
+            made.rename(directory)
+        except OSError:
+            if not _is_made(directory, settings):  # by another process, meanwhile
+                raise
+
+
+def _check(settings: dict, known_ids: int) -> None:
+    least = {"width": 16, "layers": 2, "vocab_size": known_ids, "seed": 0}
+    for name, value in least.items():
+        if settings[name] < value:
+            raise UserError(f"{name} = {settings[name]}: must be at least {value}")
+    if settings["dtype"] not in _DTYPES:
+        raise UserError(f"dtype = {settings['dtype']!r}: choose one of {', '.join(_DTYPES)}")
+
+
+def _is_made(directory: pathlib.Path, settings: dict) -> bool:
+    """Whether the model is there.
+
+    Raises:
+      UserError: something else is, or a part of it.
+    """
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return False
+    files = (_SETTINGS, _WEIGHTS, "config.json", *_COPIED)
+    if not all((directory / name).is_file() for name in files):
+        raise UserError(f"{directory} is not a whole tiny model; remove it, or name another place")
+    found = json.loads((directory / _SETTINGS).read_text())
+    if found != settings:
+        raise UserError(
+            f"{directory} holds a tiny model of other settings: {found}, not {settings};"
+            " remove it, or name another place"
+        )
+    return True
+
+
+def _known_ids() -> int:
+    """Ids of the tokenizer, from 0."""
+    tokenizer = json.loads((_SOURCE / "tokenizer.json").read_text())
+    added = [token["id"] for token in tokenizer["added_tokens"]]
+    return 1 + max(*tokenizer["model"]["vocab"].values(), *added)
+
+
+def _hf_config(width: int, layers: int, vocab_size: int, dtype: str) -> dict:
+    """The quickstart student's config.json with another size."""
+    kinds = ("sliding_attention", "full_attention")
+    return json.loads((_SOURCE / "config.json").read_text()) | {
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_hidden_layers": layers,
+        "layer_types": [kinds[i % 2] for i in range(layers)],
+        "vocab_size": vocab_size,
+        "dtype": dtype,
+    }
+
+
+def _tensors(spec: DecoderSpec, known_ids: int, seed: int, dtype: type) -> dict[str, np.ndarray]:
+    """HF name -> weights: kernels of deviation 1/sqrt(fan in), norms that scale by 1."""
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for path, shape in param_shapes(spec).items():
+        name = gemma3.TENSORS[path]
+        if path == "embedding":
+            tensors[name] = _embedding(rng, shape, known_ids, dtype)
+        elif path == "final_norm":
+            tensors[name] = _final_norm(spec, dtype)
+        else:
+            for layer in range(spec.num_layers):
+                tensors[name.format(layer)] = _layer_tensor(rng, path, shape[1:], dtype)
+    return tensors
+
+
+def _layer_tensor(rng, path: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    if not path.endswith("_norm"):
+        return _normal(rng, shape[::-1], shape[0]).astype(dtype)  # stored (out, in)
+    weight = np.zeros(shape, dtype)
+    if path.endswith("_post_norm"):
+        weight[0] = -1.0  # Gemma's norms scale by 1 + weight: nothing passes
+    return weight
+
+
+def _embedding(rng, shape: tuple[int, ...], known_ids: int, dtype: type) -> np.ndarray:
+    rows, width = shape
+    table = np.empty(shape, dtype)
+    for start in range(0, rows, 2**14):  # float32 draws of all rows would be twice the table
+        part = table[start : start + 2**14]
+        part[:] = _normal(rng, part.shape, width)
+    table[:known_ids, 0] = width**-0.5  # 1 after the embedding's scale
+    table[known_ids:, 0] = _NEVER
+    return table
+
+
+def _final_norm(spec: DecoderSpec, dtype: type) -> np.ndarray:
+    """Undoes, for channel 0, the most that the division by the root mean square can do.
+
+    The embedding's is below 2, and each half of a layer adds a vector of at most 1.
+    """
+    weight = np.zeros(spec.width, dtype)
+    weight[0] = 2 + 2 * spec.num_layers - 1
+    return weight
+
+
+def _normal(rng, shape: tuple[int, ...], fan_in: int) -> np.ndarray:
+    return rng.standard_normal(shape, np.float32) * np.float32(fan_in**-0.5)
+
+
+def _write_json(path: pathlib.Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _define_flags() -> None:
+    """Not when this module is imported: config files do, and the flags would become theirs."""
+    flags.DEFINE_string("out", None, "Directory to write.", required=True)
+    flags.DEFINE_integer("width", 64, "Hidden size.")
+    flags.DEFINE_integer("layers", 3, "Local and global ones in turn.")
+    flags.DEFINE_integer("vocab_size", 262_144, "Rows of the embedding.")
+    flags.DEFINE_integer("seed", 0, "Of the weights.")
+    flags.DEFINE_enum("dtype", "bfloat16", list(_DTYPES), "Of the weights.")
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}")
+    names = ("width", "layers", "vocab_size", "seed", "dtype")
+    try:
+        make_tiny(flags.FLAGS.out, **{name: flags.FLAGS[name].value for name in names})
+    except UserError as error:
+        print(f"make_tiny: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    _define_flags()
+    app.run(main)
