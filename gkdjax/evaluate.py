@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from gkdjax import losses, progress, scoring
+from gkdjax import losses, progress, scoring, sharding
 from gkdjax.config import Config
 from gkdjax.data import pipeline, shapes
 from gkdjax.data.chat import Chat
@@ -210,14 +210,15 @@ class Evaluation:
         chain = shapes.choose(needs, self._config.data.bucket_lengths)
         batches = []
         for part, need in zip(parts, needs, strict=True):
-            batch = pipeline.pad(
-                part + part[-1:] * (rows - len(part)),
-                pipeline.BatchShape(*shapes.smallest(chain, need)),
-                self._rules.student_chat.pad_id,
-            )
+            filled = part + part[-1:] * (rows - len(part))
+            shape = pipeline.BatchShape(*shapes.smallest(chain, need))
+            batch = pipeline.pad(filled, shape, self._rules.student_chat.pad_id)
             real_B1 = np.arange(rows)[:, None] < len(part)
             batch = dataclasses.replace(batch, target_mask_BN=batch.target_mask_BN & real_B1)
-            batches.append((batch, self._teacher.targets(batch)))
+            kept = pipeline.kept_targets(filled, shape.targets)
+            if kept is not None:
+                kept = sharding.shard_rows(self._mesh, kept)
+            batches.append((batch, kept or self._teacher.targets(batch)))
         return Scored(batches, rows)
 
     def _agreement(self, reader: Reader, scored: Scored, view: str) -> losses.Agreement:

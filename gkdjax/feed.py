@@ -16,7 +16,7 @@ from gkdjax.data import pipeline, shapes, views
 from gkdjax.data.chat import Chat
 from gkdjax.errors import UserError
 from gkdjax.trajectories import ResponseRules, Writer, write_accepted, write_once
-from gkdjax.types import Batch, Example, Message, Trajectory, View, ViewPair
+from gkdjax.types import Batch, Example, Message, TopKTargets, Trajectory, View, ViewPair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,11 +134,12 @@ class Feed:
         self._report_fates(example_text)
         self._shapes = self._choose_shapes([pipeline.shape_of(pair) for pair in self._pairs])
 
-    def batch(self, step: int) -> Batch:
-        """The off-policy batch of a step, as NumPy arrays."""
+    def batch(self, step: int) -> tuple[Batch, TopKTargets | None]:
+        """The off-policy batch of a step, as NumPy arrays, and what its writer kept of it."""
         pairs = [self._pairs[i] for i in self._rows(step)]
         need = shapes.longest([pipeline.shape_of(pair) for pair in pairs])
-        return self._pad(pairs, shapes.smallest(self._shapes, need))
+        shape = pipeline.BatchShape(*shapes.smallest(self._shapes, need))
+        return self._pad(pairs, shape), pipeline.kept_targets(pairs, shape.targets)
 
     def on_policy_batch(
         self, step: int, writer: Callable[[Sequence[np.ndarray], Sequence[int], int], list]
@@ -165,7 +166,8 @@ class Feed:
             dropped += pair is None
             pairs.append(self._blank(i) if pair is None else pair)
         refused = sum(w.refused for w in written)
-        return OnPolicyBatch(self._pad(pairs, tuple(lengths)), refused, dropped)
+        batch = self._pad(pairs, pipeline.BatchShape(*lengths))
+        return OnPolicyBatch(batch, refused, dropped)
 
     def report(self) -> dict:
         """What became of the rows, for results.json: fate -> names, and the refused responses."""
@@ -224,8 +226,8 @@ class Feed:
         batches = [shapes.longest([needs[i] for i in self._rows(step)]) for step in range(steps)]
         return shapes.choose(batches, self._allowed_lengths)
 
-    def _pad(self, pairs: list[ViewPair], shape: shapes.Shape) -> Batch:
-        return pipeline.pad(pairs, pipeline.BatchShape(*shape), self._rules.student_chat.pad_id)
+    def _pad(self, pairs: list[ViewPair], shape: pipeline.BatchShape) -> Batch:
+        return pipeline.pad(pairs, shape, self._rules.student_chat.pad_id)
 
     def _rows(self, step: int) -> np.ndarray:
         return pipeline.batch_rows(

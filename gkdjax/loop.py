@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 import zlib
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ from gkdjax.sampler import sample
 from gkdjax.scoring import Reader
 from gkdjax.teachers.protocol import Teacher
 from gkdjax.train_step import make_train_step, student_params
-from gkdjax.types import Batch, TrainState
+from gkdjax.types import Batch, TopKTargets, TrainState
 
 
 def run(
@@ -104,18 +105,13 @@ def _train(parts: Run, workdir: pathlib.Path) -> tuple[TrainState, dict]:
     ):
         for step in range(first, steps):
             evaluate.if_due(step, state, record)
-            batch, divergence, counts = _batch(parts, step, state)
+            batch, kept, divergence, counts = _batch(parts, step, state)
             anchor = None
             if parts.anchor_feed is not None:
-                anchor_batch = parts.anchor_feed.batch(step)
-                anchor_targets = parts.anchor_teacher.targets(anchor_batch)
-                anchor = (sharding.shard_rows(parts.mesh, anchor_batch), anchor_targets)
-            targets = parts.teacher.targets(batch)
+                anchor = _scored(parts, parts.anchor_teacher, *parts.anchor_feed.batch(step))
             counts |= {"tokens": int(batch.student_mask_BS.sum()), "batch_crc32": _crc32(batch)}
-            batch = sharding.shard_rows(parts.mesh, batch)
-            state, sums = step_function(
-                state, parts.frozen, batch, targets, anchor, divergence=divergence
-            )
+            scored = _scored(parts, parts.teacher, batch, kept)
+            state, sums = step_function(state, parts.frozen, *scored, anchor, divergence=divergence)
             record.dispatched(step, sums, divergence, counts)
             last = step + 1 == steps
             if last or stop.is_set() or (step + 1) % config.checkpoint.every_steps == 0:
@@ -247,15 +243,31 @@ def _crc32(batch: Batch) -> int:
     return found
 
 
-def _batch(parts: Run, step: int, state: TrainState) -> tuple[Batch, str, dict[str, int]]:
-    """-> (the step's batch, its divergence, counts of rows that the student wrote)."""
+class Drawn(NamedTuple):
+    """What a step learns from."""
+
+    batch: Batch
+    kept: TopKTargets | None  # what the teacher said when it wrote the batch
+    divergence: str
+    counts: dict[str, int]  # of rows that the student wrote
+
+
+def _scored(parts: Run, teacher: Teacher, batch: Batch, kept: TopKTargets | None):
+    """-> (batch, targets) on the devices; a teacher that wrote the text is not asked again."""
+    if kept is not None:
+        return sharding.shard_rows(parts.mesh, (batch, kept))
+    targets = teacher.targets(batch)
+    return sharding.shard_rows(parts.mesh, batch), targets
+
+
+def _batch(parts: Run, step: int, state: TrainState) -> Drawn:
     gkd, rows = parts.config.gkd, parts.config.train.batch_size
     none = {"on_policy_rows": 0, "refused_responses": 0, "dropped_rows": 0}
     if step < gkd.on_policy_warmup_steps:
-        return parts.feed.batch(step), gkd.warmup_divergence, none
+        return Drawn(*parts.feed.batch(step), gkd.warmup_divergence, none)
     draw = seeds.generator(parts.config.train.seed, "on_policy", step).random()
     if draw >= gkd.on_policy_fraction:
-        return parts.feed.batch(step), gkd.divergence, none
+        return Drawn(*parts.feed.batch(step), gkd.divergence, none)
 
     def student_writes(prompts, row_seeds, prompt_length):
         return sample(
@@ -272,7 +284,7 @@ def _batch(parts: Run, step: int, state: TrainState) -> tuple[Batch, str, dict[s
 
     batch, refused, dropped = parts.feed.on_policy_batch(step, student_writes)
     counts = {"on_policy_rows": rows, "refused_responses": refused, "dropped_rows": dropped}
-    return batch, gkd.divergence, counts
+    return Drawn(batch, None, gkd.divergence, counts)
 
 
 def _write_responses(parts: Run, workdir: pathlib.Path) -> None:

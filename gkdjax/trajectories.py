@@ -9,12 +9,15 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import safetensors
+import safetensors.numpy
 
 from gkdjax import progress
 from gkdjax.data.chat import Chat
 from gkdjax.data.views import Fate
 from gkdjax.errors import UserError
-from gkdjax.types import Trajectory
+from gkdjax.losses import TopKLogprobs
+from gkdjax.types import KeptTopK, Trajectory
 
 Writer = Callable[[Sequence[np.ndarray], Sequence[int]], list[Trajectory]]  # (prompts, seeds)
 
@@ -92,7 +95,8 @@ def write_once(
     """The responses to all prompts; those that `path` holds already are not written again.
 
     They are written in chunks of fixed rows in a fixed order, so that an interrupted run that
-    continues here gets the same text as an uninterrupted one. A chunk is on disk before it is used.
+    continues here gets the same text as an uninterrupted one. A chunk is on disk before it is used,
+    and so is what its writer kept of it, in the directory `path` with the suffix ".kept".
 
     Args:
       path: a JSONL file, a response a line, with its text for people to read.
@@ -108,6 +112,11 @@ def write_once(
     """
     done = _read(path, names, prompts)
     done = done[: len(done) // chunk * chunk] if len(done) < len(prompts) else done
+    done = [
+        one
+        for start in range(0, len(done), chunk)
+        for one in _with_kept(path, start, done[start : start + chunk])
+    ]
     if done:
         _rewrite(path, len(done))
     with (
@@ -117,6 +126,7 @@ def write_once(
         for start in range(len(done), len(prompts), chunk):
             places = range(start, min(start + chunk, len(prompts)))
             written = write(places)
+            _write_kept(path, start, written)
             for i, one in zip(places, written, strict=True):
                 file.write(_line(names[i], prompts[i], one, chat))
             file.flush()
@@ -176,3 +186,53 @@ def _rewrite(path: pathlib.Path, lines: int) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text("".join(kept))
     part.replace(path)
+
+
+def _kept_path(path: pathlib.Path, start: int) -> pathlib.Path:
+    return path.with_suffix(".kept") / f"{start:08d}.safetensors"
+
+
+def _write_kept(path: pathlib.Path, start: int, written: Sequence[Written]) -> None:
+    """The top k of a chunk's tokens, one row after the other; nothing where nothing was kept."""
+    kept = [one.trajectory.kept for one in written]
+    if not all(isinstance(k, KeptTopK) for k in kept):
+        return
+    rows = {
+        "ids": [k.topk.ids for k in kept],
+        "logprobs": [k.topk.logprobs for k in kept],
+        "tail_logprob": [k.topk.tail_logprob for k in kept],
+        "target_logprob": [k.target_logprob for k in kept],
+    }
+    final = _kept_path(path, start)
+    final.parent.mkdir(exist_ok=True)
+    part = final.with_name(final.name + ".part")
+    safetensors.numpy.save_file(
+        {name: np.concatenate(parts) for name, parts in rows.items()},
+        part,
+        metadata={"temperature": repr(kept[0].topk.temperature)},
+    )
+    part.replace(final)
+
+
+def _with_kept(path: pathlib.Path, start: int, chunk: list[Written]) -> list[Written]:
+    file = _kept_path(path, start)
+    if not file.exists():
+        return chunk
+    try:
+        with safetensors.safe_open(file, framework="numpy") as handle:
+            temperature = float(handle.metadata()["temperature"])
+            ends = np.cumsum([len(one.trajectory.ids) for one in chunk])
+            names = handle.keys()
+            rows = {name: np.split(handle.get_tensor(name), ends[:-1]) for name in names}
+    except Exception as error:  # safetensors raises its own type for each kind of damage
+        raise UserError(
+            f"{file} cannot be read: {error}; remove {file.parent} and {path}"
+        ) from None
+    result = []
+    for i, one in enumerate(chunk):
+        topk = TopKLogprobs(
+            rows["ids"][i], rows["logprobs"][i], rows["tail_logprob"][i], temperature
+        )
+        kept = KeptTopK(topk, rows["target_logprob"][i])
+        result.append(one._replace(trajectory=dataclasses.replace(one.trajectory, kept=kept)))
+    return result

@@ -36,6 +36,7 @@ class Example:
     answer: str | None  # what an exact-match question expects, or None
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeptTopK:
     """One row of `TopKTargets`, in NumPy: what the writer predicted where it drew its tokens."""
@@ -77,6 +78,7 @@ class ViewPair:
     student: View
     teacher: View
     target_ids: np.ndarray  # int32 [N], N >= 1
+    kept: KeptTopK | None = None  # what the teacher predicted when it wrote the targets
 
 
 @jax.tree_util.register_dataclass

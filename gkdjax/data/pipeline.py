@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gkdjax.types import Batch, ViewPair
+from gkdjax.losses import TopKLogprobs
+from gkdjax.types import Batch, TopKTargets, ViewPair
 
 
 def batch_rows(seed: int, purpose: str, step: int, batch_size: int, num_rows: int) -> np.ndarray:
@@ -65,6 +66,24 @@ def pad(pairs: Sequence[ViewPair], shape: BatchShape, pad_id: int) -> Batch:
     )
 
 
+def kept_targets(pairs: Sequence[ViewPair], num_targets: int) -> TopKTargets | None:
+    """What the teacher kept of these rows when it wrote them, padded; None if any row has nothing.
+
+    The teacher need not read them again.
+    """
+    kept = [pair.kept for pair in pairs]
+    if any(k is None for k in kept):
+        return None
+    top, K = [k.topk for k in kept], kept[0].topk.ids.shape[-1]
+    topk = TopKLogprobs(
+        ids=_block([t.ids for t in top], (num_targets, K), 0),
+        logprobs=_block([t.logprobs for t in top], (num_targets, K), -np.inf),
+        tail_logprob=_block([t.tail_logprob for t in top], (num_targets,), 0.0),
+        temperature=top[0].temperature,
+    )
+    return TopKTargets(topk, _block([k.target_logprob for k in kept], (num_targets,), 0.0))
+
+
 @functools.lru_cache(maxsize=8)  # two purposes, two epochs at a border, and some to spare
 def _epoch_order(seed: int, purpose: str, epoch: int, num_rows: int) -> np.ndarray:
     entropy = np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), epoch])
@@ -74,7 +93,12 @@ def _epoch_order(seed: int, purpose: str, epoch: int, num_rows: int) -> np.ndarr
 
 
 def _rectangle(rows: Sequence[np.ndarray], length: int, fill: int) -> np.ndarray:
-    padded = np.full((len(rows), length), fill, np.int32)
+    return _block([np.asarray(row, np.int32) for row in rows], (length,), fill)
+
+
+def _block(rows: Sequence[np.ndarray], shape: tuple[int, ...], fill: float) -> np.ndarray:
+    """[B, *shape] in the rows' dtype; each row is filled up along its first axis."""
+    padded = np.full((len(rows), *shape), fill, rows[0].dtype)
     for out, row in zip(padded, rows, strict=True):
         out[: len(row)] = row
     return padded

@@ -8,11 +8,12 @@ at `at[n] + 1`.
 import enum
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from gkdjax.data.chat import Chat
 from gkdjax.errors import UserError
-from gkdjax.types import Example, Message, Trajectory, View, ViewPair
+from gkdjax.types import Example, KeptTopK, Message, Trajectory, View, ViewPair
 
 
 class Fate(enum.Enum):
@@ -106,7 +107,11 @@ def view_pair(
             f"{example.name}: no target tokens: it has no message of the roles "
             f"{', '.join(target_roles)} to train on"
         )
-    pair = ViewPair(example.name, example.row_id, student, teacher, target_ids)
+    kept = None
+    if trajectory is not None and isinstance(trajectory.kept, KeptTopK):
+        # Of use where the targets are the response and nothing else.
+        kept = trajectory.kept if np.array_equal(target_ids, trajectory.ids) else None
+    pair = ViewPair(example.name, example.row_id, student, teacher, target_ids, kept)
     return _fit(pair, max_length, too_long)
 
 
@@ -156,5 +161,6 @@ def _fit(pair: ViewPair, max_length: int, too_long: str) -> tuple[ViewPair | Non
     if kept == 0:
         return None, Fate.DROPPED
     student, teacher = (View(view.ids[:-excess], view.at[:kept]) for view in views)
-    cut = ViewPair(pair.name, pair.row_id, student, teacher, pair.target_ids[:kept])
+    said = None if pair.kept is None else jax.tree.map(lambda x: x[:kept], pair.kept)
+    cut = ViewPair(pair.name, pair.row_id, student, teacher, pair.target_ids[:kept], said)
     return cut, Fate.TRUNCATED

@@ -13,7 +13,7 @@ from gkdjax.data.chat import Chat
 from gkdjax.losses import fused_top_k
 from gkdjax.losses.head import unembed
 from gkdjax.models.decoder import Decoder, unembedding_table
-from gkdjax.sampler import Sampling, sample
+from gkdjax.sampler import Keep, Sampling, sample
 from gkdjax.teachers.protocol import Capabilities
 from gkdjax.types import Batch, DenseTargets, TeacherTargets, TopKTargets, Trajectory
 
@@ -90,7 +90,10 @@ class FlaxTeacher:
     def sample(
         self, prompts: Sequence[np.ndarray], seeds: Sequence[int], sampling: Sampling
     ) -> list[Trajectory]:
-        """See `protocol.Teacher`."""
+        """See `protocol.Teacher`; with a top k, it keeps what it will be asked about the text."""
+        keep = None
+        if self._top_k is not None:
+            keep = Keep(self._top_k, self._temperature, self._shared_vocab)
         return sample(
             self.decoder,
             self.params,
@@ -101,6 +104,7 @@ class FlaxTeacher:
             batch_size=self._batch_size,
             lengths=self._lengths,
             mesh=self._mesh,
+            keep=keep,
         )
 
 
