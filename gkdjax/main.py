@@ -72,7 +72,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
             raise UserError("name a config file: --config=configs/quickstart.py")
         _CONFIG.value.to_dict()  # a file that could not be read says so only when it is used
     except flags.Error as error:
-        raise UserError(str(error)) from error
+        raise UserError(_without_traceback(str(error))) from error
     except OSError as error:
         raise UserError(f"the config file cannot be read: {_innermost(error)}") from error
     except GkdjaxError:
@@ -80,6 +80,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except Exception as error:  # the config file is the user's program and may raise anything
         raise UserError(_where(error, argv) + _readable(error)) from error
     return rest
+
+
+def _without_traceback(message: str) -> str:
+    """What a config file raised for a wrong argument: config_flags tells it with a traceback."""
+    head, found, rest = message.partition("Traceback (most recent call last)")
+    return f"{head.strip().rstrip(':')}: {rest.strip().splitlines()[-1]}" if found else message
 
 
 def _innermost(error: BaseException) -> str:
