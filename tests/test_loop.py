@@ -3,7 +3,6 @@
 import json
 import signal
 
-import factories
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,16 +10,6 @@ from runs import PREFIX, ConstantTeacher, losses_hex, metrics, small
 
 from gkdjax import hf, loop
 from gkdjax.errors import Preempted, UserError
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory) -> str:
-    return factories.model_dir(tmp_path_factory.mktemp("student"))
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory) -> str:
-    return factories.model_dir(tmp_path_factory.mktemp("teacher"), seed=1, hidden_size=32)
 
 
 def test_a_custom_teacher_is_learnt_from_and_everything_is_handed_over(student, tmp_path):

@@ -1,6 +1,5 @@
 """What a run measures of itself: the schedule, the report, and what it compiles when."""
 
-import factories
 import jax
 import pytest
 from runs import metrics, small
@@ -9,16 +8,6 @@ from gkdjax import loop
 from gkdjax.errors import UserError
 from gkdjax.losses import Agreement
 from gkdjax.metrics import read_lines
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory) -> str:
-    return factories.model_dir(tmp_path_factory.mktemp("student"))
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory) -> str:
-    return factories.model_dir(tmp_path_factory.mktemp("teacher"), seed=1, hidden_size=32)
 
 
 def of_many_lengths(student: str, other: str):

@@ -1,6 +1,5 @@
 """Whose text a run learns from: patterns, refills, and a teacher that keeps what it predicted."""
 
-import factories
 import numpy as np
 import pytest
 from runs import ConstantTeacher, metrics, small
@@ -10,16 +9,6 @@ from gkdjax.errors import TrainingFailure, UserError
 from gkdjax.metrics import read_lines
 from gkdjax.teachers.flax import FlaxTeacher
 from gkdjax.types import Trajectory
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory) -> str:
-    return factories.model_dir(tmp_path_factory.mktemp("student"))
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory) -> str:
-    return factories.model_dir(tmp_path_factory.mktemp("teacher"), seed=1, hidden_size=32)
 
 
 class Moody(ConstantTeacher):

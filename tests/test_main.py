@@ -67,6 +67,13 @@ CASES = [
     Case("file_typo", extra="c.train.sede = 1", told=("file_typo.py, line 18", "'sede'", "'seed'")),
     Case("beta", ("--config.gkd.jsd_beta=2",), told=("gkd.jsd_beta", "[0, 1]")),
     Case("fraction", ("--config.gkd.on_policy_fraction=1.5",), told=("on_policy_fraction",)),
+    Case("mode", ("--config=configs/gemma3.py:tny",), told=("gemma3.py:tny", "mode 'tny'")),
+    Case("chunk_size", ("--config.gkd.chunk_size=0",), told=("gkd.chunk_size", "at least 1")),
+    Case(
+        "pattern",
+        ("--config.trajectory.target_content_pattern=(a",),
+        told=("target_content_pattern = '(a'", "no regular expression"),
+    ),
     Case("no_kernel", extra="c.student.lora.targets = ('r_proj',)", told=("r_proj", "q_proj")),
     Case("no_model", ("--config.student.model=/no/such",), told=("/no/such",)),
     Case("architecture", ("--config.student.model=FILES/mamba",), told=("mamba", "gemma3_text")),
