@@ -24,7 +24,7 @@ FLOORS = {
     3: ("hf", "sampler", "teachers/"),
     4: (
         *("train_step", "evaluate", "checkpoint", "export", "trajectories"),
-        *("feed", "assemble", "results", "workdir", "scoring", "report"),
+        *("feed", "assemble", "results", "workdir", "scoring", "report", "record"),
     ),
     5: ("loop",),
     6: ("main", "tools/", "benchmarks/"),
