@@ -74,9 +74,10 @@ def top_k_logprobs(logits: jax.Array, k: int, temperature: float = 1.0) -> TopKL
     # float32 before top_k: on bfloat16 XLA's CPU top_k is two orders of magnitude slower.
     scaled_V = scale(logits, temperature)
     best_K, ids_K = top_k(scaled_V, k)
-    # A stable handle on the order: the look-up above is done before its row is written over.
-    scaled_V, best_K, ids_K = jax.lax.optimization_barrier((scaled_V, best_K, ids_K))
-    parts = Parts(best_K, *log_sum_exp(put(scaled_V, ids_K, -jnp.inf)))
+    # NaN stays where it is and spoils the row; and what is written depends on what was found, so
+    # that the search comes first and XLA need not copy [..., V].
+    found_K = jnp.where(jnp.isnan(best_K), logits.shape[-1], ids_K)
+    parts = Parts(best_K, *log_sum_exp(put(scaled_V, found_K, -jnp.inf)))
     log_p_K, log_p_rest_1 = parts.log_softmax()
     return TopKLogprobs(ids_K, log_p_K, jnp.squeeze(log_p_rest_1, -1), temperature)
 
