@@ -27,7 +27,10 @@ class Checkpoints:
         self._directory = workdir / "checkpoints"
         self._manager = ocp.CheckpointManager(
             self._directory.absolute(),
-            options=ocp.CheckpointManagerOptions(preservation_policy=policy),
+            # A killed save's directory would stay until its step is saved again, if ever.
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy, cleanup_tmp_directories=True
+            ),
         )
 
     def save(self, state: TrainState) -> None:

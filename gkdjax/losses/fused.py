@@ -35,10 +35,10 @@ from gkdjax.losses.topk import (
     top_k_logprobs,
 )
 
-# Arrays [tokens, V] that a backend keeps at once (XLA's CPU backend does nothing in place): what
-# `chunk_size` is divided by, so that it means memory, whatever is computed.
-_TOPK_ARRAYS = 2
-_DENSE_ARRAYS = {"forward_kl": 4, "reverse_kl": 4, "mixed": 8, "generalized_jsd": 8}
+# Arrays [tokens, V] that are held at once, counted in what XLA's CPU backend compiles (it does
+# nothing in place): `chunk_size` is divided by them, so that it means memory whatever is computed.
+_SEARCH_ARRAYS, _TOPK_ARRAYS = 1, 2
+_DENSE_ARRAYS = {"forward_kl": 5, "reverse_kl": 5, "mixed": 9, "generalized_jsd": 11}
 
 
 class _Options(NamedTuple):
@@ -80,8 +80,8 @@ def fused_topk_divergence(
       tail: "bucket" or "renormalize".
       temperature: divides the student's logits; positive, static.
       softcap: c in c tanh(logits / c), before the temperature; None: none.
-      chunk_size: about as many float32 numbers as [chunk_size, V] has are held at once; half as
-        many tokens are computed together.
+      chunk_size: about as many float32 numbers as [chunk_size, V] has are held at once, and so
+        half as many tokens are computed together.
       mesh: its first axis shares the rows B; each device cuts its own into chunks. None: no other.
 
     Returns:
@@ -125,8 +125,8 @@ def fused_dense_divergence(
       teacher_hidden_BNE: floating; no gradient.
       teacher_unembedding_VE: floating, the same V; no gradient.
       teacher_softcap: of the teacher's logits; None: none.
-      The others as in `fused_topk_divergence`, but a quarter of `chunk_size` tokens (an eighth,
-        for "mixed" and "generalized_jsd") are computed together: two vocabularies are held.
+      The others as in `fused_topk_divergence`, but a fifth of `chunk_size` tokens (a ninth for
+        "mixed", an eleventh for "generalized_jsd") are computed together: more is held of each.
 
     Returns:
       As `fused_topk_divergence`.
@@ -184,7 +184,7 @@ def fused_top_k(
         topk = top_k_logprobs(head.logits(hidden_CD, table_VD), k)
         return nothing, (topk.ids, topk.logprobs, topk.tail_logprob)
 
-    chunks = _chunks(chunk_size, _TOPK_ARRAYS, mesh)
+    chunks = _chunks(chunk_size, _SEARCH_ARRAYS, mesh)
     _, (ids, logprobs, tail) = over_chunks(body, (), hidden_BND, unembedding_VD, mask_BN, chunks)
     logprobs = jnp.where(mask_BN[..., None], logprobs, -jnp.inf)
     return jax.lax.stop_gradient(TopKLogprobs(ids, logprobs, tail, temperature))
