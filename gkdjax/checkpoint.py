@@ -25,12 +25,13 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, keep: int):
         policy = ocp.checkpoint_managers.LatestN(keep)
         self._directory = workdir / "checkpoints"
+        # A killed save's directory would stay until its step is saved again, if ever. Orbax can
+        # remove it as well, but in a thread that outlives an early exit, with a traceback.
+        for unfinished in self._directory.glob("*.orbax-checkpoint-tmp"):
+            shutil.rmtree(unfinished)
         self._manager = ocp.CheckpointManager(
             self._directory.absolute(),
-            # A killed save's directory would stay until its step is saved again, if ever.
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, cleanup_tmp_directories=True
-            ),
+            options=ocp.CheckpointManagerOptions(preservation_policy=policy),
         )
 
     def save(self, state: TrainState) -> None:

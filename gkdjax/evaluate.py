@@ -26,7 +26,7 @@ from gkdjax.sampler import Sampling, sample
 from gkdjax.scoring import Reader, Scored
 from gkdjax.teachers.flax import FlaxTeacher
 from gkdjax.teachers.protocol import Teacher
-from gkdjax.types import Example, Trajectory
+from gkdjax.types import Example, Trajectory, ViewPair
 
 SAMPLES = 3  # answers that are shown side by side
 
@@ -66,11 +66,12 @@ class Evaluation:
         self._questions, self._held_out = questions, held_out or questions
         self._abilities, self._lengths, self._mesh = abilities, lengths, mesh
         self._greedy = Sampling(config.eval.max_new_tokens, temperature=0.0, top_p=1.0)
+        self._prompts = functools.cache(rules.prompts)  # (student's, teacher's) of an example
         longest = config.data.max_length
         for example in (*questions, *held_out):
-            _check_fits(example, max(map(len, rules.prompts(example))), longest)
+            _check_fits(example, max(map(len, self._prompts(example))), longest)
         asked = (*questions, *held_out, *prompts)
-        fitting = (e for e in asked if max(map(len, rules.prompts(e))) < longest)
+        fitting = (e for e in asked if max(map(len, self._prompts(e))) < longest)
         self._shown = list(itertools.islice(fitting, SAMPLES))
         for named in (questions, *abilities.values()):
             _check_questions(named)
@@ -137,7 +138,7 @@ class Evaluation:
     def _ask(
         self, reader: Reader, examples: Sequence[Example], what: str, view: str = "student"
     ) -> list[Trajectory]:
-        prompts = [self._rules.prompts(example)[view == "teacher"] for example in examples]
+        prompts = [self._prompts(example)[view == "teacher"] for example in examples]
         return self._sample(reader, prompts, what)
 
     def _sample(self, reader: Reader, prompts: Sequence[np.ndarray], what: str):
@@ -176,7 +177,7 @@ class Evaluation:
         return _share_right(texts, self._questions[: len(texts)])
 
     def _teacher_writes(self, examples: Sequence[Example]) -> list[Trajectory]:
-        prompts = [self._rules.prompts(example)[1] for example in examples]
+        prompts = [self._prompts(example)[1] for example in examples]
         return self._teacher.sample(prompts, [0] * len(prompts), self._greedy)
 
     def _teacher_to_itself(self) -> float:
@@ -198,20 +199,36 @@ class Evaluation:
     def _teacher_texts(self) -> Scored:
         return self._score(self._held_out, self._teacher_answers)
 
+    @functools.cached_property
+    def _shapes(self) -> list[pipeline.BatchShape]:
+        """Of each batch of held-out rows, with room for the longest text that may be written.
+
+        So they are the same for every text at every time, and compile once.
+        """
+        longest = Trajectory(np.zeros(self._greedy.max_new_tokens, np.int32), finished=False)
+        needs = [
+            shapes.longest([pipeline.shape_of(self._pair(example, longest)) for example in part])
+            for part in self._in_batches(self._held_out)
+        ]
+        chain = shapes.choose(needs, self._config.data.bucket_lengths)
+        return [pipeline.BatchShape(*shapes.smallest(chain, need)) for need in needs]
+
+    def _in_batches(self, rows: Sequence) -> list[Sequence]:
+        size = self._config.eval.batch_size
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def _pair(self, example: Example, trajectory: Trajectory) -> ViewPair:
+        if len(trajectory.ids) == 0:
+            raise UserError(f"{example.name}: a response for the evaluation has no token")
+        return self._rules.pair(example, trajectory, too_long="truncate")[0]
+
     def _score(self, examples: Sequence[Example], written: Sequence[Trajectory]) -> Scored:
         """What the teacher says of each text, read after its own view of the prompt."""
-        pairs = [
-            self._rules.pair(example, trajectory, too_long="truncate")[0]
-            for example, trajectory in zip(examples, written, strict=True)
-        ]
         rows = self._config.eval.batch_size
-        parts = [pairs[start : start + rows] for start in range(0, len(pairs), rows)]
-        needs = [shapes.longest([pipeline.shape_of(pair) for pair in part]) for part in parts]
-        chain = shapes.choose(needs, self._config.data.bucket_lengths)
+        pairs = [self._pair(*both) for both in zip(examples, written, strict=True)]
         batches = []
-        for part, need in zip(parts, needs, strict=True):
+        for part, shape in zip(self._in_batches(pairs), self._shapes, strict=False):
             filled = part + part[-1:] * (rows - len(part))
-            shape = pipeline.BatchShape(*shapes.smallest(chain, need))
             batch = pipeline.pad(filled, shape, self._rules.student_chat.pad_id)
             real_B1 = np.arange(rows)[:, None] < len(part)
             batch = dataclasses.replace(batch, target_mask_BN=batch.target_mask_BN & real_B1)

@@ -7,7 +7,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -46,11 +45,7 @@ def test_a_killed_save_is_as_if_it_had_not_begun(tmp_path, monkeypatch, name):
     assert len(left) == 2 and "5" in left and "7" not in left
 
     assert_is(restored(tmp_path), resume_save.LEFT)
-    # What was left goes, in the background: it may be as large as a model.
-    deadline = time.monotonic() + 60
-    while names(tmp_path) != {"5"} and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert names(tmp_path) == {"5"}
+    assert names(tmp_path) == {"5"}  # what was left is gone: it may be as large as a model
     checkpoints = Checkpoints(tmp_path, keep=5)
     assert_is(checkpoints.restore(resume_save.state_at(0)), resume_save.LEFT)
     checkpoints.save(resume_save.state_at(resume_save.BEGUN))  # the resumed run comes there again

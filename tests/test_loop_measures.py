@@ -50,7 +50,8 @@ def test_a_step_that_compiles_anew_is_counted(student, other, tmp_path, monkeypa
 
     monkeypatch.setattr(loop, "make_train_step", forgetful)
     loop.run(c, tmp_path)
-    assert [line["compilations"] > 0 for line in metrics(tmp_path)] == [True, False, True, False]
+    compiled = [line["compilations"] for line in metrics(tmp_path)]
+    assert compiled[1] == 0 < compiled[2]
 
 
 @pytest.fixture(scope="module")
