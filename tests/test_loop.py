@@ -6,7 +6,7 @@ import signal
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import PREFIX, ConstantTeacher, losses_hex, metrics, small
+from small_runs import PREFIX, ConstantTeacher, losses_hex, metrics, small
 
 from gkdjax import hf, loop
 from gkdjax.errors import Preempted, UserError

@@ -2,7 +2,7 @@
 
 import jax
 import pytest
-from runs import metrics, small
+from small_runs import metrics, small
 
 from gkdjax import loop
 from gkdjax.errors import UserError

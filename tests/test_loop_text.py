@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from runs import ConstantTeacher, metrics, small
+from small_runs import ConstantTeacher, metrics, small
 
 from gkdjax import loop
 from gkdjax.errors import TrainingFailure, UserError
