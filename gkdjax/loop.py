@@ -168,7 +168,7 @@ def _reader(parts: Run, state: TrainState) -> Reader:
 
 
 def _crc32(batch: Batch) -> int:
-    """A fingerprint of what a step reads: two runs that differ show where they begin to."""
+    """A fingerprint of a batch: two runs whose text or order differs show where it begins."""
     found = 0
     for leaf in jax.tree.leaves(batch):
         found = zlib.crc32(np.ascontiguousarray(leaf), found)

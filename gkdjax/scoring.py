@@ -17,6 +17,7 @@ from gkdjax.models.decoder import Decoder, unembedding_table
 from gkdjax.teachers.flax import predicting_hidden
 from gkdjax.types import Batch, DenseTargets, TeacherTargets
 
+_ARRAYS = 8  # [tokens, V] held at once with dense targets, counted as in `losses.fused`
 _MASS_TOP_K = 64  # of the two masses, where teacher.top_k does not say
 
 
@@ -113,6 +114,6 @@ def fused_agreement(
         (hidden_BND, per_token),
         tables,
         mask_BN,
-        Chunks(max(gkd.chunk_size // 8, 1), mesh),
+        Chunks.of_memory(gkd.chunk_size, _ARRAYS, mesh),
     )
     return found

@@ -110,12 +110,12 @@ def write_once(
     Raises:
       UserError: `path` holds the text of other rows, or a line that does not parse.
     """
-    done = _read(path, names, prompts)
-    done = done[: len(done) // chunk * chunk] if len(done) < len(prompts) else done
+    lines = _read(path, names, prompts)
+    lines = lines[: len(lines) // chunk * chunk] if len(lines) < len(prompts) else lines
     done = [
         one
-        for start in range(0, len(done), chunk)
-        for one in _with_kept(path, start, done[start : start + chunk])
+        for start in range(0, len(lines), chunk)
+        for one in _with_kept(path, start, lines[start : start + chunk])
     ]
     if done:
         _rewrite(path, len(done))
@@ -126,16 +126,16 @@ def write_once(
         for start in range(len(done), len(prompts), chunk):
             places = range(start, min(start + chunk, len(prompts)))
             written = write(places)
-            _write_kept(path, start, written)
+            kept = _write_kept(path, start, written)
             for i, one in zip(places, written, strict=True):
-                file.write(_line(names[i], prompts[i], one, chat))
+                file.write(_line(names[i], prompts[i], one, kept, chat))
             file.flush()
             done += written
             bar.update(len(written))
     return done
 
 
-def _line(name: str, prompt: np.ndarray, written: Written, chat: Chat) -> str:
+def _line(name: str, prompt: np.ndarray, written: Written, kept: bool, chat: Chat) -> str:
     trajectory = written.trajectory
     record = {
         "row": name,
@@ -143,12 +143,13 @@ def _line(name: str, prompt: np.ndarray, written: Written, chat: Chat) -> str:
         "text": chat.decode(trajectory.ids),
         "finished": trajectory.finished,
         "refused": written.refused,
+        "kept": kept,
         "ids": trajectory.ids.tolist(),
     }
     return json.dumps(record) + "\n"
 
 
-def _read(path: pathlib.Path, names: Sequence[str], prompts: Sequence[np.ndarray]) -> list[Written]:
+def _read(path: pathlib.Path, names: Sequence[str], prompts: Sequence[np.ndarray]) -> list[dict]:
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)
@@ -164,8 +165,7 @@ def _read(path: pathlib.Path, names: Sequence[str], prompts: Sequence[np.ndarray
             raise UserError(f"{path}:{number} does not parse: {error}; remove the file") from None
         if (record["row"], record["prompt_crc32"]) != (name, _crc32(prompt)):
             raise _other_rows(path, number)
-        trajectory = Trajectory(np.asarray(record["ids"], np.int32), record["finished"])
-        found.append(Written(trajectory, record["refused"]))
+        found.append(record)
     return found
 
 
@@ -192,11 +192,11 @@ def _kept_path(path: pathlib.Path, start: int) -> pathlib.Path:
     return path.with_suffix(".kept") / f"{start:08d}.safetensors"
 
 
-def _write_kept(path: pathlib.Path, start: int, written: Sequence[Written]) -> None:
-    """The top k of a chunk's tokens, one row after the other; nothing where nothing was kept."""
+def _write_kept(path: pathlib.Path, start: int, written: Sequence[Written]) -> bool:
+    """Writes the top k of a chunk's tokens, row after row -> whether they were kept."""
     kept = [one.trajectory.kept for one in written]
     if not all(isinstance(k, KeptTopK) for k in kept):
-        return
+        return False
     rows = {
         "ids": [k.topk.ids for k in kept],
         "logprobs": [k.topk.logprobs for k in kept],
@@ -212,27 +212,40 @@ def _write_kept(path: pathlib.Path, start: int, written: Sequence[Written]) -> N
         metadata={"temperature": repr(kept[0].topk.temperature)},
     )
     part.replace(final)
+    return True
 
 
-def _with_kept(path: pathlib.Path, start: int, chunk: list[Written]) -> list[Written]:
-    file = _kept_path(path, start)
-    if not file.exists():
+def _with_kept(path: pathlib.Path, start: int, records: list[dict]) -> list[Written]:
+    """A chunk as it was written: the lines say whether something of it was kept beside them."""
+    chunk = [
+        Written(Trajectory(np.asarray(r["ids"], np.int32), r["finished"]), r["refused"])
+        for r in records
+    ]
+    if not all(r["kept"] for r in records):
         return chunk
+    kept = _read_kept(path, start, [len(one.trajectory.ids) for one in chunk])
+    return [
+        one._replace(trajectory=dataclasses.replace(one.trajectory, kept=k))
+        for one, k in zip(chunk, kept, strict=True)
+    ]
+
+
+def _read_kept(path: pathlib.Path, start: int, lengths: list[int]) -> list[KeptTopK]:
+    file = _kept_path(path, start)
     try:
         with safetensors.safe_open(file, framework="numpy") as handle:
             temperature = float(handle.metadata()["temperature"])
-            ends = np.cumsum([len(one.trajectory.ids) for one in chunk])
             names = handle.keys()
-            rows = {name: np.split(handle.get_tensor(name), ends[:-1]) for name in names}
+            tensors = {name: handle.get_tensor(name) for name in names}
+        if any(len(tensor) != sum(lengths) for tensor in tensors.values()):
+            raise ValueError(f"it does not hold the {sum(lengths)} tokens of its responses")
     except Exception as error:  # safetensors raises its own type for each kind of damage
         raise UserError(
             f"{file} cannot be read: {error}; remove {file.parent} and {path}"
         ) from None
-    result = []
-    for i, one in enumerate(chunk):
-        topk = TopKLogprobs(
-            rows["ids"][i], rows["logprobs"][i], rows["tail_logprob"][i], temperature
-        )
-        kept = KeptTopK(topk, rows["target_logprob"][i])
-        result.append(one._replace(trajectory=dataclasses.replace(one.trajectory, kept=kept)))
-    return result
+    parts = {name: np.split(tensor, np.cumsum(lengths)[:-1]) for name, tensor in tensors.items()}
+    rows = zip(parts["ids"], parts["logprobs"], parts["tail_logprob"], strict=True)
+    return [
+        KeptTopK(TopKLogprobs(*row, temperature), target)
+        for row, target in zip(rows, parts["target_logprob"], strict=True)
+    ]

@@ -116,3 +116,9 @@ def test_what_was_kept_is_read_back_and_damage_is_named(student, other, tmp_path
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"00000004\.safetensors cannot be read: .*; remove "):
         loop.run(c, again, teacher=None)
+    file.write_bytes((kept / "00000000.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"00000004\.safetensors .* does not hold the \d+ tokens"):
+        loop.run(c, again, teacher=None)
+    file.unlink()  # not scored anew in silence: that would be equal only up to rounding
+    with pytest.raises(UserError, match=r"00000004\.safetensors cannot be read: .*; remove "):
+        loop.run(c, again, teacher=None)

@@ -3,6 +3,7 @@
 Shape letters: B rows, N tokens of a row, M = B N tokens of one device, C tokens of a chunk.
 """
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,17 @@ class Chunks(NamedTuple):
 
     size: int  # tokens that a device computes at once; fewer if it has not so many
     mesh: Mesh | None  # its first axis shares the rows B; None: one device has them all
+
+    @classmethod
+    def of_memory(cls, chunk_size: int, arrays: int, mesh: Mesh | None) -> "Chunks":
+        """So many tokens that `arrays` arrays [tokens, V] are as large as one of [chunk_size, V].
+
+        Raises:
+          ValueError: chunk_size is not a whole number of at least 1.
+        """
+        if not isinstance(chunk_size, numbers.Integral) or chunk_size < 1:
+            raise ValueError(f"chunk_size must be a whole number of at least 1, got {chunk_size!r}")
+        return cls(max(chunk_size // arrays, 1), mesh)
 
 
 def over_chunks(

@@ -11,7 +11,6 @@ vocabulary, K top-k; C tokens of a chunk.
 """
 
 import functools
-import numbers
 from typing import NamedTuple
 
 import chex
@@ -184,16 +183,10 @@ def fused_top_k(
         topk = top_k_logprobs(head.logits(hidden_CD, table_VD), k)
         return nothing, (topk.ids, topk.logprobs, topk.tail_logprob)
 
-    chunks = _chunks(chunk_size, _SEARCH_ARRAYS, mesh)
+    chunks = Chunks.of_memory(chunk_size, _SEARCH_ARRAYS, mesh)
     _, (ids, logprobs, tail) = over_chunks(body, (), hidden_BND, unembedding_VD, mask_BN, chunks)
     logprobs = jnp.where(mask_BN[..., None], logprobs, -jnp.inf)
     return jax.lax.stop_gradient(TopKLogprobs(ids, logprobs, tail, temperature))
-
-
-def _chunks(chunk_size: int, arrays: int, mesh: Mesh | None) -> Chunks:
-    if not isinstance(chunk_size, numbers.Integral) or chunk_size < 1:
-        raise ValueError(f"chunk_size must be a whole number of at least 1, got {chunk_size!r}")
-    return Chunks(max(chunk_size // arrays, 1), mesh)
 
 
 def _options(
@@ -204,7 +197,8 @@ def _options(
     chosen.check()
     arrays = _TOPK_ARRAYS if teacher is None else _DENSE_ARRAYS[divergence]
     head = Head(softcap, temperature)
-    return _Options(chosen, head, teacher, tail, _chunks(chunk_size, arrays, mesh))
+    chunks = Chunks.of_memory(chunk_size, arrays, mesh)
+    return _Options(chosen, head, teacher, tail, chunks)
 
 
 def _check_student(hidden_BND, unembedding_VD, weights_BN) -> None:

@@ -1,0 +1,114 @@
+"""What `configs/gemma3.py` needs in memory, by XLA's own account: compiled, never run, no weights.
+
+    JAX_PLATFORMS=cpu python -m gkdjax.benchmarks.gemma3_memory --config=configs/gemma3.py
+
+On a CPU, XLA computes bfloat16 in float32 and does nothing in place, so an accelerator needs less.
+"""
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from ml_collections import config_flags
+
+from gkdjax import config, lora, optim, sharding
+from gkdjax.benchmarks.case import STUDENTS, TEACHERS, decoder_spec
+from gkdjax.models.decoder import Decoder, unembedding_table
+from gkdjax.models.spec import DecoderSpec, param_shapes
+from gkdjax.progress import table
+from gkdjax.teachers.flax import predicting_hidden
+from gkdjax.train_step import init_state, make_train_step
+from gkdjax.types import Batch, DenseTargets
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file with get_config().")
+_SHAPES = flags.DEFINE_enum("shapes", "gemma3", list(STUDENTS), "Of both models.")
+_VOCAB = flags.DEFINE_integer("vocab", 262_144, "Of both models.")
+_STUDENT_TOKENS = flags.DEFINE_integer("student_tokens", 192, "Positions of a student's row.")
+_TEACHER_TOKENS = flags.DEFINE_integer("teacher_tokens", 320, "Positions of a teacher's row.")
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    programs = compiled(config.parse(_CONFIG.value))
+    rows = [[name, *sizes(program.memory_analysis())] for name, program in programs.items()]
+    print(table(["program", "arguments, GiB", "scratch, GiB"], rows))
+
+
+def sizes(analysis) -> list[str]:
+    return [
+        f"{n / 2**30:.2f}" for n in (analysis.argument_size_in_bytes, analysis.temp_size_in_bytes)
+    ]
+
+
+def compiled(c: config.Config) -> dict:
+    """The optimizer step of `c`, its anchor included, and the teacher's forward pass."""
+    student = decoder_spec(STUDENTS[_SHAPES.value], _VOCAB.value)
+    teacher = decoder_spec(TEACHERS[_SHAPES.value], _VOCAB.value)
+    base, teacher_params = _params(student), _params(teacher)
+    rules = lora.LoraRules(
+        *(getattr(c.student.lora, n) for n in ("rank", "alpha", "dropout", "targets"))
+    )
+    optimizer = optim.optimizer(c.optim, c.train.steps)
+    state = jax.eval_shape(lambda: init_state(lora.init(jax.random.key(0), base, rules), optimizer))
+    step = make_train_step(
+        _decoder(student, c.train.remat),
+        optimizer,
+        optim.schedule(c.optim, c.train.steps),
+        c,
+        sharding.data_mesh(),
+    )
+    batch = _batch(c)
+    main_targets, anchor_targets = (
+        _targets(spec, params, batch)
+        for spec, params in ((teacher, teacher_params), (student, base))
+    )
+    lowered = step.lower(
+        state, base, batch, main_targets, (batch, anchor_targets), divergence=c.gkd.divergence
+    )
+    forward = predicting_hidden.lower(
+        _decoder(teacher, False),
+        teacher_params,
+        batch.teacher_tokens_BT,
+        batch.teacher_mask_BT,
+        batch.teacher_at_BN,
+    )
+    return {"step": lowered.compile(), "teacher's forward pass": forward.compile()}
+
+
+def _decoder(spec: DecoderSpec, remat: bool) -> Decoder:
+    return Decoder(spec, param_dtype=jnp.bfloat16, compute_dtype=jnp.bfloat16, remat=remat)
+
+
+def _params(spec: DecoderSpec) -> dict:
+    params: dict = {"layers": {}}
+    for path, shape in param_shapes(spec).items():
+        folder, _, name = path.rpartition("/")
+        (params[folder] if folder else params)[name] = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    return params
+
+
+def _batch(c: config.Config) -> Batch:
+    def tokens(length, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct((c.train.batch_size, length), dtype)
+
+    S, T, N = _STUDENT_TOKENS.value, _TEACHER_TOKENS.value, c.trajectory.max_new_tokens
+    return Batch(
+        student_tokens_BS=tokens(S),
+        student_mask_BS=tokens(S, bool),
+        student_at_BN=tokens(N),
+        teacher_tokens_BT=tokens(T),
+        teacher_mask_BT=tokens(T, bool),
+        teacher_at_BN=tokens(N),
+        target_ids_BN=tokens(N),
+        target_mask_BN=tokens(N, bool),
+        row_id_B=jax.ShapeDtypeStruct((c.train.batch_size,), jnp.int32),
+    )
+
+
+def _targets(spec: DecoderSpec, params: dict, batch: Batch) -> DenseTargets:
+    shape = (*batch.target_mask_BN.shape, spec.width)
+    hidden_BNE = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    return DenseTargets(hidden_BNE, unembedding_table(spec, params), spec.final_softcap)
+
+
+if __name__ == "__main__":
+    app.run(main)
