@@ -29,3 +29,11 @@ def other(tmp_path_factory) -> str:
     import factories
 
     return factories.model_dir(tmp_path_factory.mktemp("teacher"), seed=1, hidden_size=32)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """For many programs that run once each: optimising them would take twice their time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

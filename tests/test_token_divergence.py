@@ -1,7 +1,6 @@
 """Which divergence of `gkdjax.losses` a config and a teacher's targets get, with what arguments."""
 
 import dataclasses
-import functools
 
 import builders
 import jax
@@ -14,6 +13,8 @@ from gkdjax.config import Gkd
 from gkdjax.losses import top_k_logprobs
 from gkdjax.train_step import weighted_divergence
 from gkdjax.types import TopKTargets
+from tests.losses.loss_cases import DENSE, SHORT, TOPK
+from tests.losses.numpy_reference import BETA
 
 MESH = sharding.data_mesh()
 BATCH = builders.batch((4, 2, 1, 3))
@@ -21,19 +22,7 @@ WEIGHTS_BN = BATCH.target_mask_BN
 TARGETS = dataclasses.replace(builders.dense_targets(BATCH), softcap=4.0)
 HIDDEN_BND = np.random.default_rng(1).standard_normal((4, 4, 6)).astype(np.float32)
 TABLE_VD = np.random.default_rng(2).standard_normal((32, 6)).astype(np.float32)
-BETA, T, CAP = 0.3, 2.0, 3.0
-DENSE = {
-    "forward_kl": losses.forward_kl,
-    "reverse_kl": losses.reverse_kl,
-    "mixed": functools.partial(losses.mixed_kl, beta=BETA),
-    "generalized_jsd": functools.partial(losses.generalized_jsd, beta=BETA),
-}
-TOP_K = {
-    "forward_kl": losses.topk_forward_kl,
-    "reverse_kl": losses.topk_reverse_kl,
-    "mixed": functools.partial(losses.topk_jsd, beta=BETA),
-    "generalized_jsd": functools.partial(losses.topk_generalized_jsd, beta=BETA),
-}
+T, CAP = 2.0, 3.0
 
 
 def divergence(table_VD, softcap, targets, name, gkd):
@@ -55,13 +44,13 @@ def divergences() -> dict:
         teacher_BNV = builders.teacher_logits(TARGETS)
         top_k = top_k_logprobs(teacher_BNV, 5, T)
         some = TopKTargets(top_k, jnp.zeros(top_k.ids.shape[:2]))
-        for name in DENSE:
+        for name, short in SHORT.items():
             gkd = Gkd(name, jsd_beta=BETA, temperature=T, chunk_size=7)
             ours = divergence(TABLE_VD, CAP, TARGETS, name, gkd)
-            found[name, "dense"] = ours, DENSE[name](student_BNV, teacher_BNV, temperature=T)
+            found[name, "dense"] = ours, DENSE[short](student_BNV, teacher_BNV, temperature=T)
             for tail in ("bucket", "renormalize"):
                 ours = divergence(TABLE_VD, CAP, some, name, dataclasses.replace(gkd, tail=tail))
-                wanted = TOP_K[name](student_BNV, some.topk, tail=tail, temperature=T)
+                wanted = TOPK[short](student_BNV, some.topk, tail=tail, temperature=T)
                 found[name, tail] = ours, wanted
         masked = {key: (ours, WEIGHTS_BN * wanted) for key, (ours, wanted) in found.items()}
         return masked
@@ -69,7 +58,7 @@ def divergences() -> dict:
     return jax.device_get(compute())
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", SHORT)
 def test_every_divergence_is_the_one_of_the_library(divergences, name):
     for form in ("dense", "bucket", "renormalize"):
         ours, wanted = divergences[name, form]

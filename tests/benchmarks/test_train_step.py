@@ -7,7 +7,6 @@ import pathlib
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
@@ -35,12 +34,7 @@ def case(variant: str, **overrides) -> Case:
     return Case(variant=variant, **(fields | overrides))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """A tiny model's programs take much longer to compile than to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gkdjax import losses
+from gkdjax.losses.divergences import DIVERGENCES
 from tests.losses.numpy_reference import BETA
 
 TOPK = {
@@ -25,6 +26,8 @@ DENSE = {
     "generalized": functools.partial(losses.generalized_jsd, beta=BETA),
 }
 NAMES = tuple(TOPK)
+# What the config and the fused heads call them.
+SHORT = dict(zip(DIVERGENCES, NAMES, strict=True))
 TAILS = ("bucket", "renormalize")
 
 

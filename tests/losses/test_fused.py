@@ -13,10 +13,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from gkdjax import losses
 from gkdjax.losses import TopKLogprobs
 from tests.losses import numpy_reference as ref
+from tests.losses.loss_cases import DENSE, SHORT, TOPK
 
 BETA = ref.BETA
-DIVERGENCES = ("forward_kl", "reverse_kl", "mixed", "generalized_jsd")
-REFERENCE = dict(zip(DIVERGENCES, ref.DIVERGENCES, strict=True))
 B, N, V, D, E, K = 4, 6, 300, 8, 12, 7
 
 
@@ -48,17 +47,12 @@ def logits(hidden, table, softcap):
 def unfused(a, teacher, divergence, temperature, softcap, teacher_softcap=None, tail=None):
     """The same sum through [B,N,V] logits and the library's own unfused losses."""
     student = logits(a["hidden"], a["table"], softcap)
-    beta = (BETA,) if divergence in ("mixed", "generalized_jsd") else ()
+    short = SHORT[divergence]
     if tail is None:
-        names = {"mixed": "mixed_kl"}
-        fn = getattr(losses, names.get(divergence, divergence))
         other = logits(a["teacher_hidden"], a["teacher_table"], teacher_softcap)
-        each = fn(student, other, *beta, temperature=temperature)
+        each = DENSE[short](student, other, temperature=temperature)
     else:
-        names = {"forward_kl": "topk_forward_kl", "reverse_kl": "topk_reverse_kl"}
-        names |= {"mixed": "topk_jsd", "generalized_jsd": "topk_generalized_jsd"}
-        fn = getattr(losses, names[divergence])
-        each = fn(student, teacher, *beta, temperature=temperature, tail=tail)
+        each = TOPK[short](student, teacher, temperature=temperature, tail=tail)
     return losses.masked_sum(each, a["weights"]), jnp.where(a["weights"] > 0, each, 0.0)
 
 
@@ -104,7 +98,7 @@ def top_k_of(a, temperature, softcap=None):
     )
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", SHORT)
 @pytest.mark.parametrize(("temperature", "caps"), [(1.0, (None, None)), (1.7, (3.0, 5.0))])
 def test_dense_equals_the_unfused_form(divergence, temperature, caps):
     a = arrays()
@@ -114,7 +108,7 @@ def test_dense_equals_the_unfused_form(divergence, temperature, caps):
     assert_same(with_gradients(fused, a, **options, chunk_size=40), expected)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", SHORT)
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 @pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (1.7, 3.0)])
 def test_topk_equals_the_unfused_form(divergence, tail, temperature, softcap):
@@ -135,7 +129,7 @@ def test_every_chunk_size_gives_the_same(tail):
         assert_same(with_gradients(fused, a, **options, chunk_size=chunk_size), expected)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", SHORT)
 def test_entries_that_are_absent_and_a_tail_that_is_not_given(divergence):
     a = arrays()
     top = top_k_of(a, 1.0)
@@ -147,7 +141,7 @@ def test_entries_that_are_absent_and_a_tail_that_is_not_given(divergence):
     assert_same(with_gradients(fused, a, **options), with_gradients(unfused, a, **options))
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", SHORT)
 def test_the_whole_vocabulary_as_top_k_is_the_dense_form(divergence):
     a = arrays()
     a = {**a, "table": a["table"][:9], "teacher_table": a["teacher_table"][:9]}
@@ -157,7 +151,7 @@ def test_the_whole_vocabulary_as_top_k_is_the_dense_form(divergence):
     assert_same(with_gradients(fused, a, teacher=teacher, tail="bucket", **options), dense)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", SHORT)
 @pytest.mark.parametrize("tail", [None, "bucket", "renormalize"])
 def test_float64_numpy_and_finite_differences(divergence, tail):
     a = arrays(1)
@@ -169,7 +163,7 @@ def test_float64_numpy_and_finite_differences(divergence, tail):
 
     def numpy_each(hidden, table):
         other = exact["teacher_hidden"] @ exact["teacher_table"].T
-        name = REFERENCE[divergence]
+        name = SHORT[divergence]
         return ref.divergence(name, hidden @ table.T, other, ids, tail or "bucket")
 
     def numpy_value(hidden, table):
@@ -327,7 +321,7 @@ def table_sized(loss, shapes, argnums):
     return text.count(f":f32[{V_LARGE},{D_SMALL}]")
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", SHORT)
 @pytest.mark.parametrize("kind", ["topk", "dense"])
 def test_no_array_of_tokens_by_vocabulary(kind, divergence):
     dense_bytes = N_LARGE * V_LARGE * 4
