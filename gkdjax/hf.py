@@ -16,11 +16,10 @@ import safetensors.numpy
 from huggingface_hub.errors import StrictDataclassError  # how transformers' configs refuse a field
 
 from gkdjax.errors import UserError
-from gkdjax.models import gemma3
+from gkdjax.models import families
 from gkdjax.models.decoder import Decoder
+from gkdjax.models.hf_tables import Layout
 from gkdjax.models.spec import DecoderSpec, param_shapes
-
-FAMILIES = {gemma3.MODEL_TYPE: gemma3}
 
 # Everything beside the weights that a model directory needs to stay usable after training.
 _COMPANIONS = (
@@ -80,10 +79,10 @@ def load_config(directory: str) -> dict:
     if not isinstance(config, dict):
         raise UserError(f"{path / 'config.json'} must hold a JSON object")
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in families.MODEL_TYPES:
         raise UserError(
             f"{path / 'config.json'}: model_type {model_type!r} is not supported;"
-            f" supported: {', '.join(sorted(FAMILIES))}"
+            f" supported: {', '.join(sorted(families.MODEL_TYPES))}"
         )
     return config
 
@@ -92,7 +91,7 @@ def load_spec(directory: str) -> DecoderSpec:
     """The decoder's numbers, from config.json alone (cheap: no weights are read)."""
     config = load_config(directory)
     try:
-        return FAMILIES[config["model_type"]].decoder_spec(config)
+        return families.MODEL_TYPES[config["model_type"]].decoder_spec(config)
     except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise UserError(f"{directory}/config.json: {error}") from error
 
@@ -157,9 +156,7 @@ def tensor_name(spec: DecoderSpec, path: str, layer: int) -> str:
 
 
 def _tensor_names(spec: DecoderSpec) -> dict[str, str]:
-    by_family = {family.__name__.rpartition(".")[2]: family.TENSORS for family in FAMILIES.values()}
-    table = by_family[spec.family]
-    return {path: table[path] for path in param_shapes(spec)}
+    return families.tensor_names(spec, Layout())
 
 
 def _set_dtype(path: pathlib.Path, dtype: str) -> None:

@@ -10,7 +10,7 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from gkdjax.models import gemma3
+from gkdjax.models import families
 from gkdjax.models.spec import DecoderSpec
 
 SPECIALS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
@@ -55,8 +55,40 @@ def tokenizer(chat_template: str = CHAT_TEMPLATE) -> transformers.PreTrainedToke
     return made
 
 
-def config(**overrides) -> transformers.Gemma3TextConfig:
-    """A tiny Gemma 3 in which every number that could be confused with another one differs."""
+# What differs from `config`'s shared fields, by family; a number never equals one beside it.
+_SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+_QWEN = {"hidden_act": "silu", "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}
+FAMILIES = {
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        transformers.Gemma3ForCausalLM,
+        {"query_pre_attn_scalar": 24, "sliding_window": 5, "layer_types": _SLIDING},
+    ),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, _QWEN),
+    "qwen2": (
+        transformers.Qwen2Config,
+        transformers.Qwen2ForCausalLM,
+        _QWEN | {"head_dim": None, "hidden_size": 64},
+    ),
+    "llama": (
+        transformers.LlamaConfig,
+        transformers.LlamaForCausalLM,
+        {"hidden_act": "silu", "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+    ),
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def config(family: str = "gemma3", **overrides) -> transformers.PretrainedConfig:
+    """A tiny model in which every number that could be confused with another one differs."""
+    cls, _, own = FAMILIES[family]
     fields = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 48,
@@ -65,9 +97,6 @@ def config(**overrides) -> transformers.Gemma3TextConfig:
         "num_key_value_heads": 2,
         "head_dim": 16,
         "intermediate_size": 80,
-        "query_pre_attn_scalar": 24,
-        "sliding_window": 5,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "rope_parameters": rope_parameters(),
         "max_position_embeddings": 4096,
         "pad_token_id": 0,
@@ -75,11 +104,12 @@ def config(**overrides) -> transformers.Gemma3TextConfig:
         "bos_token_id": 2,
         "tie_word_embeddings": True,
     }
-    return transformers.Gemma3TextConfig(**(fields | overrides))
+    fields |= own | overrides
+    return cls(**{name: value for name, value in fields.items() if value is not None})
 
 
 def rope_parameters(factor: float | None = None) -> dict:
-    """The new form of a config's rope fields; `factor` scales the global layers."""
+    """The new form of Gemma 3's rope fields; `factor` scales the global layers."""
     scaling = {"rope_type": "default"} if factor is None else {"rope_type": "linear"}
     if factor is not None:
         scaling["factor"] = factor
@@ -89,38 +119,45 @@ def rope_parameters(factor: float | None = None) -> dict:
     }
 
 
-def spec(**overrides) -> DecoderSpec:
-    """The decoder's numbers of `config(**overrides)`."""
-    return gemma3.decoder_spec(config(**overrides).to_dict())
+def spec(family: str = "gemma3", **overrides) -> DecoderSpec:
+    """The decoder's numbers of `config(family, **overrides)`."""
+    given = config(family, **overrides).to_dict()
+    return families.MODEL_TYPES[given["model_type"]].decoder_spec(given)
 
 
-def torch_model(seed: int = 0, **overrides) -> transformers.Gemma3ForCausalLM:
-    """torch's Gemma 3 with random weights in float32; the oracle of the decoder's tests."""
-    made = transformers.Gemma3ForCausalLM(
-        config(attn_implementation="eager", dtype="float32", **overrides)
-    )
+def torch_model(seed: int = 0, family: str = "gemma3", **overrides):
+    """torch's model with random weights in float32; the oracle of the decoder's tests."""
+    _, cls, _ = FAMILIES[family]
+    made = cls(config(family, attn_implementation="eager", dtype="float32", **overrides))
+    randomise(made, seed)
+    return made.eval()
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Kernels keep the scale of what passes; norms and biases get weights too, as a loader that
+    forgets them, or a norm's offset, must be caught."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, weight in made.named_parameters():
-            # Kernels keep the scale of what passes; norms get weights too, as a loader that
-            # forgets them, or their offset, must be caught.
-            std = 0.3 if "norm" in name else weight.shape[-1] ** -0.5
+        for name, weight in model.named_parameters():
+            std = 0.3 if weight.ndim == 1 else weight.shape[-1] ** -0.5
             weight.copy_(std * torch.randn(weight.shape, generator=generator))
-    return made.eval()
+            if "norm" in name and not model.config.model_type.startswith("gemma3"):
+                weight += 1.0  # Gemma adds the 1 itself
 
 
 def model_dir(
     directory: str | pathlib.Path,
     seed: int = 0,
     dtype: str = "float32",
+    family: str = "gemma3",
     chat_template: str = CHAT_TEMPLATE,
     **overrides,
 ) -> str:
     """Writes weights, config and tokenizer into `directory` -> its path as a string.
 
-    `overrides` are fields of `config`; the weights depend on `seed` and shapes alone.
+    `overrides` are fields of the family's `config`; the weights depend on `seed` and shapes alone.
     """
-    made = torch_model(seed, **overrides).to(getattr(torch, dtype))
+    made = torch_model(seed, family, **overrides).to(getattr(torch, dtype))
     made.save_pretrained(directory)
     tokenizer(chat_template).save_pretrained(directory)
     return str(directory)

@@ -49,11 +49,13 @@ class LayerStack(nn.Module):
 
     @nn.compact
     def __call__(self) -> dict:
-        norm_init = nn.initializers.constant(1.0 - self.spec.norm_offset)
+        inits = {
+            "proj": _KERNEL_INIT,
+            "bias": nn.initializers.zeros,
+            "norm": nn.initializers.constant(1.0 - self.spec.norm_offset),
+        }
         return {
-            name: self.param(
-                name, norm_init if name.endswith("_norm") else _KERNEL_INIT, shape, self.param_dtype
-            )
+            name: self.param(name, inits[name.rpartition("_")[2]], shape, self.param_dtype)
             for name, shape in layer_shapes(self.spec).items()
         }
 
@@ -171,9 +173,14 @@ def _norm(spec: DecoderSpec, x: jax.Array, scale: jax.Array) -> jax.Array:
 
 def _project(spec: DecoderSpec, x_BTD: jax.Array, layer: dict):
     heads = (*x_BTD.shape[:2], -1, spec.head_dim)
-    q_BTHC = dense(x_BTD, layer["q_proj"]).reshape(heads)
-    k_BTGC = dense(x_BTD, layer["k_proj"]).reshape(heads)
-    v_BTGC = dense(x_BTD, layer["v_proj"]).reshape(heads)
+
+    def project(name):
+        out_BTX = dense(x_BTD, layer[f"{name}_proj"])
+        if spec.qkv_bias:
+            out_BTX += layer[f"{name}_bias"].astype(out_BTX.dtype)[None, None, :]
+        return out_BTX.reshape(heads)
+
+    q_BTHC, k_BTGC, v_BTGC = project("q"), project("k"), project("v")
     if spec.qk_norm:
         q_BTHC = _norm(spec, q_BTHC, layer["q_norm"])
         k_BTGC = _norm(spec, k_BTGC, layer["k_norm"])

@@ -1,29 +1,34 @@
-"""Gemma 3 (text): HF config -> DecoderSpec, and where each tensor of a checkpoint goes."""
+"""Gemma 3 (text decoder): HF config -> DecoderSpec, and where each tensor of a checkpoint goes."""
 
-from transformers import Gemma3TextConfig
+from transformers import Gemma3Config, Gemma3TextConfig
 
-from gkdjax.models.spec import DecoderSpec, RopeSpec
+from gkdjax.models import llama
+from gkdjax.models.hf_tables import Layout, global_layers, refuse, rope_spec
+from gkdjax.models.spec import DecoderSpec
 
-MODEL_TYPE = "gemma3_text"
-_LAYER_KINDS = ("full_attention", "sliding_attention")
+# 4B and up are multimodal: an image encoder stands beside the text decoder. Their files have
+# mostly the first layout; the second has the names of the modules in torch.
+LAYOUTS = {
+    "gemma3_text": (Layout(),),
+    "gemma3": (
+        Layout(
+            "language_model.model.",
+            "language_model.lm_head.",
+            foreign=("vision_tower.", "multi_modal_projector."),
+        ),
+        Layout(
+            "model.language_model.",
+            "lm_head.",
+            foreign=("model.vision_tower.", "model.multi_modal_projector."),
+        ),
+    ),
+}
 
-# Leaf path -> HF tensor name ({} is the layer) of the leaf; kernels are stored (out, in) there.
-TENSORS = {
-    "embedding": "model.embed_tokens.weight",
-    "final_norm": "model.norm.weight",
-    "unembedding": "lm_head.weight",
-    "layers/attn_norm": "model.layers.{}.input_layernorm.weight",
-    "layers/q_proj": "model.layers.{}.self_attn.q_proj.weight",
-    "layers/k_proj": "model.layers.{}.self_attn.k_proj.weight",
-    "layers/v_proj": "model.layers.{}.self_attn.v_proj.weight",
-    "layers/o_proj": "model.layers.{}.self_attn.o_proj.weight",
+TENSORS = llama.TENSORS | {
     "layers/q_norm": "model.layers.{}.self_attn.q_norm.weight",
     "layers/k_norm": "model.layers.{}.self_attn.k_norm.weight",
     "layers/attn_post_norm": "model.layers.{}.post_attention_layernorm.weight",
     "layers/mlp_norm": "model.layers.{}.pre_feedforward_layernorm.weight",
-    "layers/gate_proj": "model.layers.{}.mlp.gate_proj.weight",
-    "layers/up_proj": "model.layers.{}.mlp.up_proj.weight",
-    "layers/down_proj": "model.layers.{}.mlp.down_proj.weight",
     "layers/mlp_post_norm": "model.layers.{}.post_feedforward_layernorm.weight",
 }
 
@@ -34,13 +39,17 @@ def decoder_spec(config: dict) -> DecoderSpec:
     Raises:
       ValueError: the config asks for something that this decoder does not compute.
     """
-    c = Gemma3TextConfig.from_dict(config)
-    _refuse(c.attention_bias, "attention_bias=true")
-    _refuse(c.use_bidirectional_attention, "use_bidirectional_attention=true")
-    _refuse(c.attn_logit_softcapping, "attn_logit_softcapping")
-    _refuse(c.hidden_activation != "gelu_pytorch_tanh", f"activation {c.hidden_activation!r}")
-    for kind in c.layer_types:  # transformers knows more kinds than Gemma 3 has
-        _refuse(kind not in _LAYER_KINDS, f"layer type {kind!r}")
+    if config["model_type"] == "gemma3":
+        whole = Gemma3Config.from_dict(config)
+        c, tied = whole.text_config, whole.tie_word_embeddings
+    else:
+        c = Gemma3TextConfig.from_dict(config)
+        tied = c.tie_word_embeddings
+    refuse("Gemma 3", c.attention_bias, "attention_bias=true")
+    refuse("Gemma 3", c.use_bidirectional_attention, "use_bidirectional_attention=true")
+    refuse("Gemma 3", c.attn_logit_softcapping, "attn_logit_softcapping")
+    other = c.hidden_activation != "gelu_pytorch_tanh"
+    refuse("Gemma 3", other, f"activation {c.hidden_activation!r}")
     return DecoderSpec(
         family="gemma3",
         vocab_size=c.vocab_size,
@@ -56,23 +65,10 @@ def decoder_spec(config: dict) -> DecoderSpec:
         activation="gelu_tanh",
         qk_norm=True,
         post_norms=True,
-        tied_embedding=c.tie_word_embeddings,
-        is_global_L=tuple(kind == "full_attention" for kind in c.layer_types),
+        tied_embedding=tied,
+        is_global_L=global_layers("Gemma 3", c.layer_types),
         window=c.sliding_window,
-        rope_global=_rope(c.rope_parameters["full_attention"]),
-        rope_local=_rope(c.rope_parameters["sliding_attention"]),
+        rope_global=rope_spec("Gemma 3", c.rope_parameters["full_attention"]),
+        rope_local=rope_spec("Gemma 3", c.rope_parameters["sliding_attention"]),
         final_softcap=c.final_logit_softcapping,
     )
-
-
-def _rope(parameters: dict) -> RopeSpec:
-    kind = parameters["rope_type"]
-    if kind == "default":
-        return RopeSpec(parameters["rope_theta"])
-    _refuse(kind != "linear", f"rope_type {kind!r}")
-    return RopeSpec(parameters["rope_theta"], parameters["factor"])
-
-
-def _refuse(found, what: str):
-    if found:
-        raise ValueError(f"Gemma 3 with {what} is not supported")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gkdjax.models.spec import RopeSpec
+from gkdjax.models.spec import Llama3Scaling, RopeSpec
 
 # Added to a forbidden score. Finite, so that a row with nothing to see (padding) gives no NaN.
 _FORBIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -77,8 +77,18 @@ def rotation(positions_BT: jax.Array, rope: RopeSpec, head_dim: int) -> Rotation
     """Rotary angles of integer positions (Su et al. 2021, arXiv:2104.09864)."""
     exponent_c = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     frequency_c = 1.0 / (rope.theta**exponent_c) / rope.linear_factor
+    if rope.llama3 is not None:
+        frequency_c = _llama3_frequencies(frequency_c, rope.llama3)
     angle = positions_BT.astype(jnp.float32)[:, :, None, None] * frequency_c[None, None, None, :]
     return Rotation(jnp.cos(angle), jnp.sin(angle))
+
+
+def _llama3_frequencies(frequency_c: jax.Array, scaling: Llama3Scaling) -> jax.Array:
+    """See `Llama3Scaling` (Grattafiori et al. 2024, arXiv:2407.21783, for the context of 128k)."""
+    turns_c = scaling.original_length * frequency_c / (2.0 * jnp.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept_c = jnp.clip((turns_c - low) / (high - low), 0.0, 1.0)
+    return frequency_c * (kept_c + (1.0 - kept_c) / scaling.factor)
 
 
 def rotate(x_BTHC: jax.Array, by: Rotation) -> jax.Array:

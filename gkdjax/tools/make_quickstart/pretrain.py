@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import tqdm
 
-from gkdjax.models import gemma3
 from gkdjax.models.decoder import Decoder
 from gkdjax.models.spec import DecoderSpec, param_shapes
 from gkdjax.tools.make_quickstart import task, tokenizer
@@ -42,7 +41,7 @@ def hf_config(recipe: Recipe) -> dict:
     """config.json of the model."""
     return {
         "architectures": ["Gemma3ForCausalLM"],
-        "model_type": gemma3.MODEL_TYPE,
+        "model_type": "gemma3_text",
         "vocab_size": len(tokenizer.VOCABULARY),
         "hidden_size": recipe.width,
         "intermediate_size": recipe.ffn_width,

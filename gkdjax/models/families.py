@@ -1,0 +1,21 @@
+"""The families by the model_type of config.json; a new one is a module and a line here."""
+
+import types
+
+from gkdjax.models import gemma3, llama, qwen2, qwen3
+from gkdjax.models.hf_tables import Layout
+from gkdjax.models.spec import DecoderSpec, param_shapes
+
+_MODULES = (gemma3, llama, qwen2, qwen3)
+MODEL_TYPES = {model_type: module for module in _MODULES for model_type in module.LAYOUTS}
+
+
+def module(spec: DecoderSpec) -> types.ModuleType:
+    """The family's module: `TENSORS`, `LAYOUTS` and `decoder_spec`."""
+    return {family.__name__.rpartition(".")[2]: family for family in _MODULES}[spec.family]
+
+
+def tensor_names(spec: DecoderSpec, layout: Layout) -> dict[str, str]:
+    """Leaf path -> HF tensor name, {} for the layer, of each parameter that the decoder has."""
+    table = module(spec).TENSORS
+    return {path: layout.name(table[path]) for path in param_shapes(spec)}

@@ -1,0 +1,45 @@
+"""Qwen 2 and 2.5, dense: HF config -> DecoderSpec, and where each tensor of a checkpoint goes."""
+
+from transformers import Qwen2Config
+
+from gkdjax.models import llama
+from gkdjax.models.hf_tables import Layout, global_layers, refuse, rope_spec
+from gkdjax.models.spec import DecoderSpec
+
+LAYOUTS = {"qwen2": (Layout(),)}
+
+TENSORS = llama.TENSORS | {
+    "layers/q_bias": "model.layers.{}.self_attn.q_proj.bias",
+    "layers/k_bias": "model.layers.{}.self_attn.k_proj.bias",
+    "layers/v_bias": "model.layers.{}.self_attn.v_proj.bias",
+}
+
+
+def decoder_spec(config: dict) -> DecoderSpec:
+    """The spec of a config.json, old or new form: transformers' own class fills in and converts.
+
+    Raises:
+      ValueError: the config asks for something that this decoder does not compute.
+    """
+    c = Qwen2Config.from_dict(config)
+    refuse("Qwen 2", c.hidden_act != "silu", f"activation {c.hidden_act!r}")
+    rope = rope_spec("Qwen 2", c.rope_parameters)
+    head_dim = c.hidden_size // c.num_attention_heads
+    return DecoderSpec(
+        family="qwen2",
+        vocab_size=c.vocab_size,
+        width=c.hidden_size,
+        num_heads=c.num_attention_heads,
+        num_kv_heads=c.num_key_value_heads,
+        head_dim=head_dim,
+        ffn_width=c.intermediate_size,
+        norm_eps=c.rms_norm_eps,
+        query_scale=head_dim**-0.5,
+        activation="silu",
+        qkv_bias=True,
+        tied_embedding=c.tie_word_embeddings,
+        is_global_L=global_layers("Qwen 2", c.layer_types),
+        window=c.sliding_window,
+        rope_global=rope,
+        rope_local=rope,
+    )
