@@ -17,7 +17,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from gkdjax import sharding
 from gkdjax.losses import top_k_logprobs
-from gkdjax.models.decoder import Cache, Decoder, init_cache
+from gkdjax.models.cache import Cache, init_cache
+from gkdjax.models.decoder import Decoder
 from gkdjax.types import KeptHidden, KeptTopK, TopKTargets, Trajectory
 
 

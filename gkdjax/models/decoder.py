@@ -3,42 +3,17 @@
 Shape letters as in `gkdjax.models.layers`, and L layers, V vocabulary.
 """
 
-from typing import NamedTuple
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from gkdjax.losses.head import unembed
-from gkdjax.models.layers import KeyValues, attend, dense, gated_mlp, rms_norm, rotate, rotation
+from gkdjax.models.attention import attention_of
+from gkdjax.models.cache import Cache, Prefix, index_in_stack, prefix_of, write
+from gkdjax.models.layers import dense, gated_mlp, rms_norm
 from gkdjax.models.spec import DecoderSpec, layer_shapes
 
 _KERNEL_INIT = nn.initializers.normal(0.02)
-
-
-class Cache(NamedTuple):
-    """Keys and values of the positions read so far, in slots that all rows share.
-
-    Rows of different lengths are padded on the left, so that the next slot is the same for all.
-    """
-
-    k_LBSGC: jax.Array  # compute dtype
-    v_LBSGC: jax.Array  # compute dtype
-    positions_BS: jax.Array  # int32, position within the row
-    mask_BS: jax.Array  # bool, the slot holds a real token
-    next_slot: jax.Array  # int32 scalar
-
-
-def init_cache(spec: DecoderSpec, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
-    """An empty cache for `batch` rows of at most `slots` tokens, padding included."""
-    shape = (spec.num_layers, batch, slots, spec.num_kv_heads, spec.head_dim)
-    return Cache(
-        k_LBSGC=jnp.zeros(shape, dtype),
-        v_LBSGC=jnp.zeros(shape, dtype),
-        positions_BS=jnp.zeros((batch, slots), jnp.int32),
-        mask_BS=jnp.zeros((batch, slots), bool),
-        next_slot=jnp.zeros((), jnp.int32),
-    )
 
 
 class LayerStack(nn.Module):
@@ -85,38 +60,53 @@ class Decoder(nn.Module):
         if not spec.tied_embedding:
             self.unembedding = self.param("unembedding", _KERNEL_INIT, table, self.param_dtype)
 
-    def __call__(self, tokens_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    def __call__(
+        self, tokens_BT: jax.Array, mask_BT: jax.Array, prefix: Prefix | None = None
+    ) -> jax.Array:
         """Hidden states [B,T,D] after the final norm, in the compute dtype.
 
         Args:
           tokens_BT: integer ids.
           mask_BT: which of them are real; padding may stand left or right, not in the middle.
+          prefix: from `read_prefix`: what every row has read before its own tokens.
         """
         mask_BT = mask_BT.astype(bool)
-        hidden_BTD, _ = self._run(tokens_BT, mask_BT, _positions(mask_BT), None)
-        return hidden_BTD
+        positions_BT = _positions(mask_BT) + _length(prefix)
+        return self._run(tokens_BT, mask_BT, positions_BT, prefix=prefix)[0]
 
     def extend(
-        self, tokens_BT: jax.Array, mask_BT: jax.Array, cache: Cache
+        self,
+        tokens_BT: jax.Array,
+        mask_BT: jax.Array,
+        cache: Cache,
+        prefix: Prefix | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Reads T more tokens of each row after those in the cache -> (hidden [B,T,D], cache).
 
-        The caller sees to it that T free slots are left: a full cache cannot be detected here.
+        Args:
+          tokens_BT: integer ids.
+          mask_BT: which of them are real: padding stands left of a row's first token, or right of
+            its last one for good, because the ring of a local layer holds columns, not tokens.
+          cache: from `cache.init_cache`. The caller sees to it that T slots are left: a full cache
+            cannot be detected here.
+          prefix: the same at each call: what every row has read before the tokens in the cache.
         """
         mask_BT = mask_BT.astype(bool)
-        read_B1 = jnp.sum(cache.mask_BS, axis=1, keepdims=True, dtype=jnp.int32)
-        positions_BT = _positions(mask_BT) + read_B1
-        hidden_BTD, (k_new, v_new) = self._run(tokens_BT, mask_BT, positions_BT, cache)
-        at = cache.next_slot
-        return hidden_BTD, Cache(
-            k_LBSGC=jax.lax.dynamic_update_slice_in_dim(cache.k_LBSGC, k_new, at, axis=2),
-            v_LBSGC=jax.lax.dynamic_update_slice_in_dim(cache.v_LBSGC, v_new, at, axis=2),
-            positions_BS=jax.lax.dynamic_update_slice_in_dim(
-                cache.positions_BS, positions_BT, at, axis=1
-            ),
-            mask_BS=jax.lax.dynamic_update_slice_in_dim(cache.mask_BS, mask_BT, at, axis=1),
-            next_slot=at + tokens_BT.shape[1],
-        )
+        positions_BT = _positions(mask_BT) + cache.real_B[:, None] + _length(prefix)
+        hidden_BTD, new_kv = self._run(tokens_BT, mask_BT, positions_BT, cache, prefix)
+        return hidden_BTD, write(self.spec, cache, *new_kv, positions_BT, mask_BT)
+
+    def read_prefix(self, tokens_1P: jax.Array, mask_1P: jax.Array) -> Prefix:
+        """What all rows begin with, read once, to be attended to without a copy per row.
+
+        Args:
+          tokens_1P: integer ids, one batch row.
+          mask_1P: which of them are real; padding stands left.
+        """
+        mask_1P = mask_1P.astype(bool)
+        positions_1P = _positions(mask_1P)
+        _, new_kv = self._run(tokens_1P, mask_1P, positions_1P, keep=True)
+        return prefix_of(self.spec, *new_kv, positions_1P, mask_1P)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] -> float32 logits [..., V]."""
@@ -125,17 +115,19 @@ class Decoder(nn.Module):
             hidden, self.embedding if tied else self.unembedding, self.spec.final_softcap
         )
 
-    def _run(self, tokens_BT, mask_BT, positions_BT, cache):
+    def _run(self, tokens_BT, mask_BT, positions_BT, cache=None, prefix=None, keep=False):
+        """-> (hidden [B,T,D], the new keys and values [L,B,T,G,C] if there is a use for them)."""
         spec = self.spec
+        keep = keep or cache is not None
         scale = jnp.asarray(spec.embedding_scale, self.embedding.dtype)
         x_BTD = (self.embedding[tokens_BT] * scale).astype(self.compute_dtype)
-        attention = _attention_kinds(spec, mask_BT, positions_BT, cache)
+        attention = attention_of(spec, mask_BT, positions_BT, cache, prefix)
 
         def layer_body(x_BTD, scanned):
-            layer, is_global, cached_kv = scanned
+            layer, is_global, index = scanned
             normed = _norm(spec, x_BTD, layer["attn_norm"])
             q, k, v = _project(spec, normed, layer)
-            out_BTD, k = attention(is_global, q, k, v, cached_kv)
+            out_BTD, k = attention(is_global, index, q, k, v)
             out_BTD = dense(out_BTD, layer["o_proj"])
             if spec.post_norms:
                 out_BTD = _norm(spec, out_BTD, layer["attn_post_norm"])
@@ -143,14 +135,12 @@ class Decoder(nn.Module):
             out_BTD = gated_mlp(_norm(spec, x_BTD, layer["mlp_norm"]), layer, spec.activation)
             if spec.post_norms:
                 out_BTD = _norm(spec, out_BTD, layer["mlp_post_norm"])
-            return x_BTD + out_BTD, None if cache is None else (k, v)
+            return x_BTD + out_BTD, (k, v) if keep else None
 
         if self.remat:
             layer_body = jax.checkpoint(layer_body, prevent_cse=False)
-        cached = None if cache is None else (cache.k_LBSGC, cache.v_LBSGC)
-        x_BTD, new_kv = jax.lax.scan(
-            layer_body, x_BTD, (self.layers(), jnp.asarray(spec.is_global_L), cached)
-        )
+        kinds = jnp.asarray(spec.is_global_L), index_in_stack(spec)
+        x_BTD, new_kv = jax.lax.scan(layer_body, x_BTD, (self.layers(), *kinds))
         return _norm(spec, x_BTD, self.final_norm), new_kv
 
 
@@ -165,6 +155,10 @@ def _positions(mask_BT: jax.Array) -> jax.Array:
     mask 0 0 1 1 1 -> 0 0 0 1 2 and mask 1 1 1 0 0 -> 0 1 2 2 2.
     """
     return jnp.maximum(jnp.cumsum(mask_BT, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def _length(prefix: Prefix | None):
+    return 0 if prefix is None else prefix.length
 
 
 def _norm(spec: DecoderSpec, x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -185,44 +179,3 @@ def _project(spec: DecoderSpec, x_BTD: jax.Array, layer: dict):
         q_BTHC = _norm(spec, q_BTHC, layer["q_norm"])
         k_BTGC = _norm(spec, k_BTGC, layer["k_norm"])
     return q_BTHC, k_BTGC, v_BTGC
-
-
-def _attention_kinds(spec: DecoderSpec, mask_BT, positions_BT, cache: Cache | None):
-    """-> attention(is_global, q, k, v, cached_kv) -> (out [B,T,H*C], rotated k [B,T,G*C]).
-
-    What depends on positions alone (angles, masks) is made here, once for all layers.
-    """
-
-    def branch(rope, window):
-        angles = rotation(positions_BT, rope, spec.head_dim)
-        visible_new = _visible(positions_BT, positions_BT, mask_BT, window)
-        if cache is not None:
-            visible_old = _visible(positions_BT, cache.positions_BS, cache.mask_BS, window)
-
-        def attention(q, k, v, cached_kv):
-            q, k = rotate(q, angles), rotate(k, angles)
-            sources = [KeyValues(k, v, visible_new)]
-            if cached_kv is not None:
-                sources.insert(0, KeyValues(*cached_kv, visible_old))
-            return attend(q, sources, spec.query_scale), k
-
-        return attention
-
-    global_branch = branch(spec.rope_global, None)
-    if all(spec.is_global_L):
-        return lambda is_global, *qkv: global_branch(*qkv)
-    local_branch = branch(spec.rope_local, spec.window)
-    if not any(spec.is_global_L):
-        return lambda is_global, *qkv: local_branch(*qkv)
-    return lambda is_global, *qkv: jax.lax.cond(is_global, global_branch, local_branch, *qkv)
-
-
-def _visible(query_BT, key_BS, key_mask_BS, window: int | None) -> jax.Array:
-    """bool [B,T,S]: causal, real keys only, and within the window where there is one.
-
-    One row of keys 0..4, all real, window 2: the query at 3 sees 0 0 1 1 0.
-    A query equal in position to a padded key does not see it: the mask says so.
-    """
-    distance_BTS = query_BT[:, :, None] - key_BS[:, None, :]
-    visible_BTS = (distance_BTS >= 0) & key_mask_BS[:, None, :]
-    return visible_BTS if window is None else visible_BTS & (distance_BTS < window)

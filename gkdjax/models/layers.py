@@ -13,10 +13,6 @@ import jax.numpy as jnp
 
 from gkdjax.models.spec import Llama3Scaling, RopeSpec
 
-# Added to a forbidden score. Finite, so that a row with nothing to see (padding) gives no NaN.
-_FORBIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
-
-
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("w", "a", "b", "dropout_key"),
@@ -96,43 +92,6 @@ def rotate(x_BTHC: jax.Array, by: Rotation) -> jax.Array:
     first, second = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
     rotated = (first * by.cos - second * by.sin, second * by.cos + first * by.sin)
     return jnp.concatenate(rotated, axis=-1).astype(x_BTHC.dtype)
-
-
-class KeyValues(NamedTuple):
-    """Keys and values to attend to, and which query may see which of them."""
-
-    k_BSGC: jax.Array
-    v_BSGC: jax.Array
-    visible_BTS: jax.Array  # bool
-
-
-def attend(q_BTHC: jax.Array, sources: list[KeyValues], scale: float) -> jax.Array:
-    """Grouped-query attention with one softmax over the keys of all sources -> [B,T,H*C].
-
-    The sources' scores are joined, not their keys: a cache is read where it lies, without a copy.
-    Scores and softmax are float32. A query that sees nothing gets a finite, meaningless mean.
-    """
-    B, T, H, C = q_BTHC.shape
-    G = sources[0].k_BSGC.shape[2]
-    q_BTGRC = q_BTHC.reshape(B, T, G, H // G, C)
-    scores = []
-    for source in sources:
-        scores_BGRTS = jnp.einsum(
-            "BTGRC,BSGC->BGRTS", q_BTGRC, source.k_BSGC, preferred_element_type=jnp.float32
-        )
-        visible = source.visible_BTS[:, None, None, :, :]
-        scores.append(jnp.where(visible, scores_BGRTS * scale, _FORBIDDEN))
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
-    out_BTGRC = jnp.zeros((), jnp.float32)
-    start = 0
-    for source in sources:
-        stop = start + source.k_BSGC.shape[1]
-        part = weights[..., start:stop].astype(source.v_BSGC.dtype)
-        out_BTGRC = out_BTGRC + jnp.einsum(
-            "BGRTS,BSGC->BTGRC", part, source.v_BSGC, preferred_element_type=jnp.float32
-        )
-        start = stop
-    return out_BTGRC.astype(q_BTHC.dtype).reshape(B, T, H * C)
 
 
 _ACTIVATIONS = {"gelu_tanh": functools.partial(jax.nn.gelu, approximate=True), "silu": jax.nn.silu}

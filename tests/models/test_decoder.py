@@ -12,7 +12,8 @@ import torch
 
 from gkdjax import hf
 from gkdjax.models import gemma3
-from gkdjax.models.decoder import Decoder, init_cache
+from gkdjax.models.cache import init_cache
+from gkdjax.models.decoder import Decoder
 from gkdjax.models.spec import RopeSpec, param_shapes
 from gkdjax.tree import map_with_path
 
@@ -194,7 +195,7 @@ def read_stepwise(decoder, params, tokens_BT, mask_BT, prefill: int) -> np.ndarr
     for t in range(prefill, T):
         logits, cache = read(cache, tokens_BT[:, t : t + 1], mask_BT[:, t : t + 1])
         parts.append(logits)
-    assert int(cache.next_slot) == T
+    assert int(cache.columns) == T
     return np.concatenate(parts, axis=1)
 
 
