@@ -24,7 +24,8 @@ def decoder_spec(config: dict) -> DecoderSpec:
     c = Qwen2Config.from_dict(config)
     refuse("Qwen 2", c.hidden_act != "silu", f"activation {c.hidden_act!r}")
     rope = rope_spec("Qwen 2", c.rope_parameters)
-    head_dim = c.hidden_size // c.num_attention_heads
+    # No field of the class, but transformers' model takes it where a config.json has it.
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     return DecoderSpec(
         family="qwen2",
         vocab_size=c.vocab_size,
