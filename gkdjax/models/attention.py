@@ -107,7 +107,10 @@ def attention_of(
     if all(spec.is_global_L):
         return lambda is_global, *args: global_branch(*args)
     local_branch = branch(
-        spec.rope_local, spec.window, of_kind(cache, "local_layers"), of_kind(prefix, "local_layers")
+        spec.rope_local,
+        spec.window,
+        of_kind(cache, "local_layers"),
+        of_kind(prefix, "local_layers"),
     )
     if not any(spec.is_global_L):
         return lambda is_global, *args: local_branch(*args)

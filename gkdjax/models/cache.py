@@ -114,7 +114,7 @@ def _put_in_ring(old, new, columns, axis: int):
     slots, T = old.shape[axis], new.shape[axis]
     if T == 1:
         return jax.lax.dynamic_update_slice_in_dim(old, new, columns % slots, axis)
-    if T >= slots:
+    if slots <= T:
         last = jax.lax.slice_in_dim(new, T - slots, T, axis=axis)
         return jnp.roll(last, columns + T, axis)
     at = (slice(None),) * axis + ((columns + jnp.arange(T)) % slots,)

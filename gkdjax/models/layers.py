@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from gkdjax.models.spec import Llama3Scaling, RopeSpec
 
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("w", "a", "b", "dropout_key"),
