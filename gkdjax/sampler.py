@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from gkdjax import sharding
 from gkdjax.losses import top_k_logprobs
-from gkdjax.models.cache import Cache, init_cache
+from gkdjax.models.cache import Cache
 from gkdjax.models.decoder import Decoder
 from gkdjax.types import KeptHidden, KeptTopK, TopKTargets, Trajectory
 
@@ -195,8 +195,7 @@ def _prefill(apply, decoder: Decoder, tokens_BP, mask_BP, N: int, keep: Keep | N
     """-> (the state before the first draw, the hidden states that predict the first token)."""
     B, P = tokens_BP.shape
     # The last token is not read, and its slot stays empty: P + N is the rounder number.
-    cache = init_cache(decoder.spec, B, P + N, decoder.compute_dtype)
-    hidden_BPE, cache = apply(tokens_BP, mask_BP, cache, method="extend")
+    hidden_BPE, cache = apply(tokens_BP, mask_BP, P + N, method="prefill")
     hidden_B1E = hidden_BPE[:, -1:]
     one = jax.eval_shape(
         lambda: _to_keep(keep, hidden_B1E, apply(hidden_B1E, method="unembed"), tokens_BP[:, :1])

@@ -147,7 +147,7 @@ def test_the_loop_ends_with_the_last_row_and_reads_no_last_token(monkeypatch):
             *(Counted(decoder.spec), params, rows, np.asarray(stops)), *(1.0, 1.0, 40, None, None)
         )
         jax.effects_barrier()
-        assert len(drawn) == len(read) == steps
+        assert len(drawn) == len(read) + 1 == steps  # the prompt is prefilled
         assert (length_B.tolist(), done_B.tolist()) == ([1, steps], [True, steps == 1])
 
 

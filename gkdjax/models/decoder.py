@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from gkdjax.losses.head import unembed
 from gkdjax.models.attention import attention_of
-from gkdjax.models.cache import Cache, Prefix, index_in_stack, prefix_of, write
+from gkdjax.models.cache import Cache, Prefix, index_in_stack, init_cache, prefix_of, write
 from gkdjax.models.layers import dense, gated_mlp, rms_norm
 from gkdjax.models.spec import DecoderSpec, layer_shapes
 
@@ -74,6 +74,23 @@ class Decoder(nn.Module):
         positions_BT = _positions(mask_BT) + _length(prefix)
         return self._run(tokens_BT, mask_BT, positions_BT, prefix=prefix)[0]
 
+    def prefill(
+        self,
+        tokens_BT: jax.Array,
+        mask_BT: jax.Array,
+        slots: int,
+        prefix: Prefix | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """Reads the start of each row -> (hidden [B,T,D], a cache of `slots` tokens a row).
+
+        As `extend` of an empty cache, whose slots it does not look at.
+        """
+        mask_BT = mask_BT.astype(bool)
+        positions_BT = _positions(mask_BT) + _length(prefix)
+        hidden_BTD, new_kv = self._run(tokens_BT, mask_BT, positions_BT, prefix=prefix, keep=True)
+        cache = init_cache(self.spec, mask_BT.shape[0], slots, self.compute_dtype)
+        return hidden_BTD, write(self.spec, cache, *new_kv, positions_BT, mask_BT)
+
     def extend(
         self,
         tokens_BT: jax.Array,
@@ -87,7 +104,7 @@ class Decoder(nn.Module):
           tokens_BT: integer ids.
           mask_BT: which of them are real: padding stands left of a row's first token, or right of
             its last one for good, because the ring of a local layer holds columns, not tokens.
-          cache: from `cache.init_cache`. The caller sees to it that T slots are left: a full cache
+          cache: from `prefill` or `cache.init_cache`. The caller sees to it that T slots are left: a full cache
             cannot be detected here.
           prefix: the same at each call: what every row has read before the tokens in the cache.
         """

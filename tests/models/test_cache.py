@@ -76,6 +76,34 @@ def read_in_parts(decoder, params, tokens_BT, mask_BT, parts, prefix=None) -> np
     return np.concatenate(logits, axis=1)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_prefill_leaves_the_cache_that_reading_leaves(load, case):
+    decoder, params = load(case)
+    tokens_BT, mask_BT = rows(13, (13, 9, 4), "left")
+    variables, read = {"params": params}, (tokens_BT, mask_BT)
+    prefix = prefix_of(decoder, params)
+    hidden, cache = decoder.apply(variables, *read, 16, prefix, method="prefill")
+    empty = init_cache(decoder.spec, 3, 16, jnp.float32)
+    wanted_hidden, wanted = decoder.apply(variables, *read, empty, prefix, method="extend")
+    assert distance(hidden, wanted_hidden, mask_BT) <= DECODING_TOLERANCE
+    # A padding token sees nothing, and what stands in its slot means nothing.
+    cleared, wanted_cleared = _without_padding(cache), _without_padding(wanted)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), cleared, wanted_cleared)
+
+
+def _without_padding(cache):
+    def clear(stack):
+        real = stack.mask_BS[None, :, :, None, None]
+        return stack._replace(k_LBSGC=stack.k_LBSGC * real, v_LBSGC=stack.v_LBSGC * real)
+
+    stacks = {
+        kind: clear(getattr(cache, kind))
+        for kind in ("global_layers", "local_layers")
+        if getattr(cache, kind) is not None
+    }
+    return cache._replace(**stacks)
+
+
 # A prefill longer than the window, then parts shorter, as long, and longer than it.
 @pytest.mark.parametrize("parts", [(12,), (1,), (3, 4, 5, 7)], ids=str)
 @pytest.mark.parametrize("case", CASES)
