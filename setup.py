@@ -18,6 +18,7 @@ setuptools.setup(
         "absl-py",
         "chex",
         "flax",
+        "huggingface_hub",
         "jax>=0.10.2",
         "jinja2",
         "matplotlib",
@@ -33,7 +34,7 @@ setuptools.setup(
         "transformers>=5",
     ],
     extras_require={
-        "test": ["hypothesis", "pytest", "ruff", "torch==2.13.0"],
+        "test": ["hypothesis", "peft", "pytest", "ruff", "torch==2.13.0"],
         "tpu": ["jax[tpu]"],
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],

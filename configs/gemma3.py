@@ -7,7 +7,7 @@ student learns to answer so without it: 100 steps of forward KL on the teacher's
 generalized JSD, half of them on its own text. Its anchor are other tasks, half of them under other
 system messages, which it must keep obeying.
 
-Download google/gemma-3-1b-it and google/gemma-3-270m-it to `models/` first. Sized for one GPU of
+Both models are gated: see the README. Sized for one GPU of
 24 GB or more, or a v5e-8. Run time and result: unknown, this mode has not been run yet.
 
     python -m gkdjax.main --config=configs/gemma3.py:tiny
@@ -31,8 +31,8 @@ def get_config(mode: str = ""):
         raise ValueError(f"mode {mode!r}: write configs/gemma3.py, or configs/gemma3.py:tiny")
     c = config.default()
     c.teacher.backend = "flax"
-    c.teacher.model = "models/gemma-3-1b-it"
-    c.student.model = "models/gemma-3-270m-it"
+    c.teacher.model = "google/gemma-3-1b-it"
+    c.student.model = "google/gemma-3-270m-it"
     c.student.compute_dtype = "bfloat16"
     c.student.lora.rank = 64
     c.student.lora.alpha = 128.0

@@ -10,18 +10,18 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from gkdjax import hf, lora, seeds, sharding
+from gkdjax import lora, models_of_run, seeds, sharding
 from gkdjax.config import Config, rows_at_once
 from gkdjax.data import shapes
-from gkdjax.data.chat import Chat, load_chat, vocabulary_difference
+from gkdjax.data.chat import Chat
 from gkdjax.data.sources import read_examples
 from gkdjax.errors import UserError
 from gkdjax.evaluate import Evaluation
 from gkdjax.feed import Feed, ViewRules
 from gkdjax.models.decoder import Decoder
+from gkdjax.models_of_run import InProcess
 from gkdjax.sampler import Sampling
 from gkdjax.teachers import toggle
-from gkdjax.teachers.flax import FlaxTeacher
 from gkdjax.teachers.protocol import Teacher, refusals
 from gkdjax.train_step import init_state
 from gkdjax.trajectories import ResponseRules
@@ -34,10 +34,12 @@ class Run:
 
     config: Config
     mesh: Mesh
+    directory: pathlib.Path  # of the student, its source
     chat: Chat
     decoder: Decoder
     base: dict | None  # the untrained student; None once a full fine-tuning needs it no more
     frozen: dict | None  # what adapters stand on; None in a full fine-tuning
+    start: dict | None  # adapters to begin with; None: fresh ones
     teacher: Teacher
     feed: Feed
     anchor_feed: Feed | None
@@ -52,7 +54,7 @@ def assemble(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> 
 
     Args:
       config: checked by itself.
-      workdir: where the teacher's responses are kept.
+      workdir: the run's directory.
       teacher: instead of the config's, or None.
 
     Raises:
@@ -68,22 +70,21 @@ def assemble(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> 
     anchor_examples = _anchor_examples(config, examples)
     questions, held_out, abilities = _evaluation_examples(config)
 
-    hf.load_spec(config.student.model)
-    chat = load_chat(config.student.model)
-    teacher_chat = _teacher_chat(config, chat, teacher)
-    rules = _view_rules(config, chat, teacher_chat)
+    sources = models_of_run.find(config, workdir, teacher)
+    chat = sources.chat
+    rules = _view_rules(config, chat, sources.teacher_chat)
     feed = _feed(config, "data.train", examples, rules, config.train.batch_size)
     toggles = teacher is None and config.teacher.backend == "local-toggle"
-    if toggles:
+    if toggles and not (config.teacher.adapter or config.student.lora.start_from):
         toggle.require_longer_view(feed.views_differ())
 
-    decoder, base = _load(config, config.student.model, config.student.dtype, mesh)
-    in_process = InProcess(config, lengths, mesh, decoder.spec.vocab_size)
-    if teacher is None and toggles:
-        teacher = in_process.teacher(decoder, base, chat, "the student's base, adapter off")
-    elif teacher is None:
-        pair = _load(config, config.teacher.model, config.teacher.dtype, mesh)
-        teacher = in_process.teacher(*pair, teacher_chat, config.teacher.model)
+    decoder, frozen = models_of_run.load(config, sources.student, config.student.dtype, mesh)
+    start = models_of_run.starting_adapters(config, workdir, decoder.spec, frozen)
+    base = frozen if start is None else lora.attach(frozen, sharding.replicate(mesh, start))
+    in_process = InProcess(config, workdir, lengths, mesh, decoder.spec.vocab_size)
+    if teacher is None:
+        own = (decoder, frozen) if toggles else None
+        teacher = in_process.config_teacher(sources, own)
     _check_capabilities(config, teacher, feed)
 
     anchor_feed, anchor_teacher = None, None
@@ -99,14 +100,16 @@ def assemble(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> 
     keeps_base = toggles or (anchor_feed is not None and config.anchor.towards == "base")
     if full and keeps_base:
         reader = "the teacher" if toggles else "the anchor"
-        toggle.announce_second_copy(sum(x.nbytes for x in jax.tree.leaves(base)), reader)
+        toggle.announce_second_copy(sum(x.nbytes for x in jax.tree.leaves(frozen)), reader)
     return Run(
         config=config,
         mesh=mesh,
+        directory=sources.student,
         chat=chat,
         decoder=decoder,
         base=base,
-        frozen=None if full else base,
+        frozen=None if full else frozen,
+        start=start,
         teacher=teacher,
         feed=feed,
         anchor_feed=anchor_feed,
@@ -127,53 +130,15 @@ def total_steps(config: Config, rows: int) -> int:
 
 
 def initial_state(run: Run, optimizer: optax.GradientTransformation) -> TrainState:
-    """Fresh adapters, or float32 masters of every parameter (a copy: the step donates them)."""
+    """Adapters, or float32 masters of every parameter (a copy: the step donates them)."""
     if run.frozen is None:
         trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), run.base)
+    elif run.start is not None:
+        trainable = run.start
     else:
-        student = run.config.student.lora
-        rules = lora.LoraRules(student.rank, student.alpha, student.dropout, student.targets)
         key = jax.random.key(seeds.fold(run.config.train.seed, "lora"))
-        try:
-            trainable = lora.init(key, run.frozen, rules)
-        except ValueError as error:
-            raise UserError(f"config.student.lora.targets: {error}") from error
+        trainable = models_of_run.fresh_adapters(run.config, run.frozen, key)
     return sharding.replicate(run.mesh, init_state(trainable, optimizer))
-
-
-@dataclasses.dataclass(frozen=True)
-class InProcess:
-    """Makes in-process teachers, alike but for their weights."""
-
-    config: Config
-    lengths: Sequence[int]  # padded prompt lengths for sampling
-    mesh: Mesh
-    vocab_size: int  # of the student
-
-    @property
-    def sampling(self) -> Sampling:
-        c = self.config.trajectory
-        return Sampling(c.max_new_tokens, c.temperature, c.top_p)
-
-    def teacher(self, decoder: Decoder, params: dict, chat: Chat, description: str) -> FlaxTeacher:
-        k, shared = self.config.teacher.top_k, min(self.vocab_size, decoder.spec.vocab_size)
-        if k is not None and k > shared:
-            raise UserError(
-                f"config.teacher.top_k = {k}: the vocabulary has {shared} tokens; None takes all"
-            )
-        return FlaxTeacher(
-            decoder,
-            params,
-            chat,
-            description,
-            top_k=k,
-            vocab_size=self.vocab_size,
-            temperature=self.config.gkd.temperature,
-            lengths=self.lengths,
-            batch_size=self.config.eval.batch_size,
-            chunk_size=self.config.gkd.chunk_size,
-            mesh=self.mesh,
-        )
 
 
 def _ladder(config: Config) -> tuple[int, ...]:
@@ -267,28 +232,6 @@ def _evaluation_examples(config: Config):
             config.eval.other_prefixes, "eval.other_prefixes"
         )
     return questions, held_out, abilities
-
-
-def _teacher_chat(config: Config, chat: Chat, teacher: Teacher | None) -> Chat:
-    if teacher is not None:
-        teacher_chat, name = teacher.chat or chat, teacher.description
-    elif config.teacher.backend == "local-toggle":
-        return chat
-    else:
-        hf.load_spec(config.teacher.model)
-        teacher_chat, name = load_chat(config.teacher.model), config.teacher.model
-    difference = vocabulary_difference(chat, teacher_chat)
-    if difference is not None:
-        raise UserError(
-            f"the teacher's tokenizer ({name}) is not the student's ({config.student.model}):"
-            f" {difference}. Distillation compares probabilities id by id, so both must be one"
-        )
-    return teacher_chat
-
-
-def _load(config: Config, directory: str, dtype: str | None, mesh: Mesh) -> tuple[Decoder, dict]:
-    decoder, params = hf.load_pretrained(directory, dtype, config.student.compute_dtype)
-    return decoder.clone(remat=config.train.remat), sharding.replicate(mesh, params)
 
 
 def _check_capabilities(config: Config, teacher: Teacher, feed: Feed) -> None:

@@ -1,8 +1,10 @@
 """Orbax checkpoints of the train state, with the run's position and a fingerprint of each leaf."""
 
+import contextlib
 import pathlib
 import shutil
 import zlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -100,17 +102,78 @@ class Checkpoints:
             ),
         )
         leaves = restored["state"]
-        for path, crc in restored["meta"]["crc32"].items():
-            if _crc(leaves[path]) != crc:
-                raise ValueError(f"leaf {path} does not have the fingerprint it was saved with")
+        _check(leaves, restored["meta"]["crc32"])
         treedef = jax.tree.structure(like)
         return jax.tree.unflatten(treedef, [leaves[path] for path in _by_path(like)])
 
 
-def _by_path(state: TrainState) -> dict[str, np.ndarray]:
+def read_trainable(workdir: pathlib.Path, like: Any, step: int | None = None) -> tuple[int, Any]:
+    """A saved step's trainable leaves alone -> (step, NumPy arrays in the structure of `like`).
+
+    Nothing is changed, so the run may be going on.
+
+    Args:
+      workdir: of the run.
+      like: `TrainState.trainable` as `jax.ShapeDtypeStruct`s.
+      step: None takes the newest checkpoint that is whole; damaged ones are named in the log.
+
+    Raises:
+      UserError: there is no such step (those there are, are named), or it cannot be read.
+    """
+    directory = (workdir / "checkpoints").absolute()
+    names = [path.name for path in directory.glob("*")]
+    steps = sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+    if not steps:
+        raise UserError(f"{directory} holds no checkpoint")
+    if step is not None and step not in steps:
+        raise UserError(f"{directory} holds no step {step}; there are {steps[::-1]}")
+    for tried in steps if step is None else [step]:
+        try:
+            return tried, _read_trainable(directory / str(tried), like)
+        except Exception as error:  # Orbax and tensorstore raise many types for damage
+            logging.error("checkpoint %d of %s is damaged: %s", tried, directory, error)
+            reason = str(error)[:300]  # tensorstore's go on for pages
+    raise UserError(f"no checkpoint in {directory} can be read; step {tried}: {reason}")
+
+
+def _read_trainable(directory: pathlib.Path, like: Any) -> Any:
+    expected = _by_path(like, "trainable/")
+    reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler("state", "meta"))
+    with contextlib.closing(reader):
+        restored = reader.restore(
+            directory,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(
+                    expected,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(expected),
+                    partial_restore=True,
+                ),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
+    crcs = restored["meta"]["crc32"]
+    saved = {path for path in crcs if path.startswith("trainable/")}
+    if saved != expected.keys():
+        raise ValueError(f"its leaves are not the config's: {sorted(saved ^ expected.keys())}")
+    for path, leaf in restored["state"].items():
+        if leaf.shape != expected[path].shape:
+            raise ValueError(f"leaf {path} is {leaf.shape}, the config's {expected[path].shape}")
+    _check(restored["state"], {path: crcs[path] for path in expected})
+    return jax.tree.unflatten(
+        jax.tree.structure(like), [restored["state"][path] for path in expected]
+    )
+
+
+def _check(leaves: dict[str, np.ndarray], crcs: dict[str, int]) -> None:
+    for path, crc in crcs.items():
+        if _crc(leaves[path]) != crc:
+            raise ValueError(f"leaf {path} does not have the fingerprint it was saved with")
+
+
+def _by_path(state: Any, prefix: str = "") -> dict[str, Any]:
     """Leaves on the host by path: plain names that outlive a change of our own classes."""
     flat, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(state))
-    return {tree.path_str(path): leaf for path, leaf in flat}
+    return {prefix + tree.path_str(path): leaf for path, leaf in flat}
 
 
 def _crc(leaf) -> int:

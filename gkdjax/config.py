@@ -33,13 +33,14 @@ class Lora:
         "up_proj",
         "down_proj",
     )
+    start_from: str = ""  # a PEFT adapter's directory or hub id; "": fresh ones, an identity
 
 
 @dataclasses.dataclass(frozen=True)
 class Student:
     """Who learns."""
 
-    model: str = ""  # a Hugging Face directory
+    model: str = ""  # a Hugging Face directory or hub id
     dtype: str | None = None  # of a frozen base; None: the checkpoint's
     compute_dtype: str = "float32"  # of the matrix products: float32 or bfloat16
     adapter: str = "lora"  # "lora", or "none" to train every parameter
@@ -51,7 +52,9 @@ class Teacher:
     """Who is learnt from."""
 
     backend: str = "local-toggle"  # the student's base with the adapter off; or "flax"
-    model: str = ""  # flax: a Hugging Face directory
+    model: str = ""  # flax: a Hugging Face directory or hub id
+    tokenizer: str = ""  # flax: a directory or hub id; "": the model's own
+    adapter: str = ""  # a PEFT adapter's directory or hub id, on top of the teacher; "": none
     dtype: str | None = None  # flax: None: the checkpoint's
     top_k: int | None = None  # None: the whole vocabulary, exactly; K: its best K and their rest
 

@@ -125,12 +125,19 @@ def _at_least(config, least: float, *keys: str) -> None:
 
 def _check_student(config) -> None:
     student = config.student
-    _require(student.model != "", "student.model", "", "name a Hugging Face model directory")
+    _require(student.model != "", "student.model", "", "name a Hugging Face directory or hub id")
     if student.dtype is not None:
         _choice("student.dtype", student.dtype, ("float32", "bfloat16", "float16"))
     _choice("student.compute_dtype", student.compute_dtype, ("float32", "bfloat16"))
     _choice("student.adapter", student.adapter, ("lora", "none"))
     lora = student.lora
+    advice = "there is no adapter with student.adapter='none'"
+    _require(
+        student.adapter == "lora" or not lora.start_from,
+        "student.lora.start_from",
+        lora.start_from,
+        advice,
+    )
     _require(lora.rank >= 1, "student.lora.rank", lora.rank, "must be at least 1")
     _require(lora.alpha > 0, "student.lora.alpha", lora.alpha, "must be positive")
     _require(0 <= lora.dropout < 1, "student.lora.dropout", lora.dropout, "must be in [0, 1)")
@@ -152,10 +159,13 @@ def _check_teacher(config) -> None:
     )
     _choice("teacher.backend", teacher.backend, ("local-toggle", "flax"))
     if teacher.backend == "flax":
-        _require(teacher.model != "", "teacher.model", "", "the flax teacher needs a directory")
+        _require(
+            teacher.model != "", "teacher.model", "", "the flax teacher needs a directory or hub id"
+        )
     else:
-        advice = "local-toggle has no model of its own; set teacher.backend='flax'"
+        advice = "local-toggle has nothing of its own but an adapter; set teacher.backend='flax'"
         _require(teacher.model == "", "teacher.model", teacher.model, advice)
+        _require(teacher.tokenizer == "", "teacher.tokenizer", teacher.tokenizer, advice)
     if teacher.dtype is not None:
         _choice("teacher.dtype", teacher.dtype, ("float32", "bfloat16", "float16"))
     if teacher.top_k is not None:

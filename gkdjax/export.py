@@ -1,74 +1,193 @@
-"""What a run hands over: a Hugging Face model directory, a PEFT adapter directory, or both."""
+"""What a run hands over: a Hugging Face model directory, a PEFT adapter directory, or both.
 
+Tensors are made one at a time: a model in training is not held twice.
+"""
+
+import dataclasses
+import functools
 import json
 import pathlib
 import shutil
 
+import huggingface_hub
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from gkdjax import hf, lora
+from gkdjax import leaves, lora, output, peft
+from gkdjax.errors import UserError
+from gkdjax.hf_config import load_config
+from gkdjax.models.hf_tables import Layout
 from gkdjax.models.spec import DecoderSpec
+from gkdjax.tensor_files import INDEX, TensorFiles
+
+SHARD_BYTES = 5 * 10**9  # what the hub recommends, and transformers writes
+
+# Everything beside the weights that a model directory needs to stay usable after training.
+_COMPANIONS = (
+    *("config.json", "generation_config.json"),
+    *("tokenizer*.json", "tokenizer.model", "vocab.json", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+    *("preprocessor_config.json", "processor_config.json"),
+)
 
 
 def export_merged(
-    directory: pathlib.Path, spec: DecoderSpec, params: dict, adapters: dict | None, source: str
+    directory: str | pathlib.Path,
+    spec: DecoderSpec,
+    params: dict,
+    adapters: dict[str, lora.Adapter] | None,
+    source: str | pathlib.Path,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """A model directory, in the dtype of `source`, that transformers loads as it is.
+    """A model directory with the source's tensor names and dtypes, as transformers loads it.
+
+    What is no part of the text decoder, an image encoder, is copied from the source.
 
     Args:
-      directory: replaced as a whole.
+      directory: replaced as a whole, see `output.whole_directory`; it may be the source.
       spec: the student's.
       params: the frozen base, or all trained parameters.
       adapters: to be merged into the base; None where there are none.
-      source: the model directory that the student came from.
+      source: the directory of the model that the student came from.
+      shard_bytes: most bytes of a file; more make several, with an index.
+
+    Raises:
+      UserError: the source is gone or changed, or a number does not fit the source's float16.
     """
-    merged = params if adapters is None else lora.merge(params, adapters)
-    dtype = hf.stored_dtype(source)
-    hf.save_pretrained(directory, spec, jax.tree.map(lambda x: x.astype(dtype), merged), source)
+    root = pathlib.Path(source)
+    files = TensorFiles(root)
+    _, known = leaves.source_names(files, spec, load_config(root)["model_type"])
+    tensors = {}
+    for name in files.names:
+        dtype = files.dtype(name)
+        make = functools.partial(files.read, name)
+        if name in known:
+            make = functools.partial(_of_leaf, params, adapters, name, *known[name], dtype)
+        tensors[name] = output.Tensor(dtype, files.shape(name), make)
+    with output.whole_directory(directory) as part:
+        _copy_companions(root, part)
+        _write_shards(part, tensors, shard_bytes)
 
 
 def export_adapter(
-    directory: pathlib.Path, spec: DecoderSpec, adapters: dict, config, source: str
+    directory: str | pathlib.Path,
+    spec: DecoderSpec,
+    adapters: dict[str, lora.Adapter],
+    source: str | pathlib.Path,
+    base: str | None = None,
 ) -> None:
     """A directory that `peft.PeftModel.from_pretrained` loads: float32 A (r, in) and B (out, r).
 
     Args:
-      directory: replaced as a whole.
+      directory: replaced as a whole, see `output.whole_directory`.
       spec: the student's.
       adapters: from training.
-      config: `config.Lora`.
-      source: the base's model directory, named in adapter_config.json.
+      source: the directory of the base.
+      base: what adapter_config.json calls the base; None: the absolute path of `source`.
     """
-    part = directory.with_name(directory.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    model_type = load_config(source)["model_type"]
+    base = str(pathlib.Path(source).absolute()) if base is None else base
+    with output.whole_directory(directory) as part:
+        peft.save_adapter(part, spec, adapters, model_type, base)
+
+
+def save_pretrained(
+    directory: str | pathlib.Path, spec: DecoderSpec, params: dict, source: str | pathlib.Path
+) -> None:
+    """A model directory of new weights, in the family's plain layout and the dtypes of `params`.
+
+    Args:
+      directory: replaced as a whole, see `output.whole_directory`; it may be the source.
+      spec: the decoder's.
+      params: all of its parameters.
+      source: a directory with its config.json, tokenizer and chat template.
+    """
     tensors = {}
-    for path, adapter in adapters.items():
-        for layer in range(spec.num_layers):
-            name = hf.tensor_name(spec, path, layer).removesuffix(".weight")
-            for half, stacked in (("lora_A", adapter.a), ("lora_B", adapter.b)):
-                matrix = np.asarray(jax.device_get(stacked[layer]), np.float32).T
-                tensors[f"base_model.model.{name}.{half}.weight"] = np.ascontiguousarray(matrix)
-    hf.save_tensors(tensors, part / "adapter_model.safetensors")
-    (part / "adapter_config.json").write_text(
-        json.dumps(_peft_config(adapters, config, source), indent=2) + "\n"
+    for path, names in leaves.leaf_names(spec, Layout()).items():
+        leaf = _leaf(params, path)
+        for i, name in enumerate(names):
+            layer = i if path.startswith("layers/") else None
+            shape = leaf.shape if layer is None else leaf.shape[:0:-1]
+            make = functools.partial(_of_leaf, params, None, name, path, layer, leaf.dtype)
+            tensors[name] = output.Tensor(leaf.dtype, shape, make)
+    with output.whole_directory(directory) as part:
+        _copy_companions(pathlib.Path(source), part)
+        _set_dtype(part / "config.json", str(params["embedding"].dtype))
+        _write_shards(part, tensors, SHARD_BYTES)
+
+
+def _of_leaf(
+    params: dict,
+    adapters: dict[str, lora.Adapter] | None,
+    name: str,
+    path: str,
+    layer: int | None,
+    dtype: np.dtype,
+) -> np.ndarray:
+    """The tensor `name` that a checkpoint has of a leaf, or of one layer of a stacked one."""
+    leaf = _leaf(params, path)
+    if layer is not None:
+        leaf = _layer(path, leaf, (adapters or {}).get(path), layer)
+    with np.errstate(over="ignore"):  # told below, with a name
+        tensor = np.asarray(jax.device_get(leaf)).astype(dtype)
+    if dtype == np.float16 and not np.isfinite(tensor).all():
+        raise UserError(
+            f"{name} holds numbers beyond 65504, the most that float16, the source's dtype, can"
+            " hold; start from a bfloat16 or float32 copy of the source"
+        )
+    return tensor
+
+
+def _layer(path: str, leaf: jax.Array, adapter: lora.Adapter | None, layer: int) -> jax.Array:
+    """One layer of a stacked leaf, its adapter merged; a kernel is (out, in), as HF has it."""
+
+    def cut(stacked):
+        if isinstance(stacked, np.ndarray):  # jax would take the whole of it to the device
+            return stacked[layer : layer + 1]
+        return jax.lax.dynamic_slice_in_dim(stacked, layer, 1)
+
+    part = cut(leaf)
+    if adapter is not None:
+        name = path.removeprefix("layers/")
+        one = dataclasses.replace(adapter, a=cut(adapter.a), b=cut(adapter.b))
+        # In float32, so that the sum is rounded once, to the dtype of the file.
+        merged = lora.merge({"layers": {name: part.astype(jnp.float32)}}, {path: one})
+        part = merged["layers"][name]
+    return part[0].T
+
+
+def _leaf(params: dict, path: str) -> jax.Array:
+    folder, _, name = path.rpartition("/")
+    return (params[folder] if folder else params)[name]
+
+
+def _write_shards(
+    directory: pathlib.Path, tensors: dict[str, output.Tensor], shard_bytes: int
+) -> None:
+    plan = huggingface_hub.split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
     )
-    shutil.rmtree(directory, ignore_errors=True)
-    part.rename(directory)
+    for file, names in plan.filename_to_tensors.items():
+        output.save_tensors({name: tensors[name] for name in names}, directory / file)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _peft_config(adapters: dict, config, source: str) -> dict:
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(pathlib.Path(source).absolute()),
-        "r": config.rank,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "target_modules": sorted(path.removeprefix("layers/") for path in adapters),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-    }
+def _copy_companions(source: pathlib.Path, directory: pathlib.Path) -> None:
+    for pattern in _COMPANIONS:
+        for file in source.glob(pattern):
+            target = directory / file.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
+
+
+def _set_dtype(path: pathlib.Path, dtype: str) -> None:
+    config = json.loads(path.read_text())
+    config.pop("torch_dtype", None)  # the name that older files use
+    path.write_text(json.dumps(config | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")

@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from ml_collections import config_dict
 
-from gkdjax import export, lora, optim, report, results, seeds, sharding
+from gkdjax import export, lora, models_of_run, optim, report, results, seeds, sharding
 from gkdjax import workdir as workdirs
 from gkdjax.assemble import Run, assemble, initial_state, total_steps
 from gkdjax.checkpoint import Checkpoints
@@ -65,6 +65,7 @@ def run(
 
 
 def _run(parts: Run, workdir: pathlib.Path, began: float) -> dict:
+    print(f"{parts.config.student.model}: a response ends with {parts.chat.stop_tokens()}")
     _write_responses(parts, workdir)
     before = workdirs.read_json(workdir / "before.json")
     if before is None:
@@ -243,7 +244,7 @@ def _feeds(parts: Run) -> dict:
 
 def _export(parts: Run, state: TrainState, workdir: pathlib.Path) -> list[str]:
     config, spec = parts.config, parts.decoder.spec
-    source, wanted = config.student.model, config.train.export
+    source, wanted = parts.directory, config.train.export
     written = []
     if wanted in ("merged", "both"):
         adapters = None if parts.frozen is None else state.trainable
@@ -251,8 +252,8 @@ def _export(parts: Run, state: TrainState, workdir: pathlib.Path) -> list[str]:
         export.export_merged(workdir / "merged", spec, params, adapters, source)
         written.append("merged/")
     if wanted in ("adapter", "both"):
-        adapter_config = config.student.lora
-        export.export_adapter(workdir / "adapter", spec, state.trainable, adapter_config, source)
+        base = models_of_run.hub_id(config.student.model)
+        export.export_adapter(workdir / "adapter", spec, state.trainable, source, base)
         written.append("adapter/")
     return written
 

@@ -41,12 +41,14 @@ def _share_cores(parsed: config.Config) -> None:
     """
     flag = "--xla_force_host_platform_device_count"
     given = os.environ.get("XLA_FLAGS", "")
+    models = {parsed.student.model, parsed.teacher.model} - {""}
     weights = [
         path.stat().st_size
-        for model in {parsed.student.model, parsed.teacher.model} - {""}
+        for model in models
         for path in pathlib.Path(model).glob("*.safetensors")
     ]
-    if flag in given or sum(weights) > _SMALL_MODEL_BYTES:
+    on_the_hub = not all(pathlib.Path(model).is_dir() for model in models)  # those are not small
+    if flag in given or on_the_hub or sum(weights) > _SMALL_MODEL_BYTES:
         return
     rows = math.gcd(*config.rows_at_once(parsed).values())
     cores = min(os.cpu_count() or 1, max(rows // _FEWEST_ROWS_PER_CORE, 1))

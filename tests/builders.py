@@ -8,6 +8,7 @@ import dataclasses
 import factories
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from gkdjax.config import Config, Train
 from gkdjax.lora import Adapter
@@ -33,16 +34,14 @@ def small_model(seed: int = 0, **overrides) -> tuple[Decoder, dict]:
     """(decoder, float32 params) of random weights; logits have a standard deviation of about 1."""
     spec = factories.spec(**(SMALL | overrides))
     rng = np.random.default_rng(seed)
-    params: dict = {"layers": {}}
+    leaves = {}
     for path, shape in param_shapes(spec).items():
         if path.endswith("norm"):
             std = 0.3
         else:
             std = (shape[-2] if path.startswith("layers/") else shape[-1]) ** -0.5
-        leaf = jnp.asarray(std * rng.standard_normal(shape), jnp.float32)
-        node, name = (params["layers"], path[7:]) if path.startswith("layers/") else (params, path)
-        node[name] = leaf
-    return Decoder(spec), params
+        leaves[path] = jnp.asarray(std * rng.standard_normal(shape), jnp.float32)
+    return Decoder(spec), traverse_util.unflatten_dict(leaves, sep="/")
 
 
 def adapters(decoder: Decoder, seed: int = 1, rank: int = 2, dropout: float = 0.0, names=None):

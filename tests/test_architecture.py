@@ -18,13 +18,16 @@ FLOORS = {
     0: ("", "errors", "losses/", "seeds", "tree"),
     1: (
         *("types", "config", "config_checks", "sharding", "optim", "metrics", "progress"),
-        "compilations",
+        *("compilations", "hub", "tensor_files"),
     ),
     2: ("models/", "lora", "data/"),
-    3: ("hf", "sampler", "teachers/"),
+    3: (
+        *("hf", "hf_config", "leaves", "sampler", "teachers/"),
+        *("output", "peft", "peft_config"),
+    ),
     4: (
         *("train_step", "evaluate", "checkpoint", "export", "trajectories"),
-        *("feed", "assemble", "results", "workdir", "scoring", "report", "record"),
+        *("feed", "assemble", "models_of_run", "results", "workdir", "scoring", "report", "record"),
     ),
     5: ("loop",),
     6: ("main", "tools/", "benchmarks/"),

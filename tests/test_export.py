@@ -1,164 +1,280 @@
-"""What is handed over, read back by torch's transformers and merged by hand as PEFT does it."""
+"""Model directories that are handed over, read back by torch's transformers and byte by byte."""
 
-import functools
 import json
 import pathlib
+import shutil
 
 import builders
+import checkpoints
 import factories
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import transformers
+from checkpoints import KINDS, MULTIMODAL, assert_same_bytes, load_torch, tensors, torch_logits
 
-from gkdjax import config, export, hf, lora
+from gkdjax import export, hf, lora
+from gkdjax.errors import UserError
 
-TOKENS_BT = np.random.default_rng(0).integers(3, factories.VOCAB_SIZE, (2, 12)).astype(np.int32)
-RANK, ALPHA = 4, 6.0  # alpha / rank is the scale of `builders.adapters`
-NAMES = ("q_proj", "o_proj", "down_proj")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(decoder, params):
-    hidden = decoder.apply({"params": params}, TOKENS_BT, TOKENS_BT >= 0)
-    return decoder.apply({"params": params}, hidden, method="unembed")
+INDEX = "model.safetensors.index.json"
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> str:
-    return factories.model_dir(tmp_path_factory.mktemp("source"))
+    return checkpoints.make(tmp_path_factory.mktemp("source"), "gemma3")
 
 
 @pytest.fixture(scope="module")
 def model(source):
-    """(decoder, params, adapters, logits with the adapters attached)."""
+    """(decoder, params, adapters)."""
     decoder, params = hf.load_pretrained(source)
-    adapters = builders.adapters(decoder, rank=RANK, names=NAMES)
-    attached = np.asarray(_logits(decoder, lora.attach(params, adapters)))
-    return decoder, params, adapters, attached
+    return decoder, params, builders.adapters(decoder, rank=4)
 
 
-def load_torch(directory):
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-
-
-def torch_logits(model) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.tensor(TOKENS_BT).long()).logits.numpy()
-
-
-def test_a_merged_directory_is_the_attached_student_in_torch(source, model, tmp_path):
-    decoder, params, adapters, attached = model
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merged_directory_is_the_attached_student_in_torch(kind, tmp_path):
+    source = checkpoints.make(tmp_path / "source", kind)
+    decoder, params = hf.load_pretrained(source)
+    adapters = builders.adapters(decoder, rank=4)
     export.export_merged(tmp_path / "merged", decoder.spec, params, adapters, source)
-    assert not list(tmp_path.glob("*.part"))
-    loaded = load_torch(tmp_path / "merged")
-    np.testing.assert_allclose(torch_logits(loaded), attached, atol=1e-4)
-    assert np.abs(attached - np.asarray(torch_logits(load_torch(source)))).max() > 0.5
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
-    message = [{"role": "user", "content": "Hi"}]
-    assert "<start_of_turn>user\nHi" in tokenizer.apply_chat_template(message, tokenize=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "source"]
+    attached = np.asarray(checkpoints.logits(decoder, lora.attach(params, adapters)))
+    np.testing.assert_allclose(torch_logits(load_torch(tmp_path / "merged")), attached, atol=1e-4)
+    assert np.abs(attached - torch_logits(load_torch(source))).max() > 0.5
     again = hf.load_pretrained(str(tmp_path / "merged"))[1]
     jax.tree.map(np.testing.assert_array_equal, again, lora.merge(params, adapters))
 
 
-def test_exported_weights_may_be_read_like_any_new_file(adapter_dir, tmp_path):
-    (tmp_path / "any").touch()
-    mode = (tmp_path / "any").stat().st_mode
-    assert (pathlib.Path(adapter_dir) / "adapter_model.safetensors").stat().st_mode == mode
+@pytest.mark.parametrize("max_shard_size", ["5GB", "40KB"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_untrained_weights_come_back_byte_for_byte(kind, dtype, max_shard_size, tmp_path):
+    source = checkpoints.make(tmp_path / "source", kind, dtype, max_shard_size)
+    files = list(pathlib.Path(source).glob("*.safetensors"))
+    assert (len(files) > 2) == (max_shard_size != "5GB")
+    for load_as in (None, "float32"):  # a frozen base; masters of all parameters
+        decoder, params = hf.load_pretrained(source, dtype=load_as)
+        export.export_merged(tmp_path / "out", decoder.spec, params, None, source)
+        assert_same_bytes(tmp_path / "out", source)
 
 
-def test_the_sources_dtype_is_kept(model, tmp_path):
-    """Masters are float32; the sum is rounded once, at the end."""
-    source = factories.model_dir(tmp_path / "source", dtype="bfloat16")
-    decoder, _, adapters, _ = model
-    params = hf.load_pretrained(source, dtype="float32")[1]
-    export.export_merged(tmp_path / "merged", decoder.spec, params, adapters, source)
-    assert hf.stored_dtype(str(tmp_path / "merged")) == "bfloat16"
-    tensors = safetensors.torch.load_file(tmp_path / "merged" / "model.safetensors")
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
-    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "bfloat16"
-    wanted = np.asarray(lora.merge(params, adapters)["layers"]["q_proj"][1]).T
-    got = tensors["model.layers.1.self_attn.q_proj.weight"]
-    assert torch.equal(got, torch.tensor(wanted).bfloat16())
-    # All parameters trained, no adapter: as they are.
-    export.export_merged(tmp_path / "full", decoder.spec, params, None, source)
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        *(hf.load_pretrained(directory)[1] for directory in (str(tmp_path / "full"), source)),
-    )
+def test_what_is_no_text_decoder_comes_back_as_it_was(tmp_path):
+    source = checkpoints.make(tmp_path / "source", MULTIMODAL)
+    integers = {"vision_tower.embeddings.position_ids": torch.arange(4)}
+    before = tensors(source) | integers
+    half = {n: t.half() if n.startswith("vision_tower.head") else t for n, t in before.items()}
+    safetensors.torch.save_file(half, tmp_path / "source/model.safetensors")
+    decoder, params = hf.load_pretrained(source)
+    trained = jax.tree.map(lambda leaf: leaf + 1.0, params)
+    export.export_merged(tmp_path / "out", decoder.spec, trained, None, source)
+    after = tensors(tmp_path / "out")
+    assert after.keys() == half.keys()
+    for name, tensor in half.items():
+        kept = not name.startswith("language_model.")
+        assert torch.equal(after[name], tensor) == kept, name
+        assert after[name].dtype == tensor.dtype
 
 
-@pytest.fixture
-def adapter_dir(source, model, tmp_path) -> pathlib.Path:
-    rules = config.Lora(
-        rank=RANK, alpha=ALPHA, dropout=0.1, targets=("layers/[qo]_proj", "down_proj")
-    )
-    directory = tmp_path / "adapter"
-    export.export_adapter(directory, model[0].spec, model[2], rules, source)
-    return directory
-
-
-def test_an_adapter_directory_is_what_peft_documents(source, adapter_dir):
-    """https://huggingface.co/docs/peft/developer_guides/checkpoint"""
-    assert sorted(p.name for p in adapter_dir.iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
-    fields = json.loads((adapter_dir / "adapter_config.json").read_text())
-    assert fields["peft_type"] == "LORA"
-    assert fields["task_type"] == "CAUSAL_LM"
-    assert (fields["r"], fields["lora_alpha"], fields["lora_dropout"]) == (RANK, ALPHA, 0.1)
-    assert fields["target_modules"] == sorted(NAMES)  # kernels, not our regular expressions
-    assert (fields["bias"], fields["fan_in_fan_out"]) == ("none", False)
-    assert pathlib.Path(fields["base_model_name_or_path"]).samefile(source)
-    tensors = safetensors.torch.load_file(adapter_dir / "adapter_model.safetensors")
-    modules = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
-    assert set(tensors) == {
-        f"base_model.model.model.layers.{layer}.{module}.lora_{half}.weight"
-        for layer in range(3)
-        for module in modules
-        for half in "AB"
+def test_files_beside_the_weights_come_along(tmp_path):
+    source = pathlib.Path(checkpoints.make(tmp_path / "source", MULTIMODAL))
+    (source / "training_args.bin").write_bytes(b"not ours to keep")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates/tools.jinja").write_text("a second template")
+    decoder, params = hf.load_pretrained(str(source))
+    export.export_merged(tmp_path / "out", decoder.spec, params, None, str(source))
+    kept = {path.relative_to(source) for path in source.rglob("*.j*")}
+    assert {str(path) for path in kept} == {
+        *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+        *("chat_template.jinja", "additional_chat_templates/tools.jinja"),
+        *("preprocessor_config.json", "processor_config.json"),
     }
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
-    assert tensors["base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"].shape == (
-        RANK,
-        80,
+    found = {p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert found == kept | {pathlib.Path("model.safetensors")}
+    for path in kept:
+        assert (tmp_path / "out" / path).read_bytes() == (source / path).read_bytes()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    message = [{"role": "user", "content": "Hi"}]
+    assert "<start_of_turn>user\nHi" in tokenizer.apply_chat_template(message, tokenize=False)
+
+
+def test_masters_are_rounded_once_to_the_sources_dtype(model, tmp_path):
+    source = checkpoints.make(tmp_path / "source", "gemma3", "bfloat16")
+    decoder, _, adapters = model
+    low = hf.load_pretrained(source)[1]
+    export.export_merged(tmp_path / "merged", decoder.spec, low, adapters, source)
+    got = tensors(tmp_path / "merged")
+    assert {tensor.dtype for tensor in got.values()} == {torch.bfloat16}
+    high = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), low)
+    wanted = np.asarray(lora.merge(high, adapters)["layers"]["q_proj"][1]).T
+    assert torch.equal(got[Q_PROJ], torch.tensor(wanted).bfloat16())
+
+
+def test_a_base_kept_in_16_bits_is_merged_in_the_sources_float32(source, model, tmp_path):
+    decoder, _, adapters = model
+    low = hf.load_pretrained(source, dtype="bfloat16")[1]
+    export.export_merged(tmp_path / "merged", decoder.spec, low, adapters, source)
+    high = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), low)
+    wanted = np.asarray(lora.merge(high, adapters)["layers"]["q_proj"][1]).T
+    np.testing.assert_array_equal(tensors(tmp_path / "merged")[Q_PROJ], wanted, strict=True)
+
+
+def test_the_newer_names_of_the_multimodal_layout_come_back_too(tmp_path):
+    source = pathlib.Path(checkpoints.make(tmp_path / "source", MULTIMODAL))
+    renamed = {
+        "model." + name.replace("language_model.model.", "language_model."): tensor
+        for name, tensor in tensors(source).items()
+    }
+    safetensors.torch.save_file(renamed, source / "model.safetensors")
+    decoder, params = hf.load_pretrained(str(source))
+    export.export_merged(tmp_path / "out", decoder.spec, params, None, str(source))
+    assert_same_bytes(tmp_path / "out", source)
+    np.testing.assert_allclose(
+        torch_logits(load_torch(tmp_path / "out")), checkpoints.logits(decoder, params), atol=1e-4
     )
-    assert tensors["base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"].shape == (
-        48,
-        RANK,
+
+
+def test_each_tensor_keeps_its_own_dtype(source, tmp_path):
+    mixed = pathlib.Path(shutil.copytree(source, tmp_path / "mixed"))
+    kept = {n: t if "norm" in n else t.bfloat16() for n, t in tensors(source).items()}
+    safetensors.torch.save_file(kept, mixed / "model.safetensors")
+    decoder, params = hf.load_pretrained(str(mixed))
+    export.export_merged(tmp_path / "out", decoder.spec, params, None, str(mixed))
+    assert_same_bytes(tmp_path / "out", mixed)
+
+
+def test_a_tied_models_second_table_is_the_trained_embedding(source, tmp_path):
+    doubled = pathlib.Path(shutil.copytree(source, tmp_path / "doubled"))
+    head = tensors(source)["model.embed_tokens.weight"].clone()
+    safetensors.torch.save_file(
+        tensors(source) | {"lm_head.weight": head}, doubled / "model.safetensors"
     )
+    decoder, params = hf.load_pretrained(str(doubled))
+    trained = params | {"embedding": params["embedding"] * 2.0}
+    export.export_merged(tmp_path / "out", decoder.spec, trained, None, str(doubled))
+    got = tensors(tmp_path / "out")
+    assert torch.equal(got["lm_head.weight"], 2 * head)
+    assert torch.equal(got["model.embed_tokens.weight"], 2 * head)
 
 
-def test_the_adapter_merged_by_hand_is_the_attached_student(source, model, adapter_dir):
-    """W + alpha / r * B A, module by module, as PEFT's merge_and_unload."""
-    fields = json.loads((adapter_dir / "adapter_config.json").read_text())
-    tensors = safetensors.torch.load_file(adapter_dir / "adapter_model.safetensors")
-    base = load_torch(source)
-    adapted = 0
-    for name, module in base.named_modules():
-        if name.rpartition(".")[2] in fields["target_modules"]:
-            a, b = (tensors.pop(f"base_model.model.{name}.lora_{half}.weight") for half in "AB")
-            module.weight.data += fields["lora_alpha"] / fields["r"] * b @ a
-            adapted += 1
-    assert (adapted, tensors) == (9, {})
-    np.testing.assert_allclose(torch_logits(base), model[3], atol=1e-4)
-
-
-def test_a_second_export_replaces_the_first_whole(source, model, adapter_dir, tmp_path):
-    decoder, params, adapters, _ = model
-    fewer = {"layers/q_proj": adapters["layers/q_proj"]}
-    (adapter_dir / "left_over").touch()
-    export.export_adapter(adapter_dir, decoder.spec, fewer, config.Lora(rank=RANK), source)
-    assert not (adapter_dir / "left_over").exists()
-    assert len(safetensors.torch.load_file(adapter_dir / "adapter_model.safetensors")) == 6
-    merged = tmp_path / "merged"
-    export.export_merged(merged, decoder.spec, params, adapters, source)
-    (merged / "model-00001-of-00002.safetensors").write_bytes(b"left over")
-    export.export_merged(merged, decoder.spec, params, None, source)
-    again = hf.load_pretrained(str(merged))[1]
+@pytest.mark.parametrize("kind", ["llama", MULTIMODAL])
+def test_shards_are_bounded_indexed_and_loaded_by_transformers(kind, tmp_path):
+    source = checkpoints.make(tmp_path / "source", kind)
+    decoder, params = hf.load_pretrained(source)
+    out = tmp_path / "out"
+    export.export_merged(out, decoder.spec, params, None, source, shard_bytes=50_000)
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) > 5
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((out / INDEX).read_text())
+    parts = {file.name: safetensors.torch.load_file(file) for file in files}
+    assert index["weight_map"] == {name: file for file, part in parts.items() for name in part}
+    sizes = {file: sum(t.nbytes for t in part.values()) for file, part in parts.items()}
+    assert index["metadata"] == {"total_size": sum(sizes.values())}
+    # The image encoder has a tensor that is larger by itself.
+    assert all(size <= 50_000 or len(parts[file]) == 1 for file, size in sizes.items())
+    assert_same_bytes(out, source)
+    np.testing.assert_array_equal(torch_logits(load_torch(out)), torch_logits(load_torch(source)))
+    again = hf.load_pretrained(str(out))[1]
     jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_a_number_too_large_for_float16_is_named(tmp_path):
+    source = checkpoints.make(tmp_path / "source", "llama", "float16")
+    decoder, params = hf.load_pretrained(source, dtype="float32")
+    layers = params["layers"] | {"q_proj": params["layers"]["q_proj"].at[1, 0, 0].set(7e4)}
+    with pytest.raises(UserError, match=f"{Q_PROJ}.*65504.*bfloat16"):
+        export.export_merged(
+            tmp_path / "out", decoder.spec, params | {"layers": layers}, None, source
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_second_export_replaces_the_first_whole(source, model, tmp_path):
+    decoder, params, adapters = model
+    out = tmp_path / "out"
+    export.export_merged(out, decoder.spec, params, adapters, source, shard_bytes=50_000)
+    (out / "left_over").touch()
+    export.export_merged(out, decoder.spec, params, None, source)
+    assert_same_bytes(out, source)
+    assert not (out / "left_over").exists() and not (out / INDEX).exists()
+
+
+def test_the_source_itself_may_be_replaced(source, model, tmp_path):
+    copy = shutil.copytree(source, tmp_path / "copy")
+    decoder, params, adapters = model
+    export.export_merged(copy, decoder.spec, params, adapters, str(copy))
+    again = hf.load_pretrained(str(copy))[1]
+    jax.tree.map(np.testing.assert_array_equal, again, lora.merge(params, adapters))
+    assert (copy / "tokenizer.json").is_file()
+
+
+def test_a_source_that_has_changed_is_refused(source, model, tmp_path):
+    copy = pathlib.Path(shutil.copytree(source, tmp_path / "copy"))
+    fewer = {name: t for name, t in tensors(source).items() if name != Q_PROJ}
+    safetensors.torch.save_file(fewer, copy / "model.safetensors")
+    with pytest.raises(UserError, match=Q_PROJ):
+        export.export_merged(tmp_path / "out", model[0].spec, model[1], None, str(copy))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", factories.FAMILIES)
+def test_save_pretrained_is_byte_for_byte_what_was_loaded(kind, dtype, tied, tmp_path):
+    source = checkpoints.make(tmp_path / "source", kind, dtype, tie_word_embeddings=tied)
+    decoder, params = hf.load_pretrained(source)
+    export.save_pretrained(tmp_path / "saved", decoder.spec, params, source)
+    assert_same_bytes(tmp_path / "saved", source)
+    assert ("lm_head.weight" in tensors(tmp_path / "saved")) == (not tied)
+    export.save_pretrained(source, decoder.spec, params, source)  # the source itself
+    assert_same_bytes(tmp_path / "saved", source)
+
+
+def test_save_pretrained_has_the_dtype_of_the_parameters(source, tmp_path):
+    decoder, params = hf.load_pretrained(source, dtype="bfloat16")
+    edited = pathlib.Path(shutil.copytree(source, tmp_path / "edited"))
+    config = json.loads((edited / "config.json").read_text())
+    del config["dtype"]
+    (edited / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
+    (edited / "model.safetensors").unlink()  # a fresh model has no source weights
+    export.save_pretrained(tmp_path / "saved", decoder.spec, params, edited)
+    written = json.loads((tmp_path / "saved/config.json").read_text())
+    assert written == config | {"dtype": "bfloat16"}
+    wanted = {name: tensor.bfloat16() for name, tensor in tensors(source).items()}
+    got = tensors(tmp_path / "saved")
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
+
+
+def test_save_pretrained_is_the_model_in_torch(tmp_path):
+    source = checkpoints.make(tmp_path / "source", "qwen3", tie_word_embeddings=False)
+    decoder, params = hf.load_pretrained(source)
+    layers = params["layers"] | {"gate_proj": params["layers"]["gate_proj"] * 1.5}
+    params = params | {"layers": layers}
+    export.save_pretrained(tmp_path / "saved", decoder.spec, params, source)
+    got = torch_logits(load_torch(tmp_path / "saved"))
+    np.testing.assert_allclose(got, checkpoints.logits(decoder, params), atol=2e-5)
+    assert np.abs(got - torch_logits(load_torch(source))).max() > 0.01
+
+
+def test_a_failed_save_leaves_the_older_one(source, model, tmp_path):
+    decoder, params, _ = model
+    export.save_pretrained(tmp_path / "saved", decoder.spec, params, source)
+    broken = {"embedding": params["embedding"], "layers": params["layers"]}
+    with pytest.raises(KeyError, match="final_norm"):
+        export.save_pretrained(tmp_path / "saved", decoder.spec, broken, source)
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+    assert_same_bytes(tmp_path / "saved", source)
+
+
+def test_vocabulary_padding_is_kept(tmp_path):
+    source = checkpoints.make(tmp_path / "source", "llama", vocab_size=factories.VOCAB_SIZE + 5)
+    decoder, params = hf.load_pretrained(source)
+    export.export_merged(tmp_path / "out", decoder.spec, params, None, source)
+    assert len(tensors(tmp_path / "out")["model.embed_tokens.weight"]) == factories.VOCAB_SIZE + 5

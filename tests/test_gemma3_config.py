@@ -35,8 +35,8 @@ def test_the_full_mode_parses_and_makes_no_model(monkeypatch, tmp_path):
     parsed = config.parse(get_config(""))
     assert list(tmp_path.iterdir()) == []
     assert (parsed.teacher.model, parsed.student.model) == (
-        "models/gemma-3-1b-it",
-        "models/gemma-3-270m-it",
+        "google/gemma-3-1b-it",
+        "google/gemma-3-270m-it",
     )
     for key, rows in config.rows_at_once(parsed).items():
         assert rows % V5E_CHIPS == 0, key

@@ -1,4 +1,4 @@
-"""Hugging Face directories in and out: against torch, and damaged in every way we know of."""
+"""Hugging Face directories in: against torch, and damaged in every way we know of."""
 
 import functools
 import json
@@ -129,88 +129,6 @@ def test_shards_are_read(source, copy, with_index):
     assert_same(hf.load_pretrained(copy)[1], hf.load_pretrained(source)[1])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_saved_is_byte_for_byte_what_was_loaded(tmp_path, dtype, tied):
-    original = factories.model_dir(
-        tmp_path / "original", dtype=dtype, tie_word_embeddings=tied, seed=3
-    )
-    decoder, params = hf.load_pretrained(original)
-    hf.save_pretrained(tmp_path / "saved", decoder.spec, params, original)
-    before, after = tensors_of(original), tensors_of(tmp_path / "saved")
-    assert set(after) == set(before)
-    assert ("lm_head.weight" in after) == (not tied)
-    for name, tensor in before.items():
-        assert after[name].dtype == tensor.dtype
-        assert after[name].shape == tensor.shape
-        assert after[name].tobytes() == tensor.tobytes()
-    again, params_again = hf.load_pretrained(tmp_path / "saved")
-    assert again == decoder
-    assert_same(params_again, params)
-
-
-def test_torch_loads_what_was_saved(source, tmp_path):
-    decoder, params = hf.load_pretrained(source)
-    params = {**params, "layers": {**params["layers"]}}
-    # As if trained. (A factor on any other kernel is undone by the norm that follows it.)
-    params["layers"]["gate_proj"] = params["layers"]["gate_proj"] * 1.5
-    hf.save_pretrained(tmp_path / "saved", decoder.spec, params, source)
-    got = torch_logits(tmp_path / "saved")
-    np.testing.assert_allclose(got, _logits(decoder, params), atol=2e-5)
-    assert np.abs(got - torch_logits(source)).max() > 0.01
-
-
-def test_companions_come_along_and_the_dtype_is_true(source, tmp_path):
-    decoder, params = hf.load_pretrained(source, dtype="bfloat16")
-    edited = shutil.copytree(source, tmp_path / "edited")
-    config = json.loads((edited / "config.json").read_text())
-    del config["dtype"]
-    (edited / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
-    (edited / "training_args.bin").write_bytes(b"not ours to keep")
-    hf.save_pretrained(tmp_path / "saved", decoder.spec, params, str(edited))
-    saved = tmp_path / "saved"
-    assert {file.name for file in saved.iterdir()} == {
-        *("config.json", "generation_config.json", WEIGHTS),
-        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
-    }
-    written = json.loads((saved / "config.json").read_text())
-    assert written == config | {"dtype": "bfloat16"}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(saved)
-    messages = [{"role": "user", "content": "Hi"}]
-    wanted = factories.tokenizer().apply_chat_template(messages, return_dict=False)
-    assert tokenizer.apply_chat_template(messages, return_dict=False) == wanted
-
-
-def test_saving_replaces_an_older_save_and_leaves_no_part(source, tmp_path):
-    decoder, params = hf.load_pretrained(source)
-    saved = tmp_path / "deeper" / "saved"
-    (tmp_path / "deeper" / "saved.part").mkdir(parents=True)  # left by a killed process
-    (tmp_path / "deeper" / "saved.part" / "junk").touch()
-    for factor in (2.0, 1.0):
-        changed = {**params, "embedding": params["embedding"] * factor}
-        hf.save_pretrained(saved, decoder.spec, changed, source)
-    assert [path.name for path in saved.parent.iterdir()] == ["saved"]
-    assert not (saved / "junk").exists()
-    assert_same(hf.load_pretrained(saved)[1], params)
-
-
-def test_a_failed_save_leaves_the_older_one_and_no_part(source, tmp_path):
-    decoder, params = hf.load_pretrained(source)
-    hf.save_pretrained(tmp_path / "saved", decoder.spec, params, source)
-    broken = {"embedding": params["embedding"], "layers": params["layers"]}
-    with pytest.raises(KeyError, match="final_norm"):
-        hf.save_pretrained(tmp_path / "saved", decoder.spec, broken, source)
-    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
-    assert_same(hf.load_pretrained(tmp_path / "saved")[1], params)
-
-
-def test_saving_into_the_source_keeps_it_whole(copy):
-    decoder, params = hf.load_pretrained(copy)
-    hf.save_pretrained(copy, decoder.spec, params, copy)
-    assert_same(hf.load_pretrained(copy)[1], params)
-    assert (copy / "tokenizer.json").is_file()
-
-
 def drop(directory):
     tensors = tensors_of(directory)
     del tensors[Q_PROJ]
@@ -250,7 +168,7 @@ def config_field(**changed):
 
 
 DAMAGE = {
-    "missing tensor": (drop, rf"{Q_PROJ}.*missing"),
+    "missing tensor": (drop, rf"missing tensors.*{Q_PROJ}"),
     "unknown tensor": (add, r"unknown tensors.*model\.layers\.3\.extra"),
     "doubled tensor": (double, rf"{Q_PROJ}.*model\.safetensors.*second\.safetensors"),
     "misshapen tensor": (reshape, rf"{Q_PROJ}.*\(48, 64\), not \(64, 48\)"),
@@ -307,7 +225,3 @@ def test_spec_and_dtype_are_read_without_the_weights(copy):
     assert hf.stored_dtype(copy) == np.float32
     (copy / WEIGHTS).unlink()
     assert hf.load_spec(copy) == factories.spec()
-
-
-def test_tensor_names():
-    assert hf.tensor_name(factories.spec(), "layers/q_proj", 1) == Q_PROJ

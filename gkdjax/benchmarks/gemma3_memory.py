@@ -12,8 +12,8 @@ from ml_collections import config_flags
 
 from gkdjax import config, lora, optim, sharding
 from gkdjax.benchmarks.case import STUDENTS, TEACHERS, decoder_spec
-from gkdjax.models.decoder import Decoder, unembedding_table
-from gkdjax.models.spec import DecoderSpec, param_shapes
+from gkdjax.models.decoder import Decoder, abstract_params, unembedding_table
+from gkdjax.models.spec import DecoderSpec
 from gkdjax.progress import table
 from gkdjax.teachers.flax import predicting_hidden
 from gkdjax.train_step import init_state, make_train_step
@@ -43,7 +43,7 @@ def compiled(c: config.Config) -> dict:
     """The optimizer step of `c`, its anchor included, and the teacher's forward pass."""
     student = decoder_spec(STUDENTS[_SHAPES.value], _VOCAB.value)
     teacher = decoder_spec(TEACHERS[_SHAPES.value], _VOCAB.value)
-    base, teacher_params = _params(student), _params(teacher)
+    base, teacher_params = (abstract_params(spec, jnp.bfloat16) for spec in (student, teacher))
     rules = lora.LoraRules(
         *(getattr(c.student.lora, n) for n in ("rank", "alpha", "dropout", "targets"))
     )
@@ -76,14 +76,6 @@ def compiled(c: config.Config) -> dict:
 
 def _decoder(spec: DecoderSpec, remat: bool) -> Decoder:
     return Decoder(spec, param_dtype=jnp.bfloat16, compute_dtype=jnp.bfloat16, remat=remat)
-
-
-def _params(spec: DecoderSpec) -> dict:
-    params: dict = {"layers": {}}
-    for path, shape in param_shapes(spec).items():
-        folder, _, name = path.rpartition("/")
-        (params[folder] if folder else params)[name] = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    return params
 
 
 def _batch(c: config.Config) -> Batch:

@@ -6,6 +6,7 @@ Hidden states of rows x length tokens after a prefix, without the head. Each rou
 once, one after the other; ratios are of the same round's first way.
 """
 
+import argparse
 import functools
 import statistics
 import time
@@ -13,41 +14,53 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from flax import traverse_util
 
 from gkdjax.benchmarks.case import TEACHERS, decoder_spec
 from gkdjax.models.decoder import Decoder
 from gkdjax.models.spec import param_shapes
 from gkdjax.progress import table
 
-_SHAPE = flags.DEFINE_enum("shape", "small", list(TEACHERS), "Of the model.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and products.")
-_PREFIX = flags.DEFINE_integer("prefix", 2048, "Tokens of the prefix.", lower_bound=1)
-_ROWS = flags.DEFINE_integer("rows", 8, "Of the batch.", lower_bound=1)
-_LENGTH = flags.DEFINE_integer("length", 128, "Tokens of a row after the prefix.", lower_bound=1)
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed, after one that is not.", lower_bound=1)
-
 VOCAB = 1024  # only rows of the embedding are read
 
 
-def main(argv: list[str]) -> None:
-    del argv
-    measured = measure(_ROUNDS.value)
-    first = measured["each row reads it"]
+def main() -> None:
+    parser = argparse.ArgumentParser("shared_prefix", description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=TEACHERS, default="small", help="Of the model.")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--prefix", type=int, default=2048, help="Tokens of the prefix.")
+    parser.add_argument("--rows", type=int, default=8, help="Of the batch.")
+    parser.add_argument("--length", type=int, default=128, help="Tokens of a row after the prefix.")
+    parser.add_argument("--rounds", type=int, default=5, help="Timed, after one that is not.")
+    a = parser.parse_args()
+    decoder, params = model(a.shape, jnp.dtype(a.dtype))
+    measured = measure(params, ways(decoder, a.rows, a.prefix, a.length), a.rounds)
+    first, _ = measured["each row reads it"]
     rows = []
     for name, (seconds, temp_bytes) in measured.items():
-        ratios = [a / b for a, b in zip(first[0], seconds, strict=True)]
+        ratios = [each / own for each, own in zip(first, seconds, strict=True)]
         cells = f"{statistics.median(seconds):.3f}", f"{statistics.median(ratios):.1f}"
         rows.append([name, *cells, f"{temp_bytes / 2**30:.2f}"])
     print(table(["the prefix", "s", "times as fast", "scratch, GiB"], rows))
 
 
-def ways(decoder: Decoder, rng: np.random.Generator) -> dict:
+def model(shape: str, dtype: jnp.dtype) -> tuple[Decoder, dict]:
+    """Random weights of one of `case.TEACHERS`."""
+    spec, rng = decoder_spec(TEACHERS[shape], VOCAB), np.random.default_rng(0)
+    leaves = {
+        path: jnp.asarray(0.02 * rng.standard_normal(shape, np.float32), dtype)
+        for path, shape in param_shapes(spec).items()
+    }
+    decoder = Decoder(spec, param_dtype=dtype, compute_dtype=dtype)
+    return decoder, traverse_util.unflatten_dict(leaves, sep="/")
+
+
+def ways(decoder: Decoder, B: int, P: int, T: int) -> dict:
     """Name -> (jitted function of the parameters and more, those to be made of the parameters).
 
     All functions have the same result.
     """
-    B, P, T = _ROWS.value, _PREFIX.value, _LENGTH.value
+    rng = np.random.default_rng(0)
     prefix_1P = rng.integers(0, VOCAB, (1, P)).astype(np.int32)
     tokens_BT = rng.integers(0, VOCAB, (B, T)).astype(np.int32)
     whole = np.concatenate([np.broadcast_to(prefix_1P, (B, P)), tokens_BT], axis=1)
@@ -76,19 +89,10 @@ def ways(decoder: Decoder, rng: np.random.Generator) -> dict:
     }
 
 
-def measure(rounds: int) -> dict:
+def measure(params: dict, ways: dict, rounds: int) -> dict:
     """Name -> (seconds of each round, bytes of scratch memory)."""
-    rng = np.random.default_rng(0)
-    dtype = jnp.dtype(_DTYPE.value)
-    spec = decoder_spec(TEACHERS[_SHAPE.value], VOCAB)
-    params: dict = {"layers": {}}
-    for path, shape in param_shapes(spec).items():
-        folder, _, name = path.rpartition("/")
-        leaf = jnp.asarray(0.02 * rng.standard_normal(shape, np.float32), dtype)
-        (params[folder] if folder else params)[name] = leaf
-    decoder = Decoder(spec, param_dtype=dtype, compute_dtype=dtype)
     programs, results = {}, {}
-    for name, (function, arguments) in ways(decoder, rng).items():
+    for name, (function, arguments) in ways.items():
         others = jax.device_put(arguments(params))
         compiled = function.lower(params, *others).compile()
         programs[name] = functools.partial(compiled, params, *others)
@@ -103,4 +107,4 @@ def measure(rounds: int) -> dict:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

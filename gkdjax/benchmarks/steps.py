@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import traverse_util
 from jax.sharding import AxisType, Mesh
 
 from gkdjax import config, lora, losses, optim, sharding
@@ -193,7 +194,7 @@ def _model(shape: Shape, case: Case, seed: int) -> tuple[Decoder, dict]:
     """Random weights at a scale where logits have a standard deviation of about 1."""
     spec, dtype = decoder_spec(shape, case.vocab), jnp.dtype(case.dtype)
     rng = np.random.default_rng(seed)
-    params: dict = {"layers": {}}
+    leaves = {}
     for path, size in param_shapes(spec).items():
         if path.endswith("norm"):
             leaf = np.zeros(size, np.float32)
@@ -201,8 +202,8 @@ def _model(shape: Shape, case: Case, seed: int) -> tuple[Decoder, dict]:
             fan_in = size[-2] if path.startswith("layers/") else size[-1]
             leaf = rng.standard_normal(size, np.float32)
             leaf *= np.float32(fan_in**-0.5)
-        folder, _, name = path.rpartition("/")
-        (params[folder] if folder else params)[name] = jnp.asarray(leaf, dtype)
+        leaves[path] = jnp.asarray(leaf, dtype)
+    params = traverse_util.unflatten_dict(leaves, sep="/")
     return Decoder(spec, param_dtype=dtype, compute_dtype=dtype), params
 
 

@@ -75,6 +75,11 @@ class Chat:
         """
         return _rendered(self, tuple(messages), tuple(is_target), name, generation_prompt)
 
+    def stop_tokens(self) -> str:
+        """For people: "<end_of_turn> (106), <eos> (1)", any of which ends a response."""
+        tokens = self.tokenizer.convert_ids_to_tokens(self.stop_ids)
+        return ", ".join(f"{t} ({i})" for t, i in zip(tokens, self.stop_ids, strict=True))
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids` without special tokens; white space stays as it is."""
         return self.tokenizer.decode(
@@ -147,8 +152,10 @@ def _end_of_turn_id(directory: str, tokenizer) -> int:
     tokens = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
     if after == text or not tokens or tokens[0] not in special:
         raise UserError(
-            f"{directory}: the chat template must write an assistant's message as it is and end "
-            f"it with a special token; it makes the end {text[-40:]!r}"
+            f"{directory}: the chat template must write an assistant's message as it is and end it"
+            " with a special token, or nothing would tell the model to stop; it makes the end"
+            f" {text[-40:]!r}. Take an instruction-tuned model, or give the directory's"
+            " chat_template.jinja an end-of-turn token and tokenizer.json that token as special"
         )
     return tokens[0]
 

@@ -6,12 +6,13 @@ Shape letters as in `gkdjax.models.layers`, and L layers, V vocabulary.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from gkdjax.losses.head import unembed
 from gkdjax.models.attention import attention_of
 from gkdjax.models.cache import Cache, Prefix, index_in_stack, init_cache, prefix_of, write
 from gkdjax.models.layers import dense, gated_mlp, rms_norm
-from gkdjax.models.spec import DecoderSpec, layer_shapes
+from gkdjax.models.spec import DecoderSpec, layer_shapes, param_shapes
 
 _KERNEL_INIT = nn.initializers.normal(0.02)
 
@@ -104,8 +105,8 @@ class Decoder(nn.Module):
           tokens_BT: integer ids.
           mask_BT: which of them are real: padding stands left of a row's first token, or right of
             its last one for good, because the ring of a local layer holds columns, not tokens.
-          cache: from `prefill` or `cache.init_cache`. The caller sees to it that T slots are left: a full cache
-            cannot be detected here.
+          cache: from `prefill` or `cache.init_cache`. The caller sees to it that T slots are left,
+            as a full cache cannot be detected here.
           prefix: the same at each call: what every row has read before the tokens in the cache.
         """
         mask_BT = mask_BT.astype(bool)
@@ -159,6 +160,13 @@ class Decoder(nn.Module):
         kinds = jnp.asarray(spec.is_global_L), index_in_stack(spec)
         x_BTD, new_kv = jax.lax.scan(layer_body, x_BTD, (self.layers(), *kinds))
         return _norm(spec, x_BTD, self.final_norm), new_kv
+
+
+def abstract_params(spec: DecoderSpec, dtype: jnp.dtype) -> dict:
+    """A decoder's parameters as `jax.ShapeDtypeStruct`, of one dtype."""
+    shapes = param_shapes(spec).items()
+    leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes}
+    return traverse_util.unflatten_dict(leaves, sep="/")
 
 
 def unembedding_table(spec: DecoderSpec, params: dict) -> jax.Array:

@@ -3,7 +3,7 @@
 from transformers import Gemma3Config, Gemma3TextConfig
 
 from gkdjax.models import llama
-from gkdjax.models.hf_tables import Layout, global_layers, refuse, rope_spec
+from gkdjax.models.hf_tables import Layout, global_layers, refuse, rope_spec, sizes
 from gkdjax.models.spec import DecoderSpec
 
 # 4B and up are multimodal: an image encoder stands beside the text decoder. Their files have
@@ -52,13 +52,8 @@ def decoder_spec(config: dict) -> DecoderSpec:
     refuse("Gemma 3", other, f"activation {c.hidden_activation!r}")
     return DecoderSpec(
         family="gemma3",
-        vocab_size=c.vocab_size,
-        width=c.hidden_size,
-        num_heads=c.num_attention_heads,
-        num_kv_heads=c.num_key_value_heads,
+        **sizes(c),
         head_dim=c.head_dim,
-        ffn_width=c.intermediate_size,
-        norm_eps=c.rms_norm_eps,
         norm_offset=1.0,
         embedding_scale=c.hidden_size**0.5,
         query_scale=c.query_pre_attn_scalar**-0.5,

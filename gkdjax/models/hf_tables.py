@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from transformers import PretrainedConfig
+
 from gkdjax.models.spec import Llama3Scaling, RopeSpec
 
 
@@ -58,6 +60,18 @@ def global_layers(family: str, layer_types: list[str]) -> tuple[bool, ...]:
         known = kind in ("full_attention", "sliding_attention")
         refuse(family, not known, f"layer type {kind!r}")
     return tuple(kind == "full_attention" for kind in layer_types)
+
+
+def sizes(c: PretrainedConfig) -> dict:
+    """The fields of `DecoderSpec` that every family's config has under the same names."""
+    return {
+        "vocab_size": c.vocab_size,
+        "width": c.hidden_size,
+        "num_heads": c.num_attention_heads,
+        "num_kv_heads": c.num_key_value_heads,
+        "ffn_width": c.intermediate_size,
+        "norm_eps": c.rms_norm_eps,
+    }
 
 
 def refuse(family: str, found, what: str) -> None:

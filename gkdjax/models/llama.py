@@ -2,7 +2,7 @@
 
 from transformers import LlamaConfig
 
-from gkdjax.models.hf_tables import Layout, refuse, rope_spec
+from gkdjax.models.hf_tables import Layout, refuse, rope_spec, sizes
 from gkdjax.models.spec import DecoderSpec
 
 LAYOUTS = {"llama": (Layout(),)}
@@ -37,13 +37,8 @@ def decoder_spec(config: dict) -> DecoderSpec:
     rope = rope_spec("Llama", c.rope_parameters)
     return DecoderSpec(
         family="llama",
-        vocab_size=c.vocab_size,
-        width=c.hidden_size,
-        num_heads=c.num_attention_heads,
-        num_kv_heads=c.num_key_value_heads,
+        **sizes(c),
         head_dim=c.head_dim,
-        ffn_width=c.intermediate_size,
-        norm_eps=c.rms_norm_eps,
         query_scale=c.head_dim**-0.5,
         activation="silu",
         tied_embedding=c.tie_word_embeddings,

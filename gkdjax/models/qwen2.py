@@ -3,7 +3,7 @@
 from transformers import Qwen2Config
 
 from gkdjax.models import llama
-from gkdjax.models.hf_tables import Layout, global_layers, refuse, rope_spec
+from gkdjax.models.hf_tables import Layout, global_layers, refuse, rope_spec, sizes
 from gkdjax.models.spec import DecoderSpec
 
 LAYOUTS = {"qwen2": (Layout(),)}
@@ -28,13 +28,8 @@ def decoder_spec(config: dict) -> DecoderSpec:
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     return DecoderSpec(
         family="qwen2",
-        vocab_size=c.vocab_size,
-        width=c.hidden_size,
-        num_heads=c.num_attention_heads,
-        num_kv_heads=c.num_key_value_heads,
+        **sizes(c),
         head_dim=head_dim,
-        ffn_width=c.intermediate_size,
-        norm_eps=c.rms_norm_eps,
         query_scale=head_dim**-0.5,
         activation="silu",
         qkv_bias=True,

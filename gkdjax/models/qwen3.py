@@ -3,7 +3,7 @@
 from transformers import Qwen3Config
 
 from gkdjax.models import llama
-from gkdjax.models.hf_tables import Layout, global_layers, refuse, rope_spec
+from gkdjax.models.hf_tables import Layout, global_layers, refuse, rope_spec, sizes
 from gkdjax.models.spec import DecoderSpec
 
 LAYOUTS = {"qwen3": (Layout(),)}
@@ -26,13 +26,8 @@ def decoder_spec(config: dict) -> DecoderSpec:
     rope = rope_spec("Qwen 3", c.rope_parameters)
     return DecoderSpec(
         family="qwen3",
-        vocab_size=c.vocab_size,
-        width=c.hidden_size,
-        num_heads=c.num_attention_heads,
-        num_kv_heads=c.num_key_value_heads,
+        **sizes(c),
         head_dim=c.head_dim,
-        ffn_width=c.intermediate_size,
-        norm_eps=c.rms_norm_eps,
         query_scale=c.head_dim**-0.5,
         activation="silu",
         qk_norm=True,

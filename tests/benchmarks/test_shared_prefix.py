@@ -4,17 +4,15 @@ import builders
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import flagsaver
 
 from gkdjax.benchmarks import shared_prefix
 
 
-@flagsaver.as_parsed(prefix="40", rows="3", length="4")
 def test_the_ways_agree_and_share_the_work():
     spec = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
     decoder, params = builders.small_model(vocab_size=shared_prefix.VOCAB, **spec)
     results, flops = [], []
-    for function, arguments in shared_prefix.ways(decoder, np.random.default_rng(0)).values():
+    for function, arguments in shared_prefix.ways(decoder, 3, 40, 4).values():
         others = jax.tree.map(jnp.asarray, arguments(params))
         compiled = function.lower(params, *others).compile()
         results.append(np.asarray(compiled(params, *others)))
@@ -24,7 +22,17 @@ def test_the_ways_agree_and_share_the_work():
     assert flops[0] > 2 * flops[1] > 4 * flops[2]
 
 
-@flagsaver.as_parsed(shape="tiny", prefix="8", dtype="float32", rows="2", length="4")
-def test_every_round_times_every_way():
-    measured = shared_prefix.measure(2)
-    assert [len(seconds) for seconds, _ in measured.values()] == [2, 2, 2]
+def test_the_command_prints_its_table(monkeypatch, capsys):
+    arguments = [
+        "shared_prefix",
+        "--shape=tiny",
+        "--prefix=8",
+        "--rows=2",
+        "--length=4",
+        "--rounds=2",
+    ]
+    monkeypatch.setattr("sys.argv", arguments)
+    shared_prefix.main()
+    lines = capsys.readouterr().out.splitlines()
+    ways = ["each row reads it", "read once", "kept from before"]
+    assert [line[: len(way)] for line, way in zip(lines[2:], ways, strict=True)] == ways

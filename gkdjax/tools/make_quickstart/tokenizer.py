@@ -9,7 +9,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from gkdjax import hf
+from gkdjax import export
 from gkdjax.models.spec import DecoderSpec
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
@@ -63,7 +63,7 @@ def save_model(
             bos_token_id=VOCABULARY["<bos>"],
             eos_token_id=[VOCABULARY["<eos>"], VOCABULARY["<end_of_turn>"]],
         ).save_pretrained(source)
-        hf.save_pretrained(str(directory), spec, params, source)
+        export.save_pretrained(str(directory), spec, params, source)
 
 
 def _use_old_names(path: pathlib.Path) -> None:

@@ -1,0 +1,198 @@
+"""The decoder's leaves from a checkpoint's tensors, slice by slice, straight into their sharding.
+
+A stacked leaf is assembled layer by layer in the buffer of each device's own part of it; kernels
+are transposed and numbers cast on the way. Nothing larger than that part is ever held.
+"""
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import Sharding
+
+from gkdjax.errors import UserError
+from gkdjax.models import families
+from gkdjax.models.hf_tables import Layout
+from gkdjax.models.spec import DecoderSpec, param_shapes
+from gkdjax.tensor_files import TensorFiles
+
+# Rows read at a time. Transposed, 16 numbers of 2 bytes fill half a cache line of the target:
+# 2 GB/s; the whole tensor at once, 0.3.
+_STRIP = 16
+_DTYPES = tuple(np.dtype(kind) for kind in (np.float32, ml_dtypes.bfloat16, np.float16))
+
+
+def source_names(
+    files: TensorFiles, spec: DecoderSpec, model_type: str
+) -> tuple[Layout, dict[str, tuple[str, int | None]]]:
+    """Which leaf each tensor of a checkpoint is; checks that all of them are accounted for.
+
+    Args:
+      files: of the model directory.
+      spec: of its config.json.
+      model_type: of its config.json.
+
+    Returns:
+      The layout that the files have, and tensor name -> (leaf path, layer; None where the leaf is
+      not stacked) for all tensors of the text decoder, as they stand in the files: kernels
+      (out, in). A tied model whose files hold the head too has it as a second "embedding". What
+      is in `files` and not in here is foreign (`Layout.foreign`): an image encoder's.
+
+    Raises:
+      UserError: tensors that are missing or unknown, named.
+    """
+    layout = _layout(files, spec, model_type)
+    known: dict[str, tuple[str, int | None]] = {}
+    for path, names in leaf_names(spec, layout).items():
+        stacked = path.startswith("layers/")
+        known |= {name: (path, i if stacked else None) for i, name in enumerate(names)}
+    _refuse_names(files, "missing", [name for name in known if name not in files])
+    head = layout.name(families.module(spec).TENSORS["unembedding"])
+    if spec.tied_embedding and head in files:
+        known[head] = ("embedding", None)
+    others = [name for name in files.names if name not in known]
+    _refuse_names(files, "unknown", [n for n in others if not n.startswith(layout.foreign)])
+    return layout, known
+
+
+def leaf_names(spec: DecoderSpec, layout: Layout) -> dict[str, list[str]]:
+    """Leaf path -> names of the tensors that it is made of: one, or one a layer, in order."""
+    return {
+        path: (
+            [template.format(i) for i in range(spec.num_layers)]
+            if path.startswith("layers/")
+            else [template]
+        )
+        for path, template in families.tensor_names(spec, layout).items()
+    }
+
+
+def check_tensors(
+    files: TensorFiles, spec: DecoderSpec, known: dict[str, tuple[str, int | None]]
+) -> None:
+    """Checks shapes and dtypes by the files' headers, and a tied model's head by its numbers.
+
+    Args:
+      files, spec: as in `source_names`.
+      known: the names that it returns.
+
+    Raises:
+      UserError: a tensor that is misshapen, or that is no float or not of its leaf's dtype, or a
+        head that is not the embedding it is tied to, named.
+    """
+    shapes = param_shapes(spec)
+    first: dict[str, str] = {}  # leaf path -> its first tensor
+    for name, (path, layer) in known.items():
+        wanted = shapes[path] if layer is None else shapes[path][:0:-1]
+        if files.shape(name) != wanted:
+            raise UserError(
+                f"{files.file(name)}: tensor {name!r} has shape {files.shape(name)}, not {wanted}"
+            )
+        _check_dtype(files, name, first.setdefault(path, name))
+    for name, (path, _) in known.items():
+        if path == "embedding" and name != first[path]:
+            _check_same(files, name, first[path])
+
+
+def read_leaf(
+    files: TensorFiles,
+    names: list[str],
+    stacked: bool,
+    dtype: np.dtype | None,
+    sharding: Sharding | None,
+) -> jax.Array:
+    """One leaf of the decoder, in its place.
+
+    Args:
+      files: of the model directory.
+      names: of its tensors, see `leaf_names`; they have passed `check_tensors`.
+      stacked: the leaf has a layer axis before those of the tensors; kernels are (L, in, out).
+      dtype: of the leaf; None: of its tensors.
+      sharding: each device's part is read, once where several hold the same. None: the whole leaf
+        goes to the default device, uncommitted.
+    """
+    dtype = files.dtype(names[0]) if dtype is None else dtype
+    shape = files.shape(names[0])
+    if stacked:
+        shape = (len(names), *shape[::-1])
+    parts: dict[tuple, np.ndarray] = {}
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        cuts = [slice(*cut.indices(size)[:2]) for cut, size in zip(index, shape, strict=True)]
+        key = tuple((cut.start, cut.stop) for cut in cuts)
+        if key not in parts:
+            parts[key] = _read_part(files, names, stacked, cuts, dtype)
+        return parts[key]
+
+    if sharding is None:
+        leaf = jax.device_put(read((slice(None),) * len(shape)))
+    else:
+        leaf = jax.make_array_from_callback(shape, sharding, read)
+    return leaf.block_until_ready()  # so that the host holds the parts of one leaf at a time
+
+
+def _read_part(files, names, stacked: bool, cuts: list[slice], dtype: np.dtype) -> np.ndarray:
+    part = np.empty([cut.stop - cut.start for cut in cuts], dtype)
+    if not stacked:
+        _fill(part, files, names[0], cuts)
+        return part
+    layers, *cuts = cuts
+    for target, name in zip(part, names[layers], strict=True):
+        _fill(target.T, files, name, cuts[::-1])  # a vector is its own transpose
+    return part
+
+
+def _fill(target: np.ndarray, files: TensorFiles, name: str, cuts: list[slice]) -> None:
+    """Copies what `cuts` take of a tensor into `target`, whose axes are the tensor's."""
+    rows, *columns = cuts
+    height = _STRIP if columns else target.size
+    for start in range(rows.start, rows.stop, height):
+        stop = min(start + height, rows.stop)
+        strip = files.read(name, (slice(start, stop), *columns))
+        target[start - rows.start : stop - rows.start] = strip
+
+
+def _layout(files: TensorFiles, spec: DecoderSpec, model_type: str) -> Layout:
+    layouts = families.MODEL_TYPES[model_type].LAYOUTS[model_type]
+    template = families.module(spec).TENSORS["embedding"]
+    for layout in layouts:
+        if layout.name(template) in files:
+            return layout
+    wanted = " or ".join(repr(layout.name(template)) for layout in layouts)
+    raise UserError(
+        f"{files.directory}: the embedding is missing: {wanted}, for model_type {model_type!r};"
+        f" there are {len(files.names)} tensors, {list(files.names[:3])}"
+    )
+
+
+def _refuse_names(files: TensorFiles, what: str, names: list[str]) -> None:
+    if names:
+        raise UserError(
+            f"{files.directory}: {what} tensors {sorted(names)[:5]} ({len(names)} in all)"
+        )
+
+
+def _check_dtype(files: TensorFiles, name: str, first: str) -> None:
+    dtype, wanted = files.dtype(name), files.dtype(first)
+    if dtype not in _DTYPES:
+        raise UserError(
+            f"{files.file(name)}: tensor {name!r} is wrongly typed: {dtype}, where only"
+            f" {', '.join(map(str, _DTYPES))} are read"
+        )
+    if dtype != wanted:
+        raise UserError(
+            f"{files.file(name)}: tensor {name!r} is wrongly typed: {dtype}, where {first!r},"
+            f" which belongs to the same parameter, is {wanted}"
+        )
+
+
+def _check_same(files: TensorFiles, head: str, embedding: str) -> None:
+    rows = files.shape(head)[0]
+    for start in range(0, rows, 1024):  # a few megabytes of each at a time
+        cut = slice(start, min(start + 1024, rows))
+        a, b = (files.read(name, cut) for name in (head, embedding))
+        if not np.array_equal(a.view(np.uint8), b.view(np.uint8)):
+            raise UserError(
+                f"{files.directory}: tie_word_embeddings is true, and {head!r} differs from"
+                f" {embedding!r}; set it to false in config.json if the head is a parameter of its"
+                " own, or remove the tensor"
+            )

@@ -1,0 +1,196 @@
+"""The student and the teachers of a run: where they lie, how they render text, their weights."""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh
+
+from gkdjax import hf, hub, lora, peft, sharding
+from gkdjax import workdir as workdirs
+from gkdjax.config import Config
+from gkdjax.data.chat import Chat, load_chat, vocabulary_difference
+from gkdjax.errors import UserError
+from gkdjax.models.decoder import Decoder
+from gkdjax.models.spec import DecoderSpec
+from gkdjax.sampler import Sampling
+from gkdjax.teachers.flax import FlaxTeacher
+from gkdjax.teachers.protocol import Teacher
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """The models' directories on this machine, and their chats."""
+
+    student: pathlib.Path
+    chat: Chat
+    teacher: pathlib.Path | None  # None: the student's own base, or no model in this process
+    teacher_chat: Chat
+
+
+def local_directory(name: str, workdir: pathlib.Path, weights: bool = True) -> pathlib.Path:
+    """As `hub.local_directory`, at the commit that the run began with: a hub id may move on.
+
+    RUN/revisions.json keeps the commits.
+    """
+    if pathlib.Path(name).is_dir():
+        return pathlib.Path(name)
+    path = workdir / "revisions.json"
+    begun_with = workdirs.read_json(path) or {}
+    if name in begun_with:
+        return hub.local_directory(name, weights, begun_with[name])
+    directory = hub.local_directory(name, weights)
+    workdirs.write_json(path, begun_with | {name: directory.name})
+    return directory
+
+
+def hub_id(name: str) -> str | None:
+    """`name` if it is no directory here."""
+    return None if pathlib.Path(name).is_dir() else name
+
+
+def find(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> Sources:
+    """Directories, fetched from the hub where they must be; chats, but no weights, are read.
+
+    Args:
+      config: the run's.
+      workdir: the run's directory.
+      teacher: instead of the config's, or None.
+
+    Raises:
+      UserError: a model that cannot be had or is not supported, a tokenizer without a chat
+        template, or two vocabularies that differ.
+    """
+    student = local_directory(config.student.model, workdir)
+    hf.load_spec(student)
+    chat = load_chat(student)
+    c, directory = config.teacher, None
+    if teacher is not None:
+        teacher_chat, name = teacher.chat or chat, teacher.description
+    elif c.backend == "local-toggle":
+        return Sources(student, chat, None, chat)
+    else:
+        directory = local_directory(c.model, workdir)
+        hf.load_spec(directory)
+        name = c.tokenizer or c.model
+        teacher_chat = load_chat(
+            local_directory(c.tokenizer, workdir, weights=False) if c.tokenizer else directory
+        )
+    difference = vocabulary_difference(chat, teacher_chat)
+    if difference is not None:
+        raise UserError(
+            f"the teacher's tokenizer ({name}) is not the student's ({config.student.model}):"
+            f" {difference}. Distillation compares probabilities id by id, so both must be one"
+        )
+    return Sources(student, chat, directory, teacher_chat)
+
+
+def load(
+    config: Config, directory: pathlib.Path, dtype: str | None, mesh: Mesh
+) -> tuple[Decoder, dict]:
+    """(decoder, its parameters on every device of the mesh)."""
+    decoder, params = hf.load_pretrained(directory, dtype, config.student.compute_dtype, mesh)
+    return decoder.clone(remat=config.train.remat), params
+
+
+def fresh_adapters(config: Config, params: dict, key: jax.Array) -> dict[str, lora.Adapter]:
+    """Adapters of `params` that change nothing yet.
+
+    Raises:
+      UserError: a target of student.lora.targets that matches no kernel.
+    """
+    c = config.student.lora
+    try:
+        return lora.init(key, params, lora.LoraRules(c.rank, c.alpha, c.dropout, c.targets))
+    except ValueError as error:
+        raise UserError(f"config.student.lora.targets: {error}") from error
+
+
+def starting_adapters(
+    config: Config, workdir: pathlib.Path, spec: DecoderSpec, params: dict
+) -> dict[str, lora.Adapter] | None:
+    """What student.lora.start_from holds, with the config's dropout; None if it names nothing.
+
+    Raises:
+      UserError: it cannot be read, does not fit the student, or is not what student.lora says:
+        rank, alpha and targets are the adapter's own, and the config of a run must not lie.
+    """
+    c = config.student.lora
+    if not c.start_from:
+        return None
+    loaded = peft.load_adapter(local_directory(c.start_from, workdir), spec)
+    said = jax.eval_shape(lambda: fresh_adapters(config, params, jax.random.key(0)))
+    if not _alike(said, loaded.adapters):
+        rules = loaded.rules
+        raise UserError(
+            f"config.student.lora is not what the adapter {c.start_from} is: set"
+            f" student.lora.rank={rules.rank}, .alpha={rules.alpha} and .targets={rules.targets}"
+        )
+    return {
+        path: dataclasses.replace(adapter, dropout=c.dropout)
+        for path, adapter in loaded.adapters.items()
+    }
+
+
+def _alike(a: dict[str, lora.Adapter], b: dict[str, lora.Adapter]) -> bool:
+    """Of the same kernels, ranks and scales; a scale of rsLoRA is rounded on its way."""
+    return a.keys() == b.keys() and all(
+        (a[path].a.shape, a[path].b.shape) == (b[path].a.shape, b[path].b.shape)
+        and math.isclose(a[path].scale, b[path].scale)
+        for path in a
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class InProcess:
+    """Makes in-process teachers, alike but for their weights."""
+
+    config: Config
+    workdir: pathlib.Path
+    lengths: Sequence[int]  # padded prompt lengths for sampling
+    mesh: Mesh
+    vocab_size: int  # of the student
+
+    @property
+    def sampling(self) -> Sampling:
+        c = self.config.trajectory
+        return Sampling(c.max_new_tokens, c.temperature, c.top_p)
+
+    def config_teacher(self, sources: Sources, own: tuple[Decoder, dict] | None) -> FlaxTeacher:
+        """The config's teacher, with its adapter if it has one.
+
+        Args:
+          sources: from `find`.
+          own: the student's base, if that is the teacher.
+        """
+        c = self.config.teacher
+        description = c.model or "the student's base, its own adapter off"
+        decoder, params = own or load(self.config, sources.teacher, c.dtype, self.mesh)
+        if c.adapter:
+            directory = local_directory(c.adapter, self.workdir)
+            adapters = peft.load_adapter(directory, decoder.spec).adapters
+            params = lora.attach(params, sharding.replicate(self.mesh, adapters))
+            description += f", with the adapter {c.adapter}"
+        return self.teacher(decoder, params, sources.teacher_chat, description)
+
+    def teacher(self, decoder: Decoder, params: dict, chat: Chat, description: str) -> FlaxTeacher:
+        k, shared = self.config.teacher.top_k, min(self.vocab_size, decoder.spec.vocab_size)
+        if k is not None and k > shared:
+            raise UserError(
+                f"config.teacher.top_k = {k}: the vocabulary has {shared} tokens; None takes all"
+            )
+        return FlaxTeacher(
+            decoder,
+            params,
+            chat,
+            description,
+            top_k=k,
+            vocab_size=self.vocab_size,
+            temperature=self.config.gkd.temperature,
+            lengths=self.lengths,
+            batch_size=self.config.eval.batch_size,
+            chunk_size=self.config.gkd.chunk_size,
+            mesh=self.mesh,
+        )

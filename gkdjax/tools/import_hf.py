@@ -1,0 +1,142 @@
+"""Shows what a Hugging Face model is, and whether it can be a student or a teacher here.
+
+    python -m gkdjax.tools.import_hf --check MODEL
+
+MODEL is a directory or a hub id. There is nothing to convert: a run reads it as it is.
+"""
+
+import argparse
+import collections
+import math
+import sys
+from collections.abc import Iterator
+
+from gkdjax import hf, hub
+from gkdjax.data.chat import Chat, load_chat
+from gkdjax.errors import GkdjaxError, UserError
+from gkdjax.leaves import check_tensors, source_names
+from gkdjax.models.spec import DecoderSpec, RopeSpec, param_shapes
+from gkdjax.tensor_files import TensorFiles
+from gkdjax.types import Message
+
+Row = tuple[str, str]  # what, how much
+
+
+def describe(model: str) -> Iterator[Row]:
+    """Rows of the table, in order; what is wrong is raised where its row would stand.
+
+    Args:
+      model: a directory or a hub id.
+
+    Raises:
+      UserError: the model cannot be had, or cannot be used: the file, tensor or token is named.
+    """
+    directory = hub.local_directory(model)
+    config, spec = hf.load_config(directory), hf.load_spec(directory)
+    yield "model", str(directory)
+    yield "family", f"{spec.family} (model_type {config['model_type']})"
+    yield from _sizes(spec)
+    files = TensorFiles(directory)
+    _, known = source_names(files, spec, config["model_type"])
+    check_tensors(files, spec, known)
+    yield from _weights(spec, files, known)
+    chat = load_chat(str(directory))
+    yield from _tokenizer(spec, chat)
+
+
+def _sizes(spec: DecoderSpec) -> Iterator[Row]:
+    local = spec.num_layers - sum(spec.is_global_L)
+    window = f", {local} of them local with a window of {spec.window}" if local else ""
+    yield "layers", f"{spec.num_layers}{window}"
+    yield "width", f"{spec.width:,}"
+    yield "heads", f"{spec.num_heads} of {spec.head_dim}, {spec.num_kv_heads} for keys and values"
+    yield "ffn width", f"{spec.ffn_width:,}"
+    yield "vocabulary", f"{spec.vocab_size:,} rows"
+    yield "rope", _rope(spec.rope_global)
+    if spec.rope_local is not None and local:
+        yield "rope, local layers", _rope(spec.rope_local)
+    yield "head", "tied to the embedding" if spec.tied_embedding else "of its own"
+
+
+def _rope(rope: RopeSpec) -> str:
+    scaling = "not scaled"
+    if rope.linear_factor != 1.0:
+        scaling = f"positions divided by {rope.linear_factor:g}"
+    if rope.llama3 is not None:
+        scaling = (
+            f"llama3: slow frequencies divided by {rope.llama3.factor:g},"
+            f" trained at {rope.llama3.original_length:,} positions"
+        )
+    return f"theta {rope.theta:,.0f}, {scaling}"
+
+
+def _weights(spec: DecoderSpec, files: TensorFiles, known: dict) -> Iterator[Row]:
+    parameters = sum(math.prod(shape) for shape in param_shapes(spec).values())
+    yield "parameters", f"{parameters:,}"
+    sizes, dtypes = {}, collections.Counter()
+    for name in files.names:
+        dtype, count = files.dtype(name), math.prod(files.shape(name))
+        sizes[name] = count * dtype.itemsize
+        dtypes[dtype.name] += count if name in known else 0
+    own, others = ([n for n in files.names if (n in known) == mine] for mine in (True, False))
+    shares = ", ".join(f"{name} ({n:,} numbers)" for name, n in dtypes.most_common() if n)
+    yield "dtype", dtypes.most_common(1)[0][0] if shares.count("(") == 1 else shares
+    yield "tensors", f"{len(own)}, {_bytes(sum(sizes[name] for name in own))}, all accounted for"
+    if others:
+        size = _bytes(sum(sizes[name] for name in others))
+        yield "not of the text", f"{len(others)} tensors, {size}: not read, exported as they are"
+
+
+def _bytes(count: int) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:,} bytes" if unit == "bytes" else f"{count:.2f} {unit}"
+        count /= 1000
+
+
+def _tokenizer(spec: DecoderSpec, chat: Chat) -> Iterator[Row]:
+    ids = chat.tokenizer.get_vocab()
+    beyond = sorted((i, token) for token, i in ids.items() if i >= spec.vocab_size)
+    named = ", ".join(f"{token!r} ({i})" for i, token in beyond[:5])
+    if any(i in _needed(chat) for i, _ in beyond):
+        raise UserError(
+            f"{chat.directory}: the embedding has {spec.vocab_size} rows and none for"
+            f" {len(beyond)} tokens of the tokenizer, {named}; the two belong to different models"
+        )
+    padding = spec.vocab_size - (len(ids) - len(beyond))
+    yield "tokenizer", f"{len(ids):,} tokens, {padding:,} rows of padding"
+    if beyond:
+        yield "", f"without a row, never use: {named}"
+    yield "stop ids", chat.stop_tokens()
+    yield "chat template", f"ends a turn with {chat.end_of_turn}"
+
+
+def _needed(chat: Chat) -> set[int]:
+    """Ids that text, the chat template or padding can bring.
+
+    Special tokens beside them may lack a row: Gemma 3's smaller models, which see no images, have
+    the tokenizer of the larger ones.
+    """
+    added = chat.tokenizer.added_tokens_decoder
+    special = {i for i, token in added.items() if token.special}
+    text = set(chat.tokenizer.get_vocab().values()) - special
+    return text | {*chat.stop_ids, chat.pad_id, *chat.prompt_ids([Message("user", "Hello")])}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command -> exit code."""
+    parser = argparse.ArgumentParser("import_hf", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", required=True, metavar="MODEL", help="A directory or a hub id.")
+    given = parser.parse_args(argv)
+    try:
+        for what, value in describe(given.check):
+            print(f"{what:20}{value}")
+    except GkdjaxError as error:
+        print(f"import_hf: {error}", file=sys.stderr)
+        return error.exit_code
+    print("fits")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""What config.json says that no weights need to be read for: models that are refused, and why."""
+
+import json
+
+import factories
+import pytest
+
+from gkdjax import hf
+from gkdjax.errors import UserError
+
+SUPPORTED = "gemma3, gemma3_text, llama, qwen2, qwen3"
+GPTQ = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+OWN_CODE = {"AutoModelForCausalLM": "modeling.Model"}
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """Writes fields over those of a sound config.json, and into tokenizer_config.json."""
+
+    def write(changed: dict, family: str = "llama", tokenizer: dict | None = None):
+        config = factories.config(family).to_dict()
+        for file, fields in {"config": config | changed, "tokenizer_config": tokenizer}.items():
+            if fields is not None:
+                (tmp_path / f"{file}.json").write_text(json.dumps(fields))
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("changed", "wanted"),
+    [
+        ({"model_type": "mamba"}, rf"model_type 'mamba' is not supported; supported: {SUPPORTED}$"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "'LlamaForSequenceClassification'"),
+        ({"architectures": ["LlamaModel"]}, rf"'LlamaModel' .* of model_type {SUPPORTED} is"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "'Gemma3ForConditionalGeneration'"),
+        (GPTQ, r"quantised \(quantization_config\.quant_method 'gptq'\)"),
+        ({"text_config": GPTQ}, "quant_method 'gptq'"),
+        ({"auto_map": OWN_CODE}, r"config\.json: auto_map .* code from a checkpoint is never run"),
+    ],
+)
+def test_what_is_not_supported_is_named(directory, changed, wanted):
+    with pytest.raises(UserError, match=wanted) as caught:
+        hf.load_config(directory(changed))
+    assert str(directory(changed) / "config.json") in str(caught.value)
+
+
+def test_code_for_the_tokenizer_is_refused_too(directory):
+    tokenizer = {"auto_map": {"AutoTokenizer": ["tokenization.Own", None]}}
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: auto_map"):
+        hf.load_config(directory({}, tokenizer=tokenizer))
+
+
+def test_a_damaged_tokenizer_config_is_named(directory):
+    made = directory({})
+    (made / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer_config\.json does not parse"):
+        hf.load_config(made)
+
+
+@pytest.mark.parametrize(
+    ("family", "changed"),
+    [
+        ("llama", {"architectures": ["LlamaForCausalLM"]}),
+        ("llama", {"architectures": None}),
+        ("llama", {"quantization_config": None, "auto_map": {}}),
+        ("gemma3", {"architectures": ["Gemma3ForCausalLM"]}),
+    ],
+)
+def test_what_is_supported_passes(directory, family, changed):
+    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    assert hf.load_spec(directory(changed, family, tokenizer)) == factories.spec(family)

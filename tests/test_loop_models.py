@@ -1,0 +1,160 @@
+"""Whole runs with models from the hub, starting adapters, and teachers that carry one."""
+
+import json
+import shutil
+
+import builders
+import numpy as np
+import pytest
+
+from gkdjax import export, hf, loop, lora, peft
+from gkdjax.errors import UserError
+from gkdjax.tools.export_hf import export_step
+from tests.small_runs import metrics, small
+
+TARGETS = ("k_proj", "q_proj")
+
+
+@pytest.fixture
+def adapter(student, tmp_path):
+    """adapter(base) -> a PEFT directory of rank 2 and alpha 3, on two of the base's kernels."""
+
+    def write(base=student) -> str:
+        decoder, _ = hf.load_pretrained(base)
+        made = builders.adapters(decoder, names=TARGETS)
+        export.export_adapter(tmp_path / "adapter", decoder.spec, made, base)
+        return str(tmp_path / "adapter")
+
+    return write
+
+
+def starting_from(student: str, directory: str, **changes):
+    c = small(student, **changes)
+    c.student.lora.start_from = directory
+    c.student.lora.alpha = 3.0
+    c.student.lora.targets = TARGETS
+    return c
+
+
+def test_a_run_goes_on_from_a_peft_adapter(student, adapter, tmp_path):
+    c = starting_from(student, adapter(), train__steps=1, train__export="both")
+    c.optim.learning_rate = 1e-9
+    c.anchor.data, c.anchor.batch_size = [{"prompt": "other"}], 4
+    loop.run(c, tmp_path / "run")
+    spec = hf.load_spec(student)
+    start, end = (
+        peft.load_adapter(path, spec).adapters for path in (adapter(), tmp_path / "run/adapter")
+    )
+    assert start.keys() == end.keys()
+    for path in start:
+        np.testing.assert_allclose(end[path].b, start[path].b, atol=1e-7)
+        assert end[path].scale == start[path].scale
+    # The student as it was is the base with the adapter: the anchor finds no distance yet.
+    assert metrics(tmp_path / "run")[0]["anchor_loss"] == pytest.approx(0.0, abs=1e-6)
+    _, base = hf.load_pretrained(student)
+    _, merged = hf.load_pretrained(str(tmp_path / "run/merged"))
+    wanted = lora.merge(base, start)["layers"]["q_proj"]
+    np.testing.assert_allclose(merged["layers"]["q_proj"], wanted, atol=1e-6)
+
+
+def test_before_training_the_student_answers_with_its_starting_adapter(student, adapter, tmp_path):
+    decoder, base = hf.load_pretrained(student)
+    start = adapter()
+    merged = tmp_path / "merged_start"
+    loaded = peft.load_adapter(start, decoder.spec).adapters
+    export.export_merged(merged, decoder.spec, base, loaded, student)
+    held_out = [{"prompt": "ask 1"}, {"prompt": "ask 7"}]
+    found = []
+    for name, c in {
+        "adapter": starting_from(student, start, train__steps=1, eval__held_out=held_out),
+        "merged": small(str(merged), train__steps=1, eval__held_out=held_out),
+    }.items():
+        c.teacher.backend, c.teacher.model = "flax", student
+        results = loop.run(c, tmp_path / name)
+        found.append([results[who]["forward_kl"] for who in ("base", "prompted_base")])
+    assert found[0] == pytest.approx(found[1], abs=1e-4)
+    assert min(found[0]) > 1e-2  # the teacher is the base without the adapter
+
+
+def test_a_config_that_tells_another_adapter_is_refused_with_what_to_set(
+    student, adapter, tmp_path
+):
+    c = starting_from(student, adapter())
+    c.student.lora.rank = 4
+    with pytest.raises(UserError, match=r"rank=2, \.alpha=3\.0 and \.targets=\('k_proj', 'q_proj"):
+        loop.run(c, tmp_path / "run")
+
+
+def test_an_adapter_of_another_base_is_refused(student, other, adapter, tmp_path):
+    with pytest.raises(UserError, match="another base"):
+        loop.run(starting_from(student, adapter(other)), tmp_path / "run")
+
+
+def test_a_teacher_may_carry_an_adapter(student, other, adapter, tmp_path):
+    decoder, base = hf.load_pretrained(other)
+    directory = adapter(other)
+    loaded = peft.load_adapter(directory, decoder.spec).adapters
+    merged = str(tmp_path / "merged_teacher")
+    export.export_merged(merged, decoder.spec, base, loaded, other)
+    losses = []
+    for name, model, on_top in (
+        ("carried", other, directory),
+        ("merged", merged, ""),
+        ("none", other, ""),
+    ):
+        c = small(student, train__steps=1, teacher__backend="flax", teacher__model=model)
+        c.data.train = [{"prompt": "ask", "response": "told"}] * 4
+        c.teacher.adapter = on_top
+        loop.run(c, tmp_path / name)
+        losses.append(metrics(tmp_path / name)[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert abs(losses[0] - losses[2]) > 1e-2
+
+
+def test_the_students_base_with_another_adapter_may_teach_without_a_prefix(
+    student, adapter, tmp_path
+):
+    c = small(student, train__steps=1, context__prefix_messages=())
+    c.teacher.adapter = adapter()
+    loop.run(c, tmp_path / "run")
+    assert metrics(tmp_path / "run")[0]["loss"] > 1e-2
+
+
+def test_a_teacher_may_borrow_a_tokenizer(student, other, tmp_path):
+    bare = shutil.copytree(other, tmp_path / "bare")
+    for file in bare.iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            file.unlink()
+    c = small(student, train__steps=1, teacher__backend="flax", teacher__model=str(bare))
+    with pytest.raises(UserError, match="bare"):
+        loop.run(c, tmp_path / "without")
+    c.teacher.tokenizer = other
+    loop.run(c, tmp_path / "with")
+    assert metrics(tmp_path / "with")[0]["loss"] > 0
+
+
+COMMIT = "c0ffee" + 34 * "0"
+
+
+def test_models_by_their_hub_ids(student, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "hub" / "models--org--tiny"
+    shutil.copytree(student, root / "snapshots" / COMMIT)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    loop.run(small("org/tiny", train__steps=2, train__export="both"), tmp_path / "run")
+    assert "org/tiny: a response ends with <end_of_turn> (5), <eos> (1)" in capsys.readouterr().out
+    told = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert told["base_model_name_or_path"] == "org/tiny"
+    hf.load_pretrained(str(tmp_path / "run/merged"))
+
+    # The run stays with what it began with when the repository moves on.
+    assert json.loads((tmp_path / "run/revisions.json").read_text()) == {"org/tiny": COMMIT}
+    (root / "refs" / "main").write_text("f" * 40)
+    export_step(tmp_path / "run", tmp_path / "again")
+    for file in ("model.safetensors", "tokenizer.json"):
+        first, second = (tmp_path / name / file for name in ("run/merged", "again"))
+        assert first.read_bytes() == second.read_bytes()
+    for model in ("org/tiny", "org/absent"):
+        with pytest.raises(UserError, match=model):
+            loop.run(small(model), tmp_path / "another")

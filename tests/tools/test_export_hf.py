@@ -1,0 +1,166 @@
+"""Exports of a run's saved steps are what the run itself exports."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from checkpoints import assert_same_bytes, load_torch, tensors, torch_logits
+from small_runs import ConstantTeacher, small
+
+from gkdjax import loop
+from gkdjax.errors import Preempted
+from gkdjax.tools import export_hf
+
+FILES = ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja")
+
+
+def export(run, out, *flags: str) -> int:
+    return export_hf.main([f"--checkpoint={run}", f"--out={out}", *flags])
+
+
+@pytest.fixture(scope="module")
+def lora_run(student, tmp_path_factory, quick_compilation) -> pathlib.Path:
+    """Saved at steps 2 and 4; at step 2 it was stopped, and exported to "stopped"."""
+    root = tmp_path_factory.mktemp("lora")
+    config = small(student, teacher__top_k=1, train__export="both")
+    config.student.lora.alpha = 7.0
+    with pytest.raises(Preempted):
+        loop.run(config, root / "run", teacher=ConstantTeacher(50, 5, stopped_at=2))
+    assert export(root / "run", root / "stopped") == 0
+    loop.run(config, root / "run", teacher=ConstantTeacher(50, 5))
+    return root / "run"
+
+
+@pytest.fixture(scope="module")
+def full_run(student, tmp_path_factory, quick_compilation) -> pathlib.Path:
+    config = small(student, teacher__top_k=1, student__adapter="none")
+    loop.run(config, tmp_path_factory.mktemp("full") / "run", teacher=ConstantTeacher(50, 5))
+    return next(tmp_path_factory.getbasetemp().glob("full*/run"))
+
+
+@pytest.mark.parametrize("flags", [[], ["--merged"], ["--merged", "--step=4"]])
+def test_the_last_step_is_what_the_run_exported(lora_run, tmp_path, capsys, flags):
+    assert export(lora_run, tmp_path / "out", *flags) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'out'}: step 4 of {lora_run}\n"
+    for name in FILES:
+        ours, runs = (d / name for d in (tmp_path / "out", lora_run / "merged"))
+        assert ours.read_bytes() == runs.read_bytes(), name
+
+
+def test_the_adapter_is_what_the_run_exported(lora_run, tmp_path):
+    assert export(lora_run, tmp_path / "out", "--adapter") == 0
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        ours, runs = (d / name for d in (tmp_path / "out", lora_run / "adapter"))
+        assert ours.read_bytes() == runs.read_bytes(), name
+    fields = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert (fields["r"], fields["lora_alpha"]) == (2, 7.0)
+
+
+def test_an_earlier_step_is_what_the_run_was_then(lora_run, tmp_path):
+    assert export(lora_run, tmp_path / "out", "--step=2") == 0
+    assert_same_bytes(tmp_path / "out", lora_run.parent / "stopped")
+    early, late = (torch_logits(load_torch(d)) for d in (tmp_path / "out", lora_run / "merged"))
+    assert np.abs(early - late).max() > 0.01
+
+
+def test_every_parameter_of_a_full_fine_tuning_is_exported(full_run, student, tmp_path, capsys):
+    assert export(full_run, tmp_path / "out") == 0
+    assert_same_bytes(tmp_path / "out", full_run / "merged")
+    before, after = tensors(student), tensors(tmp_path / "out")
+    assert all((after[name] != before[name]).any() for name in before if "proj" in name)
+    assert export(full_run, tmp_path / "adapter", "--adapter") == 2
+    assert "trained every parameter" in capsys.readouterr().err
+    assert not (tmp_path / "adapter").exists()
+
+
+def damage(run: pathlib.Path, leaf: str) -> None:
+    """What a flipped bit of the leaf comes to: it does not have its fingerprint any more."""
+    path = run / "checkpoints/4/meta/metadata"
+    meta = json.loads(path.read_text())
+    (damaged,) = [name for name in meta["crc32"] if name.endswith(leaf)]
+    meta["crc32"][damaged] ^= 1
+    path.write_text(json.dumps(meta))
+
+
+def test_a_damaged_newest_step_is_passed_over_and_left_alone(lora_run, tmp_path, capsys):
+    run = shutil.copytree(lora_run, tmp_path / "run")
+    damage(run, "0/mu/layers/q_proj/a")  # the optimizer's are not exported
+    assert export(run, tmp_path / "out") == 0
+    assert_same_bytes(tmp_path / "out", lora_run / "merged")
+    damage(run, "trainable/layers/q_proj/a")
+    before = sorted(run.rglob("*"))
+    assert export(run, tmp_path / "no", "--step=4") == 2
+    told = capsys.readouterr().err
+    assert "no checkpoint" in told and "trainable/layers/q_proj/a" in told
+    assert export(run, tmp_path / "out") == 0
+    assert "step 2 of" in capsys.readouterr().out
+    assert_same_bytes(tmp_path / "out", lora_run.parent / "stopped")
+    assert sorted(run.rglob("*")) == before
+
+
+def test_a_save_that_is_going_on_is_left_alone(lora_run, tmp_path):
+    run = shutil.copytree(lora_run, tmp_path / "run")
+    (run / "checkpoints/6.orbax-checkpoint-tmp").mkdir()
+    assert export(run, tmp_path / "out") == 0
+    assert (run / "checkpoints/6.orbax-checkpoint-tmp").is_dir()
+    assert_same_bytes(tmp_path / "out", lora_run / "merged")
+
+
+def test_only_its_own_kind_of_directory_is_replaced(lora_run, student, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    assert export(lora_run, out, "--step=2") == 0  # an empty one is
+    assert export(lora_run, out) == 0
+    assert_same_bytes(out, lora_run / "merged")
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "thesis.tex").touch()
+    run = shutil.copytree(lora_run, tmp_path / "run")
+    (tmp_path / "file").write_text("text")
+    for other in (work, run, tmp_path / "file", lora_run / "adapter", tmp_path):
+        assert export(run, other) == 2
+        assert "is there and not the directory of a model" in capsys.readouterr().err
+    assert export(run, out, "--adapter") == 2
+    assert "not the directory of an adapter" in capsys.readouterr().err
+    assert export(run, student) == 2
+    assert "the model that the run began with" in capsys.readouterr().err
+    assert (work / "thesis.tex").exists() and (run / "checkpoints").exists()
+
+
+def test_what_is_no_run_or_no_step_is_named(lora_run, student, tmp_path, capsys):
+    def told(run, *flags) -> str:
+        assert export(run, tmp_path / "out", *flags) == 2
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    assert "holds no step 3; there are [2, 4]" in told(lora_run, "--step=3")
+    assert "holds no config.json, so it is not a run's" in told(tmp_path / "nothing")
+    assert "config.json is not a run's" in told(student)
+    run = shutil.copytree(lora_run, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
+    assert "holds no checkpoint" in told(run)
+    fields = json.loads((run / "config.json").read_text())
+    fields["student"]["model"] = str(tmp_path / "gone")
+    (run / "config.json").write_text(json.dumps(fields))
+    assert str(tmp_path / "gone") in told(run)
+    (run / "config.json").write_text("{")
+    assert "cannot be read" in told(run)
+
+
+def test_the_command_line(lora_run, tmp_path):
+    command = [sys.executable, "-m", "gkdjax.tools.export_hf", f"--checkpoint={lora_run}"]
+    command += [f"--out={tmp_path / 'out'}"]
+    done = subprocess.run([*command, "--step=2"], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith(f"step 2 of {lora_run}\n")
+    assert done.stderr == ""
+
+
+def test_a_wrong_flag_is_told(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        export(tmp_path, tmp_path / "out", "--adapter", "--merged")
+    assert caught.value.code == 2
+    assert "not allowed with" in capsys.readouterr().err
