@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from gkdjax import hf, hub, lora, peft, sharding
 from gkdjax import workdir as workdirs
 from gkdjax.config import Config
-from gkdjax.data.chat import Chat, load_chat, vocabulary_difference
+from gkdjax.data import vocabulary
+from gkdjax.data.chat import Chat, load_chat
 from gkdjax.errors import UserError
 from gkdjax.models.decoder import Decoder
 from gkdjax.models.spec import DecoderSpec
@@ -64,8 +65,7 @@ def find(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> Sour
         template, or two vocabularies that differ.
     """
     student = local_directory(config.student.model, workdir)
-    hf.load_spec(student)
-    chat = load_chat(student)
+    chat = vocabulary.of_model(load_chat(student), hf.load_spec(student).vocab_size)
     c, directory = config.teacher, None
     if teacher is not None:
         teacher_chat, name = teacher.chat or chat, teacher.description
@@ -73,12 +73,11 @@ def find(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> Sour
         return Sources(student, chat, None, chat)
     else:
         directory = local_directory(c.model, workdir)
-        hf.load_spec(directory)
+        spec = hf.load_spec(directory)
         name = c.tokenizer or c.model
-        teacher_chat = load_chat(
-            local_directory(c.tokenizer, workdir, weights=False) if c.tokenizer else directory
-        )
-    difference = vocabulary_difference(chat, teacher_chat)
+        borrowed = c.tokenizer and local_directory(c.tokenizer, workdir, weights=False)
+        teacher_chat = vocabulary.of_model(load_chat(borrowed or directory), spec.vocab_size)
+    difference = vocabulary.difference(chat, teacher_chat)
     if difference is not None:
         raise UserError(
             f"the teacher's tokenizer ({name}) is not the student's ({config.student.model}):"

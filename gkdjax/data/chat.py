@@ -38,6 +38,7 @@ class Chat:
     pad_id: int
     stop_ids: tuple[int, ...]  # any of them ends a response; the template's end of turn is first
     end_of_turn: str  # the special token after an assistant's content, as text
+    vocab_size: int | None = None  # rows of the model's embedding; None: of no model yet
 
     def prompt_ids(self, messages: Sequence[Message], name: str = "a prompt") -> np.ndarray:
         """What the model reads before it answers: int32 [T], with the assistant's header.
@@ -109,22 +110,6 @@ def load_chat(directory: str) -> Chat:
     return Chat(str(directory), tokenizer, pad_id, stop_ids, end_of_turn)
 
 
-def vocabulary_difference(a: Chat, b: Chat) -> str | None:
-    """None if both tokenizers give the same ids to the same tokens, else the first difference."""
-    tokens_a, tokens_b = ({i: t for t, i in c.tokenizer.get_vocab().items()} for c in (a, b))
-    if tokens_a == tokens_b:
-        return None
-    shared = tokens_a.keys() & tokens_b.keys()
-    differing = sorted(i for i in shared if tokens_a[i] != tokens_b[i])
-    if differing:
-        i = differing[0]
-        return f"id {i} is {tokens_a[i]!r} in {a.directory} and {tokens_b[i]!r} in {b.directory}"
-    i = min(tokens_a.keys() ^ tokens_b.keys())
-    has, lacks = (a, b) if i in tokens_a else (b, a)
-    token = (tokens_a | tokens_b)[i]
-    return f"{token!r} (id {i}) is in {has.directory} and not in {lacks.directory}"
-
-
 def _load_tokenizer(directory: str) -> transformers.PreTrainedTokenizerBase:
     if not pathlib.Path(directory).is_dir():
         raise UserError(f"{directory}: no such model directory")
@@ -184,6 +169,7 @@ def _rendered(
     text = _template_text(chat, messages, generation_prompt, name)
     own, spans = _layout(chat, messages, text, generation_prompt, name)
     ids, offsets = _tokenize(chat, text)
+    _check_rows(chat, ids, name)
     flags = np.zeros(len(ids), bool)
     for i, targeted in enumerate(is_target):
         if targeted:
@@ -196,6 +182,17 @@ def _rendered(
             flags[first:after] = True
     ids.flags.writeable = flags.flags.writeable = False
     return ids, flags
+
+
+def _check_rows(chat: Chat, ids: np.ndarray, name: str) -> None:
+    """A lookup beyond the embedding would give its last row, in silence."""
+    beyond = ids[ids >= chat.vocab_size] if chat.vocab_size is not None else ids[:0]
+    if beyond.size:
+        token = chat.tokenizer.convert_ids_to_tokens(int(beyond[0]))
+        raise UserError(
+            f"{name}: the token {token!r} (id {beyond[0]}) has no row in the embedding of"
+            f" {chat.directory}, which has {chat.vocab_size}; remove it from the text"
+        )
 
 
 def _template_text(

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 
 from gkdjax import hf, hub
 from gkdjax.data.chat import Chat, load_chat
-from gkdjax.errors import GkdjaxError, UserError
+from gkdjax.data.vocabulary import tokens_without_row
+from gkdjax.errors import GkdjaxError
 from gkdjax.leaves import check_tensors, source_names
 from gkdjax.models.spec import DecoderSpec, RopeSpec, param_shapes
 from gkdjax.tensor_files import TensorFiles
-from gkdjax.types import Message
 
 Row = tuple[str, str]  # what, how much
 
@@ -95,32 +95,15 @@ def _bytes(count: int) -> str:
 
 
 def _tokenizer(spec: DecoderSpec, chat: Chat) -> Iterator[Row]:
-    ids = chat.tokenizer.get_vocab()
-    beyond = sorted((i, token) for token, i in ids.items() if i >= spec.vocab_size)
-    named = ", ".join(f"{token!r} ({i})" for i, token in beyond[:5])
-    if any(i in _needed(chat) for i, _ in beyond):
-        raise UserError(
-            f"{chat.directory}: the embedding has {spec.vocab_size} rows and none for"
-            f" {len(beyond)} tokens of the tokenizer, {named}; the two belong to different models"
-        )
-    padding = spec.vocab_size - (len(ids) - len(beyond))
-    yield "tokenizer", f"{len(ids):,} tokens, {padding:,} rows of padding"
+    beyond = tokens_without_row(chat, spec.vocab_size)
+    count = len(chat.tokenizer.get_vocab())
+    padding = spec.vocab_size - (count - len(beyond))
+    yield "tokenizer", f"{count:,} tokens, {padding:,} rows of padding"
     if beyond:
+        named = ", ".join(f"{token!r} ({i})" for i, token in beyond[:5])
         yield "", f"without a row, never use: {named}"
     yield "stop ids", chat.stop_tokens()
     yield "chat template", f"ends a turn with {chat.end_of_turn}"
-
-
-def _needed(chat: Chat) -> set[int]:
-    """Ids that text, the chat template or padding can bring.
-
-    Special tokens beside them may lack a row: Gemma 3's smaller models, which see no images, have
-    the tokenizer of the larger ones.
-    """
-    added = chat.tokenizer.added_tokens_decoder
-    special = {i for i, token in added.items() if token.special}
-    text = set(chat.tokenizer.get_vocab().values()) - special
-    return text | {*chat.stop_ids, chat.pad_id, *chat.prompt_ids([Message("user", "Hello")])}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gkdjax.data.chat import load_chat, vocabulary_difference
+from gkdjax.data.chat import load_chat
 from gkdjax.errors import UserError
 from gkdjax.types import Message
 
@@ -184,7 +184,7 @@ def test_a_prompt_is_checked_too(chat_of, template):
     ("template", "expected"),
     [
         ("empty", "has no chat template"),
-        ("no end", "end it with a special token; it makes the end"),
+        ("no end", "end it with a special token.* Take an instruction-tuned model"),
         ("shouts", "must write an assistant's message as it is"),
         ("broken", "fails on a question: no"),
     ],
@@ -199,20 +199,3 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
         load_chat(str(tmp_path / "nothing"))
     with pytest.raises(UserError, match="holds no tokenizer"):
         load_chat(str(tmp_path))
-
-
-def test_vocabularies_are_compared_by_token_and_id(chat_dir, chat_of):
-    directory = chat_dir("llama3")
-    chat = load_chat(directory)
-    assert vocabulary_difference(chat, chat_of("gemma")) is None
-    grown = load_chat(directory)
-    grown.tokenizer.add_tokens(["gkd"])
-    for pair in ((chat, grown), (grown, chat)):
-        assert f"'gkd' (id {len(grown.tokenizer) - 1}) is in" in vocabulary_difference(*pair)
-    path = pathlib.Path(directory) / "tokenizer.json"
-    path.write_text(path.read_text().replace("<|eot_id|>", "<|other|>"))
-    (pathlib.Path(directory) / "chat_template.jinja").write_text(
-        chat.tokenizer.chat_template.replace("<|eot_id|>", "<|other|>")
-    )
-    difference = vocabulary_difference(chat, load_chat(directory))
-    assert "is '<|eot_id|>' in" in difference and "and '<|other|>' in" in difference

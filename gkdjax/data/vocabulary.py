@@ -1,0 +1,62 @@
+"""Whether tokenizers fit each other, and the embedding whose rows their tokens name."""
+
+import dataclasses
+
+from gkdjax.data.chat import Chat
+from gkdjax.errors import UserError
+from gkdjax.types import Message
+
+
+def difference(a: Chat, b: Chat) -> str | None:
+    """None if both tokenizers give the same ids to the same tokens, else the first difference."""
+    tokens_a, tokens_b = ({i: t for t, i in c.tokenizer.get_vocab().items()} for c in (a, b))
+    if tokens_a == tokens_b:
+        return None
+    shared = tokens_a.keys() & tokens_b.keys()
+    differing = sorted(i for i in shared if tokens_a[i] != tokens_b[i])
+    if differing:
+        i = differing[0]
+        return f"id {i} is {tokens_a[i]!r} in {a.directory} and {tokens_b[i]!r} in {b.directory}"
+    i = min(tokens_a.keys() ^ tokens_b.keys())
+    has, lacks = (a, b) if i in tokens_a else (b, a)
+    token = (tokens_a | tokens_b)[i]
+    return f"{token!r} (id {i}) is in {has.directory} and not in {lacks.directory}"
+
+
+def tokens_without_row(chat: Chat, vocab_size: int) -> list[tuple[int, str]]:
+    """(id, token) of the tokenizer's tokens for which an embedding of `vocab_size` has no row.
+
+    Special ones may lack it, though no row of data may then use them: Gemma 3's smaller models,
+    which see no images, have the tokenizer of the larger ones.
+
+    Raises:
+      UserError: text, the chat template or padding can bring one of them.
+    """
+    ids = chat.tokenizer.get_vocab()
+    beyond = sorted((i, token) for token, i in ids.items() if i >= vocab_size)
+    if beyond and any(i in _needed(chat) for i, _ in beyond):
+        named = ", ".join(f"{token!r} ({i})" for i, token in beyond[:5])
+        raise UserError(
+            f"{chat.directory}: the embedding has {vocab_size} rows and none for {len(beyond)}"
+            f" tokens of the tokenizer, {named}; the two belong to different models"
+        )
+    return beyond
+
+
+def of_model(chat: Chat, vocab_size: int) -> Chat:
+    """`chat` for a model of so many rows; it refuses text with a token that has none.
+
+    Raises:
+      UserError: as `tokens_without_row`.
+    """
+    tokens_without_row(chat, vocab_size)
+    return dataclasses.replace(chat, vocab_size=vocab_size)
+
+
+def _needed(chat: Chat) -> set[int]:
+    """Ids that text, the chat template or padding can bring."""
+    added = chat.tokenizer.added_tokens_decoder
+    text = {
+        i for i in chat.tokenizer.get_vocab().values() if i not in added or not added[i].special
+    }
+    return text | {*chat.stop_ids, chat.pad_id, *chat.prompt_ids([Message("user", "Hello")])}
