@@ -25,6 +25,7 @@ setuptools.setup(
         "ml_collections",
         "optax",
         "orbax-checkpoint",
+        "pyyaml",
         "requests",
         "safetensors",
         "tenacity",
@@ -34,10 +35,10 @@ setuptools.setup(
         "transformers>=5",
     ],
     extras_require={
-        "test": ["hypothesis", "peft", "pytest", "ruff", "torch==2.13.0"],
+        "test": ["datasets>=4", "hypothesis", "peft", "pytest", "ruff", "torch==2.13.0"],
         "tpu": ["jax[tpu]"],
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
-        "datasets": ["datasets"],
+        "datasets": ["datasets>=4"],  # with pyarrow, which reads Parquet files alone, too
     },
 )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -14,6 +15,8 @@ from gkdjax import lora, models_of_run, seeds, sharding
 from gkdjax.config import Config, rows_at_once
 from gkdjax.data import shapes
 from gkdjax.data.chat import Chat
+from gkdjax.data.history import history_as_prefix
+from gkdjax.data.prefixes import read_prefix
 from gkdjax.data.sources import read_examples
 from gkdjax.errors import UserError
 from gkdjax.evaluate import Evaluation
@@ -22,6 +25,7 @@ from gkdjax.models.decoder import Decoder
 from gkdjax.models_of_run import InProcess
 from gkdjax.sampler import Sampling
 from gkdjax.teachers import toggle
+from gkdjax.teachers.flax import FlaxTeacher
 from gkdjax.teachers.protocol import Teacher, refusals
 from gkdjax.train_step import init_state
 from gkdjax.trajectories import ResponseRules
@@ -47,6 +51,8 @@ class Run:
     evaluation: Evaluation
     sampling: Sampling
     keeps_base: bool  # somebody reads the base during training
+    prompts_by_prefix: list[list[np.ndarray]]  # the teacher's
+    shared_vocab: int  # ids below it have a row in the student's embedding and in the teacher's
 
 
 def assemble(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> Run:
@@ -66,13 +72,16 @@ def assemble(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> 
     for key, rows in rows_at_once(config).items():
         sharding.check_rows(mesh, key, rows)
     lengths = _ladder(config)
+    prefix = read_prefix(config.context)
     examples = read_examples(config.data.train, "data.train")
-    anchor_examples = _anchor_examples(config, examples)
+    if config.context.history_as_prefix:
+        examples = history_as_prefix(examples, "data.train")
+    anchor_examples = _anchor_examples(config, prefix, examples)
     questions, held_out, abilities = _evaluation_examples(config)
 
     sources = models_of_run.find(config, workdir, teacher)
     chat = sources.chat
-    rules = _view_rules(config, chat, sources.teacher_chat)
+    rules = _view_rules(config, prefix, chat, sources.teacher_chat)
     feed = _feed(config, "data.train", examples, rules, config.train.batch_size)
     toggles = teacher is None and config.teacher.backend == "local-toggle"
     if toggles and not (config.teacher.adapter or config.student.lora.start_from):
@@ -86,6 +95,12 @@ def assemble(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> 
         own = (decoder, frozen) if toggles else None
         teacher = in_process.config_teacher(sources, own)
     _check_capabilities(config, teacher, feed)
+    shared_vocab = decoder.spec.vocab_size
+    if isinstance(teacher, FlaxTeacher):
+        shared_vocab = min(shared_vocab, teacher.decoder.spec.vocab_size)
+    prompts_by_prefix = rules.prompts_by_prefix([*examples, *questions, *held_out])
+    if isinstance(teacher, FlaxTeacher):
+        teacher.prefixes.learn(prompts_by_prefix)
 
     anchor_feed, anchor_teacher = None, None
     if anchor_examples:
@@ -115,10 +130,13 @@ def assemble(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> 
         anchor_feed=anchor_feed,
         anchor_teacher=anchor_teacher,
         evaluation=Evaluation(
-            config, rules, teacher, questions, held_out, abilities, examples, lengths, mesh
+            *(config, rules, teacher, questions, held_out, abilities, examples),
+            *(lengths, mesh, shared_vocab),
         ),
         sampling=in_process.sampling,
         keeps_base=keeps_base,
+        prompts_by_prefix=prompts_by_prefix,
+        shared_vocab=shared_vocab,
     )
 
 
@@ -151,15 +169,13 @@ def _ladder(config: Config) -> tuple[int, ...]:
     return shapes.ladder(longest, given)
 
 
-def _messages(dicts: Sequence[dict]) -> tuple[Message, ...]:
-    return tuple(Message(d["role"], d["content"]) for d in dicts)
-
-
-def _view_rules(config: Config, chat: Chat, teacher_chat: Chat) -> ViewRules:
+def _view_rules(
+    config: Config, prefix: tuple[Message, ...], chat: Chat, teacher_chat: Chat
+) -> ViewRules:
     return ViewRules(
         student_chat=chat,
         teacher_chat=teacher_chat,
-        prefix=_messages(config.context.prefix_messages),
+        prefix=prefix,
         retained=config.context.student_retained_turns,
         target_roles=config.context.target_roles,
         max_length=config.data.max_length,
@@ -192,17 +208,19 @@ def _feed(config: Config, key: str, examples, rules: ViewRules, batch_size: int)
     )
 
 
-def _anchor_examples(config: Config, examples: Sequence[Example]) -> list[Example]:
+def _anchor_examples(
+    config: Config, prefix: tuple[Message, ...], examples: Sequence[Example]
+) -> list[Example]:
     """Anchor rows: both views read all of a row, its own prefix included."""
     if config.anchor.data is None:
         return []
-    baked = {_messages(config.context.prefix_messages), *(example.prefix for example in examples)}
+    baked = {prefix, *(example.prefix for example in examples)}
     baked.discard(())
     trained = {example.turns for example in examples}
     rows = []
     for row in read_examples(config.anchor.data, "anchor.data"):
         conversation = (*row.prefix, *row.turns)
-        if any(conversation[: len(prefix)] == prefix for prefix in baked):
+        if any(conversation[:length] in baked for length in range(1, len(conversation) + 1)):
             raise UserError(
                 f"{row.name}: an anchor row carries the prefix that is being baked; the anchor"
                 " would hold the student back from learning it. Remove the row"
@@ -218,18 +236,22 @@ def _anchor_examples(config: Config, examples: Sequence[Example]) -> list[Exampl
 
 def _evaluation_examples(config: Config):
     """-> (questions, held-out prompts, {ability: questions})."""
-    questions, held_out = [], []
-    if config.eval.questions is not None:
-        questions = read_examples(config.eval.questions, "eval.questions")
-    if config.eval.held_out is not None:
-        held_out = read_examples(config.eval.held_out, "eval.held_out")
+
+    def read(source, key: str, *, baked: bool) -> list[Example]:
+        rows = [] if source is None else read_examples(source, key, questions=True)
+        if rows and baked and config.context.history_as_prefix:
+            rows = history_as_prefix(rows, key, last_only=True)
+        return rows
+
+    questions = read(config.eval.questions, "eval.questions", baked=True)
+    held_out = read(config.eval.held_out, "eval.held_out", baked=True)
     abilities = {
-        name: read_examples(path, f"eval.retention.{name}")
+        name: read(path, f"eval.retention.{name}", baked=False)
         for name, path in config.eval.retention.items()
     }
     if config.eval.other_prefixes is not None:
-        abilities["other_prefixes"] = read_examples(
-            config.eval.other_prefixes, "eval.other_prefixes"
+        abilities["other_prefixes"] = read(
+            config.eval.other_prefixes, "eval.other_prefixes", baked=False
         )
     return questions, held_out, abilities
 

@@ -56,6 +56,7 @@ class Teacher:
     tokenizer: str = ""  # flax: a directory or hub id; "": the model's own
     adapter: str = ""  # a PEFT adapter's directory or hub id, on top of the teacher; "": none
     dtype: str | None = None  # flax: None: the checkpoint's
+    prefix_bytes: int = 2**30  # most memory for prefixes that are read once for many rows
     top_k: int | None = None  # None: the whole vocabulary, exactly; K: its best K and their rest
 
 
@@ -78,6 +79,15 @@ class Context:
     """What the teacher reads and the student has to know without."""
 
     prefix_messages: tuple[dict, ...] = ()  # {"role": ..., "content": ...} each
+    # Or, and only one of the four: a .json or .yaml list of such messages,
+    prefix_file: str = ""
+    system_prompt_file: str = ""  # plain text, for one system message,
+    corpus: str = ""  # or documents (.txt, .json, .jsonl) that are put into the template.
+    corpus_template: str = (
+        "The texts below are what you know. Answer from them as from your own knowledge, without"
+        " mentioning that you were given them.\n\n{corpus}"
+    )
+    history_as_prefix: bool = False  # without any of them: a conversation's own history is baked
     student_retained_turns: int = 0  # the student still sees the last n messages of the prefix
     target_roles: tuple[str, ...] = ("assistant",)
 
@@ -110,10 +120,13 @@ class TrajectoryConfig:
 class Data:
     """Training rows."""
 
-    train: str | tuple[dict, ...] = ""  # a .json or .jsonl file, or the rows themselves
+    # A .json, .jsonl or .parquet file, a dataset as "org/name:train[:500]", or the rows themselves.
+    train: str | tuple[dict, ...] = ""
     max_length: int = 2048  # tokens of the longer view, response included
     too_long: str = "drop"  # or "truncate": the response loses its end
     bucket_lengths: tuple[int, ...] = ()  # allowed padded lengths; (): chosen from the data
+    # Given to the chat templates beside the messages, as {"enable_thinking": False}.
+    template_kwargs: dict[str, bool | int | str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ import typing
 from gkdjax.errors import UserError
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "mixed", "generalized_jsd")  # without jax: spelt out
+PREFIX_KEYS = ("prefix_messages", "prefix_file", "system_prompt_file", "corpus")
 
 
 def check(config) -> None:
@@ -22,6 +23,7 @@ def check(config) -> None:
         _check_teacher,
         _check_gkd,
         _check_anchor,
+        _check_context,
         _check_text,
         _check_training,
     ):
@@ -166,6 +168,7 @@ def _check_teacher(config) -> None:
         advice = "local-toggle has nothing of its own but an adapter; set teacher.backend='flax'"
         _require(teacher.model == "", "teacher.model", teacher.model, advice)
         _require(teacher.tokenizer == "", "teacher.tokenizer", teacher.tokenizer, advice)
+    _at_least(config, 0, "teacher.prefix_bytes")
     if teacher.dtype is not None:
         _choice("teacher.dtype", teacher.dtype, ("float32", "bfloat16", "float16"))
     if teacher.top_k is not None:
@@ -202,17 +205,32 @@ def _check_anchor(config) -> None:
     _at_least(config, 1, "anchor.batch_size")
 
 
-def _check_text(config) -> None:
-    for message in config.context.prefix_messages:
+def _check_context(config) -> None:
+    context = config.context
+    given = [key for key in PREFIX_KEYS if getattr(context, key)]
+    for other in given[1:]:
+        advice = f"context.{given[0]} is set as well; a run has one global prefix, keep one of them"
+        _require(False, f"context.{other}", getattr(context, other), advice)
+    if context.history_as_prefix and given:
+        advice = f"every row has the prefix of context.{given[0]} then; leave one of the two out"
+        _require(False, "context.history_as_prefix", True, advice)
+    for message in context.prefix_messages:
         fits = set(message) == {"role", "content"} and all(
             isinstance(value, str) for value in message.values()
         )
         advice = "each message is {'role': str, 'content': str}"
         _require(fits, "context.prefix_messages", message, advice)
-    _require(
-        len(config.context.target_roles) > 0, "context.target_roles", (), "names no role to train"
-    )
-    _at_least(config, 0, "context.student_retained_turns", "trajectory.temperature")
+    template = context.corpus_template
+    advice = "has no {corpus}, where the documents are to stand"
+    _require("{corpus}" in template, "context.corpus_template", template, advice)
+    if not context.corpus and template != type(context).corpus_template:
+        _require(False, "context.corpus_template", template, "is for context.corpus; set it too")
+    _require(len(context.target_roles) > 0, "context.target_roles", (), "names no role to train")
+    _at_least(config, 0, "context.student_retained_turns")
+
+
+def _check_text(config) -> None:
+    _at_least(config, 0, "trajectory.temperature")
     _at_least(config, 1, "trajectory.per_prompt", "trajectory.max_new_tokens")
     _at_least(config, 0, "trajectory.max_refills")
     if config.trajectory.target_content_pattern is not None:
@@ -225,7 +243,7 @@ def _check_text(config) -> None:
         _require(asked, "eval.every_steps", config.eval.every_steps, advice)
     top_p = config.trajectory.top_p
     _require(0 < top_p <= 1, "trajectory.top_p", top_p, "must be in (0, 1]")
-    _require(config.data.train != "", "data.train", "", "name a .json or .jsonl file, or give rows")
+    _require(config.data.train != "", "data.train", "", "name a file or a dataset, or give rows")
     _choice("data.too_long", config.data.too_long, ("drop", "truncate"))
     _at_least(config, 2, "data.max_length")
     for length in config.data.bucket_lengths:

@@ -22,7 +22,7 @@ from gkdjax.data import pipeline, shapes
 from gkdjax.data.chat import Chat
 from gkdjax.errors import UserError
 from gkdjax.feed import ViewRules
-from gkdjax.sampler import Sampling, sample
+from gkdjax.sampler import Sampling
 from gkdjax.scoring import Reader, Scored
 from gkdjax.teachers.flax import FlaxTeacher
 from gkdjax.teachers.protocol import Teacher
@@ -48,6 +48,7 @@ class Evaluation:
         prompts: Sequence[Example],
         lengths: Sequence[int],
         mesh: Mesh,
+        shared_vocab: int,
     ):
         """Renders every prompt once.
 
@@ -61,10 +62,12 @@ class Evaluation:
           prompts: of the training, to show answers to where there are no others.
           lengths: padded prompt lengths for sampling.
           mesh: of the run.
+          shared_vocab: ids below it have a row in the student's embedding and in the teacher's.
         """
         self._config, self._rules, self._teacher = config, rules, teacher
         self._questions, self._held_out = questions, held_out or questions
         self._abilities, self._lengths, self._mesh = abilities, lengths, mesh
+        self._shared_vocab = shared_vocab
         self._greedy = Sampling(config.eval.max_new_tokens, temperature=0.0, top_p=1.0)
         self._prompts = functools.cache(rules.prompts)  # (student's, teacher's) of an example
         longest = config.data.max_length
@@ -147,9 +150,7 @@ class Evaluation:
         with progress.bar(len(prompts), what, shown=self._config.log.progress_bar) as bar:
             for start in range(0, len(prompts), rows):
                 part = prompts[start : start + rows]
-                written += sample(
-                    reader.decoder,
-                    reader.params,
+                written += reader.prefixes.sample(
                     part,
                     [0] * len(part),
                     self._greedy,
@@ -157,6 +158,7 @@ class Evaluation:
                     batch_size=rows,
                     lengths=self._lengths,
                     mesh=self._mesh,
+                    vocab_size=self._shared_vocab,
                 )
                 bar.update(len(part))
         return written
@@ -187,7 +189,8 @@ class Evaluation:
         """
         if not isinstance(self._teacher, FlaxTeacher):
             return 0.0
-        itself = Reader(self._teacher.decoder, self._teacher.params, self._teacher.chat)
+        teacher = self._teacher
+        itself = Reader(teacher.decoder, teacher.params, teacher.chat, teacher.prefixes)
         return self._agreement(itself, self._teacher_texts, "teacher").forward_kl
 
     @functools.cached_property

@@ -50,6 +50,13 @@ class ViewRules:
         prefix = views.prefix_of(example, self.prefix)
         return views.prompts(example, self.student_chat, self.teacher_chat, prefix, self.retained)
 
+    def prompts_by_prefix(self, examples: Sequence[Example]) -> list[list[np.ndarray]]:
+        """The teacher's prompts, those with the same messages for a prefix together."""
+        groups = collections.defaultdict(list)
+        for example in examples:
+            groups[views.prefix_of(example, self.prefix)].append(self.prompts(example)[1])
+        return list(groups.values())
+
 
 class OnPolicyBatch(NamedTuple):
     """A batch that the student has just written."""

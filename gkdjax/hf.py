@@ -58,10 +58,3 @@ def load_pretrained(
     stored = params["embedding"].dtype
     compute_dtype = stored if compute_dtype is None else jnp.dtype(compute_dtype)
     return Decoder(spec, param_dtype=stored, compute_dtype=compute_dtype), params
-
-
-def stored_dtype(directory: str | pathlib.Path) -> jnp.dtype:
-    """The dtype of a model directory's embedding, and so of its weights; they are not read."""
-    files, model_type = TensorFiles(directory), load_config(directory)["model_type"]
-    _, known = source_names(files, load_spec(directory), model_type)
-    return next(files.dtype(name) for name, (path, _) in known.items() if path == "embedding")

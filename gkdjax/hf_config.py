@@ -38,8 +38,10 @@ def load_spec(directory: str | pathlib.Path) -> DecoderSpec:
     config = load_config(directory)
     try:
         return families.MODEL_TYPES[config["model_type"]].decoder_spec(config)
-    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+    except StrictDataclassError as error:
         raise UserError(f"{directory}/config.json: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{directory}/config.json: {type(error).__name__}: {error}") from error
 
 
 def _parse(path: pathlib.Path) -> dict:
@@ -72,7 +74,8 @@ def _check_architecture(path: pathlib.Path, config: dict) -> None:
         raise UserError(
             f"{path}: model_type {model_type!r} is not supported; supported: {supported}"
         )
-    for architecture in config.get("architectures") or ():
+    architectures = config.get("architectures") or ()
+    for architecture in [architectures] if isinstance(architectures, str) else architectures:
         multimodal = model_type == "gemma3" and architecture == "Gemma3ForConditionalGeneration"
         if not multimodal and not str(architecture).endswith("ForCausalLM"):
             raise UserError(
@@ -83,10 +86,11 @@ def _check_architecture(path: pathlib.Path, config: dict) -> None:
 
 def _refuse_quantised(path: pathlib.Path, config: dict) -> None:
     for part in (config, config.get("text_config")):
-        settings = part.get("quantization_config") if isinstance(part, dict) else None
-        if settings:
-            method = settings.get("quant_method") if isinstance(settings, dict) else settings
-            raise UserError(
-                f"{path}: the checkpoint is quantised (quantization_config.quant_method"
-                f" {method!r}), which is not supported; take the float one that it was made from"
-            )
+        for key in ("quantization_config", "compression_config"):
+            settings = part.get(key) if isinstance(part, dict) else None
+            if settings:
+                method = settings.get("quant_method") if isinstance(settings, dict) else settings
+                raise UserError(
+                    f"{path}: the checkpoint is quantised ({key}.quant_method {method!r}), which is"
+                    " not supported; take the float one that it was made from"
+                )

@@ -69,7 +69,9 @@ def _run(parts: Run, workdir: pathlib.Path, began: float) -> dict:
     _write_responses(parts, workdir)
     before = workdirs.read_json(workdir / "before.json")
     if before is None:
-        before = parts.evaluation.before(Reader(parts.decoder, parts.base, parts.chat))
+        base = Reader.of(parts.decoder, parts.base, parts.chat, parts.config.teacher.prefix_bytes)
+        base.prefixes.learn(parts.prompts_by_prefix)  # it is asked what it says with the prefix
+        before = parts.evaluation.before(base)
         workdirs.write_json(workdir / "before.json", before)
     state, training = _train(parts, workdir)
     after = parts.evaluation.after(_reader(parts, state))
@@ -165,7 +167,7 @@ def _reader(parts: Run, state: TrainState) -> Reader:
     params = state.trainable
     if parts.frozen is not None:
         params = lora.merge(parts.frozen, state.trainable)
-    return Reader(parts.decoder, params, parts.chat)
+    return Reader.of(parts.decoder, params, parts.chat, prefix_bytes=0)
 
 
 def _crc32(batch: Batch) -> int:
@@ -213,6 +215,7 @@ def _batch(parts: Run, step: int, state: TrainState) -> Drawn:
             batch_size=rows,
             lengths=(prompt_length,),
             mesh=parts.mesh,
+            vocab_size=parts.shared_vocab,
         )
 
     batch, refused, dropped = parts.feed.on_policy_batch(step, student_writes)

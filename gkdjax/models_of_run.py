@@ -32,19 +32,23 @@ class Sources:
 
 
 def local_directory(name: str, workdir: pathlib.Path, weights: bool = True) -> pathlib.Path:
-    """As `hub.local_directory`, at the commit that the run began with: a hub id may move on.
+    """As `hub.local_directory`, and what the run began with: a hub id may move on, and so may we.
 
-    RUN/revisions.json keeps the commits.
+    RUN/models.json has the absolute path of each directory and the commit of each hub id.
     """
-    if pathlib.Path(name).is_dir():
-        return pathlib.Path(name)
-    path = workdir / "revisions.json"
+    path = workdir / "models.json"
     begun_with = workdirs.read_json(path) or {}
-    if name in begun_with:
-        return hub.local_directory(name, weights, begun_with[name])
-    directory = hub.local_directory(name, weights)
-    workdirs.write_json(path, begun_with | {name: directory.name})
-    return directory
+    if name not in begun_with:
+        directory = hub.local_directory(name, weights)
+        here = str(directory.absolute()) if hub_id(name) is None else directory.name
+        workdirs.write_json(path, begun_with | {name: here})
+        return directory
+    place = begun_with[name]
+    if not pathlib.Path(place).is_absolute():
+        return hub.local_directory(name, weights, place)
+    if not pathlib.Path(place).is_dir():
+        raise UserError(f"{place} is gone, with which the run in {workdir} began; put it back")
+    return pathlib.Path(place)
 
 
 def hub_id(name: str) -> str | None:
@@ -64,8 +68,9 @@ def find(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> Sour
       UserError: a model that cannot be had or is not supported, a tokenizer without a chat
         template, or two vocabularies that differ.
     """
+    kwargs = config.data.template_kwargs
     student = local_directory(config.student.model, workdir)
-    chat = vocabulary.of_model(load_chat(student), hf.load_spec(student).vocab_size)
+    chat = vocabulary.of_model(load_chat(student, kwargs), hf.load_spec(student).vocab_size)
     c, directory = config.teacher, None
     if teacher is not None:
         teacher_chat, name = teacher.chat or chat, teacher.description
@@ -76,7 +81,9 @@ def find(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> Sour
         spec = hf.load_spec(directory)
         name = c.tokenizer or c.model
         borrowed = c.tokenizer and local_directory(c.tokenizer, workdir, weights=False)
-        teacher_chat = vocabulary.of_model(load_chat(borrowed or directory), spec.vocab_size)
+        teacher_chat = vocabulary.of_model(
+            load_chat(borrowed or directory, kwargs), spec.vocab_size
+        )
     difference = vocabulary.difference(chat, teacher_chat)
     if difference is not None:
         raise UserError(
@@ -123,6 +130,11 @@ def starting_adapters(
     said = jax.eval_shape(lambda: fresh_adapters(config, params, jax.random.key(0)))
     if not _alike(said, loaded.adapters):
         rules = loaded.rules
+        if len({(a.a.shape[-1], a.scale) for a in loaded.adapters.values()}) > 1:
+            raise UserError(
+                f"the adapter {c.start_from} has kernels of several ranks or alphas (rank_pattern,"
+                " alpha_pattern), and student.lora has one of each; start from one without patterns"
+            )
         raise UserError(
             f"config.student.lora is not what the adapter {c.start_from} is: set"
             f" student.lora.rank={rules.rank}, .alpha={rules.alpha} and .targets={rules.targets}"
@@ -191,5 +203,6 @@ class InProcess:
             lengths=self.lengths,
             batch_size=self.config.eval.batch_size,
             chunk_size=self.config.gkd.chunk_size,
+            prefix_bytes=self.config.teacher.prefix_bytes,
             mesh=self.mesh,
         )

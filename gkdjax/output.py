@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gkdjax.errors import UserError
 from gkdjax.tensor_files import DTYPES
 
 _KINDS = {np.dtype(dtype): kind for kind, dtype in DTYPES.items()}
@@ -33,20 +34,29 @@ class Tensor(NamedTuple):
 def whole_directory(directory: str | pathlib.Path) -> Iterator[pathlib.Path]:
     """An empty directory to write into, which takes the place of `directory` at the end.
 
-    It is DIR.part until all of it is on the disk. A directory that is there is DIR.old for the
-    moment between the two renames, since no file system renames over a full one; a process that is
-    killed just then leaves DIR.old and DIR.part, both whole. After an error the old one stays.
+    It is a hidden .DIR.gkdjax-part until all of it is on the disk. A directory that is there is
+    .DIR.gkdjax-old for the moment between the two renames, since no file system renames over a full
+    one; a process that is killed just then leaves both, whole. After an error the old one stays.
+
+    Raises:
+      UserError: it cannot be made or written.
     """
     final = pathlib.Path(directory).resolve()  # a link stays one
-    part, old = (final.with_name(final.name + end) for end in (".part", ".old"))
-    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-    part.mkdir(parents=True)
+    # Names that nobody else gives: what a killed process left under them may be removed.
+    part, old = (final.with_name(f".{final.name}.gkdjax-{end}") for end in ("part", "old"))
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be made: {error}") from None
     try:
         yield part
         for file in (*part.rglob("*"), part):
             _to_disk(file)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{directory} cannot be written: {error}") from error
         raise
     if final.exists():
         shutil.rmtree(old, ignore_errors=True)

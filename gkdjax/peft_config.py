@@ -85,7 +85,10 @@ class PeftConfig:
 
     def _one(self, field: str, general: float, modules: list[str]):
         pattern = getattr(self, field)
-        values = {_of_pattern(pattern, module, general) for module in modules}
+        try:
+            values = {_of_pattern(pattern, module, general) for module in modules}
+        except re.error as error:
+            raise UserError(f"{self.path}: {field} = {pattern!r}: {error}") from None
         if len(values) > 1:
             raise UserError(
                 f"{self.path}: {field} = {pattern!r} gives layers of"
@@ -135,9 +138,18 @@ def read(directory: pathlib.Path) -> PeftConfig:
         rslora=bool(fields.get("use_rslora")),
         rank_pattern=fields.get("rank_pattern") or {},
         alpha_pattern=fields.get("alpha_pattern") or {},
-        targets=fields.get("target_modules"),
-        excluded=fields.get("exclude_modules"),
+        targets=_modules(path, fields, "target_modules"),
+        excluded=_modules(path, fields, "exclude_modules"),
     )
+
+
+def _modules(path: pathlib.Path, fields: dict, key: str) -> list[str] | str | None:
+    value = fields.get(key)
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise UserError(f"{path}: {key} = {value!r} must be names or a regular expression")
+    return value
 
 
 def _refuse_more_than_lora(path: pathlib.Path, fields: dict) -> None:

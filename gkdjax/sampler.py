@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from gkdjax import sharding
 from gkdjax.losses import top_k_logprobs
-from gkdjax.models.cache import Cache
+from gkdjax.models.cache import Cache, Prefix
 from gkdjax.models.decoder import Decoder
 from gkdjax.types import KeptHidden, KeptTopK, TopKTargets, Trajectory
 
@@ -77,6 +77,8 @@ def sample(
     lengths: Sequence[int],
     mesh: Mesh | None = None,
     keep: Keep | None = None,
+    prefix: Prefix | None = None,
+    vocab_size: int | None = None,
 ) -> list[Trajectory]:
     """One trajectory for each prompt.
 
@@ -94,6 +96,9 @@ def sample(
       mesh: its devices share the rows; `params` are on all of them. None: wherever `params` are.
       keep: what to keep of each prediction, so that the text need not be read again to be scored;
         None: nothing, at no cost.
+      prefix: from `Decoder.read_prefix`: what every row has read before its prompt.
+      vocab_size: only ids below it are drawn, as another model that is to read them may have fewer
+        rows in its embedding; None: all ids.
 
     Raises:
       ValueError: a prompt is empty or longer than every length; `keep.top_k` is outside
@@ -116,6 +121,8 @@ def sample(
                 sampling.max_new_tokens,
                 keep,
                 mesh,
+                prefix,
+                vocab_size,
             )
         )
         for row in range(len(chunk)):
@@ -150,21 +157,37 @@ def _kept_of(kept: TopKTargets | np.ndarray | None, row: int, n: int):
     return None if kept is None else KeptHidden(kept)
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "max_new_tokens", "keep", "mesh"))
-def _generate(decoder, params, rows, stop_ids, temperature, top_p, max_new_tokens, keep, mesh):
+@functools.partial(
+    jax.jit, static_argnames=("decoder", "max_new_tokens", "keep", "mesh", "vocab_size")
+)
+def _generate(
+    decoder,
+    params,
+    rows,
+    stop_ids,
+    temperature,
+    top_p,
+    max_new_tokens,
+    keep,
+    mesh,
+    prefix,
+    vocab_size,
+):
     """Everything that may change between calls is an argument: no stale constant is compiled in."""
-    generate = functools.partial(_generate_rows, decoder, max_new_tokens, keep)
+    generate = functools.partial(_generate_rows, decoder, max_new_tokens, keep, vocab_size)
     if mesh is not None:
         # Each device loops for its own rows, until they are done. Left to the partitioner, every
         # step would ask all devices for that, and top_k gather the logits of all rows.
         cut, whole = PartitionSpec("data"), PartitionSpec()
         generate = jax.shard_map(
-            generate, mesh=mesh, in_specs=(whole, cut, whole), out_specs=cut, check_vma=False
+            generate, mesh=mesh, in_specs=(whole, cut, whole, whole), out_specs=cut, check_vma=False
         )
-    return generate(params, rows, (stop_ids, temperature, top_p))
+    return generate(params, rows, (stop_ids, temperature, top_p), prefix)
 
 
-def _generate_rows(decoder: Decoder, max_new_tokens: int, keep: Keep | None, params, rows, how):
+def _generate_rows(
+    decoder: Decoder, max_new_tokens, keep: Keep | None, vocab_size, params, rows, how, prefix
+):
     tokens_BP, mask_BP, seeds_B = rows
     stop_ids, temperature, top_p = how
     apply = functools.partial(decoder.apply, {"params": params})
@@ -173,29 +196,29 @@ def _generate_rows(decoder: Decoder, max_new_tokens: int, keep: Keep | None, par
     def draw(state: _State, hidden_B1E) -> _State:
         logits_B1V = apply(hidden_B1E, method="unembed")
         step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.step)
-        drawn_B = _draw(logits_B1V[:, 0], step_keys_B, temperature, top_p)
+        drawn_B = _draw(logits_B1V[:, 0, :vocab_size], step_keys_B, temperature, top_p)
         token_B1 = jnp.where(state.done_B, 0, drawn_B)[:, None]
         return _write(state, token_B1, stop_ids, _to_keep(keep, hidden_B1E, logits_B1V, token_B1))
 
     def read_and_draw(state: _State) -> _State:
         last_B1 = jax.lax.dynamic_slice_in_dim(state.tokens_BN, state.step - 1, 1, axis=1)
         alive_B1 = ~state.done_B[:, None]
-        hidden_B1E, cache = apply(last_B1, alive_B1, state.cache, method="extend")
+        hidden_B1E, cache = apply(last_B1, alive_B1, state.cache, prefix, method="extend")
         return draw(state._replace(cache=cache), hidden_B1E)
 
     def unfinished(state: _State):
         return (state.step < max_new_tokens) & ~jnp.all(state.done_B)
 
-    start, hidden_B1E = _prefill(apply, decoder, tokens_BP, mask_BP, max_new_tokens, keep)
+    start, hidden_B1E = _prefill(apply, tokens_BP, mask_BP, max_new_tokens, keep, prefix)
     end = jax.lax.while_loop(unfinished, read_and_draw, draw(start, hidden_B1E))
     return end.tokens_BN, end.length_B, end.done_B, end.kept
 
 
-def _prefill(apply, decoder: Decoder, tokens_BP, mask_BP, N: int, keep: Keep | None):
+def _prefill(apply, tokens_BP, mask_BP, N: int, keep: Keep | None, prefix: Prefix | None):
     """-> (the state before the first draw, the hidden states that predict the first token)."""
     B, P = tokens_BP.shape
     # The last token is not read, and its slot stays empty: P + N is the rounder number.
-    hidden_BPE, cache = apply(tokens_BP, mask_BP, P + N, method="prefill")
+    hidden_BPE, cache = apply(tokens_BP, mask_BP, P + N, prefix, method="prefill")
     hidden_B1E = hidden_BPE[:, -1:]
     one = jax.eval_shape(
         lambda: _to_keep(keep, hidden_B1E, apply(hidden_B1E, method="unembed"), tokens_BP[:, :1])

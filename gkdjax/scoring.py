@@ -14,6 +14,7 @@ from gkdjax.data.chat import Chat
 from gkdjax.losses.chunks import Chunks, over_chunks
 from gkdjax.losses.head import Head
 from gkdjax.models.decoder import Decoder, unembedding_table
+from gkdjax.prefix_store import PrefixStore
 from gkdjax.teachers.flax import predicting_hidden
 from gkdjax.types import Batch, DenseTargets, TeacherTargets
 
@@ -28,6 +29,12 @@ class Reader:
     decoder: Decoder
     params: dict
     chat: Chat
+    prefixes: PrefixStore  # of this model
+
+    @classmethod
+    def of(cls, decoder: Decoder, params: dict, chat: Chat, prefix_bytes: int) -> "Reader":
+        """With a store of its own; see `PrefixStore`."""
+        return cls(decoder, params, chat, PrefixStore(decoder, params, prefix_bytes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,31 +64,34 @@ def mean_agreement(
     """
     total, count = np.zeros(len(losses.Agreement._fields)), 0.0
     for batch, targets in scored.batches:
-        batch = sharding.shard_rows(mesh, batch)
+        prefix, *read = _view(reader, batch, view)
+        read, mask_BN = sharding.shard_rows(mesh, (read, batch.target_mask_BN))
         sums, tokens = _agreement_sums(
-            reader.decoder, reader.params, batch, targets, gkd, view, mesh
+            reader.decoder, reader.params, prefix, read, mask_BN, targets, gkd, mesh
         )
         total, count = total + np.asarray(sums, np.float64), count + float(tokens)
     return losses.Agreement(*(total / count).tolist())
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "gkd", "view", "mesh"))
-def _agreement_sums(decoder: Decoder, params, batch: Batch, targets, gkd: Gkd, view: str, mesh):
-    student, teacher = (
-        (batch.student_tokens_BS, batch.student_mask_BS, batch.student_at_BN),
-        (batch.teacher_tokens_BT, batch.teacher_mask_BT, batch.teacher_at_BN),
-    )
-    hidden_BND = predicting_hidden(decoder, params, *(student if view == "student" else teacher))
+def _view(reader: Reader, batch: Batch, view: str):
+    """-> (prefix or None, tokens, mask, positions that predict)."""
+    if view == "student":
+        return None, batch.student_tokens_BS, batch.student_mask_BS, batch.student_at_BN
+    return reader.prefixes.teacher_view(batch)
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "gkd", "mesh"))
+def _agreement_sums(decoder: Decoder, params, prefix, read, mask_BN, targets, gkd: Gkd, mesh):
+    hidden_BND = predicting_hidden(decoder, params, *read, prefix)
     found = fused_agreement(
         hidden_BND,
         unembedding_table(decoder.spec, params),
         decoder.spec.final_softcap,
         targets,
-        batch.target_mask_BN,
+        mask_BN,
         gkd,
         mesh,
     )
-    mask_BN = batch.target_mask_BN
     sums = [losses.masked_sum(each_BN, mask_BN) for each_BN in found]
     return jnp.stack(sums), losses.masked_count(mask_BN)
 

@@ -22,7 +22,7 @@ FLOORS = {
     ),
     2: ("models/", "lora", "data/"),
     3: (
-        *("hf", "hf_config", "leaves", "sampler", "teachers/"),
+        *("hf", "hf_config", "leaves", "prefix_store", "sampler", "teachers/"),
         *("output", "peft", "peft_config"),
     ),
     4: (

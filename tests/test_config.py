@@ -127,3 +127,51 @@ def test_an_integer_stands_for_a_float_and_a_list_for_a_tuple():
     parsed = config.parse(raw)
     assert type(parsed.optim.learning_rate) is float
     assert parsed.data.bucket_lengths == (16, 2048)
+
+
+@pytest.mark.parametrize(
+    ("context", "told"),
+    [
+        (
+            {"prefix_file": "p.json", "corpus": "c.txt"},
+            r"^config\.context\.corpus = 'c\.txt': context\.prefix_file is set as well",
+        ),
+        (
+            {
+                "prefix_messages": [{"role": "system", "content": "s"}],
+                "system_prompt_file": "p.txt",
+            },
+            r"system_prompt_file = 'p\.txt': context\.prefix_messages is set as well",
+        ),
+        (
+            {"corpus": "c.txt", "history_as_prefix": True},
+            r"history_as_prefix = True: every row has the prefix of context\.corpus then",
+        ),
+        ({"corpus": "c.txt", "corpus_template": "Know {c}"}, r"'Know {c}': has no {corpus}, where"),
+        ({"corpus_template": "Know {corpus}"}, r"corpus_template = .*: is for context\.corpus"),
+        ({"history_as_prefix": 1}, r"history_as_prefix must be bool, not 1"),
+        ({"prefix_file": None}, r"prefix_file must be str, not None"),
+    ],
+)
+def test_a_run_has_one_global_prefix_at_most(context, told):
+    raw = valid().to_dict()
+    raw["context"] |= context
+    with pytest.raises(UserError, match=told):
+        config.parse(raw)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        {"prefix_file": "p.json"},
+        {"system_prompt_file": "p.txt"},
+        {"corpus": "c.txt"},
+        {"corpus": "c.txt", "corpus_template": "Know {corpus}"},
+        {"history_as_prefix": True},
+    ],
+)
+def test_each_way_to_a_prefix_is_accepted_alone(context):
+    raw = valid().to_dict()
+    raw["context"] |= context
+    parsed = config.parse(raw)
+    assert dataclasses.asdict(parsed.context).items() >= context.items()

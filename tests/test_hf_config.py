@@ -36,6 +36,8 @@ def directory(tmp_path):
         ({"architectures": ["Gemma3ForConditionalGeneration"]}, "'Gemma3ForConditionalGeneration'"),
         (GPTQ, r"quantised \(quantization_config\.quant_method 'gptq'\)"),
         ({"text_config": GPTQ}, "quant_method 'gptq'"),
+        ({"compression_config": {"quant_method": "x"}}, r"compression_config\.quant_method 'x'"),
+        ({"architectures": "LlamaModel"}, "'LlamaModel' is not supported"),
         ({"auto_map": OWN_CODE}, r"config\.json: auto_map .* code from a checkpoint is never run"),
     ],
 )
@@ -43,6 +45,22 @@ def test_what_is_not_supported_is_named(directory, changed, wanted):
     with pytest.raises(UserError, match=wanted) as caught:
         hf.load_config(directory(changed))
     assert str(directory(changed) / "config.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "wanted"),
+    [
+        ({"num_attention_heads": 0}, "config.json: "),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "config.json: "),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}},
+            "the rope factor must be positive, not 0",
+        ),
+    ],
+)
+def test_numbers_that_cannot_be_are_an_error_of_the_users(directory, changed, wanted):
+    with pytest.raises(UserError, match=wanted):
+        hf.load_spec(directory(changed))
 
 
 def test_code_for_the_tokenizer_is_refused_too(directory):

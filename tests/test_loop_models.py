@@ -85,6 +85,16 @@ def test_a_config_that_tells_another_adapter_is_refused_with_what_to_set(
         loop.run(c, tmp_path / "run")
 
 
+def test_an_adapter_of_several_ranks_cannot_be_gone_on_from(student, tmp_path):
+    decoder, _ = hf.load_pretrained(student)
+    mixed = builders.adapters(decoder, names=["q_proj"]) | builders.adapters(
+        decoder, names=["k_proj"], rank=3
+    )
+    export.export_adapter(tmp_path / "mixed", decoder.spec, mixed, student)
+    with pytest.raises(UserError, match=r"several ranks or alphas \(rank_pattern"):
+        loop.run(starting_from(student, str(tmp_path / "mixed")), tmp_path / "run")
+
+
 def test_an_adapter_of_another_base_is_refused(student, other, adapter, tmp_path):
     with pytest.raises(UserError, match="another base"):
         loop.run(starting_from(student, adapter(other)), tmp_path / "run")
@@ -149,7 +159,7 @@ def test_models_by_their_hub_ids(student, tmp_path, monkeypatch, capsys):
     hf.load_pretrained(str(tmp_path / "run/merged"))
 
     # The run stays with what it began with when the repository moves on.
-    assert json.loads((tmp_path / "run/revisions.json").read_text()) == {"org/tiny": COMMIT}
+    assert json.loads((tmp_path / "run/models.json").read_text()) == {"org/tiny": COMMIT}
     (root / "refs" / "main").write_text("f" * 40)
     export_step(tmp_path / "run", tmp_path / "again")
     for file in ("model.safetensors", "tokenizer.json"):

@@ -172,7 +172,8 @@ def test_a_finished_run_shows_its_table_and_another_config_is_refused(finished, 
     assert finished["good"].returncode == 0
     again = start(Case("good", ("--config.log.progress_bar=False",), workdir="good"), files)
     assert again.returncode == 0
-    table = finished["good"].stdout
+    first, _, table = finished["good"].stdout.partition("\n")
+    assert "a response ends with <end_of_turn> (5)" in first
     assert again.stdout == table and "3 steps" in table
     arguments = ("--config.log.progress_bar=False", "--config.train.seed=7")
     other = start(Case("good", arguments, workdir="good"), files)

@@ -17,6 +17,7 @@ from gkdjax import hf
 from gkdjax.data.chat import load_chat
 from gkdjax.errors import UserError
 from gkdjax.sampler import Sampling, sample
+from gkdjax.tensor_files import TensorFiles
 from gkdjax.tools.make_tiny import make_tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -47,7 +48,8 @@ def test_it_has_the_shape_that_was_asked_for(made):
     assert (spec.width, spec.vocab_size) == (32, 5000)
     assert spec.is_global_L == (False, True, False)
     assert spec.window < 64
-    assert str(hf.stored_dtype(str(made))) == "bfloat16"
+    files = TensorFiles(made)
+    assert {files.dtype(name).name for name in files.names} == {"bfloat16"}
     assert load_chat(str(made)).stop_ids == (5, 1)
 
 

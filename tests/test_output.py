@@ -9,6 +9,9 @@ import pytest
 import safetensors.numpy
 
 from gkdjax import output
+from gkdjax.errors import UserError
+
+PART, OLD = ".target.gkdjax-part", ".target.gkdjax-old"
 
 
 def write(directory: pathlib.Path, text: str) -> None:
@@ -29,11 +32,12 @@ def test_the_new_directory_takes_the_old_ones_place(tmp_path):
     target = tmp_path / "above" / "target"
     write(target, "old")
     (target / "left_over").touch()
-    for leaving in ("target.part", "target.old"):  # of processes that were killed
+    users = ["target.old", "target.part"]
+    for leaving in (PART, OLD, *users):  # of processes that were killed, and the user's own
         (target.parent / leaving).mkdir()
-        (target.parent / leaving / "junk").touch()
+        (target.parent / leaving / "file").touch()
     write(target, "new")
-    assert names(target.parent) == ["target"]
+    assert names(target.parent) == ["target", *users]
     assert names(target) == ["deeper"]
     assert (target / "deeper/file").read_text() == "new"
 
@@ -54,16 +58,16 @@ def test_a_process_killed_between_the_renames_leaves_both_whole(tmp_path, monkey
     write(target, "old")
 
     def killed(self, other):
-        if self.suffix == ".part":
+        if self.name == PART:
             raise KeyboardInterrupt
         return rename(self, other)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pathlib.Path, "rename", killed)
         write(target, "new")
-    assert names(tmp_path) == ["target.old", "target.part"]
-    assert (tmp_path / "target.old/deeper/file").read_text() == "old"
-    assert (tmp_path / "target.part/deeper/file").read_text() == "new"
+    assert names(tmp_path) == [OLD, PART]
+    assert (tmp_path / OLD / "deeper/file").read_text() == "old"
+    assert (tmp_path / PART / "deeper/file").read_text() == "new"
     write(target, "newer")
     assert names(tmp_path) == ["target"]
 
@@ -79,7 +83,7 @@ def test_everything_is_on_the_disk_before_the_old_one_goes(tmp_path, monkeypatch
     monkeypatch.setattr(output, "_to_disk", recorded)
     write(target, "new")
     assert sorted(done) == sorted(
-        [("deeper", "old"), ("file", "old"), ("target.part", "old"), (tmp_path.name, "new")]
+        [("deeper", "old"), ("file", "old"), (PART, "old"), (tmp_path.name, "new")]
     )
 
 
@@ -140,3 +144,17 @@ def test_tensors_may_be_read_like_any_new_file(tmp_path):
     output.save_tensors({"a": tensor(np.ones(3, np.float32))}, tmp_path / "a.safetensors")
     mode = (tmp_path / "any").stat().st_mode
     assert (tmp_path / "a.safetensors").stat().st_mode == mode
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/out cannot be made: .*file"):
+        write(tmp_path / "file/out", "new")
+
+    def full(self, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_text", full)
+    with pytest.raises(UserError, match=r"target cannot be written: .*No space left"):
+        write(tmp_path / "target", "new")
+    assert names(tmp_path) == ["file"]

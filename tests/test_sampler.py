@@ -88,6 +88,12 @@ def test_greedy_is_the_argmax_of_the_uncached_forward(model, greedy):
     assert len({token for row in greedy for token in row}) > 8  # a text, not one token forever
 
 
+def test_ids_that_another_model_lacks_are_not_drawn(run):
+    free, limited = run(), run(vocab_size=60)
+    assert max(max(row) for row in ids(free)) >= 60 > max(max(row) for row in ids(limited))
+    assert max(max(row) for row in ids(run(sampling=WARM, vocab_size=60))) < 60
+
+
 def stops_in(greedy) -> tuple[int, int]:
     """One id that row 0 meets early and one that row 1 meets later; the last row may meet none."""
     return greedy[0][4], greedy[1][6]
@@ -144,7 +150,8 @@ def test_the_loop_ends_with_the_last_row_and_reads_no_last_token(monkeypatch):
     for stops, steps in (((5, 6), 1), ((5, 9), 40)):
         drawn.clear(), read.clear()
         _, length_B, done_B, _ = generate(
-            *(Counted(decoder.spec), params, rows, np.asarray(stops)), *(1.0, 1.0, 40, None, None)
+            *(Counted(decoder.spec), params, rows, np.asarray(stops)),
+            *(1.0, 1.0, 40, None, None, None, None),
         )
         jax.effects_barrier()
         assert len(drawn) == len(read) + 1 == steps  # the prompt is prefilled
@@ -278,7 +285,7 @@ def program(keep, mesh=None, dtype=jnp.float32):
     rows = (tokens_BP, tokens_BP > 0, np.arange(4, dtype=np.uint32))
     if mesh is not None:
         params, rows = sharding.replicate(mesh, params), sharding.shard_rows(mesh, rows)
-    how = (np.array([1]), np.float32(1), np.float32(1), 6, keep, mesh)
+    how = (np.array([1]), np.float32(1), np.float32(1), 6, keep, mesh, None, None)
     return sampler._generate.trace(decoder.clone(compute_dtype=dtype), params, rows, *how)
 
 

@@ -178,6 +178,7 @@ def _teacher(case: Case, mesh: Mesh) -> FlaxTeacher:
         batch_size=case.rows,
         chunk_size=case.chunk_size,
         mesh=mesh,
+        prefix_bytes=0,
     )
 
 

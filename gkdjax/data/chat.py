@@ -14,7 +14,6 @@ import pathlib
 import re
 from collections.abc import Sequence
 
-import jinja2
 import numpy as np
 import transformers
 
@@ -23,6 +22,9 @@ from gkdjax.types import Message
 
 # Letters and digits only: no template trims, escapes or splits it.
 _PLACEHOLDER = re.compile(r"gkdjaxcontent(\d+)end")
+# Llama 3's template writes the day of the rendering, so that a run would go on with other text the
+# next day; this is the date that it falls back to itself.
+_FIXED = {"date_string": "26 Jul 2024"}
 _SYSTEM_ADVICE = (
     "; if it has no system role, put that text into a user turn of context.prefix_messages, "
     "or take a model whose template has the role"
@@ -38,6 +40,7 @@ class Chat:
     pad_id: int
     stop_ids: tuple[int, ...]  # any of them ends a response; the template's end of turn is first
     end_of_turn: str  # the special token after an assistant's content, as text
+    template_kwargs: dict  # what the template is given beside the messages
     vocab_size: int | None = None  # rows of the model's embedding; None: of no model yet
 
     def prompt_ids(self, messages: Sequence[Message], name: str = "a prompt") -> np.ndarray:
@@ -88,8 +91,12 @@ class Chat:
         )
 
 
-def load_chat(directory: str) -> Chat:
+def load_chat(directory: str | pathlib.Path, template_kwargs: dict | None = None) -> Chat:
     """Reads the tokenizer, its chat template and the stop tokens of a Hugging Face directory.
+
+    Args:
+      directory: of the model.
+      template_kwargs: for the template, as {"enable_thinking": False}.
 
     Raises:
       UserError: no such directory, no fast tokenizer in it, no chat template, or a template that
@@ -101,13 +108,14 @@ def load_chat(directory: str) -> Chat:
             f"{directory}: the tokenizer has no chat template; take an instruction-tuned model, "
             "or put its chat_template.jinja into the directory"
         )
-    closing = _end_of_turn_id(directory, tokenizer)
-    others = [*_generation_config_stops(directory), tokenizer.eos_token_id]
+    template_kwargs = _FIXED | (template_kwargs or {})
+    closing = _end_of_turn_id(directory, tokenizer, template_kwargs)
+    others = [*_generation_config_stops(directory, tokenizer), tokenizer.eos_token_id]
     stop_ids = tuple(dict.fromkeys(i for i in (closing, *others) if i is not None))
     # Padding is masked wherever it is read, so a tokenizer without a pad token can lend any id.
     pad_id = closing if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     end_of_turn = tokenizer.convert_ids_to_tokens(closing)
-    return Chat(str(directory), tokenizer, pad_id, stop_ids, end_of_turn)
+    return Chat(str(directory), tokenizer, pad_id, stop_ids, end_of_turn, template_kwargs)
 
 
 def _load_tokenizer(directory: str) -> transformers.PreTrainedTokenizerBase:
@@ -117,19 +125,21 @@ def _load_tokenizer(directory: str) -> transformers.PreTrainedTokenizerBase:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory}: holds no tokenizer that can be read: {error}") from error
+    except Exception as error:  # of transformers, of tokenizers, and KeyError for half a file
+        raise UserError(f"{directory}: holds no tokenizer that can be read: {error!r}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{directory}: needs a tokenizer.json (a fast tokenizer, with offsets)")
     return tokenizer
 
 
-def _end_of_turn_id(directory: str, tokenizer) -> int:
+def _end_of_turn_id(directory: str, tokenizer, template_kwargs: dict) -> int:
     """The special token that a rendered conversation has right after the assistant's content."""
     asked = [Message("user", "gkdjaxcontent0end"), Message("assistant", "gkdjaxcontent1end")]
     try:
-        text = tokenizer.apply_chat_template([m._asdict() for m in asked], tokenize=False)
-    except jinja2.TemplateError as error:
+        text = tokenizer.apply_chat_template(
+            [m._asdict() for m in asked], tokenize=False, **template_kwargs
+        )
+    except Exception as error:  # a template is a program
         raise UserError(f"{directory}: the chat template fails on a question: {error}") from error
     after = _PLACEHOLDER.split(text)[-1]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -145,16 +155,23 @@ def _end_of_turn_id(directory: str, tokenizer) -> int:
     return tokens[0]
 
 
-def _generation_config_stops(directory: str) -> list[int | None]:
+def _generation_config_stops(directory: str, tokenizer) -> list[int | None]:
     path = pathlib.Path(directory) / "generation_config.json"
     if not path.exists():
         return []
     try:
         settings = {"eos_token_id": None} | json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: does not parse as JSON: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: does not parse as a JSON object: {error}") from error
     stops = settings["eos_token_id"]
-    return stops if isinstance(stops, list) else [stops]
+    stops = stops if isinstance(stops, list) else [stops]
+    for stop in stops:
+        if stop is not None and (type(stop) is not int or not 0 <= stop < len(tokenizer)):
+            raise UserError(
+                f"{path}: eos_token_id {stop!r} is no id of the tokenizer, which has"
+                f" {len(tokenizer)} tokens"
+            )
+    return stops
 
 
 # Rows come back every epoch, and with each of their trajectories: 0.3 ms for a view, or nothing.
@@ -203,8 +220,9 @@ def _template_text(
             [message._asdict() for message in messages],
             tokenize=False,
             add_generation_prompt=generation_prompt,
+            **chat.template_kwargs,
         )
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a template is a program
         roles = [message.role for message in messages]
         raise UserError(
             f"{name}: the chat template of {chat.directory} refuses the roles "
@@ -289,7 +307,8 @@ def _first_written(
         raise UserError(
             f"{name}: the chat template of {chat.directory} does not continue its own generation "
             f"prompt {prompt[-40:]!r} with the assistant's message, so training would not match "
-            "inference; white space at the start of the message can do that"
+            "inference; white space at the start of the message can do that, and a template that"
+            " writes thinking: data.template_kwargs={'enable_thinking': False} turns Qwen 3's off"
         )
     return len(prompt_ids)
 

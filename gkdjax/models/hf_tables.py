@@ -36,8 +36,12 @@ def rope_spec(family: str, parameters: dict) -> RopeSpec:
     theta, kind = parameters["rope_theta"], parameters["rope_type"]
     partial = parameters.get("partial_rotary_factor")
     refuse(family, partial not in (None, 1.0), f"partial_rotary_factor={partial}")
+    if not isinstance(theta, int | float) or theta <= 0:
+        raise ValueError(f"rope_theta must be a positive number, not {theta!r}")
     if kind == "default":
         return RopeSpec(theta)
+    if not isinstance(parameters["factor"], int | float) or parameters["factor"] <= 0:
+        raise ValueError(f"the rope factor must be positive, not {parameters['factor']!r}")
     if kind == "linear":
         return RopeSpec(theta, linear_factor=parameters["factor"])
     refuse(family, kind != "llama3", f"rope_type {kind!r}")

@@ -12,8 +12,10 @@ from gkdjax import sharding
 from gkdjax.data.chat import Chat
 from gkdjax.losses import fused_top_k
 from gkdjax.losses.head import unembed
+from gkdjax.models.cache import Prefix
 from gkdjax.models.decoder import Decoder, unembedding_table
-from gkdjax.sampler import Keep, Sampling, sample
+from gkdjax.prefix_store import PrefixStore
+from gkdjax.sampler import Keep, Sampling
 from gkdjax.teachers.protocol import Capabilities
 from gkdjax.types import Batch, DenseTargets, TeacherTargets, TopKTargets, Trajectory
 
@@ -37,6 +39,7 @@ class FlaxTeacher:
         batch_size: int,
         chunk_size: int,
         mesh: Mesh,
+        prefix_bytes: int,
     ):
         """Keeps `params`, without a copy.
 
@@ -53,6 +56,7 @@ class FlaxTeacher:
           batch_size: rows sampled at once.
           chunk_size: of the head that finds the top k, see `losses.fused_top_k`.
           mesh: the rows of a batch are cut along its data axis.
+          prefix_bytes: of keys and values of prefixes that are kept, see `PrefixStore`.
         """
         self.decoder, self.params, self.chat = decoder, params, chat
         self.description = description
@@ -60,17 +64,13 @@ class FlaxTeacher:
         self._shared_vocab = min(vocab_size, decoder.spec.vocab_size)
         self._lengths, self._batch_size = tuple(lengths), batch_size
         self._chunk_size, self._mesh = chunk_size, mesh
+        self.prefixes = PrefixStore(decoder, params, prefix_bytes)
 
     def targets(self, batch: Batch) -> TeacherTargets:
         """See `protocol.Teacher`. Dispatched, not waited for."""
-        batch = sharding.shard_rows(self._mesh, batch)
-        hidden_BNE = predicting_hidden(
-            self.decoder,
-            self.params,
-            batch.teacher_tokens_BT,
-            batch.teacher_mask_BT,
-            batch.teacher_at_BN,
-        )
+        prefix, *view = self.prefixes.teacher_view(batch)
+        batch, view = sharding.shard_rows(self._mesh, (batch, view))
+        hidden_BNE = predicting_hidden(self.decoder, self.params, *view, prefix)
         spec = self.decoder.spec
         table = unembedding_table(spec, self.params)
         dense = DenseTargets(hidden_BNE, table, spec.final_softcap)
@@ -94,9 +94,7 @@ class FlaxTeacher:
         keep = None
         if self._top_k is not None:
             keep = Keep(self._top_k, self._temperature, self._shared_vocab)
-        return sample(
-            self.decoder,
-            self.params,
+        return self.prefixes.sample(
             prompts,
             seeds,
             sampling,
@@ -105,13 +103,16 @@ class FlaxTeacher:
             lengths=self._lengths,
             mesh=self._mesh,
             keep=keep,
+            vocab_size=self._shared_vocab,
         )
 
 
 @functools.partial(jax.jit, static_argnames="decoder")
-def predicting_hidden(decoder: Decoder, params, tokens_BT, mask_BT, at_BN) -> jax.Array:
-    """Hidden states [B,N,E] at the positions that predict the targets."""
-    hidden_BTE = decoder.apply({"params": params}, tokens_BT, mask_BT)
+def predicting_hidden(
+    decoder: Decoder, params, tokens_BT, mask_BT, at_BN, prefix: Prefix | None = None
+) -> jax.Array:
+    """Hidden states [B,N,E] at the positions that predict the targets, which follow the prefix."""
+    hidden_BTE = decoder.apply({"params": params}, tokens_BT, mask_BT, prefix)
     return jnp.take_along_axis(hidden_BTE, at_BN[:, :, None], axis=1)
 
 

@@ -10,8 +10,9 @@ def require_longer_view(views_differ: bool) -> None:
     if not views_differ:
         raise UserError(
             "teacher.backend='local-toggle' is the student itself, and no row gives it more to read"
-            " than the student: the loss would be zero. Set context.prefix_messages, lower"
-            " context.student_retained_turns, or take another teacher (teacher.backend='flax')"
+            " than the student: the loss would be zero. Give a prefix (context.prefix_messages),"
+            " lower context.student_retained_turns, or take another teacher"
+            " (teacher.backend='flax')"
         )
 
 

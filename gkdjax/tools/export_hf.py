@@ -49,7 +49,7 @@ def export_step(
             " leave --adapter out to write the whole model"
         )
     source = models_of_run.local_directory(config.student.model, pathlib.Path(run))
-    _check_out(pathlib.Path(out), source, adapter)
+    _check_out(pathlib.Path(out), config, source, adapter)
     spec = hf.load_spec(source)
     step, trainable = read_trainable(pathlib.Path(run), _trainable_like(config, spec), step)
     if adapter:
@@ -66,7 +66,11 @@ def export_step(
 def _read_config(run: pathlib.Path) -> config_lib.Config:
     path = run / "config.json"
     try:
-        return config_lib.parse(json.loads(path.read_text()))
+        saved = json.loads(path.read_text())
+        if not isinstance(saved, dict):
+            raise ValueError("no JSON object")
+        # A key that is newer than the run had no effect on it.
+        return config_lib.parse(_over(config_lib.to_dict(config_lib.Config()), saved))
     except FileNotFoundError:
         raise UserError(f"{run} holds no config.json, so it is not a run's directory") from None
     except UserError as error:
@@ -75,12 +79,27 @@ def _read_config(run: pathlib.Path) -> config_lib.Config:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def _check_out(out: pathlib.Path, source: pathlib.Path, adapter: bool) -> None:
+def _over(defaults: dict, saved: dict) -> dict:
+    """`saved`, with what it lacks from `defaults`, section by section."""
+    sections = {
+        name: _over(value, saved[name])
+        for name, value in defaults.items()
+        if isinstance(value, dict) and isinstance(saved.get(name), dict)
+    }
+    return defaults | saved | sections
+
+
+def _check_out(out: pathlib.Path, config: config_lib.Config, source: pathlib.Path, adapter: bool):
     """Only what this tool could have written is replaced, and never what the run stands on."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if source.resolve() == out.resolve():
-        raise UserError(f"--out={out} is the model that the run began with; name another directory")
+    teacher = config.teacher
+    used = (teacher.model, teacher.tokenizer, teacher.adapter, config.student.lora.start_from)
+    if out.resolve() in {
+        source.resolve(),
+        *(pathlib.Path(name).resolve() for name in used if name),
+    }:
+        raise UserError(f"--out={out} is what the run began with; name another directory")
     found = out / (peft_config.NAME if adapter else "config.json")
     key = "peft_type" if adapter else "model_type"
     kind = "an adapter" if adapter else "a model"

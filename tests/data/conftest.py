@@ -82,6 +82,16 @@ _TEMPLATES = {
         "m['role'] + '\\n' + ('<think>\\n\\n</think>\\n\\n' if loop.last and "
         "m['role'] == 'assistant' else '') +",
     ),
+    # Qwen 3's way: an empty block of thinking where it is off, and before the last answer.
+    "may think": _CHATML.replace(
+        "m['role'] + '\\n' +",
+        "m['role'] + '\\n' + ('<think>\\n\\n</think>\\n\\n' if loop.last and "
+        "m['role'] == 'assistant' else '') +",
+    )
+    + "{%- if add_generation_prompt and enable_thinking is defined and not enable_thinking -%}"
+    "{{- '<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}",
+    "dated": "{{- '<|im_start|>system\\n' + (date_string if date_string is defined else "
+    "strftime_now('%d %b %Y')) + '<|im_end|>\\n' -}}" + _CHATML,
     "shouts": _LLAMA3.replace("| trim", "| upper"),
     "replaces": _LLAMA3.replace("| trim", "| replace('Ho', 'Hum')"),
     "twice": _LLAMA3.replace("m['content'] | trim", "m['content'] + m['content']"),

@@ -140,6 +140,13 @@ def test_stop_ids_are_the_end_of_turn_and_all_that_the_model_declares(chat_dir):
     config.write_text("{")
     with pytest.raises(UserError, match=r"generation_config.json: does not parse"):
         load_chat(directory)
+    config.write_text("[]")
+    with pytest.raises(UserError, match=r"generation_config.json: does not parse"):
+        load_chat(directory)
+    for stops in ("text", [[1]], -1, [1, 99999], True):
+        config.write_text(json.dumps({"eos_token_id": stops}))
+        with pytest.raises(UserError, match=r"generation_config.json: eos_token_id .* is no id"):
+            load_chat(directory)
 
 
 def test_pad_id_is_the_tokenizers_or_any_where_it_has_none(chat_dir):
@@ -172,6 +179,24 @@ def test_a_template_that_cannot_be_followed_is_refused(chat_of, template, messag
     is_target = [m.role == "assistant" for m in messages]
     with pytest.raises(UserError, match=expected):
         chat_of(template).render(messages, is_target, "rows:3")
+
+
+def test_a_template_that_thinks_can_be_told_not_to(chat_dir):
+    with pytest.raises(UserError, match=r"data\.template_kwargs=\{'enable_thinking': False\}"):
+        load_chat(chat_dir("may think")).render(_ASKED, (False, False, True), "rows:3")
+    chat = load_chat(chat_dir("may think"), {"enable_thinking": False})
+    ids, flags = chat.render(_ASKED, (False, False, True), "rows:3")
+    prompt = chat.prompt_ids(_ASKED[:2])
+    np.testing.assert_array_equal(ids[: len(prompt)], prompt)
+    assert chat.tokenizer.decode(prompt).endswith("<think>\n\n</think>\n\n")
+    assert chat.tokenizer.decode(ids[flags]) == "Ho<|im_end|>"
+
+
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day(chat_dir):
+    chat = load_chat(chat_dir("dated"))
+    assert "26 Jul 2024" in chat.tokenizer.decode(chat.prompt_ids(_ASKED[1:2]))
+    chat = load_chat(chat_dir("dated"), {"date_string": "1 May 2025"})
+    assert "1 May 2025" in chat.tokenizer.decode(chat.prompt_ids(_ASKED[1:2]))
 
 
 @pytest.mark.parametrize("template", ["refuses system", "drops system"])

@@ -34,6 +34,7 @@ def teacher(
         chunk_size=8,
         mesh=mesh,
         vocab_size=vocab_size,
+        prefix_bytes=2**20,
     )
 
 

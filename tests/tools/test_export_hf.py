@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from checkpoints import assert_same_bytes, load_torch, tensors, torch_logits
+from readme_commands import README
 from small_runs import ConstantTeacher, small
 
 from gkdjax import loop
@@ -127,8 +128,38 @@ def test_only_its_own_kind_of_directory_is_replaced(lora_run, student, tmp_path,
     assert export(run, out, "--adapter") == 2
     assert "not the directory of an adapter" in capsys.readouterr().err
     assert export(run, student) == 2
-    assert "the model that the run began with" in capsys.readouterr().err
+    assert "is what the run began with" in capsys.readouterr().err
     assert (work / "thesis.tex").exists() and (run / "checkpoints").exists()
+
+
+def test_the_readmes_commands_are_ours(lora_run, tmp_path):
+    lines = [line.split() for line in README.read_text().splitlines() if "tools.export_hf" in line]
+    assert len(lines) == 2
+    for _, _, module, run, out, *flags in lines:
+        assert (module, run[:13], out[:6]) == ("gkdjax.tools.export_hf", "--checkpoint=", "--out=")
+        flags = [flag.replace("300", "4") for flag in flags]
+        assert export(lora_run, tmp_path / flags[0], *flags) == 0
+
+
+def test_a_run_from_before_a_key_of_the_config_can_be_exported(lora_run, tmp_path):
+    run = shutil.copytree(lora_run, tmp_path / "run")
+    saved = json.loads((run / "config.json").read_text())
+    del saved["teacher"]["prefix_bytes"], saved["log"]
+    (run / "config.json").write_text(json.dumps(saved))
+    assert export(run, tmp_path / "out", "--adapter") == 0
+
+
+def test_a_run_finds_its_model_from_anywhere(student, tmp_path, monkeypatch, capsys):
+    shutil.copytree(student, tmp_path / "here/model")
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    config = small("model", teacher__top_k=1, train__steps=1, train__export="adapter")
+    loop.run(config, tmp_path / "run", teacher=ConstantTeacher(50, 5))
+    monkeypatch.chdir(tmp_path / "there")
+    assert export(tmp_path / "run", "out") == 0
+    (tmp_path / "here/model").rename(tmp_path / "here/moved")
+    assert export(tmp_path / "run", "out") == 2
+    assert f"{tmp_path / 'here/model'} is gone" in capsys.readouterr().err
 
 
 def test_what_is_no_run_or_no_step_is_named(lora_run, student, tmp_path, capsys):

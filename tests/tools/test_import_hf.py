@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from checkpoints import KINDS, MULTIMODAL, tensors
+from readme_commands import README
 
 from gkdjax.tools import import_hf
 
@@ -167,3 +168,10 @@ def test_a_wrong_flag_is_told(capsys):
         import_hf.main(["--chek=x"])
     assert caught.value.code == 2
     assert "--check" in capsys.readouterr().err
+
+
+def test_the_readmes_command_runs(monkeypatch, capsys):
+    (line,) = (line for line in README.read_text().splitlines() if "tools.import_hf" in line)
+    monkeypatch.chdir(README.parent)
+    assert import_hf.main(line.partition("import_hf ")[2].split()) == 0
+    assert capsys.readouterr().out.endswith("fits\n")

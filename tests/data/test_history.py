@@ -1,0 +1,118 @@
+"""Conversations whose earlier messages become the prefix of their later ones."""
+
+import dataclasses
+import logging
+
+import pytest
+
+from gkdjax.data import views
+from gkdjax.data.history import history_as_prefix
+from gkdjax.data.sources import read_examples
+from gkdjax.errors import UserError
+from gkdjax.types import Example, Message
+
+_ROLES = {"s": "system", "u": "user", "a": "assistant"}
+
+
+def _said(words: str) -> tuple[Message, ...]:
+    """ "u1 a1" -> the messages "u1" by the user and "a1" by the assistant."""
+    return tuple(Message(_ROLES[word[0]], word) for word in words.split())
+
+
+def _rows(*conversations: str, **more) -> list[Example]:
+    rows = tuple({"messages": [m._asdict() for m in _said(c)], **more} for c in conversations)
+    return read_examples(rows, "data.train")
+
+
+def _shown(examples: list[Example]) -> list[tuple[str, str, str | None]]:
+    """(prefix, turns, response), in words."""
+    return [
+        (*(" ".join(m.content for m in said) for said in (e.prefix, e.turns)), e.response)
+        for e in examples
+    ]
+
+
+@pytest.mark.parametrize(
+    ("conversation", "expected"),
+    [
+        ("u1 a1", [("", "u1", "a1")]),
+        ("u1", [("", "u1", None)]),
+        ("s u1 a1", [("s", "u1", "a1")]),
+        ("u1 a1 u2 a2", [("", "u1", "a1"), ("u1 a1", "u2", "a2")]),
+        ("s u1 a1 u2", [("s", "u1", "a1"), ("s u1 a1", "u2", None)]),
+        ("u1 u2 a1 u3 u4 a2", [("", "u1 u2", "a1"), ("u1 u2 a1", "u3 u4", "a2")]),
+        ("u1 a1 s u2 a2", [("", "u1", "a1"), ("u1 a1 s", "u2", "a2")]),
+        ("u1 a1 u2 s a2", [("", "u1", "a1"), ("u1 a1", "u2 s", "a2")]),
+        ("s1 s2 a1", [("s1", "s2", "a1")]),
+        ("s a1 u1 a2", [("", "s", "a1"), ("s a1", "u1", "a2")]),
+        ("u1 a1 a2 u2 a3", [("", "u1 a1", "a2"), ("u1 a1 a2", "u2", "a3")]),
+    ],
+)
+def test_each_turn_of_the_assistant_is_an_example_with_all_before_it(conversation, expected):
+    rows = _rows(conversation)
+    assert _shown(history_as_prefix(rows, "data.train")) == expected
+    assert _shown(history_as_prefix(rows, "data.train", last_only=True)) == expected[-1:]
+
+
+def test_names_ids_and_answers(caplog):
+    rows = _rows("u1 a1", "u1 a1 u2 a2 u3", "s u1 a1")
+    with caplog.at_level(logging.INFO, "absl"):
+        made = history_as_prefix(rows, "data.train")
+    assert [(e.name, e.row_id) for e in made] == [
+        ("data.train:0", 0),
+        ("data.train:1[1]", 1),
+        ("data.train:1[3]", 2),
+        ("data.train:1[5]", 3),
+        ("data.train:2", 4),
+    ]
+    assert [r.getMessage() for r in caplog.records] == [
+        "data.train: 3 rows, as 5 turns with their history"
+    ]
+    asked = [dataclasses.replace(row, answer="yes") for row in rows]
+    (first, second, third) = history_as_prefix(asked, "eval.questions", last_only=True)
+    assert (first.answer, second.answer, third.answer) == ("yes",) * 3
+    assert (second.name, second.row_id) == ("data.train:1[5]", 1)
+
+
+def test_a_row_with_a_prefix_of_its_own_stays_as_it_is():
+    rows = _rows("u1 a1 u2 a2", prefix_messages=[{"role": "system", "content": "s"}])
+    assert history_as_prefix(rows, "data.train") == rows
+    rows = _rows("u1 a1 u2 a2", prefix_messages=[])
+    assert len(history_as_prefix(rows, "data.train")) == 2
+
+
+def test_a_conversation_that_the_assistant_begins_is_refused_by_name():
+    with pytest.raises(UserError, match=r"^data\.train:1: context\.history_as_prefix: the first"):
+        history_as_prefix(_rows("u1 a1", "a1 u1 a2"), "data.train")
+
+
+def test_every_message_of_the_assistant_is_a_target_once_and_the_student_reads_what_it_keeps(
+    chat_of,
+):
+    """`student_retained_turns` beyond the history keeps all of it."""
+    chat = chat_of("chatml")
+    made = history_as_prefix(_rows("s u1 a1 u2 a2 a3 u3 a4"), "data.train")
+    for retained, student_reads in (
+        (0, ["u1 a1", "u2 a2 a3", "u3 a4"]),
+        (2, ["s u1 a1", "u1 a1 u2 a2 a3", "a2 a3 u3 a4"]),
+        (99, ["s u1 a1", "s u1 a1 u2 a2 a3", "s u1 a1 u2 a2 a3 u3 a4"]),
+    ):
+        targets = []
+        for example, words in zip(made, student_reads, strict=True):
+            pair, fate = views.view_pair(
+                *(example, chat, chat),
+                prefix=views.prefix_of(example, ()),
+                retained=retained,
+                target_roles=("assistant",),
+                trajectory=None,
+                max_length=1000,
+                too_long="drop",
+            )
+            assert fate is views.Fate.KEPT
+            whole, _ = chat.render(_said(words), [False] * len(words.split()), "all")
+            assert list(pair.student.ids) == list(whole[: len(pair.student.ids)])
+            all_before = (*example.prefix, *example.turns, Message("assistant", example.response))
+            whole, _ = chat.render(all_before, [False] * len(all_before), "all")
+            assert list(pair.teacher.ids) == list(whole[: len(pair.teacher.ids)])
+            targets.append(chat.decode(pair.target_ids))
+        assert targets == ["a1", "a2a3", "a4"]

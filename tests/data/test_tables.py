@@ -1,0 +1,187 @@
+"""Parquet files and Hugging Face datasets, made on the spot."""
+
+import importlib
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from gkdjax.data.sources import read_examples
+from gkdjax.errors import UserError
+from gkdjax.types import Message
+
+_ROWS = [{"prompt": f"ask {i}", "response": None if i % 2 else "yo"} for i in range(2500)]
+_CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+
+
+def _parquet(path, rows=_ROWS):
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
+    return str(path)
+
+
+def _shown(source):
+    """(name, first words, response) of each row."""
+    return [(e.name, e.turns[0].content, e.response) for e in read_examples(source, "data.train")]
+
+
+def _expected(label, numbers):
+    return [(f"{label}:{i}", f"ask {n}", None if n % 2 else "yo") for i, n in enumerate(numbers)]
+
+
+def test_a_parquet_file(tmp_path):
+    assert _shown(_parquet(tmp_path / "x.parquet")) == _expected("x.parquet", range(2500))
+
+
+def test_parquet_rows_of_mixed_shapes(tmp_path):
+    rows = [{"prompt": "hi", **dict.fromkeys(_CHAT)}, {"prompt": None, **_CHAT}]
+    first, second = read_examples(_parquet(tmp_path / "x.parquet", rows), "data.train")
+    assert first.turns == second.turns == (Message("user", "hi"),)
+    assert (first.response, second.response) == (None, "yo")
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ({"prompt": ["a"] * 1500 + [" "]}, "x.parquet:1500: prompt is nothing but white space"),
+        ({"prompt": [1]}, "x.parquet:0: prompt must be a string, not a number"),
+        ({"prompt": [b"a"]}, "x.parquet:0: prompt must be a string, not bytes"),
+        ({"prompt": ["a\0"]}, "x.parquet:0: prompt has a NUL"),
+        ({"prompt": pa.array([], pa.string())}, "data.train = .*x.parquet: holds no rows"),
+    ],
+)
+def test_bad_columns_are_named(tmp_path, table, expected):
+    pyarrow.parquet.write_table(pa.table(table), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match=expected):
+        read_examples(str(tmp_path / "x.parquet"), "data.train")
+
+
+def test_columns_that_cannot_be_read_are_named(tmp_path):
+    offsets, text = pa.array([0, 1, 2], pa.int32()).buffers()[1], pa.py_buffer(b"a\xff")
+    broken = pa.StringArray.from_buffers(2, offsets, text)
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pa.table({"id": [0, 1], "prompt": broken}), path)
+    with pytest.raises(UserError, match=r"x\.parquet:1: prompt is not UTF-8: .* byte 0xff"):
+        read_examples(str(path), "data.train")
+    twice = pa.table([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"])
+    pyarrow.parquet.write_table(twice, path)
+    with pytest.raises(UserError, match=r"x\.parquet: has the column 'prompt' twice"):
+        read_examples(str(path), "data.train")
+    path.write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match=r"data.train = .*x\.parquet: cannot be read as Parquet"):
+        read_examples(str(path), "data.train")
+    path.unlink()
+    with pytest.raises(UserError, match=r"data.train = .*x\.parquet: No such file or directory"):
+        read_examples(str(path), "data.train")
+
+
+def test_a_dataset_saved_to_disk(tmp_path):
+    rows = datasets.Dataset.from_list(_ROWS)
+    rows.save_to_disk(str(tmp_path / "one"))
+    splits = datasets.DatasetDict(train=rows, test=rows.select(range(10)))
+    splits.save_to_disk(str(tmp_path / "two"))
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    assert _shown(one) == _expected("one", range(2500))
+    assert _shown(one + ":train[-2:]") == _expected("one:train[-2:]", (2498, 2499))
+    assert _shown(two + ":test") == _expected("two:test", range(10))
+    assert _shown(two + ":test[20%:50%]") == _expected("two:test[20%:50%]", (2, 3, 4))
+    both = "two:train[:2]+test[9:]"
+    assert _shown(str(tmp_path / both)) == _expected(both, (0, 1, 9))
+    for source, expected in (
+        (two, "which split of train, test? Write two:train"),
+        (two + ":vali", 'Unknown split "vali"'),
+        (two + ":train[1", "Unrecognized instruction format"),
+        (two + ":main:train", "has no configs; write NAME:SPLIT"),
+        (two + ":train[5:5]", "holds no rows"),
+    ):
+        with pytest.raises(UserError) as caught:
+            read_examples(source, "data.train")
+        assert str(caught.value).startswith(f"data.train = {source}: ")
+        assert expected in str(caught.value)
+
+
+def test_a_directory_of_files(tmp_path, monkeypatch):
+    home = tmp_path / "mine"
+    home.mkdir()
+    _parquet(home / "train.parquet", _ROWS[:20])
+    _parquet(home / "test.parquet", _ROWS[:2])
+    assert _shown(str(home) + ":train[:3]") == _expected("mine:train[:3]", range(3))
+    monkeypatch.chdir(tmp_path)
+    assert _shown("mine:default:test") == _expected("mine:test", range(2))
+    with pytest.raises(UserError, match=r"data\.train = mine: which split of train, test\?"):
+        read_examples("mine", "data.train")
+    with pytest.raises(UserError, match=r"data\.train = mine:other:test: .*'other' not found"):
+        read_examples("mine:other:test", "data.train")
+
+
+def test_a_directory_of_jsonl_files(tmp_path):
+    home = tmp_path / "mine"
+    home.mkdir()
+    (home / "train.jsonl").write_text('{"question": "hi"}\n{"question": "hi", "answer": ""}\n')
+    with pytest.raises(UserError, match=r"^mine:train:1: answer is empty"):
+        read_examples(str(home) + ":train", "data.train")
+    (home / "train.jsonl").write_text('{"question": "hi"}\n{"question": \n')
+    with pytest.raises(UserError, match=r"(?s)^data.train = .*mine: cannot be read .* in row 1"):
+        read_examples(str(home), "data.train")
+    (home / "train.jsonl").unlink()
+    with pytest.raises(UserError, match=r"mine: cannot be read as a dataset: .* any data files"):
+        read_examples(str(home), "data.train")
+
+
+def test_a_dataset_of_the_hub_is_asked_for_with_config_and_split(monkeypatch):
+    asked = []
+
+    def load(name, config, split):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list(_ROWS[:2])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert _shown("org/name:train[:2]") == _expected("org/name:train[:2]", range(2))
+    assert _shown("name:main:train+test[:5]") == _expected("name:train+test[:5]", range(2))
+    assert _shown("org/name") == _expected("org/name", range(2))
+    assert asked == [
+        ("org/name", None, "train[:2]"),
+        ("name", "main", "train+test[:5]"),
+        ("org/name", None, None),
+    ]
+
+
+def test_what_the_hub_does_not_give_is_told_without_what_may_hold_the_token(monkeypatch):
+    with pytest.raises(UserError, match=r"data\.train = org/name:train: .*: ConnectionError\. Che"):
+        read_examples("org/name:train", "data.train")  # offline, as all tests are
+    for error, told in (
+        (OSError("Bearer hf_secret"), "did not give it: OSError."),
+        (ValueError('Unknown split "a"'), 'did not give it: Unknown split "a".'),
+    ):
+
+        def fail(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(datasets, "load_dataset", fail)
+        with pytest.raises(UserError) as caught:
+            read_examples("org/name:train", "data.train")
+        assert told in str(caught.value) and "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("missing", "source"),
+    [("datasets", "org/name:train"), ("datasets", "mine"), ("pyarrow", "x.parquet")],
+)
+def test_a_missing_library_is_told_with_what_installs_it(tmp_path, monkeypatch, missing, source):
+    def without(name):
+        if name.partition(".")[0] == missing:
+            raise ImportError(name)
+        return importlib.__import__(name)
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setattr(importlib, "import_module", without)
+    expected = rf"^data\.train = {source}: needs {missing}, .*: pip install 'gkdjax\[datasets\]'$"
+    with pytest.raises(UserError, match=expected):
+        read_examples(source, "data.train")

@@ -1,0 +1,41 @@
+"""Whole runs whose teacher reads the prefix once, against those where each row reads it."""
+
+import numpy as np
+import pytest
+
+from gkdjax import loop, prefix_store
+from tests.small_runs import metrics, small
+
+
+def test_a_prefix_read_once_teaches_the_same(student, tmp_path, monkeypatch):
+    reads, read = [], prefix_store._read
+    monkeypatch.setattr(prefix_store, "_read", lambda *a: reads.append(a[2].shape) or read(*a))
+    c = small(student, train__steps=3)
+    c.context.prefix_messages = [{"role": "system", "content": "be brief, but be right"}]
+    c.data.train = [*({"prompt": f"ask {i}"} for i in range(5)), {"prompt": "ask", "response": "x"}]
+    c.eval.held_out = [{"prompt": "ask 8"}, {"prompt": "ask 9"}]
+    found, results = {}, {}
+    for name, least in (("each row", 10**6), ("once", 16)):
+        monkeypatch.setattr(prefix_store, "LEAST_TOKENS", least)
+        results[name] = loop.run(c, tmp_path / name)
+        found[name] = [line["loss"] for line in metrics(tmp_path / name)]
+        assert len(reads) == (0 if name == "each row" else 2)  # by the teacher, and by the base
+    # <bos><start_of_turn>user, a line break, the prefix, two line breaks, and "ask" of all rows
+    assert set(reads) == {(1, 1 + 1 + 5 + len("be brief, but be right") + 2 + 3)}
+    np.testing.assert_allclose(found["once"], found["each row"], rtol=1e-4)
+    for who in ("base", "prompted_base", "student"):
+        kl = [results[name][who]["forward_kl"] for name in found]
+        assert kl[0] == pytest.approx(kl[1], rel=1e-3, abs=1e-6)
+
+
+def test_rows_with_prefixes_of_their_own(student, tmp_path, monkeypatch):
+    monkeypatch.setattr(prefix_store, "LEAST_TOKENS", 16)
+    personas = [[{"role": "system", "content": f"you are {who}, always"}] for who in ("A", "BB")]
+    rows = [{"prompt": f"ask {i}", "prefix_messages": personas[i % 2]} for i in range(8)]
+    found = []
+    for name, most in (("kept", 2**30), ("dropped", 0)):
+        c = small(student, data__train=rows, context__prefix_messages=(), train__steps=1)
+        c.teacher.prefix_bytes = most
+        loop.run(c, tmp_path / name)
+        found.append([line["loss"].hex() for line in metrics(tmp_path / name)])
+    assert found[0] == found[1]  # reading a prefix again gives the same numbers, to the bit
