@@ -70,7 +70,8 @@ def find(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> Sour
     """
     kwargs = config.data.template_kwargs
     student = local_directory(config.student.model, workdir)
-    chat = vocabulary.of_model(load_chat(student, kwargs), hf.load_spec(student).vocab_size)
+    spec = hf.load_spec(student)  # first: an unknown architecture matters more than its template
+    chat = vocabulary.of_model(load_chat(student, kwargs), spec.vocab_size)
     c, directory = config.teacher, None
     if teacher is not None:
         teacher_chat, name = teacher.chat or chat, teacher.description

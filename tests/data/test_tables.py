@@ -182,6 +182,6 @@ def test_a_missing_library_is_told_with_what_installs_it(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     monkeypatch.setattr(importlib, "import_module", without)
-    expected = rf"^data\.train = {source}: needs {missing}, .*: pip install 'gkdjax\[datasets\]'$"
+    expected = rf"^data\.train = {source}: needs {missing}, .*: pip install -e '\.\[datasets\]'$"
     with pytest.raises(UserError, match=expected):
         read_examples(source, "data.train")
