@@ -255,7 +255,7 @@ def _export(parts: Run, state: TrainState, workdir: pathlib.Path) -> list[str]:
         export.export_merged(workdir / "merged", spec, params, adapters, source)
         written.append("merged/")
     if wanted in ("adapter", "both"):
-        base = models_of_run.hub_id(config.student.model)
+        base = models_of_run.base_name(config.student.model, workdir)
         export.export_adapter(workdir / "adapter", spec, state.trainable, source, base)
         written.append("adapter/")
     return written

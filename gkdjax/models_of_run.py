@@ -40,7 +40,7 @@ def local_directory(name: str, workdir: pathlib.Path, weights: bool = True) -> p
     begun_with = workdirs.read_json(path) or {}
     if name not in begun_with:
         directory = hub.local_directory(name, weights)
-        here = str(directory.absolute()) if hub_id(name) is None else directory.name
+        here = str(directory.absolute()) if pathlib.Path(name).is_dir() else directory.name
         workdirs.write_json(path, begun_with | {name: here})
         return directory
     place = begun_with[name]
@@ -51,9 +51,15 @@ def local_directory(name: str, workdir: pathlib.Path, weights: bool = True) -> p
     return pathlib.Path(place)
 
 
-def hub_id(name: str) -> str | None:
-    """`name` if it is no directory here."""
-    return None if pathlib.Path(name).is_dir() else name
+def base_name(name: str, workdir: pathlib.Path) -> str:
+    """What an adapter calls its base: a hub id as it is, a directory by its absolute path.
+
+    Args:
+      name: that `local_directory` has found for this run, wherever the process may stand now.
+      workdir: the run's directory.
+    """
+    place = workdirs.read_json(workdir / "models.json")[name]
+    return place if pathlib.Path(place).is_absolute() else name
 
 
 def find(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> Sources:

@@ -53,7 +53,7 @@ def export_step(
     spec = hf.load_spec(source)
     step, trainable = read_trainable(pathlib.Path(run), _trainable_like(config, spec), step)
     if adapter:
-        base = models_of_run.hub_id(config.student.model)
+        base = models_of_run.base_name(config.student.model, pathlib.Path(run))
         export.export_adapter(out, spec, trainable, source, base)
     elif lora:
         params = hf.load_pretrained(source, config.student.dtype)[1]

@@ -157,6 +157,9 @@ def test_a_run_finds_its_model_from_anywhere(student, tmp_path, monkeypatch, cap
     loop.run(config, tmp_path / "run", teacher=ConstantTeacher(50, 5))
     monkeypatch.chdir(tmp_path / "there")
     assert export(tmp_path / "run", "out") == 0
+    assert export(tmp_path / "run", "adapter", "--adapter") == 0
+    fields = json.loads(pathlib.Path("adapter/adapter_config.json").read_text())
+    assert fields["base_model_name_or_path"] == str(tmp_path / "here/model")
     (tmp_path / "here/model").rename(tmp_path / "here/moved")
     assert export(tmp_path / "run", "out") == 2
     assert f"{tmp_path / 'here/model'} is gone" in capsys.readouterr().err
