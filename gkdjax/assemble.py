@@ -96,10 +96,9 @@ def assemble(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> 
         teacher = in_process.config_teacher(sources, own)
     _check_capabilities(config, teacher, feed)
     shared_vocab = decoder.spec.vocab_size
+    prompts_by_prefix = feed.prompts_by_prefix([*questions, *held_out])
     if isinstance(teacher, FlaxTeacher):
         shared_vocab = min(shared_vocab, teacher.decoder.spec.vocab_size)
-    prompts_by_prefix = rules.prompts_by_prefix([*examples, *questions, *held_out])
-    if isinstance(teacher, FlaxTeacher):
         teacher.prefixes.learn(prompts_by_prefix)
 
     anchor_feed, anchor_teacher = None, None

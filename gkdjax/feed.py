@@ -50,13 +50,6 @@ class ViewRules:
         prefix = views.prefix_of(example, self.prefix)
         return views.prompts(example, self.student_chat, self.teacher_chat, prefix, self.retained)
 
-    def prompts_by_prefix(self, examples: Sequence[Example]) -> list[list[np.ndarray]]:
-        """The teacher's prompts, those with the same messages for a prefix together."""
-        groups = collections.defaultdict(list)
-        for example in examples:
-            groups[views.prefix_of(example, self.prefix)].append(self.prompts(example)[1])
-        return list(groups.values())
-
 
 class OnPolicyBatch(NamedTuple):
     """A batch that the student has just written."""
@@ -107,6 +100,15 @@ class Feed:
     def views_differ(self) -> bool:
         """Whether the teacher reads more than the student in any row."""
         return any(not np.array_equal(s, t) for s, t in self._prompts.values())
+
+    def prompts_by_prefix(self, others: Sequence[Example]) -> list[list[np.ndarray]]:
+        """The teacher's prompts for the rows and for `others`, those of one prefix together."""
+        groups = collections.defaultdict(list)
+        rows = {example.row_id: example for example, _ in self._examples}.values()  # each once
+        prompts = [(row, self._prompts[row.row_id][1]) for row in rows]
+        for example, prompt in [*prompts, *((e, self._rules.prompts(e)[1]) for e in others)]:
+            groups[views.prefix_of(example, self._rules.prefix)].append(prompt)
+        return list(groups.values())
 
     def needs_responses(self) -> bool:
         """Whether any row comes without a response."""

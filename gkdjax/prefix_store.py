@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import jax
 import numpy as np
 
+from gkdjax.data.shapes import round_up
 from gkdjax.models.cache import Prefix
 from gkdjax.models.decoder import Decoder
 from gkdjax.sampler import Sampling, sample
@@ -55,8 +56,13 @@ class PrefixStore:
         first_used = at_BN[batch.target_mask_BN].min(initial=tokens_BT.shape[1])
         ids = self._beginning_of([row[: first_used + 1] for row in tokens_BT])
         P = len(ids)
-        view = tokens_BT[:, P:], batch.teacher_mask_BT[:, P:], np.maximum(at_BN - P, 0)
-        return self._read(ids), *view
+        if not P:
+            return None, tokens_BT, batch.teacher_mask_BT, at_BN
+        # Prefixes of many lengths must not leave rows of as many: each is a program to compile.
+        left = tokens_BT.shape[1] - P
+        filler = ((0, 0), (0, round_up(left, ()) - left))
+        view = np.pad(tokens_BT[:, P:], filler), np.pad(batch.teacher_mask_BT[:, P:], filler)
+        return self._read(ids), *view, np.maximum(at_BN - P, 0)
 
     def sample(
         self,
@@ -91,9 +97,9 @@ class PrefixStore:
         for row, prefix in enumerate(prefixes):
             groups.setdefault(prefix.tobytes(), []).append(row)
         pairs = zip(prompts, prefixes, strict=True)
-        left = max(len(prompt) - len(prefix) for prompt, prefix in pairs)
+        left = max((len(prompt) - len(prefix) for prompt, prefix in pairs), default=0)
         # Each group fills batches of its own: many groups of few rows cost more than they save.
-        if len(groups) * (left + num_new) > max(map(len, prompts)) + num_new:
+        if len(groups) * (left + num_new) > max(map(len, prompts), default=0) + num_new:
             return [(np.zeros(0, np.int32), range(len(prompts)))]
         return [(prefixes[rows[0]], rows) for rows in groups.values()]
 
@@ -113,7 +119,11 @@ class PrefixStore:
         key = ids.tobytes()
         if key not in self._kept:
             self.num_reads += 1
-            self._kept[key] = _read(self._decoder, self._params, ids[None])
+            # Padded on the left, as it would be a row of a batch, to one of a few lengths.
+            padding = round_up(len(ids), ()) - len(ids)
+            tokens_1P = np.pad(ids, (padding, 0))[None]
+            mask_1P = (np.arange(tokens_1P.shape[1]) >= padding)[None]
+            self._kept[key] = _read(self._decoder, self._params, tokens_1P, mask_1P)
         self._kept.move_to_end(key)
         prefix = self._kept[key]
         while sum(map(_nbytes, self._kept.values())) > self._max_bytes:
@@ -132,9 +142,8 @@ def common_beginning(prompts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnames="decoder")
-def _read(decoder: Decoder, params: dict, tokens_1P) -> Prefix:
-    ones_1P = jax.numpy.ones(tokens_1P.shape, bool)
-    return decoder.apply({"params": params}, tokens_1P, ones_1P, method="read_prefix")
+def _read(decoder: Decoder, params: dict, tokens_1P, mask_1P) -> Prefix:
+    return decoder.apply({"params": params}, tokens_1P, mask_1P, method="read_prefix")
 
 
 def _nbytes(prefix: Prefix) -> int:

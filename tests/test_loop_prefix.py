@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from gkdjax import loop, prefix_store
+from gkdjax.data.shapes import round_up
 from tests.small_runs import metrics, small
 
 
@@ -21,7 +22,7 @@ def test_a_prefix_read_once_teaches_the_same(student, tmp_path, monkeypatch):
         found[name] = [line["loss"] for line in metrics(tmp_path / name)]
         assert len(reads) == (0 if name == "each row" else 2)  # by the teacher, and by the base
     # <bos><start_of_turn>user, a line break, the prefix, two line breaks, and "ask" of all rows
-    assert set(reads) == {(1, 1 + 1 + 5 + len("be brief, but be right") + 2 + 3)}
+    assert set(reads) == {(1, round_up(1 + 1 + 5 + len("be brief, but be right") + 2 + 3, ()))}
     np.testing.assert_allclose(found["once"], found["each row"], rtol=1e-4)
     for who in ("base", "prompted_base", "student"):
         kl = [results[name][who]["forward_kl"] for name in found]

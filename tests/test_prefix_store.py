@@ -89,7 +89,8 @@ def test_what_all_rows_begin_with_is_taken_off():
     made = store(*GROUPS)
     prefix, tokens, mask, at = made.teacher_view(batch_of(LONG))
     assert isinstance(prefix, Prefix) and int(prefix.length) == 12
-    assert tokens.shape == mask.shape == (4, 4)
+    assert tokens.shape == mask.shape == (4, 8)  # four, and padding
+    assert mask.tolist() == [[True] * 4 + [False] * 4] * 4
     assert at.tolist() == [[0, 1, 2]] * 4
     assert made.teacher_view(batch_of(LONG, OTHER))[0] is None  # not all rows of the batch
 
@@ -151,6 +152,20 @@ def test_text_does_not_depend_on_who_reads_the_prefix(temperature):
     for one, other in zip(got, wanted, strict=True):
         np.testing.assert_array_equal(one.ids, other.ids)
         np.testing.assert_allclose(one.kept.topk.logprobs, other.kept.topk.logprobs, atol=1e-4)
+
+
+def test_prefixes_of_many_lengths_make_few_shapes():
+    prefixes = [RNG.integers(3, 32, n).astype(np.int32) for n in (9, 16)]
+    made = store(*([row(prefix, 4), row(prefix, 5)] for prefix in prefixes))
+    found = [made.teacher_view(batch_of(prefix)) for prefix in prefixes]
+    assert [int(prefix.length) for prefix, *_ in found] == [9, 16]
+    shapes = [jax.tree.map(np.shape, (prefix, tokens)) for prefix, tokens, *_ in found]
+    assert shapes[0] == shapes[1]
+
+
+def test_nothing_is_written_to_no_prompt():
+    how = {"stop_ids": NEVER, "batch_size": 4, "lengths": (16,)}
+    assert store(*GROUPS).sample([], [], Sampling(2, 0.0, 1.0), **how) == []
 
 
 def test_groups_that_would_cost_more_than_they_save_are_not_made():
