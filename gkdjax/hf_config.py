@@ -1,10 +1,10 @@
 """config.json of a model directory: what it says of the decoder, and what is refused."""
 
-import json
 import pathlib
 
 from huggingface_hub.errors import StrictDataclassError  # how transformers' configs refuse a field
 
+from gkdjax import json_object
 from gkdjax.errors import UserError
 from gkdjax.models import families
 from gkdjax.models.spec import DecoderSpec
@@ -22,7 +22,7 @@ def load_config(directory: str | pathlib.Path) -> dict:
         raise UserError(f"no such model directory: {directory}")
     if not (path / "config.json").is_file():
         raise UserError(f"{directory} holds no config.json, so it is not a model directory")
-    config = _parse(path / "config.json")
+    config = json_object.read(path / "config.json")
     _refuse_own_code(path, config)
     _check_architecture(path / "config.json", config)
     _refuse_quantised(path / "config.json", config)
@@ -44,21 +44,11 @@ def load_spec(directory: str | pathlib.Path) -> DecoderSpec:
         raise UserError(f"{directory}/config.json: {type(error).__name__}: {error}") from error
 
 
-def _parse(path: pathlib.Path) -> dict:
-    try:
-        parsed = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} does not parse: {error}") from None
-    if not isinstance(parsed, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return parsed
-
-
 def _refuse_own_code(directory: pathlib.Path, config: dict) -> None:
     tokenizer = directory / "tokenizer_config.json"
     parsed = {"config.json": config}
     if tokenizer.is_file():
-        parsed[tokenizer.name] = _parse(tokenizer)
+        parsed[tokenizer.name] = json_object.read(tokenizer)
     for file, values in parsed.items():
         if values.get("auto_map"):
             raise UserError(

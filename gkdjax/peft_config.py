@@ -7,6 +7,7 @@ import pathlib
 import re
 from collections import Counter
 
+from gkdjax import json_object
 from gkdjax.errors import UserError
 from gkdjax.lora import Adapter
 from gkdjax.models.hf_tables import Layout
@@ -121,12 +122,7 @@ def read(directory: pathlib.Path) -> PeftConfig:
     path = directory / NAME
     if not path.is_file():
         raise UserError(f"{directory} holds no {NAME}, so it is not a PEFT adapter directory")
-    try:
-        fields = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} does not parse: {error}") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{path} must hold a JSON object")
+    fields = json_object.read(path)
     _refuse_more_than_lora(path, fields)
     _check_numbers(path, fields)
     return PeftConfig(

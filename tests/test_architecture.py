@@ -15,7 +15,7 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "gkdjax"
 # A file imports only from lower floors, or from its own floor without a cycle. An entry that ends
 # in "/" covers a folder. "" is the package's own __init__.py.
 FLOORS = {
-    0: ("", "errors", "losses/", "seeds", "tree"),
+    0: ("", "errors", "json_object", "losses/", "seeds", "tree"),
     1: (
         *("types", "config", "config_checks", "sharding", "optim", "metrics", "progress"),
         *("compilations", "hub", "tensor_files"),

@@ -9,19 +9,16 @@ the first user turn, or treat the last turn apart, and it finds one that drops a
 
 import dataclasses
 import functools
-import json
 import pathlib
-import re
 from collections.abc import Sequence
 
 import numpy as np
 import transformers
 
+from gkdjax.data.stop_ids import PLACEHOLDER, stop_ids
 from gkdjax.errors import UserError
 from gkdjax.types import Message
 
-# Letters and digits only: no template trims, escapes or splits it.
-_PLACEHOLDER = re.compile(r"gkdjaxcontent(\d+)end")
 # Llama 3's template writes the day of the rendering, so that a run would go on with other text the
 # next day; this is the date that it falls back to itself.
 _FIXED = {"date_string": "26 Jul 2024"}
@@ -109,13 +106,11 @@ def load_chat(directory: str | pathlib.Path, template_kwargs: dict | None = None
             "or put its chat_template.jinja into the directory"
         )
     template_kwargs = _FIXED | (template_kwargs or {})
-    closing = _end_of_turn_id(directory, tokenizer, template_kwargs)
-    others = [*_generation_config_stops(directory, tokenizer), tokenizer.eos_token_id]
-    stop_ids = tuple(dict.fromkeys(i for i in (closing, *others) if i is not None))
+    ends = stop_ids(str(directory), tokenizer, template_kwargs)
     # Padding is masked wherever it is read, so a tokenizer without a pad token can lend any id.
-    pad_id = closing if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    end_of_turn = tokenizer.convert_ids_to_tokens(closing)
-    return Chat(str(directory), tokenizer, pad_id, stop_ids, end_of_turn, template_kwargs)
+    pad_id = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    end_of_turn = tokenizer.convert_ids_to_tokens(ends[0])
+    return Chat(str(directory), tokenizer, pad_id, ends, end_of_turn, template_kwargs)
 
 
 def _load_tokenizer(directory: str) -> transformers.PreTrainedTokenizerBase:
@@ -130,48 +125,6 @@ def _load_tokenizer(directory: str) -> transformers.PreTrainedTokenizerBase:
     if not tokenizer.is_fast:
         raise UserError(f"{directory}: needs a tokenizer.json (a fast tokenizer, with offsets)")
     return tokenizer
-
-
-def _end_of_turn_id(directory: str, tokenizer, template_kwargs: dict) -> int:
-    """The special token that a rendered conversation has right after the assistant's content."""
-    asked = [Message("user", "gkdjaxcontent0end"), Message("assistant", "gkdjaxcontent1end")]
-    try:
-        text = tokenizer.apply_chat_template(
-            [m._asdict() for m in asked], tokenize=False, **template_kwargs
-        )
-    except Exception as error:  # a template is a program
-        raise UserError(f"{directory}: the chat template fails on a question: {error}") from error
-    after = _PLACEHOLDER.split(text)[-1]
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special.update(tokenizer.all_special_ids)
-    tokens = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
-    if after == text or not tokens or tokens[0] not in special:
-        raise UserError(
-            f"{directory}: the chat template must write an assistant's message as it is and end it"
-            " with a special token, or nothing would tell the model to stop; it makes the end"
-            f" {text[-40:]!r}. Take an instruction-tuned model, or give the directory's"
-            " chat_template.jinja an end-of-turn token and tokenizer.json that token as special"
-        )
-    return tokens[0]
-
-
-def _generation_config_stops(directory: str, tokenizer) -> list[int | None]:
-    path = pathlib.Path(directory) / "generation_config.json"
-    if not path.exists():
-        return []
-    try:
-        settings = {"eos_token_id": None} | json.loads(path.read_text())
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: does not parse as a JSON object: {error}") from error
-    stops = settings["eos_token_id"]
-    stops = stops if isinstance(stops, list) else [stops]
-    for stop in stops:
-        if stop is not None and (type(stop) is not int or not 0 <= stop < len(tokenizer)):
-            raise UserError(
-                f"{path}: eos_token_id {stop!r} is no id of the tokenizer, which has"
-                f" {len(tokenizer)} tokens"
-            )
-    return stops
 
 
 # Rows come back every epoch, and with each of their trajectories: 0.3 ms for a view, or nothing.
@@ -235,7 +188,7 @@ def _layout(
 ) -> tuple[list[str], list[tuple[int, int]]]:
     """The template's own n+1 pieces of `text`, and the n contents' spans between them."""
     blank = [m._replace(content=f"gkdjaxcontent{i}end") for i, m in enumerate(messages)]
-    parts = _PLACEHOLDER.split(_template_text(chat, blank, generation_prompt, name))
+    parts = PLACEHOLDER.split(_template_text(chat, blank, generation_prompt, name))
     own, order = parts[0::2], [int(i) for i in parts[1::2]]
     for i, message in enumerate(messages):
         if i not in order:
