@@ -13,12 +13,13 @@ import numpy as np
 from absl import logging
 from ml_collections import config_dict
 
-from gkdjax import export, lora, models_of_run, optim, report, results, seeds, sharding
+from gkdjax import lora, models_of_run, optim, report, results, seeds, sharding
 from gkdjax import workdir as workdirs
 from gkdjax.assemble import Run, assemble, initial_state, total_steps
 from gkdjax.checkpoint import Checkpoints
 from gkdjax.config import Config, parse
 from gkdjax.errors import Preempted
+from gkdjax.hf import export
 from gkdjax.metrics import MetricsWriter, read_lines
 from gkdjax.record import Recorder
 from gkdjax.sampler import sample

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh
 
-from gkdjax import hf, hub, lora, peft, sharding
+from gkdjax import lora, sharding
 from gkdjax import workdir as workdirs
 from gkdjax.config import Config
 from gkdjax.data import vocabulary
 from gkdjax.data.chat import Chat, load_chat
 from gkdjax.errors import UserError
+from gkdjax.hf import hub, model_config, peft, pretrained
 from gkdjax.models.decoder import Decoder
 from gkdjax.models.spec import DecoderSpec
 from gkdjax.sampler import Sampling
@@ -76,7 +77,8 @@ def find(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> Sour
     """
     kwargs = config.data.template_kwargs
     student = local_directory(config.student.model, workdir)
-    spec = hf.load_spec(student)  # first: an unknown architecture matters more than its template
+    # First: an unknown architecture matters more than its template.
+    spec = model_config.load_spec(student)
     chat = vocabulary.of_model(load_chat(student, kwargs), spec.vocab_size)
     c, directory = config.teacher, None
     if teacher is not None:
@@ -85,7 +87,7 @@ def find(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> Sour
         return Sources(student, chat, None, chat)
     else:
         directory = local_directory(c.model, workdir)
-        spec = hf.load_spec(directory)
+        spec = model_config.load_spec(directory)
         name = c.tokenizer or c.model
         borrowed = c.tokenizer and local_directory(c.tokenizer, workdir, weights=False)
         teacher_chat = vocabulary.of_model(
@@ -104,7 +106,9 @@ def load(
     config: Config, directory: pathlib.Path, dtype: str | None, mesh: Mesh
 ) -> tuple[Decoder, dict]:
     """(decoder, its parameters on every device of the mesh)."""
-    decoder, params = hf.load_pretrained(directory, dtype, config.student.compute_dtype, mesh)
+    decoder, params = pretrained.load_pretrained(
+        directory, dtype, config.student.compute_dtype, mesh
+    )
     return decoder.clone(remat=config.train.remat), params
 
 

@@ -18,15 +18,15 @@ FLOORS = {
     0: ("", "errors", "json_object", "losses/", "seeds", "tree"),
     1: (
         *("types", "config", "config_checks", "sharding", "optim", "metrics", "progress"),
-        *("compilations", "hub", "tensor_files"),
+        *("compilations", "hf", "hf/hub", "hf/tensor_files"),
     ),
     2: ("models/", "lora", "data/"),
     3: (
-        *("hf", "hf_config", "leaves", "prefix_store", "sampler", "teachers/"),
-        *("output", "peft", "peft_config"),
+        *("hf/pretrained", "hf/model_config", "hf/leaves", "hf/output", "hf/peft"),
+        *("hf/peft_config", "prefix_store", "sampler", "teachers/"),
     ),
     4: (
-        *("train_step", "evaluate", "checkpoint", "export", "trajectories"),
+        *("train_step", "evaluate", "checkpoint", "hf/export", "trajectories"),
         *("feed", "assemble", "models_of_run", "results", "workdir", "scoring", "report", "record"),
     ),
     5: ("loop",),

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gkdjax import config, hf, loop
+from gkdjax import config, loop
 from gkdjax.data.chat import load_chat
 from gkdjax.data.sources import read_examples
+from gkdjax.hf import pretrained
 from gkdjax.metrics import read_lines
 
 PATH = pathlib.Path(__file__).parents[1] / "configs/gemma3.py"
@@ -95,9 +96,9 @@ def test_the_tiny_mode_runs_from_end_to_end(monkeypatch, tmp_path):
     assert steps[2]["loss"] < steps[0]["loss"]  # on the same eight rows
     assert steps[0]["anchor_loss"] < 1e-6 < steps[1]["anchor_loss"]
 
-    decoder, params = hf.load_pretrained(str(workdir / "merged"))
+    decoder, params = pretrained.load_pretrained(str(workdir / "merged"))
     assert decoder.spec.vocab_size == 262_144 and params["embedding"].dtype == jnp.bfloat16
-    _, base = hf.load_pretrained(c.student.model)
+    _, base = pretrained.load_pretrained(c.student.model)
     layers = params["layers"]
     moved = [name for name in layers if not np.array_equal(layers[name], base["layers"][name])]
     assert moved == [name for name in layers if name.endswith("_proj")]

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from small_runs import PREFIX, ConstantTeacher, losses_hex, metrics, small
 
-from gkdjax import hf, loop
+from gkdjax import loop
 from gkdjax.errors import Preempted, UserError
+from gkdjax.hf import pretrained
 
 
 def test_a_custom_teacher_is_learnt_from_and_everything_is_handed_over(student, tmp_path):
@@ -21,7 +22,7 @@ def test_a_custom_teacher_is_learnt_from_and_everything_is_handed_over(student, 
     assert lines[-1]["loss"] < 0.2 * lines[0]["loss"]
     assert results["steps"] == 30 and results["samples"]["prompted_teacher"] == ["K"] * 3
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
-    decoder, params = hf.load_pretrained(str(tmp_path / "run" / "merged"))
+    decoder, params = pretrained.load_pretrained(str(tmp_path / "run" / "merged"))
     hidden = decoder.apply({"params": params}, np.full((1, 8), 60), np.ones((1, 8), bool))
     logits = decoder.apply({"params": params}, hidden, method="unembed")
     assert int(jnp.argmax(logits[0, -1])) == 50
@@ -110,8 +111,8 @@ def test_full_fine_tuning_keeps_a_frozen_copy_and_says_so(student, tmp_path, cap
     c.student.adapter = "none"
     loop.run(c, tmp_path)
     assert "frozen second copy of the student" in caplog.text
-    _, before = hf.load_pretrained(student)
-    _, after = hf.load_pretrained(str(tmp_path / "merged"))
+    _, before = pretrained.load_pretrained(student)
+    _, after = pretrained.load_pretrained(str(tmp_path / "merged"))
     assert not np.array_equal(before["embedding"], after["embedding"])
 
 

@@ -7,8 +7,9 @@ import builders
 import numpy as np
 import pytest
 
-from gkdjax import export, hf, loop, lora, peft
+from gkdjax import loop, lora
 from gkdjax.errors import UserError
+from gkdjax.hf import export, model_config, peft, pretrained
 from gkdjax.tools.export_hf import export_step
 from tests.small_runs import metrics, small
 
@@ -20,7 +21,7 @@ def adapter(student, tmp_path):
     """adapter(base) -> a PEFT directory of rank 2 and alpha 3, on two of the base's kernels."""
 
     def write(base=student) -> str:
-        decoder, _ = hf.load_pretrained(base)
+        decoder, _ = pretrained.load_pretrained(base)
         made = builders.adapters(decoder, names=TARGETS)
         export.export_adapter(tmp_path / "adapter", decoder.spec, made, base)
         return str(tmp_path / "adapter")
@@ -41,7 +42,7 @@ def test_a_run_goes_on_from_a_peft_adapter(student, adapter, tmp_path):
     c.optim.learning_rate = 1e-9
     c.anchor.data, c.anchor.batch_size = [{"prompt": "other"}], 4
     loop.run(c, tmp_path / "run")
-    spec = hf.load_spec(student)
+    spec = model_config.load_spec(student)
     start, end = (
         peft.load_adapter(path, spec).adapters for path in (adapter(), tmp_path / "run/adapter")
     )
@@ -51,14 +52,14 @@ def test_a_run_goes_on_from_a_peft_adapter(student, adapter, tmp_path):
         assert end[path].scale == start[path].scale
     # The student as it was is the base with the adapter: the anchor finds no distance yet.
     assert metrics(tmp_path / "run")[0]["anchor_loss"] == pytest.approx(0.0, abs=1e-6)
-    _, base = hf.load_pretrained(student)
-    _, merged = hf.load_pretrained(str(tmp_path / "run/merged"))
+    _, base = pretrained.load_pretrained(student)
+    _, merged = pretrained.load_pretrained(str(tmp_path / "run/merged"))
     wanted = lora.merge(base, start)["layers"]["q_proj"]
     np.testing.assert_allclose(merged["layers"]["q_proj"], wanted, atol=1e-6)
 
 
 def test_before_training_the_student_answers_with_its_starting_adapter(student, adapter, tmp_path):
-    decoder, base = hf.load_pretrained(student)
+    decoder, base = pretrained.load_pretrained(student)
     start = adapter()
     merged = tmp_path / "merged_start"
     loaded = peft.load_adapter(start, decoder.spec).adapters
@@ -86,7 +87,7 @@ def test_a_config_that_tells_another_adapter_is_refused_with_what_to_set(
 
 
 def test_an_adapter_of_several_ranks_cannot_be_gone_on_from(student, tmp_path):
-    decoder, _ = hf.load_pretrained(student)
+    decoder, _ = pretrained.load_pretrained(student)
     mixed = builders.adapters(decoder, names=["q_proj"]) | builders.adapters(
         decoder, names=["k_proj"], rank=3
     )
@@ -101,7 +102,7 @@ def test_an_adapter_of_another_base_is_refused(student, other, adapter, tmp_path
 
 
 def test_a_teacher_may_carry_an_adapter(student, other, adapter, tmp_path):
-    decoder, base = hf.load_pretrained(other)
+    decoder, base = pretrained.load_pretrained(other)
     directory = adapter(other)
     loaded = peft.load_adapter(directory, decoder.spec).adapters
     merged = str(tmp_path / "merged_teacher")
@@ -156,7 +157,7 @@ def test_models_by_their_hub_ids(student, tmp_path, monkeypatch, capsys):
     assert "org/tiny: a response ends with <end_of_turn> (5), <eos> (1)" in capsys.readouterr().out
     told = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
     assert told["base_model_name_or_path"] == "org/tiny"
-    hf.load_pretrained(str(tmp_path / "run/merged"))
+    pretrained.load_pretrained(str(tmp_path / "run/merged"))
 
     # The run stays with what it began with when the repository moves on.
     assert json.loads((tmp_path / "run/models.json").read_text()) == {"org/tiny": COMMIT}

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gkdjax import hf, lora
+from gkdjax import lora
+from gkdjax.hf import pretrained
 from gkdjax.models.layers import LoraKernel, dense
 
 RULES = lora.LoraRules(rank=4, alpha=12.0, dropout=0.5)
@@ -18,7 +19,7 @@ RULES = lora.LoraRules(rank=4, alpha=12.0, dropout=0.5)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """(decoder, params): random weights, float32, three layers of both kinds."""
-    return hf.load_pretrained(factories.model_dir(tmp_path_factory.mktemp("lora")))
+    return pretrained.load_pretrained(factories.model_dir(tmp_path_factory.mktemp("lora")))
 
 
 TOKENS_BT = np.random.default_rng(0).integers(3, factories.VOCAB_SIZE, (2, 12)).astype(np.int32)

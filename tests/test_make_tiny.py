@@ -13,11 +13,11 @@ import pytest
 import torch
 import transformers
 
-from gkdjax import hf
 from gkdjax.data.chat import load_chat
 from gkdjax.errors import UserError
+from gkdjax.hf import model_config, pretrained
+from gkdjax.hf.tensor_files import TensorFiles
 from gkdjax.sampler import Sampling, sample
-from gkdjax.tensor_files import TensorFiles
 from gkdjax.tools.make_tiny import make_tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -38,13 +38,13 @@ def contents(directory: pathlib.Path) -> dict[str, tuple[bytes, int]]:
 
 
 def logits(directory: pathlib.Path, ids_BT: np.ndarray) -> np.ndarray:
-    decoder, params = hf.load_pretrained(str(directory), "float32")
+    decoder, params = pretrained.load_pretrained(str(directory), "float32")
     hidden = decoder.apply({"params": params}, ids_BT, np.ones_like(ids_BT, bool))
     return np.asarray(decoder.apply({"params": params}, hidden, method="unembed"))
 
 
 def test_it_has_the_shape_that_was_asked_for(made):
-    spec = hf.load_spec(str(made))
+    spec = model_config.load_spec(str(made))
     assert (spec.width, spec.vocab_size) == (32, 5000)
     assert spec.is_global_L == (False, True, False)
     assert spec.window < 64
@@ -75,7 +75,7 @@ def test_ids_that_the_tokenizer_does_not_know_are_never_drawn(made):
 
 def test_no_adapter_can_bring_them_back(made):
     """Channel 0 is closed to every layer: whatever the kernels are, it carries what it did."""
-    decoder, params = hf.load_pretrained(str(made), "float32")
+    decoder, params = pretrained.load_pretrained(str(made), "float32")
     rng = np.random.default_rng(2)
     layers = {
         name: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
@@ -92,7 +92,7 @@ def test_no_adapter_can_bring_them_back(made):
 
 
 def test_the_sampler_draws_what_the_tokenizer_knows(made):
-    decoder, params = hf.load_pretrained(str(made))
+    decoder, params = pretrained.load_pretrained(str(made))
     chat = load_chat(str(made))
     written = sample(
         decoder,

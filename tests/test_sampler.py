@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from gkdjax import hf, lora, sampler, sharding
+from gkdjax import lora, sampler, sharding
+from gkdjax.hf import pretrained
 from gkdjax.losses import top_k_logprobs
 from gkdjax.models.decoder import Decoder
 from gkdjax.sampler import Keep, Sampling, sample
@@ -33,7 +34,7 @@ def model(tmp_path_factory):
     """(decoder, params, torch's model) with the same weights."""
     untied = {"tie_word_embeddings": False}  # tied random models say one thing over and over
     directory = factories.model_dir(tmp_path_factory.mktemp("sampler"), **untied)
-    return *hf.load_pretrained(directory), factories.torch_model(**untied)
+    return *pretrained.load_pretrained(directory), factories.torch_model(**untied)
 
 
 @pytest.fixture(scope="module")

@@ -48,8 +48,8 @@ def main(argv: list[str]) -> None:
 
 def write_checkpoint(directory: pathlib.Path, size: float) -> None:
     """A Llama of 16 layers and at least `size` bytes, one file a layer and an index."""
-    from gkdjax import leaves
-    from gkdjax.hf_config import load_spec
+    from gkdjax.hf import leaves
+    from gkdjax.hf.model_config import load_spec
     from gkdjax.models.hf_tables import Layout
     from gkdjax.models.spec import param_shapes
 
@@ -117,15 +117,17 @@ def measure(directory: str, fsdp: int) -> dict:
     """
     import jax
 
-    from gkdjax import hf, sharding, tree
+    from gkdjax import sharding, tree
+    from gkdjax.hf import model_config, pretrained
     from gkdjax.models.spec import param_shapes
 
     mesh = None if fsdp == 1 else sharding.make_mesh(fsdp=fsdp)
-    param_shapes(hf.load_spec(directory))  # loads what the library loads on its first call
+    # The library loads what it loads on its first call.
+    param_shapes(model_config.load_spec(directory))
     jax.block_until_ready(jax.device_put(np.zeros(1)))
     with Peak() as peak:
         start = time.perf_counter()
-        _, params = hf.load_pretrained(directory, mesh=mesh)
+        _, params = pretrained.load_pretrained(directory, mesh=mesh)
         seconds = time.perf_counter() - start
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     leaves = {tree.path_str(path): leaf for path, leaf in flat}

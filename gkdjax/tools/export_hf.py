@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from absl import logging
 
 from gkdjax import config as config_lib
-from gkdjax import export, hf, models_of_run, peft_config
+from gkdjax import models_of_run
 from gkdjax.checkpoint import read_trainable
 from gkdjax.errors import GkdjaxError, UserError
+from gkdjax.hf import export, model_config, peft_config, pretrained
 from gkdjax.models.decoder import abstract_params
 from gkdjax.models.spec import DecoderSpec
 
@@ -50,13 +51,13 @@ def export_step(
         )
     source = models_of_run.local_directory(config.student.model, pathlib.Path(run))
     _check_out(pathlib.Path(out), config, source, adapter)
-    spec = hf.load_spec(source)
+    spec = model_config.load_spec(source)
     step, trainable = read_trainable(pathlib.Path(run), _trainable_like(config, spec), step)
     if adapter:
         base = models_of_run.base_name(config.student.model, pathlib.Path(run))
         export.export_adapter(out, spec, trainable, source, base)
     elif lora:
-        params = hf.load_pretrained(source, config.student.dtype)[1]
+        params = pretrained.load_pretrained(source, config.student.dtype)[1]
         export.export_merged(out, spec, params, trainable, source)
     else:
         export.export_merged(out, spec, trainable, None, source)

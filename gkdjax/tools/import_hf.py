@@ -11,13 +11,13 @@ import math
 import sys
 from collections.abc import Iterator
 
-from gkdjax import hf, hub
 from gkdjax.data.chat import Chat, load_chat
 from gkdjax.data.vocabulary import tokens_without_row
 from gkdjax.errors import GkdjaxError
-from gkdjax.leaves import check_tensors, source_names
+from gkdjax.hf import hub, model_config
+from gkdjax.hf.leaves import check_tensors, source_names
+from gkdjax.hf.tensor_files import TensorFiles
 from gkdjax.models.spec import DecoderSpec, RopeSpec, param_shapes
-from gkdjax.tensor_files import TensorFiles
 
 Row = tuple[str, str]  # what, how much
 
@@ -32,7 +32,7 @@ def describe(model: str) -> Iterator[Row]:
       UserError: the model cannot be had, or cannot be used: the file, tensor or token is named.
     """
     directory = hub.local_directory(model)
-    config, spec = hf.load_config(directory), hf.load_spec(directory)
+    config, spec = model_config.load_config(directory), model_config.load_spec(directory)
     yield "model", str(directory)
     yield "family", f"{spec.family} (model_type {config['model_type']})"
     yield from _sizes(spec)

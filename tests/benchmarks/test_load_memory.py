@@ -6,8 +6,8 @@ import time
 import numpy as np
 import pytest
 
-from gkdjax import hf
 from gkdjax.benchmarks import load_memory
+from gkdjax.hf import pretrained
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is Linux's")
 SIZE = 60e6
@@ -49,7 +49,7 @@ def test_a_copy_that_is_gone_at_the_end_is_seen():
 
 
 def test_the_checkpoint_is_one_that_the_library_reads(checkpoint):
-    decoder, params = hf.load_pretrained(checkpoint)
+    decoder, params = pretrained.load_pretrained(checkpoint)
     assert decoder.spec.num_layers == 16
     assert str(params["embedding"].dtype) == "bfloat16"
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import transformers
 
-from gkdjax import hf
+from gkdjax.hf import model_config
 from gkdjax.models.spec import Llama3Scaling, RopeSpec, param_shapes
 
 GEMMA_TEXT = {
@@ -124,7 +124,7 @@ PUBLISHED = {
 def spec_of(tmp_path):
     def load(config: dict):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        return hf.load_spec(tmp_path)
+        return model_config.load_spec(tmp_path)
 
     return load
 

@@ -9,7 +9,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from gkdjax import export
+from gkdjax.hf import export
 from gkdjax.models.spec import DecoderSpec
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")

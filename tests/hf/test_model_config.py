@@ -5,8 +5,8 @@ import json
 import factories
 import pytest
 
-from gkdjax import hf
 from gkdjax.errors import UserError
+from gkdjax.hf import model_config
 
 SUPPORTED = "gemma3, gemma3_text, llama, qwen2, qwen3"
 GPTQ = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
@@ -43,7 +43,7 @@ def directory(tmp_path):
 )
 def test_what_is_not_supported_is_named(directory, changed, wanted):
     with pytest.raises(UserError, match=wanted) as caught:
-        hf.load_config(directory(changed))
+        model_config.load_config(directory(changed))
     assert str(directory(changed) / "config.json") in str(caught.value)
 
 
@@ -60,20 +60,20 @@ def test_what_is_not_supported_is_named(directory, changed, wanted):
 )
 def test_numbers_that_cannot_be_are_an_error_of_the_users(directory, changed, wanted):
     with pytest.raises(UserError, match=wanted):
-        hf.load_spec(directory(changed))
+        model_config.load_spec(directory(changed))
 
 
 def test_code_for_the_tokenizer_is_refused_too(directory):
     tokenizer = {"auto_map": {"AutoTokenizer": ["tokenization.Own", None]}}
     with pytest.raises(UserError, match=r"tokenizer_config\.json: auto_map"):
-        hf.load_config(directory({}, tokenizer=tokenizer))
+        model_config.load_config(directory({}, tokenizer=tokenizer))
 
 
 def test_a_damaged_tokenizer_config_is_named(directory):
     made = directory({})
     (made / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer_config\.json does not parse"):
-        hf.load_config(made)
+        model_config.load_config(made)
 
 
 @pytest.mark.parametrize(
@@ -87,4 +87,4 @@ def test_a_damaged_tokenizer_config_is_named(directory):
 )
 def test_what_is_supported_passes(directory, family, changed):
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    assert hf.load_spec(directory(changed, family, tokenizer)) == factories.spec(family)
+    assert model_config.load_spec(directory(changed, family, tokenizer)) == factories.spec(family)

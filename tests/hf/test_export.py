@@ -16,8 +16,9 @@ import torch
 import transformers
 from checkpoints import KINDS, MULTIMODAL, assert_same_bytes, load_torch, tensors, torch_logits
 
-from gkdjax import export, hf, lora
+from gkdjax import lora
 from gkdjax.errors import UserError
+from gkdjax.hf import export, pretrained
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -33,21 +34,21 @@ def source(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def model(source):
     """(decoder, params, adapters)."""
-    decoder, params = hf.load_pretrained(source)
+    decoder, params = pretrained.load_pretrained(source)
     return decoder, params, builders.adapters(decoder, rank=4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_merged_directory_is_the_attached_student_in_torch(kind, tmp_path):
     source = checkpoints.make(tmp_path / "source", kind)
-    decoder, params = hf.load_pretrained(source)
+    decoder, params = pretrained.load_pretrained(source)
     adapters = builders.adapters(decoder, rank=4)
     export.export_merged(tmp_path / "merged", decoder.spec, params, adapters, source)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "source"]
     attached = np.asarray(checkpoints.logits(decoder, lora.attach(params, adapters)))
     np.testing.assert_allclose(torch_logits(load_torch(tmp_path / "merged")), attached, atol=1e-4)
     assert np.abs(attached - torch_logits(load_torch(source))).max() > 0.5
-    again = hf.load_pretrained(str(tmp_path / "merged"))[1]
+    again = pretrained.load_pretrained(str(tmp_path / "merged"))[1]
     jax.tree.map(np.testing.assert_array_equal, again, lora.merge(params, adapters))
 
 
@@ -59,7 +60,7 @@ def test_untrained_weights_come_back_byte_for_byte(kind, dtype, max_shard_size, 
     files = list(pathlib.Path(source).glob("*.safetensors"))
     assert (len(files) > 2) == (max_shard_size != "5GB")
     for load_as in (None, "float32"):  # a frozen base; masters of all parameters
-        decoder, params = hf.load_pretrained(source, dtype=load_as)
+        decoder, params = pretrained.load_pretrained(source, dtype=load_as)
         export.export_merged(tmp_path / "out", decoder.spec, params, None, source)
         assert_same_bytes(tmp_path / "out", source)
 
@@ -70,7 +71,7 @@ def test_what_is_no_text_decoder_comes_back_as_it_was(tmp_path):
     before = tensors(source) | integers
     half = {n: t.half() if n.startswith("vision_tower.head") else t for n, t in before.items()}
     safetensors.torch.save_file(half, tmp_path / "source/model.safetensors")
-    decoder, params = hf.load_pretrained(source)
+    decoder, params = pretrained.load_pretrained(source)
     trained = jax.tree.map(lambda leaf: leaf + 1.0, params)
     export.export_merged(tmp_path / "out", decoder.spec, trained, None, source)
     after = tensors(tmp_path / "out")
@@ -86,7 +87,7 @@ def test_files_beside_the_weights_come_along(tmp_path):
     (source / "training_args.bin").write_bytes(b"not ours to keep")
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates/tools.jinja").write_text("a second template")
-    decoder, params = hf.load_pretrained(str(source))
+    decoder, params = pretrained.load_pretrained(str(source))
     export.export_merged(tmp_path / "out", decoder.spec, params, None, str(source))
     kept = {path.relative_to(source) for path in source.rglob("*.j*")}
     assert {str(path) for path in kept} == {
@@ -106,7 +107,7 @@ def test_files_beside_the_weights_come_along(tmp_path):
 def test_masters_are_rounded_once_to_the_sources_dtype(model, tmp_path):
     source = checkpoints.make(tmp_path / "source", "gemma3", "bfloat16")
     decoder, _, adapters = model
-    low = hf.load_pretrained(source)[1]
+    low = pretrained.load_pretrained(source)[1]
     export.export_merged(tmp_path / "merged", decoder.spec, low, adapters, source)
     got = tensors(tmp_path / "merged")
     assert {tensor.dtype for tensor in got.values()} == {torch.bfloat16}
@@ -117,7 +118,7 @@ def test_masters_are_rounded_once_to_the_sources_dtype(model, tmp_path):
 
 def test_a_base_kept_in_16_bits_is_merged_in_the_sources_float32(source, model, tmp_path):
     decoder, _, adapters = model
-    low = hf.load_pretrained(source, dtype="bfloat16")[1]
+    low = pretrained.load_pretrained(source, dtype="bfloat16")[1]
     export.export_merged(tmp_path / "merged", decoder.spec, low, adapters, source)
     high = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), low)
     wanted = np.asarray(lora.merge(high, adapters)["layers"]["q_proj"][1]).T
@@ -131,7 +132,7 @@ def test_the_newer_names_of_the_multimodal_layout_come_back_too(tmp_path):
         for name, tensor in tensors(source).items()
     }
     safetensors.torch.save_file(renamed, source / "model.safetensors")
-    decoder, params = hf.load_pretrained(str(source))
+    decoder, params = pretrained.load_pretrained(str(source))
     export.export_merged(tmp_path / "out", decoder.spec, params, None, str(source))
     assert_same_bytes(tmp_path / "out", source)
     np.testing.assert_allclose(
@@ -143,7 +144,7 @@ def test_each_tensor_keeps_its_own_dtype(source, tmp_path):
     mixed = pathlib.Path(shutil.copytree(source, tmp_path / "mixed"))
     kept = {n: t if "norm" in n else t.bfloat16() for n, t in tensors(source).items()}
     safetensors.torch.save_file(kept, mixed / "model.safetensors")
-    decoder, params = hf.load_pretrained(str(mixed))
+    decoder, params = pretrained.load_pretrained(str(mixed))
     export.export_merged(tmp_path / "out", decoder.spec, params, None, str(mixed))
     assert_same_bytes(tmp_path / "out", mixed)
 
@@ -154,7 +155,7 @@ def test_a_tied_models_second_table_is_the_trained_embedding(source, tmp_path):
     safetensors.torch.save_file(
         tensors(source) | {"lm_head.weight": head}, doubled / "model.safetensors"
     )
-    decoder, params = hf.load_pretrained(str(doubled))
+    decoder, params = pretrained.load_pretrained(str(doubled))
     trained = params | {"embedding": params["embedding"] * 2.0}
     export.export_merged(tmp_path / "out", decoder.spec, trained, None, str(doubled))
     got = tensors(tmp_path / "out")
@@ -165,7 +166,7 @@ def test_a_tied_models_second_table_is_the_trained_embedding(source, tmp_path):
 @pytest.mark.parametrize("kind", ["llama", MULTIMODAL])
 def test_shards_are_bounded_indexed_and_loaded_by_transformers(kind, tmp_path):
     source = checkpoints.make(tmp_path / "source", kind)
-    decoder, params = hf.load_pretrained(source)
+    decoder, params = pretrained.load_pretrained(source)
     out = tmp_path / "out"
     export.export_merged(out, decoder.spec, params, None, source, shard_bytes=50_000)
     files = sorted(out.glob("*.safetensors"))
@@ -180,13 +181,13 @@ def test_shards_are_bounded_indexed_and_loaded_by_transformers(kind, tmp_path):
     assert all(size <= 50_000 or len(parts[file]) == 1 for file, size in sizes.items())
     assert_same_bytes(out, source)
     np.testing.assert_array_equal(torch_logits(load_torch(out)), torch_logits(load_torch(source)))
-    again = hf.load_pretrained(str(out))[1]
+    again = pretrained.load_pretrained(str(out))[1]
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
 def test_a_number_too_large_for_float16_is_named(tmp_path):
     source = checkpoints.make(tmp_path / "source", "llama", "float16")
-    decoder, params = hf.load_pretrained(source, dtype="float32")
+    decoder, params = pretrained.load_pretrained(source, dtype="float32")
     layers = params["layers"] | {"q_proj": params["layers"]["q_proj"].at[1, 0, 0].set(7e4)}
     with pytest.raises(UserError, match=f"{Q_PROJ}.*65504.*bfloat16"):
         export.export_merged(
@@ -209,7 +210,7 @@ def test_the_source_itself_may_be_replaced(source, model, tmp_path):
     copy = shutil.copytree(source, tmp_path / "copy")
     decoder, params, adapters = model
     export.export_merged(copy, decoder.spec, params, adapters, str(copy))
-    again = hf.load_pretrained(str(copy))[1]
+    again = pretrained.load_pretrained(str(copy))[1]
     jax.tree.map(np.testing.assert_array_equal, again, lora.merge(params, adapters))
     assert (copy / "tokenizer.json").is_file()
 
@@ -228,7 +229,7 @@ def test_a_source_that_has_changed_is_refused(source, model, tmp_path):
 @pytest.mark.parametrize("kind", factories.FAMILIES)
 def test_save_pretrained_is_byte_for_byte_what_was_loaded(kind, dtype, tied, tmp_path):
     source = checkpoints.make(tmp_path / "source", kind, dtype, tie_word_embeddings=tied)
-    decoder, params = hf.load_pretrained(source)
+    decoder, params = pretrained.load_pretrained(source)
     export.save_pretrained(tmp_path / "saved", decoder.spec, params, source)
     assert_same_bytes(tmp_path / "saved", source)
     assert ("lm_head.weight" in tensors(tmp_path / "saved")) == (not tied)
@@ -237,7 +238,7 @@ def test_save_pretrained_is_byte_for_byte_what_was_loaded(kind, dtype, tied, tmp
 
 
 def test_save_pretrained_has_the_dtype_of_the_parameters(source, tmp_path):
-    decoder, params = hf.load_pretrained(source, dtype="bfloat16")
+    decoder, params = pretrained.load_pretrained(source, dtype="bfloat16")
     edited = pathlib.Path(shutil.copytree(source, tmp_path / "edited"))
     config = json.loads((edited / "config.json").read_text())
     del config["dtype"]
@@ -254,7 +255,7 @@ def test_save_pretrained_has_the_dtype_of_the_parameters(source, tmp_path):
 
 def test_save_pretrained_is_the_model_in_torch(tmp_path):
     source = checkpoints.make(tmp_path / "source", "qwen3", tie_word_embeddings=False)
-    decoder, params = hf.load_pretrained(source)
+    decoder, params = pretrained.load_pretrained(source)
     layers = params["layers"] | {"gate_proj": params["layers"]["gate_proj"] * 1.5}
     params = params | {"layers": layers}
     export.save_pretrained(tmp_path / "saved", decoder.spec, params, source)
@@ -275,6 +276,6 @@ def test_a_failed_save_leaves_the_older_one(source, model, tmp_path):
 
 def test_vocabulary_padding_is_kept(tmp_path):
     source = checkpoints.make(tmp_path / "source", "llama", vocab_size=factories.VOCAB_SIZE + 5)
-    decoder, params = hf.load_pretrained(source)
+    decoder, params = pretrained.load_pretrained(source)
     export.export_merged(tmp_path / "out", decoder.spec, params, None, source)
     assert len(tensors(tmp_path / "out")["model.embed_tokens.weight"]) == factories.VOCAB_SIZE + 5

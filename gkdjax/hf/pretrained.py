@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from gkdjax import leaves, sharding
-from gkdjax.hf_config import load_config, load_spec
-from gkdjax.leaves import source_names
+from gkdjax import sharding
+from gkdjax.hf import leaves
+from gkdjax.hf.leaves import source_names
+from gkdjax.hf.model_config import load_config, load_spec
+from gkdjax.hf.tensor_files import TensorFiles
 from gkdjax.models.decoder import Decoder
 from gkdjax.models.spec import param_shapes
-from gkdjax.tensor_files import TensorFiles
 
 
 def load_pretrained(

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from gkdjax import hf, hub
 from gkdjax.errors import UserError
+from gkdjax.hf import hub, pretrained
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_" + "S3cret" * 6
@@ -23,7 +23,8 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 # huggingface_hub reads its environment as it is imported, so each case has a process of its own.
 FETCH = """
 import sys
-from gkdjax import errors, hub
+from gkdjax import errors
+from gkdjax.hf import hub
 try:
     print(hub.local_directory(sys.argv[1], weights=sys.argv[2] == "True"))
 except errors.UserError as error:
@@ -68,8 +69,8 @@ def source(student) -> pathlib.Path:
 def assert_same_model(directory: str, student: str) -> None:
     jax.tree.map(
         np.testing.assert_array_equal,
-        hf.load_pretrained(directory)[1],
-        hf.load_pretrained(student)[1],
+        pretrained.load_pretrained(directory)[1],
+        pretrained.load_pretrained(student)[1],
     )
 
 

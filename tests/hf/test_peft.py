@@ -17,8 +17,9 @@ import safetensors.torch
 import torch
 from checkpoints import KINDS, MULTIMODAL, load_torch, torch_logits
 
-from gkdjax import export, hf, lora
-from gkdjax.peft import load_adapter
+from gkdjax import lora
+from gkdjax.hf import export, pretrained
+from gkdjax.hf.peft import load_adapter
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),
@@ -39,7 +40,7 @@ def base(tmp_path_factory):
     def get(kind: str):
         if kind not in made:
             source = checkpoints.make(tmp_path_factory.mktemp(kind) / "base", kind)
-            made[kind] = (source, *hf.load_pretrained(source))
+            made[kind] = (source, *pretrained.load_pretrained(source))
         return made[kind]
 
     return get

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from gkdjax import output
 from gkdjax.errors import UserError
+from gkdjax.hf import output
 
 PART, OLD = ".target.gkdjax-part", ".target.gkdjax-old"
 

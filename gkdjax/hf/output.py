@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gkdjax.errors import UserError
-from gkdjax.tensor_files import DTYPES
+from gkdjax.hf.tensor_files import DTYPES
 
 _KINDS = {np.dtype(dtype): kind for kind, dtype in DTYPES.items()}
 

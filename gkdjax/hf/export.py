@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gkdjax import leaves, lora, output, peft
+from gkdjax import lora
 from gkdjax.errors import UserError
-from gkdjax.hf_config import load_config
+from gkdjax.hf import leaves, output, peft
+from gkdjax.hf.model_config import load_config
+from gkdjax.hf.tensor_files import INDEX, TensorFiles
 from gkdjax.models.hf_tables import Layout
 from gkdjax.models.spec import DecoderSpec
-from gkdjax.tensor_files import INDEX, TensorFiles
 
 SHARD_BYTES = 5 * 10**9  # what the hub recommends, and transformers writes
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from gkdjax import peft
 from gkdjax.errors import UserError
+from gkdjax.hf import peft
 from gkdjax.models.decoder import Decoder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -11,7 +11,7 @@ import huggingface_hub
 from huggingface_hub import errors
 
 from gkdjax.errors import UserError
-from gkdjax.tensor_files import PICKLES, pickle_refusal
+from gkdjax.hf.tensor_files import PICKLES, pickle_refusal
 
 _WEIGHTS = "*.safetensors"
 # Everything small beside the weights that a model, a tokenizer or an adapter is loaded with.

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from gkdjax import hf, sharding, tree
+from gkdjax import sharding, tree
 from gkdjax.errors import UserError
+from gkdjax.hf import leaves, pretrained
+from gkdjax.hf.tensor_files import TensorFiles
 from gkdjax.models.spec import param_shapes
-from gkdjax.tensor_files import TensorFiles
 
 WEIGHTS = "model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -79,9 +80,9 @@ def edit(model: pathlib.Path, **changed) -> None:
 @pytest.mark.parametrize("axes", MESHES)
 def test_every_shard_is_the_right_part_of_the_whole(directory, family, axes):
     fsdp, tensor = MESHES[axes]
-    whole = leaves_of(hf.load_pretrained(directory(family))[1])
+    whole = leaves_of(pretrained.load_pretrained(directory(family))[1])
     mesh = sharding.make_mesh(fsdp, tensor)
-    decoder, params = hf.load_pretrained(directory(family), mesh=mesh)
+    decoder, params = pretrained.load_pretrained(directory(family), mesh=mesh)
     cut = leaves_of(params)
     places = sharding.param_shardings(mesh, param_shapes(decoder.spec))
     assert cut.keys() == whole.keys() == places.keys()
@@ -96,7 +97,7 @@ def test_every_shard_is_the_right_part_of_the_whole(directory, family, axes):
 @pytest.mark.parametrize("axes", [None, *MESHES])
 def test_each_number_is_read_once_and_few_at_a_time(directory, reads, axes):
     mesh = None if axes is None else sharding.make_mesh(*MESHES[axes])
-    hf.load_pretrained(directory("llama"), mesh=mesh)
+    pretrained.load_pretrained(directory("llama"), mesh=mesh)
     largest = reads.pop("largest read")
     files = TensorFiles(directory("llama"))
     assert reads == {name: math.prod(files.shape(name)) for name in files.names}
@@ -104,7 +105,7 @@ def test_each_number_is_read_once_and_few_at_a_time(directory, reads, axes):
 
 
 def test_without_a_mesh_the_leaves_go_wherever_they_are_needed(directory):
-    _, params = hf.load_pretrained(directory("llama"))
+    _, params = pretrained.load_pretrained(directory("llama"))
     assert not any(leaf.committed for leaf in jax.tree.leaves(params))
 
 
@@ -112,7 +113,7 @@ def test_a_mesh_that_does_not_divide_is_refused_before_reading(directory, tmp_pa
     odd = factories.model_dir(tmp_path, intermediate_size=82)
     wanted = r"layers/gate_proj: dimension 2 of \(3, 48, 82\) .* axis 'tensor'"
     with pytest.raises(UserError, match=wanted):
-        hf.load_pretrained(odd, mesh=sharding.make_mesh(tensor=4))
+        pretrained.load_pretrained(odd, mesh=sharding.make_mesh(tensor=4))
     assert not reads
 
 
@@ -120,16 +121,16 @@ def test_a_mesh_that_does_not_divide_is_refused_before_reading(directory, tmp_pa
 @pytest.mark.parametrize("wanted", ["float16", "bfloat16", "float32"])
 def test_numbers_are_cast_on_the_way(tmp_path, stored, wanted):
     low = factories.model_dir(tmp_path, dtype=stored, family="llama")
-    kept = hf.load_pretrained(low)[1]
+    kept = pretrained.load_pretrained(low)[1]
     for mesh in (None, sharding.make_mesh(2, 2)):
-        cast = hf.load_pretrained(low, dtype=wanted, mesh=mesh)[1]
+        cast = pretrained.load_pretrained(low, dtype=wanted, mesh=mesh)[1]
         for leaf, original in zip(jax.tree.leaves(cast), jax.tree.leaves(kept), strict=True):
             assert (original.dtype, leaf.dtype) == (stored, wanted)
             np.testing.assert_array_equal(np.asarray(leaf), np.asarray(original.astype(wanted)))
 
 
 def test_an_image_encoder_is_known_and_not_read(multimodal, reads):
-    decoder, params = hf.load_pretrained(multimodal)
+    decoder, params = pretrained.load_pretrained(multimodal)
     assert decoder.spec == factories.spec()
     assert not [name for name in reads if "vision" in name or "projector" in name]
     wanted = checkpoints.torch_logits(checkpoints.load_torch(multimodal))
@@ -158,15 +159,15 @@ def in_the_other_layout(source: str, target: pathlib.Path) -> pathlib.Path:
 def test_both_layouts_of_a_multimodal_checkpoint_are_read(multimodal, tmp_path):
     other = in_the_other_layout(multimodal, tmp_path / "other")
     assert not set(TensorFiles(other).names) & set(TensorFiles(multimodal).names)
-    again = hf.load_pretrained(other)[1]
-    jax.tree.map(np.testing.assert_array_equal, again, hf.load_pretrained(multimodal)[1])
+    again = pretrained.load_pretrained(other)[1]
+    jax.tree.map(np.testing.assert_array_equal, again, pretrained.load_pretrained(multimodal)[1])
 
 
 def test_what_is_neither_text_nor_image_is_unknown(multimodal, tmp_path):
     model = pathlib.Path(shutil.copytree(multimodal, tmp_path / "model"))
     edit(model, **{"audio_tower.w": np.zeros(2, np.float32)})
     with pytest.raises(UserError, match=r"unknown tensors \['audio_tower\.w'\] \(1 in all\)"):
-        hf.load_pretrained(model)
+        pretrained.load_pretrained(model)
 
 
 @pytest.fixture
@@ -176,11 +177,11 @@ def tied(tmp_path) -> pathlib.Path:
 
 
 def test_a_tied_model_may_hold_its_head_too(tied):
-    before = hf.load_pretrained(tied)[1]
+    before = pretrained.load_pretrained(tied)[1]
     edit(tied, **{HEAD: safetensors.numpy.load_file(tied / WEIGHTS)[EMBEDDING]})
-    decoder, after = hf.load_pretrained(tied)
+    decoder, after = pretrained.load_pretrained(tied)
     jax.tree.map(np.testing.assert_array_equal, after, before)
-    layout, known = hf.source_names(TensorFiles(tied), decoder.spec, "qwen3")
+    layout, known = leaves.source_names(TensorFiles(tied), decoder.spec, "qwen3")
     assert known[HEAD] == known[EMBEDDING] == ("embedding", None)
     assert known["model.layers.2.mlp.up_proj.weight"] == ("layers/up_proj", 2)
     assert set(known) == set(TensorFiles(tied).names)
@@ -193,7 +194,7 @@ def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_refused(tied, row):
     other[row, -1] += 1
     edit(tied, **{HEAD: other})
     with pytest.raises(UserError, match=rf"'{HEAD}' differs from '{EMBEDDING}'"):
-        hf.load_pretrained(tied)
+        pretrained.load_pretrained(tied)
 
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -222,7 +223,7 @@ def test_a_tensor_that_does_not_fit_is_named(copy, reads, damage):
     name, tensor, wanted = DAMAGE[damage]
     edit(copy, **{name: tensor if "wrongly" in wanted else tensor.astype(np.float32)})
     with pytest.raises(UserError, match=wanted) as caught:
-        hf.load_pretrained(copy)
+        pretrained.load_pretrained(copy)
     assert repr(name) in str(caught.value) and WEIGHTS in str(caught.value)
     assert not reads
 
@@ -233,4 +234,4 @@ def test_names_of_another_architecture_are_named(copy):
     safetensors.numpy.save_file(renamed, copy / WEIGHTS)
     wanted = rf"embedding is missing: '{EMBEDDING}', for model_type 'llama'.*transformer\."
     with pytest.raises(UserError, match=wanted):
-        hf.load_pretrained(copy)
+        pretrained.load_pretrained(copy)

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from gkdjax import lora, output, peft_config
+from gkdjax import lora
 from gkdjax.errors import UserError
+from gkdjax.hf import output, peft_config
 from gkdjax.models import families
 from gkdjax.models.hf_tables import Layout
 from gkdjax.models.spec import DecoderSpec, layer_shapes

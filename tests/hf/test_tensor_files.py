@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from gkdjax.errors import UserError
-from gkdjax.tensor_files import INDEX, TensorFiles
+from gkdjax.hf.tensor_files import INDEX, TensorFiles
 
 A = np.arange(24, dtype=np.float32).reshape(6, 4)
 B = np.arange(8).astype(ml_dtypes.bfloat16).reshape(2, 4)

@@ -14,8 +14,8 @@ import safetensors.numpy
 import torch
 import transformers
 
-from gkdjax import hf
 from gkdjax.errors import UserError
+from gkdjax.hf import model_config, pretrained
 from gkdjax.models.spec import param_shapes
 
 WEIGHTS = "model.safetensors"
@@ -68,7 +68,7 @@ def assert_same(params, wanted) -> None:
 
 
 def test_loaded_model_equals_torch(source):
-    decoder, params = hf.load_pretrained(source)
+    decoder, params = pretrained.load_pretrained(source)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
     assert decoder.compute_dtype == jnp.float32
     shapes = {"embedding": params["embedding"].shape, "final_norm": params["final_norm"].shape}
@@ -78,7 +78,7 @@ def test_loaded_model_equals_torch(source):
 
 
 def test_each_tensor_lands_where_its_name_says(source):
-    _, params = hf.load_pretrained(source)
+    _, params = pretrained.load_pretrained(source)
     tensors = tensors_of(source)
     np.testing.assert_array_equal(params["layers"]["q_proj"][1], tensors[Q_PROJ].T)
     for layer in range(3):
@@ -94,14 +94,14 @@ def test_each_tensor_lands_where_its_name_says(source):
 
 def test_dtypes(source, tmp_path):
     low = factories.model_dir(tmp_path / "low", dtype="bfloat16")
-    decoder, params = hf.load_pretrained(low)
+    decoder, params = pretrained.load_pretrained(low)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(jnp.bfloat16)}
     assert (decoder.param_dtype, decoder.compute_dtype) == (jnp.bfloat16, jnp.bfloat16)
     # The same numbers, rounded by torch on the way out or by us on the way in.
-    assert_same(hf.load_pretrained(source, dtype="bfloat16")[1], params)
-    raised = hf.load_pretrained(low, dtype=jnp.float32)[1]
+    assert_same(pretrained.load_pretrained(source, dtype="bfloat16")[1], params)
+    raised = pretrained.load_pretrained(low, dtype=jnp.float32)[1]
     assert_same(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), raised)
-    mixed, params = hf.load_pretrained(low, compute_dtype="float32")
+    mixed, params = pretrained.load_pretrained(low, compute_dtype="float32")
     assert params["embedding"].dtype == jnp.bfloat16
     assert mixed.compute_dtype == jnp.float32
 
@@ -126,7 +126,7 @@ def shard(directory: pathlib.Path, with_index: bool) -> None:
 @pytest.mark.parametrize("with_index", [True, False])
 def test_shards_are_read(source, copy, with_index):
     shard(copy, with_index)
-    assert_same(hf.load_pretrained(copy)[1], hf.load_pretrained(source)[1])
+    assert_same(pretrained.load_pretrained(copy)[1], pretrained.load_pretrained(source)[1])
 
 
 def drop(directory):
@@ -210,7 +210,7 @@ def test_damage_is_named(copy, damage):
     do, named = DAMAGE[damage]
     do(copy)
     with pytest.raises(UserError, match=f"(?s){named}") as caught:
-        hf.load_pretrained(copy)
+        pretrained.load_pretrained(copy)
     assert caught.value.exit_code == 2
 
 
@@ -218,9 +218,9 @@ def test_shards_with_one_missing_are_caught(copy):
     shard(copy, with_index=True)
     (copy / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match="missing"):
-        hf.load_pretrained(copy)
+        pretrained.load_pretrained(copy)
 
 
 def test_the_spec_is_read_without_the_weights(copy):
     (copy / WEIGHTS).unlink()
-    assert hf.load_spec(copy) == factories.spec()
+    assert model_config.load_spec(copy) == factories.spec()

@@ -10,10 +10,10 @@ import numpy as np
 from jax.sharding import Sharding
 
 from gkdjax.errors import UserError
+from gkdjax.hf.tensor_files import TensorFiles
 from gkdjax.models import families
 from gkdjax.models.hf_tables import Layout
 from gkdjax.models.spec import DecoderSpec, param_shapes
-from gkdjax.tensor_files import TensorFiles
 
 # Rows read at a time. Transposed, 16 numbers of 2 bytes fill half a cache line of the target:
 # 2 GB/s; the whole tensor at once, 0.3.
