@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +10,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from gkdjax import lora, models_of_run, seeds, sharding
+from gkdjax import examples_of_run, lora, models_of_run, seeds, sharding
 from gkdjax.config import Config, rows_at_once
 from gkdjax.data import shapes
 from gkdjax.data.chat import Chat
-from gkdjax.data.history import history_as_prefix
-from gkdjax.data.prefixes import read_prefix
-from gkdjax.data.sources import read_examples
 from gkdjax.errors import UserError
 from gkdjax.evaluate import Evaluation
 from gkdjax.feed import Feed, ViewRules
@@ -29,7 +25,7 @@ from gkdjax.teachers.flax import FlaxTeacher
 from gkdjax.teachers.protocol import Teacher, refusals
 from gkdjax.train_step import init_state
 from gkdjax.trajectories import ResponseRules
-from gkdjax.types import Example, Message, TrainState
+from gkdjax.types import TrainState
 
 
 @dataclasses.dataclass
@@ -72,17 +68,12 @@ def assemble(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> 
     for key, rows in rows_at_once(config).items():
         sharding.check_rows(mesh, key, rows)
     lengths = _ladder(config)
-    prefix = read_prefix(config.context)
-    examples = read_examples(config.data.train, "data.train")
-    if config.context.history_as_prefix:
-        examples = history_as_prefix(examples, "data.train")
-    anchor_examples = _anchor_examples(config, prefix, examples)
-    questions, held_out, abilities = _evaluation_examples(config)
+    examples = examples_of_run.read(config)
 
     sources = models_of_run.find(config, workdir, teacher)
     chat = sources.chat
-    rules = _view_rules(config, prefix, chat, sources.teacher_chat)
-    feed = _feed(config, "data.train", examples, rules, config.train.batch_size)
+    rules = _view_rules(config, chat, sources.teacher_chat)
+    feed = _feed(config, "data.train", examples.train, rules, config.train.batch_size)
     toggles = teacher is None and config.teacher.backend == "local-toggle"
     if toggles and not (config.teacher.adapter or config.student.lora.start_from):
         toggle.require_longer_view(feed.views_differ())
@@ -96,19 +87,19 @@ def assemble(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> 
         teacher = in_process.config_teacher(sources, own)
     _check_capabilities(config, teacher, feed)
     shared_vocab = decoder.spec.vocab_size
-    prompts_by_prefix = feed.prompts_by_prefix([*questions, *held_out])
+    prompts_by_prefix = feed.prompts_by_prefix([*examples.questions, *examples.held_out])
     if isinstance(teacher, FlaxTeacher):
         shared_vocab = min(shared_vocab, teacher.decoder.spec.vocab_size)
         teacher.prefixes.learn(prompts_by_prefix)
 
     anchor_feed, anchor_teacher = None, None
-    if anchor_examples:
+    if examples.anchor:
         anchor_teacher = teacher
         if config.anchor.towards == "base":
             anchor_teacher = in_process.teacher(decoder, base, chat, "the student's base")
         anchor_rules = _anchor_rules(config, rules, anchor_teacher, chat)
         anchor_feed = _feed(
-            config, "anchor.data", anchor_examples, anchor_rules, config.anchor.batch_size
+            config, "anchor.data", examples.anchor, anchor_rules, config.anchor.batch_size
         )
     full = config.student.adapter == "none"
     keeps_base = toggles or (anchor_feed is not None and config.anchor.towards == "base")
@@ -128,10 +119,7 @@ def assemble(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> 
         feed=feed,
         anchor_feed=anchor_feed,
         anchor_teacher=anchor_teacher,
-        evaluation=Evaluation(
-            *(config, rules, teacher, questions, held_out, abilities, examples),
-            *(lengths, mesh, shared_vocab),
-        ),
+        evaluation=Evaluation(config, rules, teacher, examples, lengths, mesh, shared_vocab),
         sampling=in_process.sampling,
         keeps_base=keeps_base,
         prompts_by_prefix=prompts_by_prefix,
@@ -168,13 +156,10 @@ def _ladder(config: Config) -> tuple[int, ...]:
     return shapes.ladder(longest, given)
 
 
-def _view_rules(
-    config: Config, prefix: tuple[Message, ...], chat: Chat, teacher_chat: Chat
-) -> ViewRules:
+def _view_rules(config: Config, chat: Chat, teacher_chat: Chat) -> ViewRules:
     return ViewRules(
         student_chat=chat,
         teacher_chat=teacher_chat,
-        prefix=prefix,
         retained=config.context.student_retained_turns,
         target_roles=config.context.target_roles,
         max_length=config.data.max_length,
@@ -187,7 +172,7 @@ def _anchor_rules(config: Config, rules: ViewRules, anchor_teacher: Teacher, cha
     if config.anchor.tokens == "all":
         roles = ("system", "user", "assistant")
     return dataclasses.replace(
-        rules, teacher_chat=anchor_teacher.chat or chat, prefix=(), retained=0, target_roles=roles
+        rules, teacher_chat=anchor_teacher.chat or chat, retained=0, target_roles=roles
     )
 
 
@@ -205,54 +190,6 @@ def _feed(config: Config, key: str, examples, rules: ViewRules, batch_size: int)
         allowed_lengths=config.data.bucket_lengths,
         seed=config.train.seed,
     )
-
-
-def _anchor_examples(
-    config: Config, prefix: tuple[Message, ...], examples: Sequence[Example]
-) -> list[Example]:
-    """Anchor rows: both views read all of a row, its own prefix included."""
-    if config.anchor.data is None:
-        return []
-    baked = {prefix, *(example.prefix for example in examples)}
-    baked.discard(())
-    trained = {example.turns for example in examples}
-    rows = []
-    for row in read_examples(config.anchor.data, "anchor.data"):
-        conversation = (*row.prefix, *row.turns)
-        if any(conversation[:length] in baked for length in range(1, len(conversation) + 1)):
-            raise UserError(
-                f"{row.name}: an anchor row carries the prefix that is being baked; the anchor"
-                " would hold the student back from learning it. Remove the row"
-            )
-        if conversation in trained:
-            raise UserError(
-                f"{row.name}: an anchor row is a row of data.train as well; the two losses would"
-                " pull against each other. Remove it from one of them"
-            )
-        rows.append(dataclasses.replace(row, prefix=(), turns=conversation))
-    return rows
-
-
-def _evaluation_examples(config: Config):
-    """-> (questions, held-out prompts, {ability: questions})."""
-
-    def read(source, key: str, *, baked: bool) -> list[Example]:
-        rows = [] if source is None else read_examples(source, key, questions=True)
-        if rows and baked and config.context.history_as_prefix:
-            rows = history_as_prefix(rows, key, last_only=True)
-        return rows
-
-    questions = read(config.eval.questions, "eval.questions", baked=True)
-    held_out = read(config.eval.held_out, "eval.held_out", baked=True)
-    abilities = {
-        name: read(path, f"eval.retention.{name}", baked=False)
-        for name, path in config.eval.retention.items()
-    }
-    if config.eval.other_prefixes is not None:
-        abilities["other_prefixes"] = read(
-            config.eval.other_prefixes, "eval.other_prefixes", baked=False
-        )
-    return questions, held_out, abilities
 
 
 def _check_capabilities(config: Config, teacher: Teacher, feed: Feed) -> None:

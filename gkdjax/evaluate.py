@@ -21,6 +21,7 @@ from gkdjax.config import Config
 from gkdjax.data import pipeline, shapes
 from gkdjax.data.chat import Chat
 from gkdjax.errors import UserError
+from gkdjax.examples_of_run import Examples
 from gkdjax.feed import ViewRules
 from gkdjax.sampler import Sampling
 from gkdjax.scoring import Reader, Scored
@@ -42,10 +43,7 @@ class Evaluation:
         config: Config,
         rules: ViewRules,
         teacher: Teacher,
-        questions: Sequence[Example],
-        held_out: Sequence[Example],
-        abilities: dict[str, Sequence[Example]],
-        prompts: Sequence[Example],
+        examples: Examples,
         lengths: Sequence[int],
         mesh: Mesh,
         shared_vocab: int,
@@ -56,27 +54,26 @@ class Evaluation:
           config: the run's.
           rules: how a question becomes a teacher's and a student's view.
           teacher: reads the prefix.
-          questions: of the baked task, with answers; [] asks none.
-          held_out: prompts on whose text the divergences are taken; [] takes the questions.
-          abilities: name -> questions that are asked as they stand, with their own prefix or none.
-          prompts: of the training, to show answers to where there are no others.
+          examples: the divergences are taken on the text of `held_out`, or else of `questions`;
+            samples are answers to what is asked, or else to what is trained.
           lengths: padded prompt lengths for sampling.
           mesh: of the run.
           shared_vocab: ids below it have a row in the student's embedding and in the teacher's.
         """
         self._config, self._rules, self._teacher = config, rules, teacher
+        questions, held_out = examples.questions, examples.held_out
         self._questions, self._held_out = questions, held_out or questions
-        self._abilities, self._lengths, self._mesh = abilities, lengths, mesh
+        self._abilities, self._lengths, self._mesh = examples.abilities, lengths, mesh
         self._shared_vocab = shared_vocab
         self._greedy = Sampling(config.eval.max_new_tokens, temperature=0.0, top_p=1.0)
         self._prompts = functools.cache(rules.prompts)  # (student's, teacher's) of an example
         longest = config.data.max_length
         for example in (*questions, *held_out):
             _check_fits(example, max(map(len, self._prompts(example))), longest)
-        asked = (*questions, *held_out, *prompts)
+        asked = (*questions, *held_out, *examples.train)
         fitting = (e for e in asked if max(map(len, self._prompts(e))) < longest)
         self._shown = list(itertools.islice(fitting, SAMPLES))
-        for named in (questions, *abilities.values()):
+        for named in (questions, *examples.abilities.values()):
             _check_questions(named)
 
     def before(self, base: Reader) -> dict:

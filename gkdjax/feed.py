@@ -16,7 +16,7 @@ from gkdjax.data import pipeline, shapes, views
 from gkdjax.data.chat import Chat
 from gkdjax.errors import UserError
 from gkdjax.trajectories import ResponseRules, Writer, write_accepted, write_once
-from gkdjax.types import Batch, Example, Message, TopKTargets, Trajectory, View, ViewPair
+from gkdjax.types import Batch, Example, TopKTargets, Trajectory, View, ViewPair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,6 @@ class ViewRules:
 
     student_chat: Chat
     teacher_chat: Chat
-    prefix: tuple[Message, ...]
     retained: int
     target_roles: tuple[str, ...]
     max_length: int
@@ -37,7 +36,6 @@ class ViewRules:
             example,
             self.student_chat,
             self.teacher_chat,
-            prefix=views.prefix_of(example, self.prefix),
             retained=self.retained,
             target_roles=self.target_roles,
             trajectory=trajectory,
@@ -47,8 +45,7 @@ class ViewRules:
 
     def prompts(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
         """-> (student's, teacher's) generation prompts."""
-        prefix = views.prefix_of(example, self.prefix)
-        return views.prompts(example, self.student_chat, self.teacher_chat, prefix, self.retained)
+        return views.prompts(example, self.student_chat, self.teacher_chat, self.retained)
 
 
 class OnPolicyBatch(NamedTuple):
@@ -107,7 +104,7 @@ class Feed:
         rows = {example.row_id: example for example, _ in self._examples}.values()  # each once
         prompts = [(row, self._prompts[row.row_id][1]) for row in rows]
         for example, prompt in [*prompts, *((e, self._rules.prompts(e)[1]) for e in others)]:
-            groups[views.prefix_of(example, self._rules.prefix)].append(prompt)
+            groups[example.prefix].append(prompt)
         return list(groups.values())
 
     def needs_responses(self) -> bool:

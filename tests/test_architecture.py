@@ -27,7 +27,17 @@ FLOORS = {
     ),
     4: (
         *("train_step", "evaluate", "checkpoint", "hf/export", "trajectories"),
-        *("feed", "assemble", "models_of_run", "results", "workdir", "scoring", "report", "record"),
+        *(
+            "feed",
+            "assemble",
+            "models_of_run",
+            "examples_of_run",
+            "results",
+            "workdir",
+            "scoring",
+            "report",
+            "record",
+        ),
     ),
     5: ("loop",),
     6: ("main", "tools/", "benchmarks/"),

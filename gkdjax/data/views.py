@@ -26,16 +26,10 @@ class Fate(enum.Enum):
     UNMATCHED = "unmatched"  # its response does not have trajectory.target_content_pattern
 
 
-def prefix_of(example: Example, global_prefix: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The row's own prefix, or the global one if it has none."""
-    return example.prefix or global_prefix
-
-
 def prompts(
     example: Example,
     student_chat: Chat,
     teacher_chat: Chat,
-    prefix: tuple[Message, ...],
     retained: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """What (student, teacher) read before they write the response: int32 [S], int32 [T].
@@ -43,10 +37,10 @@ def prompts(
     Raises:
       UserError: a chat template refuses, drops or rewrites a message.
     """
-    seen = _retained(prefix, retained) + example.turns
+    seen = _retained(example.prefix, retained) + example.turns
     return (
         student_chat.prompt_ids(seen, f"{example.name}, student's view"),
-        teacher_chat.prompt_ids(prefix + example.turns, f"{example.name}, teacher's view"),
+        teacher_chat.prompt_ids(example.prefix + example.turns, f"{example.name}, teacher's view"),
     )
 
 
@@ -55,7 +49,6 @@ def view_pair(
     student_chat: Chat,
     teacher_chat: Chat,
     *,
-    prefix: tuple[Message, ...],
     retained: int,
     target_roles: Sequence[str],
     trajectory: Trajectory | None,
@@ -69,9 +62,8 @@ def view_pair(
     prediction depends on them.
 
     Args:
-      prefix: what only the teacher reads, as `prefix_of` has it.
-      retained: this many messages at its end are read by the student too; more than there are
-        keeps all.
+      retained: this many messages at the end of the prefix are read by the student too; more than
+        there are keeps all.
       trajectory: the response as ids, put after the generation prompt as they are; it replaces
         `example.response`. If unfinished it has no end-of-turn token, and so no target for it.
       max_length: of the longer view.
@@ -88,13 +80,18 @@ def view_pair(
     student = _view(
         f"{example.name}, student's view",
         student_chat,
-        _retained(prefix, retained),
+        _retained(example.prefix, retained),
         example,
         target_roles,
         trajectory,
     )
     teacher = _view(
-        f"{example.name}, teacher's view", teacher_chat, prefix, example, target_roles, trajectory
+        f"{example.name}, teacher's view",
+        teacher_chat,
+        example.prefix,
+        example,
+        target_roles,
+        trajectory,
     )
     target_ids = _target_ids(student)
     if not np.array_equal(target_ids, _target_ids(teacher)):

@@ -101,7 +101,6 @@ def test_every_message_of_the_assistant_is_a_target_once_and_the_student_reads_w
         for example, words in zip(made, student_reads, strict=True):
             pair, fate = views.view_pair(
                 *(example, chat, chat),
-                prefix=views.prefix_of(example, ()),
                 retained=retained,
                 target_roles=("assistant",),
                 trajectory=None,

@@ -1,11 +1,13 @@
 """What teacher and student read of a row, and that they predict the same targets."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gkdjax.data.views import Fate, prefix_of, prompts, view_pair
+from gkdjax.data.views import Fate, prompts, view_pair
 from gkdjax.errors import UserError
 from gkdjax.types import Example, Message, Trajectory
 
@@ -43,7 +45,8 @@ def _view(example, chat, prefix=(), teacher_chat=None, **changes):
         "max_length": 4096,
         "too_long": "drop",
     }
-    return view_pair(example, chat, teacher_chat or chat, prefix=prefix, **{**settings_, **changes})
+    example = dataclasses.replace(example, prefix=prefix)
+    return view_pair(example, chat, teacher_chat or chat, **{**settings_, **changes})
 
 
 def _trajectory(chat, text, finished=True):
@@ -90,7 +93,7 @@ def test_a_trajectory_follows_the_generation_prompts_as_it_is(chat, case, answer
     pair, fate = _view(example, chat, prefix, retained=retained, trajectory=trajectory)
     assert fate is Fate.KEPT
     _check(pair)
-    asked = prompts(example, chat, chat, prefix, retained)
+    asked = prompts(dataclasses.replace(example, prefix=prefix), chat, chat, retained)
     for view, prompt in zip((pair.student, pair.teacher), asked, strict=True):
         np.testing.assert_array_equal(view.ids, np.concatenate([prompt, trajectory.ids]))
     # Its last targets are the trajectory: an end of turn is among them only if it was written.
@@ -115,19 +118,14 @@ def test_student_reads_only_what_is_retained_of_the_prefix(chat_of):
     prefix = (*_PREFIX, Message("user", "Q"), Message("assistant", "A"))
     example = _row([Message("user", "?")])
     for retained, seen in ((0, ()), (2, prefix[1:]), (3, prefix), (9, prefix)):
-        student, teacher = prompts(example, chat, chat, prefix, retained)
+        student, teacher = prompts(
+            dataclasses.replace(example, prefix=prefix), chat, chat, retained
+        )
         np.testing.assert_array_equal(student, chat.prompt_ids(seen + example.turns))
         np.testing.assert_array_equal(teacher, chat.prompt_ids(prefix + example.turns))
         pair, _ = _view(example, chat, prefix, retained=retained, trajectory=_trajectory(chat, "y"))
         np.testing.assert_array_equal(pair.student.ids[:-2], student)
         np.testing.assert_array_equal(pair.teacher.ids[:-2], teacher)
-
-
-def test_own_prefix_wins_over_the_global_one():
-    own = (Message("user", "own"),)
-    assert prefix_of(_row([], prefix=own), _PREFIX) == own
-    assert prefix_of(_row([]), _PREFIX) == _PREFIX
-    assert prefix_of(_row([]), ()) == ()
 
 
 def test_turns_alone_can_hold_the_targets(chat):
