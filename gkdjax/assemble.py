@@ -11,21 +11,26 @@ import optax
 from jax.sharding import Mesh
 
 from gkdjax import examples_of_run, lora, models_of_run, seeds, sharding
-from gkdjax.config import Config, rows_at_once
-from gkdjax.data import shapes
+from gkdjax.config import Config, anchor_sets, rows_at_once
+from gkdjax.curriculum import needs_teacher_text
+from gkdjax.data import row_lengths, shapes
 from gkdjax.data.chat import Chat
+from gkdjax.data.history import answers_apart
+from gkdjax.data.targets import TargetRules
+from gkdjax.data.view_rules import ViewRules
 from gkdjax.errors import UserError
 from gkdjax.evaluate import Evaluation
-from gkdjax.feed import Feed, ViewRules
+from gkdjax.feed import Feed
+from gkdjax.hf import model_config
 from gkdjax.models.decoder import Decoder
-from gkdjax.models_of_run import InProcess
+from gkdjax.models_of_run import InProcess, Sources
 from gkdjax.sampler import Sampling
 from gkdjax.teachers import toggle
 from gkdjax.teachers.flax import FlaxTeacher
 from gkdjax.teachers.protocol import Teacher, refusals
 from gkdjax.train_step import init_state
-from gkdjax.trajectories import ResponseRules
-from gkdjax.types import TrainState
+from gkdjax.trajectories.rules import ResponseRules
+from gkdjax.types import Example, TrainState
 
 
 @dataclasses.dataclass
@@ -42,7 +47,7 @@ class Run:
     start: dict | None  # adapters to begin with; None: fresh ones
     teacher: Teacher
     feed: Feed
-    anchor_feed: Feed | None
+    anchor_feeds: dict[str, Feed]  # by name, see `config.anchor_sets`
     anchor_teacher: Teacher | None
     evaluation: Evaluation
     sampling: Sampling
@@ -73,7 +78,9 @@ def assemble(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> 
     sources = models_of_run.find(config, workdir, teacher)
     chat = sources.chat
     rules = _view_rules(config, chat, sources.teacher_chat)
-    feed = _feed(config, "data.train", examples.train, rules, config.train.batch_size)
+    contexts = _contexts(config, sources, teacher)
+    rows = config.train.batch_size
+    feed = _feed(config, "data.train", examples.train, rules, rows, contexts)
     toggles = teacher is None and config.teacher.backend == "local-toggle"
     if toggles and not (config.teacher.adapter or config.student.lora.start_from):
         toggle.require_longer_view(feed.views_differ())
@@ -86,23 +93,28 @@ def assemble(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> 
         own = (decoder, frozen) if toggles else None
         teacher = in_process.config_teacher(sources, own)
     _check_capabilities(config, teacher, feed)
+    examples = examples._replace(train=feed.rows())
     shared_vocab = decoder.spec.vocab_size
     prompts_by_prefix = feed.prompts_by_prefix([*examples.questions, *examples.held_out])
     if isinstance(teacher, FlaxTeacher):
         shared_vocab = min(shared_vocab, teacher.decoder.spec.vocab_size)
         teacher.prefixes.learn(prompts_by_prefix)
 
-    anchor_feed, anchor_teacher = None, None
-    if examples.anchor:
+    anchor_feeds, anchor_teacher = {}, None
+    if examples.anchors:
         anchor_teacher = teacher
         if config.anchor.towards == "base":
             anchor_teacher = in_process.teacher(decoder, base, chat, "the student's base")
         anchor_rules = _anchor_rules(config, rules, anchor_teacher, chat)
-        anchor_feed = _feed(
-            config, "anchor.data", examples.anchor, anchor_rules, config.anchor.batch_size
-        )
+        if config.anchor.towards == "base":
+            contexts = _contexts(config, dataclasses.replace(sources, teacher=None), None)
+        rows = config.anchor.batch_size
+        anchor_feeds = {
+            of.name: _feed(config, of.key, examples.anchors[of.name], anchor_rules, rows, contexts)
+            for of in anchor_sets(config.anchor)
+        }
     full = config.student.adapter == "none"
-    keeps_base = toggles or (anchor_feed is not None and config.anchor.towards == "base")
+    keeps_base = toggles or (anchor_feeds and config.anchor.towards == "base")
     if full and keeps_base:
         reader = "the teacher" if toggles else "the anchor"
         toggle.announce_second_copy(sum(x.nbytes for x in jax.tree.leaves(frozen)), reader)
@@ -117,7 +129,7 @@ def assemble(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> 
         start=start,
         teacher=teacher,
         feed=feed,
-        anchor_feed=anchor_feed,
+        anchor_feeds=anchor_feeds,
         anchor_teacher=anchor_teacher,
         evaluation=Evaluation(config, rules, teacher, examples, lengths, mesh, shared_vocab),
         sampling=in_process.sampling,
@@ -157,11 +169,12 @@ def _ladder(config: Config) -> tuple[int, ...]:
 
 
 def _view_rules(config: Config, chat: Chat, teacher_chat: Chat) -> ViewRules:
+    c = config.context
     return ViewRules(
         student_chat=chat,
         teacher_chat=teacher_chat,
-        retained=config.context.student_retained_turns,
-        target_roles=config.context.target_roles,
+        retained=c.student_retained_turns,
+        targets=TargetRules(c.target_roles, c.target_content_pattern, c.target_span),
         max_length=config.data.max_length,
         too_long=config.data.too_long,
     )
@@ -171,37 +184,64 @@ def _anchor_rules(config: Config, rules: ViewRules, anchor_teacher: Teacher, cha
     roles = config.context.target_roles
     if config.anchor.tokens == "all":
         roles = ("system", "user", "assistant")
+    # The pattern is for what is being taught; the anchor's text may be about anything.
     return dataclasses.replace(
-        rules, teacher_chat=anchor_teacher.chat or chat, retained=0, target_roles=roles
+        rules,
+        teacher_chat=anchor_teacher.chat or chat,
+        retained=0,
+        targets=TargetRules(roles),
     )
 
 
-def _feed(config: Config, key: str, examples, rules: ViewRules, batch_size: int) -> Feed:
+def _contexts(config: Config, sources: Sources, teacher: Teacher | None) -> dict[str, int | None]:
+    """The student's name, and then the teacher's -> tokens that it can read at most, or None."""
+    student = model_config.load_spec(sources.student).context_length
+    found = {f"the student ({config.student.model})": student}
+    if teacher is not None:
+        in_process = isinstance(teacher, FlaxTeacher)
+        length = teacher.decoder.spec.context_length if in_process else None
+        return found | {f"the teacher ({teacher.description})": length}
+    if sources.teacher is None:
+        return found | {"the teacher (the student's base)": student}
+    length = model_config.load_spec(sources.teacher).context_length
+    return found | {f"the teacher ({config.teacher.model})": length}
+
+
+def _feed(
+    config: Config,
+    key: str,
+    examples: list[Example],
+    rules: ViewRules,
+    batch_size: int,
+    contexts: dict[str, int | None],
+) -> Feed:
     c = config.trajectory
-    # The pattern is for what is being taught; the anchor's text may be about anything.
-    pattern = c.target_content_pattern if key == "data.train" else None
-    return Feed(
+    if not all(chat.earlier_answers for chat in (rules.student_chat, rules.teacher_chat)):
+        examples = answers_apart(examples, key, rules.targets)
+    row_lengths.require_room_beside_prefix(key, examples, rules, config.context)
+    feed = Feed(
         key,
         examples,
         rules,
-        ResponseRules(pattern, c.max_refills, c.max_new_tokens),
+        ResponseRules(rules.targets.pattern, c.max_refills, c.max_new_tokens),
         per_prompt=c.per_prompt,
         batch_size=batch_size,
         allowed_lengths=config.data.bucket_lengths,
         seed=config.train.seed,
     )
+    row_lengths.require_contexts(feed.rows(), rules, c.max_new_tokens, contexts)
+    return feed
 
 
 def _check_capabilities(config: Config, teacher: Teacher, feed: Feed) -> None:
     gkd = config.gkd
     asked = config.eval.questions is not None or config.eval.held_out is not None
-    off_policy = gkd.on_policy_fraction < 1 or gkd.on_policy_warmup_steps > 0
     reasons = refusals(
         teacher.capabilities,
         top_k=config.teacher.top_k,
         temperature=gkd.temperature,
         tail=gkd.tail,
-        samples=asked or (off_policy and feed.needs_responses()),
+        samples=asked or (needs_teacher_text(gkd) and feed.needs_responses()),
     )
     if reasons:
         raise UserError(f"this teacher ({teacher.description}) cannot do it: {'; '.join(reasons)}")

@@ -20,7 +20,7 @@ class Checkpoints:
     """Saves and restores under `workdir`/checkpoints; one directory a step.
 
     A checkpoint is {"state": the leaves by path, "meta": JSON}. The JSON holds the step, which is
-    also the position in the data (`data.pipeline.batch_rows` is a function of it), and a CRC of
+    also the position in the data (`data.pipeline.RowOrder` is a function of it), and a CRC of
     every leaf: Orbax restores a flipped bit without a word.
     """
 

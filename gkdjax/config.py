@@ -68,8 +68,13 @@ class Gkd:
     jsd_beta: float = 0.0  # mixed: weight of the reverse KL; generalized_jsd: the paper's beta
     temperature: float = 1.0  # divides both sides' logits
     tail: str = "bucket"  # with teacher.top_k: "bucket" or "renormalize"
+    reduction: str = "token"  # mean over the batch's target tokens; "example": of each row's mean
     chunk_size: int = 512  # memory of the head: as much as [chunk_size, V] float32 logits take
     on_policy_fraction: float = 0.0  # of the batches: the student writes the responses
+    # "constant", or "linear": from 0 after the warm-up to that fraction at the last step.
+    on_policy_schedule: str = "constant"
+    # The student writes for so many steps at once: their text lags up to one less behind it.
+    on_policy_buffer_steps: int = 1
     on_policy_warmup_steps: int = 0  # the first steps are off-policy whatever the fraction
     warmup_divergence: str = "forward_kl"  # their loss
 
@@ -90,18 +95,23 @@ class Context:
     history_as_prefix: bool = False  # without any of them: a conversation's own history is baked
     student_retained_turns: int = 0  # the student still sees the last n messages of the prefix
     target_roles: tuple[str, ...] = ("assistant",)
+    # A regular expression: only messages in which it is found are trained (in written responses:
+    # others are written again); "match": only the text that it matches, without the end of turn.
+    target_content_pattern: str | None = None
+    target_span: str = "message"  # or "match"
 
 
 @dataclasses.dataclass(frozen=True)
 class Anchor:
     """A KL on other prompts that keeps the rest of the student as it was."""
 
-    data: str | tuple[dict, ...] | None = None  # a file or rows; None: no anchor
-    weight: float = 1.0
+    # A file, a dataset or rows; or several sets by name; None: no anchor.
+    data: str | tuple[dict, ...] | dict[str, str | tuple[dict, ...]] | None = None
+    weight: float | dict[str, float] = 1.0  # of the loss of each set; or by name, of all of them
     towards: str = "base"  # or "teacher"
     divergence: str = "forward_kl"
     tokens: str = "response"  # or "all": the messages of the prompt count too
-    batch_size: int = 8
+    batch_size: int = 8  # of each set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +121,12 @@ class TrajectoryConfig:
     per_prompt: int = 4
     max_new_tokens: int = 128
     temperature: float = 0.8
+    top_k: int | None = None  # of the k most probable tokens, before top_p; None: of all
     top_p: float = 0.9
-    target_content_pattern: str | None = None  # a regular expression to be found in each response
-    max_refills: int = 4  # how often a response without it is written again
+    max_refills: int = 4  # how often a response that is refused is written again
+    refresh_every_steps: int | None = None  # the teacher's text is written anew; None: only once
+    # The trajectories_*.jsonl of another run: what it has for the same prompts is not written.
+    reuse: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +136,9 @@ class Data:
     # A .json, .jsonl or .parquet file, a dataset as "org/name:train[:500]", or the rows themselves.
     train: str | tuple[dict, ...] = ""
     max_length: int = 2048  # tokens of the longer view, response included
-    too_long: str = "drop"  # or "truncate": the response loses its end
+    # Or "truncate-right": the response loses its end; "truncate-left": the row its oldest messages;
+    # "truncate-prefix": the teacher's prefix its oldest messages.
+    too_long: str = "drop"
     bucket_lengths: tuple[int, ...] = ()  # allowed padded lengths; (): chosen from the data
     # Given to the chat templates beside the messages, as {"enable_thinking": False}.
     template_kwargs: dict[str, bool | int | str] = dataclasses.field(default_factory=dict)
@@ -232,6 +247,30 @@ def rows_at_once(config: Config) -> dict[str, int]:
     if config.anchor.data is not None:
         rows["anchor.batch_size"] = config.anchor.batch_size // parts
     return rows
+
+
+class AnchorSet(typing.NamedTuple):
+    """One of the anchor's sets of prompts."""
+
+    name: str  # "anchor", or "anchor_NAME" of several
+    key: str  # in the config
+    data: str | tuple[dict, ...]
+    weight: float
+
+
+def anchor_sets(anchor: Anchor) -> list[AnchorSet]:
+    """[] without an anchor."""
+    if anchor.data is None:
+        return []
+    if not isinstance(anchor.data, dict):
+        return [AnchorSet("anchor", "anchor.data", anchor.data, anchor.weight)]
+    weights = anchor.weight
+    if not isinstance(weights, dict):
+        weights = dict.fromkeys(anchor.data, weights)
+    return [
+        AnchorSet(f"anchor_{name}", f"anchor.data.{name}", data, weights[name])
+        for name, data in anchor.data.items()
+    ]
 
 
 def check_key(path: str) -> None:

@@ -13,6 +13,7 @@ import typing
 from gkdjax.errors import UserError
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "mixed", "generalized_jsd")  # without jax: spelt out
+TOO_LONG = ("drop", "truncate-right", "truncate-left", "truncate-prefix")
 PREFIX_KEYS = ("prefix_messages", "prefix_file", "system_prompt_file", "corpus")
 
 
@@ -125,6 +126,12 @@ def _at_least(config, least: float, *keys: str) -> None:
         _require(value >= least, key, value, f"must be at least {least}")
 
 
+def _at_least_or_none(config, least: int, key: str) -> None:
+    section, name = key.split(".")
+    value = getattr(getattr(config, section), name)
+    _require(value is None or value >= least, key, value, f"must be at least {least}, or None")
+
+
 def _check_student(config) -> None:
     student = config.student
     _require(student.model != "", "student.model", "", "name a Hugging Face directory or hub id")
@@ -171,8 +178,7 @@ def _check_teacher(config) -> None:
     _at_least(config, 0, "teacher.prefix_bytes")
     if teacher.dtype is not None:
         _choice("teacher.dtype", teacher.dtype, ("float32", "bfloat16", "float16"))
-    if teacher.top_k is not None:
-        _require(teacher.top_k >= 1, "teacher.top_k", teacher.top_k, "must be at least 1, or None")
+    _at_least_or_none(config, 1, "teacher.top_k")
 
 
 def _check_gkd(config) -> None:
@@ -180,6 +186,7 @@ def _check_gkd(config) -> None:
     _choice("gkd.divergence", gkd.divergence, DIVERGENCES)
     _choice("gkd.warmup_divergence", gkd.warmup_divergence, DIVERGENCES)
     _choice("gkd.tail", gkd.tail, ("bucket", "renormalize"))
+    _choice("gkd.reduction", gkd.reduction, ("token", "example"))
     beta = gkd.jsd_beta
     _require(0 <= beta <= 1, "gkd.jsd_beta", beta, "must be in [0, 1]")
     used = [gkd.divergence]
@@ -192,7 +199,9 @@ def _check_gkd(config) -> None:
     fraction = gkd.on_policy_fraction
     _require(0 <= fraction <= 1, "gkd.on_policy_fraction", fraction, "must be in [0, 1]")
     _require(gkd.temperature > 0, "gkd.temperature", gkd.temperature, "must be positive")
+    _choice("gkd.on_policy_schedule", gkd.on_policy_schedule, ("constant", "linear"))
     _at_least(config, 0, "gkd.on_policy_warmup_steps")
+    _at_least(config, 1, "gkd.on_policy_buffer_steps")
     _at_least(config, 1, "gkd.chunk_size")
 
 
@@ -201,8 +210,24 @@ def _check_anchor(config) -> None:
     _choice("anchor.towards", anchor.towards, ("base", "teacher"))
     _choice("anchor.divergence", anchor.divergence, DIVERGENCES)
     _choice("anchor.tokens", anchor.tokens, ("response", "all"))
-    _require(anchor.weight > 0, "anchor.weight", anchor.weight, "must be positive")
+    _check_anchor_sets(anchor)
     _at_least(config, 1, "anchor.batch_size")
+
+
+def _check_anchor_sets(anchor) -> None:
+    names = list(anchor.data) if isinstance(anchor.data, dict) else []
+    for name in names:
+        fits = re.fullmatch(r"[A-Za-z0-9_-]+", name)  # it becomes part of a file's name
+        advice = "the name of an anchor set has letters, digits, _ and - only"
+        _require(fits is not None, "anchor.data", name, advice)
+    weights = anchor.weight
+    if isinstance(weights, dict):
+        advice = f"must have a weight for each set of anchor.data, {', '.join(names) or 'by name'}"
+        _require(bool(names) and set(weights) == set(names), "anchor.weight", weights, advice)
+    else:
+        weights = {"": weights}
+    for name, weight in weights.items():
+        _require(weight > 0, ".".join(filter(None, ("anchor.weight", name))), weight, "must be > 0")
 
 
 def _check_context(config) -> None:
@@ -227,14 +252,18 @@ def _check_context(config) -> None:
         _require(False, "context.corpus_template", template, "is for context.corpus; set it too")
     _require(len(context.target_roles) > 0, "context.target_roles", (), "names no role to train")
     _at_least(config, 0, "context.student_retained_turns")
+    pattern, span = context.target_content_pattern, context.target_span
+    if pattern is not None:
+        _check_regex("context.target_content_pattern", pattern)
+    _choice("context.target_span", span, ("message", "match"))
+    advice = "of what? Set context.target_content_pattern to the regular expression that is meant"
+    _require(span == "message" or pattern is not None, "context.target_span", span, advice)
 
 
 def _check_text(config) -> None:
     _at_least(config, 0, "trajectory.temperature")
     _at_least(config, 1, "trajectory.per_prompt", "trajectory.max_new_tokens")
     _at_least(config, 0, "trajectory.max_refills")
-    if config.trajectory.target_content_pattern is not None:
-        _check_regex("trajectory.target_content_pattern", config.trajectory.target_content_pattern)
     _at_least(config, 1, "eval.max_new_tokens", "eval.batch_size", "eval.rows")
     if config.eval.every_steps is not None:
         _at_least(config, 1, "eval.every_steps")
@@ -243,8 +272,10 @@ def _check_text(config) -> None:
         _require(asked, "eval.every_steps", config.eval.every_steps, advice)
     top_p = config.trajectory.top_p
     _require(0 < top_p <= 1, "trajectory.top_p", top_p, "must be in (0, 1]")
+    _at_least_or_none(config, 1, "trajectory.top_k")
+    _at_least_or_none(config, 1, "trajectory.refresh_every_steps")
     _require(config.data.train != "", "data.train", "", "name a file or a dataset, or give rows")
-    _choice("data.too_long", config.data.too_long, ("drop", "truncate"))
+    _choice("data.too_long", config.data.too_long, TOO_LONG)
     _at_least(config, 2, "data.max_length")
     for length in config.data.bucket_lengths:
         _require(length >= 1, "data.bucket_lengths", length, "must be at least 1")

@@ -20,9 +20,10 @@ from gkdjax import losses, progress, scoring, sharding
 from gkdjax.config import Config
 from gkdjax.data import pipeline, shapes
 from gkdjax.data.chat import Chat
+from gkdjax.data.targets import TargetRules
+from gkdjax.data.view_rules import ViewRules
 from gkdjax.errors import UserError
 from gkdjax.examples_of_run import Examples
-from gkdjax.feed import ViewRules
 from gkdjax.sampler import Sampling
 from gkdjax.scoring import Reader, Scored
 from gkdjax.teachers.flax import FlaxTeacher
@@ -60,6 +61,8 @@ class Evaluation:
           mesh: of the run.
           shared_vocab: ids below it have a row in the student's embedding and in the teacher's.
         """
+        # Text is compared from its beginning to its end, whatever part of it is learnt.
+        rules = dataclasses.replace(rules, targets=TargetRules(("assistant",)))
         self._config, self._rules, self._teacher = config, rules, teacher
         questions, held_out = examples.questions, examples.held_out
         self._questions, self._held_out = questions, held_out or questions
@@ -220,7 +223,9 @@ class Evaluation:
     def _pair(self, example: Example, trajectory: Trajectory) -> ViewPair:
         if len(trajectory.ids) == 0:
             raise UserError(f"{example.name}: a response for the evaluation has no token")
-        return self._rules.pair(example, trajectory, too_long="truncate")[0]
+        # Of a conversation only the answer to its end is compared.
+        example = dataclasses.replace(example, given=len(example.turns))
+        return self._rules.pair(example, trajectory, too_long="truncate-right")[0]
 
     def _score(self, examples: Sequence[Example], written: Sequence[Trajectory]) -> Scored:
         """What the teacher says of each text, read after its own view of the prompt."""

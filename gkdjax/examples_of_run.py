@@ -1,10 +1,11 @@
 """The rows of a run: what is trained, anchored and asked, each with its prefix."""
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from gkdjax.config import Config
+from gkdjax.config import Config, anchor_sets
 from gkdjax.data.history import history_as_prefix
 from gkdjax.data.prefixes import read_prefix
 from gkdjax.data.sources import read_examples
@@ -16,7 +17,7 @@ class Examples(NamedTuple):
     """All of them read and checked, before any tokenizer has seen them."""
 
     train: list[Example]
-    anchor: list[Example]  # [] without an anchor
+    anchors: dict[str, list[Example]]  # by name, see `config.anchor_sets`
     questions: list[Example]  # of the baked task, with answers; or []
     held_out: list[Example]  # prompts for divergences, or []
     abilities: dict[str, list[Example]]  # name -> questions that are asked as they stand
@@ -33,13 +34,31 @@ def read(config: Config) -> Examples:
     if config.context.history_as_prefix:
         train = history_as_prefix(train, "data.train")
     train = _with_prefix(train, prefix)
+    _check_roles(config, train)
     return Examples(
         train=train,
-        anchor=_anchor(config, prefix, train),
+        anchors=_anchors(config, prefix, train),
         questions=_baked(config, config.eval.questions, "eval.questions", prefix),
         held_out=_baked(config, config.eval.held_out, "eval.held_out", prefix),
         abilities=_abilities(config),
     )
+
+
+def _check_roles(config: Config, train: Sequence[Example]) -> None:
+    """Raises UserError for a role to be trained that nobody has: it would be missed in silence."""
+    # A response, and one that is still to be written, is the assistant's.
+    counts = collections.Counter({"assistant": len(train)})
+    for example in train:
+        counts.update({turn.role for turn in example.turns if turn.role != "assistant"})
+    source = config.data.train
+    where = f"data.train = {source}" if isinstance(source, str) else "data.train"
+    for role in config.context.target_roles:
+        if role not in counts:
+            there = ", ".join(f"{role} (in {rows} rows)" for role, rows in counts.items())
+            raise UserError(
+                f"config.context.target_roles names {role!r}, and no message of {where} has that"
+                f" role; there are {there}. A prefix is never trained"
+            )
 
 
 def _with_prefix(examples: Sequence[Example], prefix: tuple[Message, ...]) -> list[Example]:
@@ -47,14 +66,21 @@ def _with_prefix(examples: Sequence[Example], prefix: tuple[Message, ...]) -> li
     return [dataclasses.replace(e, prefix=e.prefix or prefix) for e in examples]
 
 
-def _anchor(config: Config, prefix: tuple[Message, ...], train: Sequence[Example]) -> list[Example]:
-    """Anchor rows: both views read all of a row, its own prefix included."""
-    if config.anchor.data is None:
-        return []
+def _anchors(
+    config: Config, prefix: tuple[Message, ...], train: Sequence[Example]
+) -> dict[str, list[Example]]:
     baked = {prefix, *(example.prefix for example in train)} - {()}
     trained = {example.turns for example in train}
+    return {
+        each.name: _anchor(read_examples(each.data, each.key), baked, trained)
+        for each in anchor_sets(config.anchor)
+    }
+
+
+def _anchor(examples: Sequence[Example], baked: set, trained: set) -> list[Example]:
+    """Anchor rows: both views read all of a row, its own prefix included."""
     rows = []
-    for row in read_examples(config.anchor.data, "anchor.data"):
+    for row in examples:
         conversation = (*row.prefix, *row.turns)
         if any(conversation[:length] in baked for length in range(1, len(conversation) + 1)):
             raise UserError(

@@ -6,14 +6,13 @@ import signal
 import threading
 import time
 import zlib
-from typing import NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
 from ml_collections import config_dict
 
-from gkdjax import lora, models_of_run, optim, report, results, seeds, sharding
+from gkdjax import lora, models_of_run, optim, report, results, sharding, texts
 from gkdjax import workdir as workdirs
 from gkdjax.assemble import Run, assemble, initial_state, total_steps
 from gkdjax.checkpoint import Checkpoints
@@ -22,10 +21,9 @@ from gkdjax.errors import Preempted
 from gkdjax.hf import export
 from gkdjax.metrics import MetricsWriter, read_lines
 from gkdjax.record import Recorder
-from gkdjax.sampler import sample
 from gkdjax.scoring import Reader
 from gkdjax.teachers.protocol import Teacher
-from gkdjax.train_step import make_train_step, student_params
+from gkdjax.train_step import make_train_step
 from gkdjax.types import Batch, TopKTargets, TrainState
 
 
@@ -67,7 +65,7 @@ def run(
 
 def _run(parts: Run, workdir: pathlib.Path, began: float) -> dict:
     print(f"{parts.config.student.model}: a response ends with {parts.chat.stop_tokens()}")
-    _write_responses(parts, workdir)
+    texts.write_first(parts, workdir)
     before = workdirs.read_json(workdir / "before.json")
     if before is None:
         base = Reader.of(parts.decoder, parts.base, parts.chat, parts.config.teacher.prefix_bytes)
@@ -79,7 +77,7 @@ def _run(parts: Run, workdir: pathlib.Path, began: float) -> dict:
     training["exports"] = _export(parts, state, workdir)
     report.draw(workdir)
     training["seconds"] = time.monotonic() - began
-    rows = {name: feed.report() for name, feed in _feeds(parts).items()}
+    rows = {name: feed.report() for name, feed in texts.feeds(parts).items()}
     on_the_way = read_lines(workdir / "eval.jsonl")
     return results.collect(before, on_the_way, after, rows, training)
 
@@ -100,6 +98,7 @@ def _train(parts: Run, workdir: pathlib.Path) -> tuple[TrainState, dict]:
     first = int(state.step)
     if not parts.keeps_base and parts.frozen is None:
         parts.base = None  # a full fine-tuning that nobody compares with its start
+    text = texts.TrainingText(parts, workdir, first, steps)
 
     with (
         contextlib.closing(checkpoints),
@@ -109,13 +108,16 @@ def _train(parts: Run, workdir: pathlib.Path) -> tuple[TrainState, dict]:
     ):
         for step in range(first, steps):
             evaluate.if_due(step, state, record)
-            batch, kept, divergence, counts = _batch(parts, step, state)
-            anchor = None
-            if parts.anchor_feed is not None:
-                anchor = _scored(parts, parts.anchor_teacher, *parts.anchor_feed.batch(step))
+            batch, kept, divergence, counts = text.batch(step, state)
+            anchors = {
+                name: _scored(parts, parts.anchor_teacher, *feed.batch(step))
+                for name, feed in parts.anchor_feeds.items()
+            }
             counts |= {"tokens": int(batch.student_mask_BS.sum()), "batch_crc32": _crc32(batch)}
             scored = _scored(parts, parts.teacher, batch, kept)
-            state, sums = step_function(state, parts.frozen, *scored, anchor, divergence=divergence)
+            state, sums = step_function(
+                state, parts.frozen, *scored, anchors, divergence=divergence
+            )
             record.dispatched(step, sums, divergence, counts)
             last = step + 1 == steps
             if last or stop.is_set() or (step + 1) % config.checkpoint.every_steps == 0:
@@ -179,71 +181,12 @@ def _crc32(batch: Batch) -> int:
     return found
 
 
-class Drawn(NamedTuple):
-    """What a step learns from."""
-
-    batch: Batch
-    kept: TopKTargets | None  # what the teacher said when it wrote the batch
-    divergence: str
-    counts: dict[str, int]  # of rows that the student wrote
-
-
 def _scored(parts: Run, teacher: Teacher, batch: Batch, kept: TopKTargets | None):
     """-> (batch, targets) on the devices; a teacher that wrote the text is not asked again."""
     if kept is not None:
         return sharding.shard_rows(parts.mesh, (batch, kept))
     targets = teacher.targets(batch)
     return sharding.shard_rows(parts.mesh, batch), targets
-
-
-def _batch(parts: Run, step: int, state: TrainState) -> Drawn:
-    gkd, rows = parts.config.gkd, parts.config.train.batch_size
-    none = {"on_policy_rows": 0, "refused_responses": 0, "dropped_rows": 0}
-    if step < gkd.on_policy_warmup_steps:
-        return Drawn(*parts.feed.batch(step), gkd.warmup_divergence, none)
-    draw = seeds.generator(parts.config.train.seed, "on_policy", step).random()
-    if draw >= gkd.on_policy_fraction:
-        return Drawn(*parts.feed.batch(step), gkd.divergence, none)
-
-    def student_writes(prompts, row_seeds, prompt_length):
-        return sample(
-            parts.decoder,
-            student_params(parts.frozen, state.trainable),
-            prompts,
-            row_seeds,
-            parts.sampling,
-            stop_ids=parts.chat.stop_ids,
-            batch_size=rows,
-            lengths=(prompt_length,),
-            mesh=parts.mesh,
-            vocab_size=parts.shared_vocab,
-        )
-
-    batch, refused, dropped = parts.feed.on_policy_batch(step, student_writes)
-    counts = {"on_policy_rows": rows, "refused_responses": refused, "dropped_rows": dropped}
-    return Drawn(batch, None, gkd.divergence, counts)
-
-
-def _write_responses(parts: Run, workdir: pathlib.Path) -> None:
-    """Off-policy text, by the teacher of each stream; a purely on-policy run needs none."""
-    gkd, config = parts.config.gkd, parts.config
-    writers = {"train": parts.teacher, "anchor": parts.anchor_teacher}
-    for name, feed in _feeds(parts).items():
-        if name == "train" and gkd.on_policy_fraction == 1 and gkd.on_policy_warmup_steps == 0:
-            continue
-        feed.prepare(
-            workdir / f"trajectories_{name}.jsonl",
-            lambda prompts, row_seeds, who=writers[name]: who.sample(
-                prompts, row_seeds, parts.sampling
-            ),
-            chunk=config.eval.batch_size,
-            show=config.log.progress_bar,
-        )
-
-
-def _feeds(parts: Run) -> dict:
-    feeds = {"train": parts.feed}
-    return feeds if parts.anchor_feed is None else feeds | {"anchor": parts.anchor_feed}
 
 
 def _export(parts: Run, state: TrainState, workdir: pathlib.Path) -> list[str]:

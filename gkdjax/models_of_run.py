@@ -178,7 +178,7 @@ class InProcess:
     @property
     def sampling(self) -> Sampling:
         c = self.config.trajectory
-        return Sampling(c.max_new_tokens, c.temperature, c.top_p)
+        return Sampling(c.max_new_tokens, c.temperature, c.top_p, c.top_k)
 
     def config_teacher(self, sources: Sources, own: tuple[Decoder, dict] | None) -> FlaxTeacher:
         """The config's teacher, with its adapter if it has one.
@@ -188,7 +188,7 @@ class InProcess:
           own: the student's base, if that is the teacher.
         """
         c = self.config.teacher
-        description = c.model or "the student's base, its own adapter off"
+        description = c.model or f"{self.config.student.model}, its own adapter off"
         decoder, params = own or load(self.config, sources.teacher, c.dtype, self.mesh)
         if c.adapter:
             directory = local_directory(c.adapter, self.workdir)

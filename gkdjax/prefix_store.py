@@ -5,11 +5,14 @@ import functools
 from collections.abc import Iterable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from gkdjax import sharding
 from gkdjax.data.shapes import round_up
 from gkdjax.models.cache import Prefix
-from gkdjax.models.decoder import Decoder
+from gkdjax.models.decoder import Decoder, read_prefix
 from gkdjax.sampler import Sampling, sample
 from gkdjax.types import Batch, Trajectory
 
@@ -33,36 +36,44 @@ class PrefixStore:
         self.num_reads = 0
 
     def learn(self, groups: Iterable[Sequence[np.ndarray]]) -> None:
-        """Takes the longest common beginning of each group of prompts for a prefix.
-
-        At least one token of each prompt is left over, and prefixes of fewer than `LEAST_TOKENS`
-        are let alone.
-        """
-        for prompts in groups:
-            ids = common_beginning(prompts)
-            new = not any(np.array_equal(ids, other) for other in self._known)
-            if len(prompts) > 1 and len(ids) >= LEAST_TOKENS and new:
+        """Takes the prefix of each group of prompts that is worth keeping."""
+        for ids in map(worth_keeping, groups):
+            if ids is not None and not any(np.array_equal(ids, other) for other in self._known):
                 self._known.append(ids)
         self._known.sort(key=len, reverse=True)
 
-    def teacher_view(self, batch: Batch):
-        """-> (prefix or None, tokens_BT, mask_BT, at_BN): the teacher's view without the prefix.
+    def predicting_hidden(self, batch: Batch, mesh: Mesh) -> jax.Array:
+        """Hidden states [B,N,E] of the teacher's view, at the positions that predict the targets.
 
         Args:
-          batch: NumPy arrays. A prefix is left out if all rows begin with it.
+          batch: NumPy arrays. A prefix is left out of the rows that begin with it; rows of several
+            prefixes are read once for each of them, if that is less than to read all of each row.
+          mesh: its devices share the rows.
         """
-        tokens_BT, at_BN = batch.teacher_tokens_BT, batch.teacher_at_BN
+        hidden_BNE = None
+        for ids, rows_B in self._readings(batch):
+            view = sharding.shard_rows(mesh, _without(len(ids), batch))
+            found_BNE = predicting_hidden(self._decoder, self._params, *view, self._read(ids))
+            if hidden_BNE is not None:
+                rows_B = sharding.shard_rows(mesh, rows_B)
+                found_BNE = jnp.where(rows_B[:, None, None], found_BNE, hidden_BNE)
+            hidden_BNE = found_BNE
+        return hidden_BNE
+
+    def _readings(self, batch: Batch) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(prefix, bool [B]: the rows that it is right for), of all rows together."""
+        tokens_BT = batch.teacher_tokens_BT
+        B, T = tokens_BT.shape
         # The hidden states of the prefix are gone, and the last one predicts the first target.
-        first_used = at_BN[batch.target_mask_BN].min(initial=tokens_BT.shape[1])
-        ids = self._beginning_of([row[: first_used + 1] for row in tokens_BT])
-        P = len(ids)
-        if not P:
-            return None, tokens_BT, batch.teacher_mask_BT, at_BN
-        # Prefixes of many lengths must not leave rows of as many: each is a program to compile.
-        left = tokens_BT.shape[1] - P
-        filler = ((0, 0), (0, round_up(left, ()) - left))
-        view = np.pad(tokens_BT[:, P:], filler), np.pad(batch.teacher_mask_BT[:, P:], filler)
-        return self._read(ids), *view, np.maximum(at_BN - P, 0)
+        first_used_B = np.where(batch.target_mask_BN, batch.teacher_at_BN, T).min(axis=1)
+        readings: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
+        for row, (tokens_T, first_used) in enumerate(zip(tokens_BT, first_used_B, strict=True)):
+            ids = self._beginning_of(tokens_T[: first_used + 1])
+            _, rows_B = readings.setdefault(ids.tobytes(), (ids, np.zeros(B, bool)))
+            rows_B[row] = True
+        if sum(T - len(ids) for ids, _ in readings.values()) > T:
+            return [(np.zeros(0, np.int32), np.ones(B, bool))]
+        return list(readings.values())
 
     def sample(
         self,
@@ -93,7 +104,7 @@ class PrefixStore:
     def _groups(self, prompts: Sequence[np.ndarray], num_new: int):
         """(prefix, rows) of prompts that are computed together."""
         groups: dict[bytes, list[int]] = {}
-        prefixes = [self._beginning_of([np.asarray(prompt)]) for prompt in prompts]
+        prefixes = [self._beginning_of(np.asarray(prompt)) for prompt in prompts]
         for row, prefix in enumerate(prefixes):
             groups.setdefault(prefix.tobytes(), []).append(row)
         pairs = zip(prompts, prefixes, strict=True)
@@ -103,12 +114,11 @@ class PrefixStore:
             return [(np.zeros(0, np.int32), range(len(prompts)))]
         return [(prefixes[rows[0]], rows) for rows in groups.values()]
 
-    def _beginning_of(self, rows: Sequence[np.ndarray]) -> np.ndarray:
-        """The longest known prefix of all rows that leaves a token of each; empty for none."""
-        shortest = min(map(len, rows))
+    def _beginning_of(self, tokens_T: np.ndarray) -> np.ndarray:
+        """The longest known prefix of a row that leaves a token of it; empty for none."""
         for prefix in self._known:
             P = len(prefix)
-            if shortest > P and all(np.array_equal(row[:P], prefix) for row in rows):
+            if len(tokens_T) > P and np.array_equal(tokens_T[:P], prefix):
                 return prefix
         return np.zeros(0, np.int32)
 
@@ -131,6 +141,14 @@ class PrefixStore:
         return prefix
 
 
+def worth_keeping(prompts: Sequence[np.ndarray]) -> np.ndarray | None:
+    """The prefix of prompts that begin alike; None of a single one, or of too few tokens."""
+    if len(prompts) < 2:
+        return None
+    ids = common_beginning(prompts)
+    return ids if len(ids) >= LEAST_TOKENS else None
+
+
 def common_beginning(prompts: Sequence[np.ndarray]) -> np.ndarray:
     """The longest beginning that all prompts share and that leaves a token of each."""
     length = min(map(len, prompts)) - 1
@@ -141,9 +159,31 @@ def common_beginning(prompts: Sequence[np.ndarray]) -> np.ndarray:
     return np.ascontiguousarray(first, np.int32)
 
 
+def _without(P: int, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens, mask, positions that predict) of the teacher's view behind its first P tokens."""
+    tokens_BT, mask_BT, at_BN = batch.teacher_tokens_BT, batch.teacher_mask_BT, batch.teacher_at_BN
+    if not P:
+        return tokens_BT, mask_BT, at_BN
+    # Prefixes of many lengths must not leave rows of as many: each is a program to compile.
+    left = tokens_BT.shape[1] - P
+    filler = ((0, 0), (0, round_up(left, ()) - left))
+    return (
+        np.pad(tokens_BT[:, P:], filler),
+        np.pad(mask_BT[:, P:], filler),
+        np.maximum(at_BN - P, 0),
+    )
+
+
 @functools.partial(jax.jit, static_argnames="decoder")
-def _read(decoder: Decoder, params: dict, tokens_1P, mask_1P) -> Prefix:
-    return decoder.apply({"params": params}, tokens_1P, mask_1P, method="read_prefix")
+def predicting_hidden(
+    decoder: Decoder, params, tokens_BT, mask_BT, at_BN, prefix: Prefix | None = None
+) -> jax.Array:
+    """Hidden states [B,N,E] at the positions that predict the targets, which follow the prefix."""
+    hidden_BTE = decoder.apply({"params": params}, tokens_BT, mask_BT, prefix)
+    return jnp.take_along_axis(hidden_BTE, at_BN[:, :, None], axis=1)
+
+
+_read = jax.jit(read_prefix, static_argnames=("decoder", "chunk"))
 
 
 def _nbytes(prefix: Prefix) -> int:

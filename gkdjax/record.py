@@ -49,10 +49,10 @@ class Recorder:
         if sums["targets"] == 0:
             raise TrainingFailure(
                 f"the batch of step {step} has no target token ({counts['dropped_rows']} of its"
-                " rows lost theirs: see trajectory.target_content_pattern)"
+                " rows lost theirs: see context.target_content_pattern)"
             )
         values = {
-            "loss": sums["loss_sum"] / sums["targets"],
+            "loss": sums["loss_sum"] / sums["loss_weight"],
             "divergence": divergence,
             "targets": int(sums["targets"]),
             **counts,
@@ -60,8 +60,9 @@ class Recorder:
             "grad_norm": sums["grad_norm"],
             "learning_rate": sums["learning_rate"],
         }
-        if "anchor_sum" in sums:
-            values["anchor_loss"] = sums["anchor_sum"] / sums["anchor_targets"]
+        for name in (key.removesuffix("_sum") for key in sums if key.endswith("_sum")):
+            if name != "loss":
+                values[f"{name}_loss"] = sums[f"{name}_sum"] / sums[f"{name}_weight"]
         for name, value in values.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise TrainingFailure(

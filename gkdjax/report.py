@@ -4,6 +4,7 @@ The lines of a panel differ in dashes and in markers, so that the picture can be
 colour, also where a line has one point only.
 """
 
+import itertools
 import math
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -38,7 +39,7 @@ class _Series(NamedTuple):
 # Off-policy steps have two divergences at most: the warm-up's and the one after it.
 _OFF_POLICY = (_Look("-", "o", _BLUE), _Look(":", "v", _BLUE))
 _ON_POLICY = _Look("-.", "x", _ORANGE)
-_ANCHOR = _Look("--", "+", _BLACK)
+_ANCHORS = tuple(_Look("--", marker, _BLACK) for marker in "+*1234")
 
 _TEXTS = {"teacher_text": ("teacher's text", "o", _BLUE)}
 _TEXTS |= {"student_text": ("student's text", "s", _ORANGE)}
@@ -117,9 +118,10 @@ def _loss_series(metrics: Sequence[dict]) -> Iterator[_Series]:
         look = _ON_POLICY if on_policy else next(off_policy)
         label = f"{'on' if on_policy else 'off'}-policy, {divergence}"
         yield _Series(label, look, *_points(lines, "loss"))
-    anchor = _Series("anchor", _ANCHOR, *_points(metrics, "anchor_loss"))
-    if len(anchor.steps):
-        yield anchor
+    anchors = [key for key in (metrics[0] if metrics else ()) if key.startswith("anchor")]
+    for key, look in zip(anchors, itertools.cycle(_ANCHORS), strict=False):
+        label = key.removesuffix("_loss").replace("_", " ", 1)
+        yield _Series(label, look, *_points(metrics, key))
 
 
 def _held_out_series(evaluations: Sequence[dict], names: dict) -> Iterator[_Series]:

@@ -48,7 +48,7 @@ def versions() -> dict[str, str]:
 
 def render(results: dict, workdir: pathlib.Path) -> str:
     """The tables that are printed at the end."""
-    parts = []
+    parts = [_rows_table(results["rows"])]
     if "student" in results:
         measures = {"exact_match": ("exact match", "{:.1%}")}
         measures |= {"forward_kl": ("KL to prompted teacher", "{:.4f}")}
@@ -82,6 +82,19 @@ def render(results: dict, workdir: pathlib.Path) -> str:
         + ", ".join(["results.json", "metrics.jsonl", "report.png", *results["exports"]])
     )
     return "\n\n".join(parts)
+
+
+def _rows_table(rows: dict[str, dict]) -> str:
+    """What became of the rows of each stream."""
+    lines = []
+    for name, of in rows.items():
+        fates = {fate: len(names) for fate, names in of.items() if isinstance(names, list)}
+        told = ", ".join(f"{count} {fate}" for fate, count in fates.items() if count)
+        counts = str(of["rows"]), told or "-", str(of["refused_responses"])
+        views = [of["padding"][whose] for whose in ("student", "teacher") if of["padding"]]
+        lines.append([name, *counts, ", ".join(f"{share:.0%}" for share in views) or "-"])
+    header = ["rows", "trained", "lost or cut", "refused responses", "padding of the views"]
+    return table(header, lines)
 
 
 def _held_out_table(before: dict, after: dict) -> str:

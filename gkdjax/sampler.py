@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from gkdjax import sharding
+from gkdjax import drawing, sharding
 from gkdjax.losses import top_k_logprobs
 from gkdjax.models.cache import Cache, Prefix
 from gkdjax.models.decoder import Decoder
@@ -31,11 +31,14 @@ class Sampling:
       temperature: divides the logits; 0 takes the most probable token.
       top_p: draw from the smallest set of tokens whose probability reaches it, the lowest ids first
         among equals; 1 draws from all.
+      top_k: before that, draw from the k most probable tokens, the lowest ids first among equals;
+        None, or as many as there are: from all.
     """
 
     max_new_tokens: int
     temperature: float
     top_p: float
+    top_k: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +99,7 @@ def sample(
       mesh: its devices share the rows; `params` are on all of them. None: wherever `params` are.
       keep: what to keep of each prediction, so that the text need not be read again to be scored;
         None: nothing, at no cost.
-      prefix: from `Decoder.read_prefix`: what every row has read before its prompt.
+      prefix: from `decoder.read_prefix`: what every row has read before its prompt.
       vocab_size: only ids below it are drawn, as another model that is to read them may have fewer
         rows in its embedding; None: all ids.
 
@@ -118,6 +121,7 @@ def sample(
                 np.asarray(stop_ids, np.int32),
                 np.float32(sampling.temperature),
                 np.float32(sampling.top_p),
+                sampling.top_k,
                 sampling.max_new_tokens,
                 keep,
                 mesh,
@@ -158,7 +162,7 @@ def _kept_of(kept: TopKTargets | np.ndarray | None, row: int, n: int):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("decoder", "max_new_tokens", "keep", "mesh", "vocab_size")
+    jax.jit, static_argnames=("decoder", "top_k", "max_new_tokens", "keep", "mesh", "vocab_size")
 )
 def _generate(
     decoder,
@@ -167,6 +171,7 @@ def _generate(
     stop_ids,
     temperature,
     top_p,
+    top_k,
     max_new_tokens,
     keep,
     mesh,
@@ -174,7 +179,7 @@ def _generate(
     vocab_size,
 ):
     """Everything that may change between calls is an argument: no stale constant is compiled in."""
-    generate = functools.partial(_generate_rows, decoder, max_new_tokens, keep, vocab_size)
+    generate = functools.partial(_generate_rows, decoder, top_k, max_new_tokens, keep, vocab_size)
     if mesh is not None:
         # Each device loops for its own rows, until they are done. Left to the partitioner, every
         # step would ask all devices for that, and top_k gather the logits of all rows.
@@ -186,7 +191,15 @@ def _generate(
 
 
 def _generate_rows(
-    decoder: Decoder, max_new_tokens, keep: Keep | None, vocab_size, params, rows, how, prefix
+    decoder: Decoder,
+    top_k,
+    max_new_tokens,
+    keep: Keep | None,
+    vocab_size,
+    params,
+    rows,
+    how,
+    prefix,
 ):
     tokens_BP, mask_BP, seeds_B = rows
     stop_ids, temperature, top_p = how
@@ -196,7 +209,8 @@ def _generate_rows(
     def draw(state: _State, hidden_B1E) -> _State:
         logits_B1V = apply(hidden_B1E, method="unembed")
         step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.step)
-        drawn_B = _draw(logits_B1V[:, 0, :vocab_size], step_keys_B, temperature, top_p)
+        logits_BV = logits_B1V[:, 0, :vocab_size]
+        drawn_B = drawing.draw(logits_BV, step_keys_B, temperature, top_k, top_p)
         token_B1 = jnp.where(state.done_B, 0, drawn_B)[:, None]
         return _write(state, token_B1, stop_ids, _to_keep(keep, hidden_B1E, logits_B1V, token_B1))
 
@@ -258,61 +272,3 @@ def _to_keep(keep: Keep | None, hidden_B1E, logits_B1V, token_B1):
         logprobs_B1V, token_B1[:, :, None], axis=-1, mode="fill", fill_value=-jnp.inf
     )
     return TopKTargets(topk, drawn_B11[:, :, 0])
-
-
-def _draw(logits_BV, keys_B, temperature, top_p) -> jax.Array:
-    """int32 [B], by inverting the cumulative sum of the probabilities (one uniform a row)."""
-
-    def greedy():
-        return jnp.argmax(logits_BV, axis=-1)
-
-    def stochastic():
-        scaled_BV = logits_BV / jnp.maximum(temperature, 1e-6)
-        probs_BV = jax.nn.softmax(scaled_BV, axis=-1)
-        probs_BV = jax.lax.cond(top_p < 1.0, lambda: _nucleus(probs_BV, top_p), lambda: probs_BV)
-        return _invert(probs_BV, jax.vmap(jax.random.uniform)(keys_B))
-
-    return jax.lax.cond(temperature > 0.0, stochastic, greedy).astype(jnp.int32)
-
-
-def _invert(probs_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
-    """The first index whose cumulative sum passes uniform x total; never one of probability 0."""
-    # It is a sum of partial sums, whose rounding may lift it at a token of probability 0 too.
-    cumulative_BV = jnp.cumsum(probs_BV, axis=-1)
-    possible_BV = probs_BV > 0.0
-    total_B1 = jnp.max(jnp.where(possible_BV, cumulative_BV, 0.0), axis=-1, keepdims=True)
-    # Rounding may put the threshold on the total itself, past which no index lies.
-    threshold_B1 = jnp.minimum(uniform_B[:, None] * total_B1, jnp.nextafter(total_B1, 0.0))
-    return jnp.argmax(possible_BV & (cumulative_BV > threshold_B1), axis=-1)
-
-
-def _nucleus(probs_BV: jax.Array, top_p: jax.Array) -> jax.Array:
-    """The probabilities, 0 outside the nucleus (Holtzman et al. 2020, arXiv:1904.09751).
-
-    A token belongs to it if those before it, the more probable ones and equals of lower id, do not
-    reach top_p without it.
-    """
-    least_B1 = _least_reaching(probs_BV, top_p)
-    above_BV = probs_BV > least_B1
-    equal_BV = probs_BV == least_B1
-    mass_above_B1 = jnp.sum(jnp.where(above_BV, probs_BV, 0.0), axis=-1, keepdims=True)
-    equals_before_BV = jnp.cumsum(equal_BV, axis=-1, dtype=jnp.int32) - equal_BV
-    before_BV = mass_above_B1 + equals_before_BV * least_B1
-    return jnp.where(above_BV | (equal_BV & (before_BV < top_p)), probs_BV, 0.0)
-
-
-def _least_reaching(probs_BV: jax.Array, top_p: jax.Array) -> jax.Array:
-    """[B, 1]: the largest t such that the tokens of probability t and more reach top_p.
-
-    Non-negative floats are in the order of their bits, so t is found bit by bit, exactly, in thirty
-    sums (1.0 has no higher bit) instead of a sort of the vocabulary, which takes ten times as long.
-    """
-    bits_BV = jax.lax.bitcast_convert_type(probs_BV, jnp.int32)
-
-    def try_bit(i, least_B1):
-        raised_B1 = least_B1 | (1 << (29 - i))
-        mass_B1 = jnp.sum(jnp.where(bits_BV >= raised_B1, probs_BV, 0.0), axis=-1, keepdims=True)
-        return jnp.where(mass_B1 >= top_p, raised_B1, least_B1)
-
-    least_B1 = jax.lax.fori_loop(0, 30, try_bit, jnp.zeros((probs_BV.shape[0], 1), jnp.int32))
-    return jax.lax.bitcast_convert_type(least_B1, jnp.float32)

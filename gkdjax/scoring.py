@@ -14,8 +14,7 @@ from gkdjax.data.chat import Chat
 from gkdjax.losses.chunks import Chunks, over_chunks
 from gkdjax.losses.head import Head
 from gkdjax.models.decoder import Decoder, unembedding_table
-from gkdjax.prefix_store import PrefixStore
-from gkdjax.teachers.flax import predicting_hidden
+from gkdjax.prefix_store import PrefixStore, predicting_hidden
 from gkdjax.types import Batch, DenseTargets, TeacherTargets
 
 _ARRAYS = 8  # [tokens, V] held at once with dense targets, counted as in `losses.fused`
@@ -64,34 +63,31 @@ def mean_agreement(
     """
     total, count = np.zeros(len(losses.Agreement._fields)), 0.0
     for batch, targets in scored.batches:
-        prefix, *read = _view(reader, batch, view)
-        read, mask_BN = sharding.shard_rows(mesh, (read, batch.target_mask_BN))
+        hidden_BND = _hidden(reader, batch, view, mesh)
         sums, tokens = _agreement_sums(
-            reader.decoder, reader.params, prefix, read, mask_BN, targets, gkd, mesh
+            hidden_BND,
+            unembedding_table(reader.decoder.spec, reader.params),
+            reader.decoder.spec.final_softcap,
+            targets,
+            sharding.shard_rows(mesh, batch.target_mask_BN),
+            gkd,
+            mesh,
         )
         total, count = total + np.asarray(sums, np.float64), count + float(tokens)
     return losses.Agreement(*(total / count).tolist())
 
 
-def _view(reader: Reader, batch: Batch, view: str):
-    """-> (prefix or None, tokens, mask, positions that predict)."""
-    if view == "student":
-        return None, batch.student_tokens_BS, batch.student_mask_BS, batch.student_at_BN
-    return reader.prefixes.teacher_view(batch)
+def _hidden(reader: Reader, batch: Batch, view: str, mesh: Mesh):
+    """[B,N,D] at the positions that predict the targets."""
+    if view == "teacher":
+        return reader.prefixes.predicting_hidden(batch, mesh)
+    read = batch.student_tokens_BS, batch.student_mask_BS, batch.student_at_BN
+    return predicting_hidden(reader.decoder, reader.params, *sharding.shard_rows(mesh, read))
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "gkd", "mesh"))
-def _agreement_sums(decoder: Decoder, params, prefix, read, mask_BN, targets, gkd: Gkd, mesh):
-    hidden_BND = predicting_hidden(decoder, params, *read, prefix)
-    found = fused_agreement(
-        hidden_BND,
-        unembedding_table(decoder.spec, params),
-        decoder.spec.final_softcap,
-        targets,
-        mask_BN,
-        gkd,
-        mesh,
-    )
+@functools.partial(jax.jit, static_argnames=("softcap", "gkd", "mesh"))
+def _agreement_sums(hidden_BND, unembedding_VD, softcap, targets, mask_BN, gkd: Gkd, mesh: Mesh):
+    found = fused_agreement(hidden_BND, unembedding_VD, softcap, targets, mask_BN, gkd, mesh)
     sums = [losses.masked_sum(each_BN, mask_BN) for each_BN in found]
     return jnp.stack(sums), losses.masked_count(mask_BN)
 

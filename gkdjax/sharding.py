@@ -6,6 +6,7 @@ are used) and over "tensor" (a product's output or its sum is cut with them).
 
 import math
 import re
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -96,6 +97,28 @@ def replicate(mesh: Mesh, tree):
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
+def process_rows(rows: Sequence) -> Sequence:
+    """Of the rows of a batch those that this process has to bring: [B] -> [B / processes].
+
+    The processes' rows follow on each other in the order of their devices in a mesh of all of them.
+    """
+    share, rest = divmod(len(rows), jax.process_count())
+    if rest:
+        raise UserError(
+            f"a batch of {len(rows)} rows cannot be shared by {jax.process_count()} processes;"
+            f" the next number that can is {(share + 1) * jax.process_count()}"
+        )
+    return rows[jax.process_index() * share : (jax.process_index() + 1) * share]
+
+
 def shard_rows(mesh: Mesh, tree):
-    """Every leaf cut along its first axis, the rows of a batch."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("data")))
+    """Every leaf cut along its first axis, the rows of a batch.
+
+    Args:
+      mesh: with the devices of one process, or of all of them.
+      tree: arrays that hold the rows of this process, see `process_rows`.
+    """
+    cut = NamedSharding(mesh, PartitionSpec("data"))
+    if mesh.is_multi_process:
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(cut, x), tree)
+    return jax.device_put(tree, cut)

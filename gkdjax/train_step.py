@@ -1,7 +1,7 @@
 """One optimizer step: (state, frozen, batch, targets) -> (state, sums).
 
-Losses are sums of weighted tokens, with weights that are fixed before the batch is cut into parts:
-accumulation and many devices therefore average per token, exactly.
+Losses are sums of weighted tokens, with weights that a row has by itself, divided by the weight of
+the whole batch: accumulation and many devices therefore average as one would, exactly.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gkdjax import lora, losses
-from gkdjax.config import Config, Gkd
+from gkdjax.config import Config, Gkd, anchor_sets
 from gkdjax.models.decoder import Decoder, unembedding_table
 from gkdjax.types import Batch, DenseTargets, TeacherTargets, TrainState
 
@@ -79,12 +79,14 @@ def make_train_step(
     """Builds the jitted step.
 
     Returns:
-      step(state, frozen, batch, targets, anchor, *, divergence) -> (state, sums). `state` is
-      donated; `frozen` is the base's parameters, or None when all are trained; `anchor` is a
-      (batch, targets) pair or None. The sums are float32 scalars: `loss_sum` over `targets` main
-      tokens, `anchor_sum` over `anchor_targets`, and the step's `grad_norm` and `learning_rate`.
+      step(state, frozen, batch, targets, anchors, *, divergence) -> (state, sums). `state` is
+      donated; `frozen` is the base's parameters, or None when all are trained; `anchors` are
+      (batch, targets) pairs by the names of `config.anchor_sets`. The sums are float32 scalars:
+      `loss_sum` and `loss_weight`, whose quotient is the loss, and so `<name>_sum` and
+      `<name>_weight` of each anchor; the number of `targets`, `grad_norm` and `learning_rate`.
     """
     accumulation, gkd, anchor_config = config.train.accumulation, config.gkd, config.anchor
+    factors = {each.name: each.weight for each in anchor_sets(anchor_config)} | {"loss": 1.0}
     spec = decoder.spec
     seed_key = jax.random.key(config.train.seed)
 
@@ -99,18 +101,21 @@ def make_train_step(
             unembedding_table(spec, params),
             spec.final_softcap,
             targets,
-            batch.target_mask_BN,
+            token_weights(batch),
             divergence,
             gkd,
             mesh,
         )
         return summed
 
-    def step(state: TrainState, frozen, batch, targets, anchor, *, divergence: str):
-        parts = {"main": (batch, targets)} | ({} if anchor is None else {"anchor": anchor})
-        kinds = {"main": divergence, "anchor": anchor_config.divergence}
-        counts = {name: losses.masked_count(part[0].target_mask_BN) for name, part in parts.items()}
-        weights = {"main": 1.0, "anchor": anchor_config.weight}
+    def token_weights(batch: Batch) -> jax.Array:
+        mask_BN = batch.target_mask_BN
+        return mask_BN if gkd.reduction == "token" else losses.example_weights(mask_BN)
+
+    def step(state: TrainState, frozen, batch, targets, anchors, *, divergence: str):
+        parts = {"loss": (batch, targets)} | anchors
+        kinds = dict.fromkeys(parts, anchor_config.divergence) | {"loss": divergence}
+        weight = {name: losses.masked_count(token_weights(of)) for name, (of, _) in parts.items()}
         step_key = jax.random.fold_in(seed_key, state.step)
 
         def objective(trainable, micro):
@@ -119,7 +124,7 @@ def make_train_step(
             for name, part in parts.items():
                 rows = _micro_batch(part, micro, accumulation)
                 sums[name] = part_loss(params, rows, kinds[name])
-                total += sums[name] * (weights[name] / counts[name])
+                total += sums[name] * (factors[name] / weight[name])
             return total, sums
 
         def add_micro_batch(carry, micro):
@@ -133,13 +138,12 @@ def make_train_step(
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         sums = {
-            "loss_sum": totals["main"],
-            "targets": counts["main"],
+            "targets": losses.masked_count(batch.target_mask_BN),
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
         }
-        if anchor is not None:
-            sums |= {"anchor_sum": totals["anchor"], "anchor_targets": counts["anchor"]}
+        for name in parts:
+            sums |= {f"{name}_sum": totals[name], f"{name}_weight": weight[name]}
         trainable = optax.apply_updates(state.trainable, updates)
         return TrainState(state.step + 1, trainable, opt_state), sums
 

@@ -34,6 +34,7 @@ class Example:
     turns: tuple[Message, ...]  # what both read, at least one message
     response: str | None  # the last assistant message, or None: somebody has to write it
     answer: str | None  # what an exact-match question expects, or None
+    given: int = 0  # so many of the first turns are no targets, whoever said them
 
 
 @jax.tree_util.register_dataclass

@@ -13,6 +13,7 @@ SETTINGS = {
     "on-full": (0.5, "none", None, True, False),
 }
 STEPS, SAVE_EVERY, EVAL_EVERY = 12, 2, 3
+BUFFER, REFRESH_EVERY = 3, 5
 PER_PROMPT, PROMPTS = 4, 12
 
 
@@ -28,6 +29,9 @@ def get_config(argument: str):
     if other_teacher:
         c.teacher.backend, c.teacher.model = "flax", f"{models}/teacher"
     c.gkd.on_policy_fraction = on_policy
+    # Neither is a multiple of SAVE_EVERY: a run goes on in the middle of both.
+    c.gkd.on_policy_buffer_steps = BUFFER
+    c.trajectory.refresh_every_steps = REFRESH_EVERY
     c.context.prefix_messages = [{"role": "system", "content": "be brief"}]
     if anchored:
         c.anchor.data = [{"prompt": f"other {i}"} for i in range(5)]
@@ -44,7 +48,7 @@ def _training(c):
     c.data.bucket_lengths = (64,) if c.student.adapter == "lora" else (32, 64)
     c.trajectory.per_prompt = PER_PROMPT
     c.trajectory.max_new_tokens = 6
-    c.trajectory.target_content_pattern = "[a-z]"  # some responses are written again
+    c.context.target_content_pattern = "[a-z]"  # some responses are written again
     c.optim.learning_rate = 1e-2
     c.optim.weight_decay = 0.1
     c.train.batch_size = 4

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small_runs import PREFIX, ConstantTeacher, losses_hex, metrics, small
 
-from gkdjax import loop
+from gkdjax import loop, results
 from gkdjax.errors import Preempted, UserError
 from gkdjax.hf import pretrained
 
@@ -152,13 +152,17 @@ def test_rows_that_are_too_long_are_counted_and_named(student, tmp_path, caplog)
     ]
     assert dropped["samples"]["question"] == ["ask 1", "ask 2", "ask 4"]
     assert "data.train: 3 rows dropped" in caplog.text and "data.train:3" in caplog.text
-    c = small(student, data__train=rows, data__too_long="truncate")
+    c = small(student, data__train=rows, data__too_long="truncate-right")
     cut = loop.run(c, tmp_path / "cut")
-    assert cut["rows"]["train"] == {
+    found = dict(cut["rows"]["train"])
+    assert 0 < found.pop("padding")["student"] < 1
+    assert found == {
+        "rows": 3,
         "dropped": ["data.train:0", "data.train:3"],
         "truncated": ["data.train:1"],
         "refused_responses": 0,
     }
+    assert "2 dropped, 1 truncated" in results.render(cut, tmp_path)
 
 
 def test_questions_that_do_not_fit_are_named(student, tmp_path):

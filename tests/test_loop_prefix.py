@@ -5,6 +5,7 @@ import pytest
 
 from gkdjax import loop, prefix_store
 from gkdjax.data.shapes import round_up
+from gkdjax.prefix_store import PrefixStore
 from tests.small_runs import metrics, small
 
 
@@ -27,6 +28,24 @@ def test_a_prefix_read_once_teaches_the_same(student, tmp_path, monkeypatch):
     for who in ("base", "prompted_base", "student"):
         kl = [results[name][who]["forward_kl"] for name in found]
         assert kl[0] == pytest.approx(kl[1], rel=1e-3, abs=1e-6)
+
+
+def test_rows_of_one_prefix_share_batches_and_those_of_several_are_read_for_each(
+    student, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(prefix_store, "LEAST_TOKENS", 16)
+    seen, readings = [], PrefixStore._readings
+    monkeypatch.setattr(PrefixStore, "_readings", lambda *a: seen.append(readings(*a)) or seen[-1])
+    personas = [[{"role": "system", "content": f"you are {who}, always"}] for who in ("A", "BB")]
+    rows = [{"prompt": f"ask {i}", "prefix_messages": personas[i % 2]} for i in range(12)]
+    c = small(student, data__train=rows, context__prefix_messages=(), train__steps=6)
+    c.data.bucket_lengths = ()
+    loop.run(c, tmp_path)
+    prefixes = [sorted(len(ids) for ids, _ in one) for one in seen]
+    # Of twelve rows in batches of four: two batches an epoch of one persona, and one of both.
+    one, other = sorted({prefix for each in prefixes for prefix in each})
+    assert one > 16
+    assert sorted(prefixes) == sorted(2 * [[one], [one, other], [other]])
 
 
 def test_rows_with_prefixes_of_their_own(student, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ class Moody(ConstantTeacher):
 
 
 def test_text_without_the_pattern_is_refilled_dropped_counted_and_named(student, tmp_path, caplog):
-    c = small(student, teacher__top_k=1, trajectory__target_content_pattern="^K$")
+    c = small(student, teacher__top_k=1, context__target_content_pattern="^K$")
     c.trajectory.max_refills = 1
     c.data.train = [{"prompt": f"ask {i}"} for i in range(40)]
     results = loop.run(c, tmp_path, teacher=Moody(50, 5))
@@ -37,25 +37,24 @@ def test_text_without_the_pattern_is_refilled_dropped_counted_and_named(student,
 
 
 def test_a_pattern_that_never_matches_is_told_with_a_response(student, tmp_path):
-    c = small(student, teacher__top_k=1, trajectory__target_content_pattern="[0-9]{3}")
+    c = small(student, teacher__top_k=1, context__target_content_pattern="[0-9]{3}")
     with pytest.raises(
-        UserError, match=r"no row of data\.train is left: 6 rows: .*'\[0-9\]\{3\}' in 5"
+        UserError,
+        match=r"no row of data\.train is left: 6 rows: .*'\[0-9\]\{3\}', or no resp.* in 5",
     ) as caught:
         loop.run(c, tmp_path, teacher=ConstantTeacher(50, 5))
     assert "The first response was 'K'" in str(caught.value)
 
 
 def test_a_pattern_that_does_not_compile_is_told_before_anything_is_read(tmp_path):
-    c = small("nowhere", trajectory__target_content_pattern="(K")
-    with pytest.raises(
-        UserError, match=r"trajectory\.target_content_pattern = '\(K': is no regular"
-    ):
+    c = small("nowhere", context__target_content_pattern="(K")
+    with pytest.raises(UserError, match=r"context\.target_content_pattern = '\(K': is no regular"):
         loop.run(c, tmp_path)
 
 
 def test_on_policy_rows_without_the_pattern_teach_nothing_and_are_counted(student, tmp_path):
     c = small(student, teacher__top_k=1, gkd__on_policy_fraction=1.0)
-    c.trajectory.target_content_pattern = "^[A-Za-z]"
+    c.context.target_content_pattern = "^[A-Za-z]"
     c.trajectory.max_refills = 1
     c.trajectory.temperature, c.trajectory.top_p = 1.0, 1.0
     c.train.steps, c.optim.learning_rate = 8, 1e-5  # it goes on writing at random
@@ -70,7 +69,7 @@ def test_on_policy_rows_without_the_pattern_teach_nothing_and_are_counted(studen
 
 def test_an_on_policy_batch_that_lost_all_its_rows_stops_the_run(student, tmp_path):
     c = small(student, teacher__top_k=1, gkd__on_policy_fraction=1.0)
-    c.trajectory.target_content_pattern = "never this"
+    c.context.target_content_pattern = "never this"
     with pytest.raises(TrainingFailure, match=r"step 0 has no target token \(4 of its rows lost"):
         loop.run(c, tmp_path, teacher=ConstantTeacher(50, 5))
 

@@ -71,7 +71,7 @@ CASES = [
     Case("chunk_size", ("--config.gkd.chunk_size=0",), told=("gkd.chunk_size", "at least 1")),
     Case(
         "pattern",
-        ("--config.trajectory.target_content_pattern=(a",),
+        ("--config.context.target_content_pattern=(a",),
         told=("target_content_pattern = '(a'", "no regular expression"),
     ),
     Case("no_kernel", extra="c.student.lora.targets = ('r_proj',)", told=("r_proj", "q_proj")),
@@ -82,7 +82,11 @@ CASES = [
     data_case("no_turns", "no_turns.jsonl:1", "prompt"),
     data_case("too_long", "too_long.jsonl:1", "data.max_length"),
     Case("no_system", ("--config.student.model=FILES/no_system",), told=("System role", "user")),
-    Case("no_targets", extra="c.context.target_roles = ('tool',)", told=("data.train:0", "tool")),
+    Case(
+        "no_targets",
+        extra="c.context.target_roles = ('tool',)",
+        told=("data.train", "'tool'", "assistant"),
+    ),
     Case("equal_views", ("--config.context.student_retained_turns=1",), told=("loss would be",)),
     Case(
         "other_tokenizer",

@@ -52,8 +52,8 @@ def step(request):
     before = jax.device_get(state)
     targets = builders.dense_targets(BATCH)
     batch = sharding.shard_rows(MESH, BATCH)
-    traced = run.trace(state, frozen, batch, targets, None, divergence="forward_kl")
-    after, sums = run(state, frozen, batch, targets, None, divergence="forward_kl")
+    traced = run.trace(state, frozen, batch, targets, {}, divergence="forward_kl")
+    after, sums = run(state, frozen, batch, targets, {}, divergence="forward_kl")
     return before, after, sums, list(equations(traced.jaxpr.jaxpr))
 
 

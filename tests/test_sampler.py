@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from gkdjax import lora, sampler, sharding
+from gkdjax import drawing, lora, sampler, sharding
 from gkdjax.hf import pretrained
 from gkdjax.losses import top_k_logprobs
 from gkdjax.models.decoder import Decoder
@@ -139,20 +139,20 @@ def test_the_loop_ends_with_the_last_row_and_reads_no_last_token(monkeypatch):
             jax.debug.callback(lambda: read.append(1))
             return super().extend(*args)
 
-    def counted(logits_BV, keys_B, temperature, top_p):
+    def counted(logits_BV, keys_B, temperature, top_k, top_p):
         jax.debug.callback(lambda: drawn.append(1))
         return jnp.where(jnp.arange(2) == 0, 5, 6) + 0 * logits_BV[:, 0].astype(jnp.int32)
 
-    monkeypatch.setattr(sampler, "_draw", counted)
+    monkeypatch.setattr(drawing, "draw", counted)
     decoder, params = builders.small_model()
-    generate = jax.jit(sampler._generate.__wrapped__, static_argnums=(0, 6))
+    generate = jax.jit(sampler._generate.__wrapped__, static_argnums=(0, 6, 7))
     tokens_BP = np.full((2, 3), 7, np.int32)
     rows = (tokens_BP, tokens_BP > 0, np.arange(2, dtype=np.uint32))
     for stops, steps in (((5, 6), 1), ((5, 9), 40)):
         drawn.clear(), read.clear()
         _, length_B, done_B, _ = generate(
             *(Counted(decoder.spec), params, rows, np.asarray(stops)),
-            *(1.0, 1.0, 40, None, None, None, None),
+            *(1.0, 1.0, None, 40, None, None, None, None),
         )
         jax.effects_barrier()
         assert len(drawn) == len(read) + 1 == steps  # the prompt is prefilled
@@ -286,7 +286,7 @@ def program(keep, mesh=None, dtype=jnp.float32):
     rows = (tokens_BP, tokens_BP > 0, np.arange(4, dtype=np.uint32))
     if mesh is not None:
         params, rows = sharding.replicate(mesh, params), sharding.shard_rows(mesh, rows)
-    how = (np.array([1]), np.float32(1), np.float32(1), 6, keep, mesh, None, None)
+    how = (np.array([1]), np.float32(1), np.float32(1), None, 6, keep, mesh, None, None)
     return sampler._generate.trace(decoder.clone(compute_dtype=dtype), params, rows, *how)
 
 

@@ -30,7 +30,7 @@ def test_sums_and_gradients_are_all_that_is_exchanged(full):
         unembedding_VE=sharding.replicate(mesh, targets.unembedding_VE),
     )
     batch = sharding.shard_rows(mesh, BATCH)
-    lowered = step.lower(*whole, batch, targets, None, divergence="forward_kl")
+    lowered = step.lower(*whole, batch, targets, {}, divergence="forward_kl")
     text = lowered.compile().as_text()
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
     assert set(re.findall(rf" ({kinds})(?:-start)?\(", text)) == {"all-reduce"}

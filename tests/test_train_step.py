@@ -28,21 +28,22 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @functools.cache
-def step_function(accumulation=1, seed=0, remat=False, devices=1):
+def step_function(accumulation=1, seed=0, remat=False, devices=1, reduction="token"):
     """A step on the small model; each distinct call compiles a program, so ask for few."""
+    names = {"chat": "chat.jsonl", "code": "code.jsonl"}
     config = builders.config(
-        gkd=Gkd("forward_kl"),
-        anchor=Anchor(weight=0.5, divergence="reverse_kl"),
+        gkd=Gkd("forward_kl", reduction=reduction),
+        anchor=Anchor(names, {"chat": 0.5, "code": 2.0}, divergence="reverse_kl"),
         train=Train(accumulation=accumulation, seed=seed),
     )
     mesh = jax.sharding.Mesh(np.asarray(jax.local_devices()[:devices]), ("data",))
     decoder = dataclasses.replace(DECODER, remat=remat)
     step = make_train_step(decoder, SGD, optax.constant_schedule(RATE), config, mesh)
 
-    def call(state, frozen, batch=BATCH, targets=TARGETS, anchor=None, *, divergence="forward_kl"):
+    def call(state, frozen, batch=BATCH, targets=TARGETS, *, divergence="forward_kl", **anchors):
         batch = sharding.shard_rows(mesh, batch)
         state, frozen = sharding.replicate(mesh, (state, frozen))
-        return step(state, frozen, batch, targets, anchor, divergence=divergence)
+        return step(state, frozen, batch, targets, anchors, divergence=divergence)
 
     return call
 
@@ -210,20 +211,52 @@ def test_nan_in_a_target_is_seen():
     assert not np.isfinite(sums["grad_norm"])
 
 
-def test_the_anchor_adds_its_weighted_mean():
-    anchor_batch = builders.batch((2, 4, 1, 3, 1, 2, 2, 1), seed=8)
-    anchor_targets = builders.dense_targets(anchor_batch, seed=9)
-    step = step_function(accumulation=2)
-    state, sums = step(lora_state(), PARAMS, anchor=(anchor_batch, anchor_targets))
-    alone, alone_sums = step_function()(
-        lora_state(), PARAMS, anchor_batch, anchor_targets, divergence="reverse_kl"
-    )
+def test_each_anchor_adds_its_weighted_mean():
+    counts = {"chat": (2, 4, 1, 3, 1, 2, 2, 1), "code": (1, 1, 2, 1, 1, 4, 1, 2)}
+    anchors, alone = {}, {}
+    for seed, (name, row_targets) in enumerate(counts.items(), start=8):
+        batch = builders.batch(row_targets, seed=seed)
+        anchors[f"anchor_{name}"] = (batch, builders.dense_targets(batch, seed=seed + 10))
+        alone[name] = step_function()(
+            lora_state(), PARAMS, *anchors[f"anchor_{name}"], divergence="reverse_kl"
+        )
+    state, sums = step_function(accumulation=2)(lora_state(), PARAMS, **anchors)
     main, main_sums = reference()
     np.testing.assert_allclose(sums["loss_sum"], main_sums["loss_sum"], rtol=1e-5)
-    np.testing.assert_allclose(sums["anchor_sum"], alone_sums["loss_sum"], rtol=1e-5)
-    assert (sums["targets"], sums["anchor_targets"]) == (sum(RAGGED), 16)
-    for got, m, a, start in zip(*map(leaves, (state, main, alone)), START, strict=True):
-        np.testing.assert_allclose(got - start, m - start + 0.5 * (a - start), rtol=1e-4, atol=3e-6)
+    for name, row_targets in counts.items():
+        np.testing.assert_allclose(
+            sums[f"anchor_{name}_sum"], alone[name][1]["loss_sum"], rtol=1e-5
+        )
+        assert sums[f"anchor_{name}_weight"] == sum(row_targets)
+    assert sums["targets"] == sums["loss_weight"] == sum(RAGGED)
+    states = (state, main, alone["chat"][0], alone["code"][0])
+    for got, m, chat, code, start in zip(*map(leaves, states), START, strict=True):
+        wanted = m - start + 0.5 * (chat - start) + 2.0 * (code - start)
+        np.testing.assert_allclose(got - start, wanted, rtol=1e-4, atol=5e-6)
+
+
+def test_a_mean_over_examples_weighs_each_row_alike():
+    """bakery's reduction: the mean of the rows' means, however the batch is cut."""
+    loss_BN = losses.forward_kl(jnp.asarray(merged_logits()), builders.teacher_logits(TARGETS))
+    rows = zip(np.asarray(loss_BN, np.float64), BATCH.target_mask_BN, strict=True)
+    means = [loss[mask].mean() for loss, mask in rows]
+    state, sums = step_function(reduction="example")(lora_state(), PARAMS)
+    np.testing.assert_allclose(sums["loss_sum"] / sums["loss_weight"], np.mean(means), rtol=1e-5)
+    assert sums["targets"] == sum(RAGGED)
+    by_token = reference()[1]
+    assert abs(np.mean(means) - by_token["loss_sum"] / by_token["targets"]) > 1e-3
+    cut, cut_sums = step_function(accumulation=2, reduction="example")(lora_state(), PARAMS)
+    np.testing.assert_allclose(cut_sums["loss_sum"], sums["loss_sum"], rtol=1e-5)
+    assert_close(cut, state)
+    # And so is the gradient: the mean of those of the rows, each alone in its batch.
+    singles = []
+    for row in range(len(RAGGED)):
+        alone = BATCH.target_mask_BN & (np.arange(len(RAGGED)) == row)[:, None]
+        batch = dataclasses.replace(BATCH, target_mask_BN=alone)
+        singles.append(leaves(step_function()(lora_state(), PARAMS, batch)[0]))
+    for got, start, *each in zip(leaves(state), START, *singles, strict=True):
+        wanted = np.mean([one - start for one in each], axis=0)
+        np.testing.assert_allclose(got - start, wanted, rtol=1e-4, atol=2e-6)
 
 
 def test_dropout_is_a_function_of_seed_and_step():
@@ -249,7 +282,7 @@ def test_full_fine_tuning_is_adamw_of_every_parameter():
     state = init_state(jax.tree.map(jnp.copy, PARAMS), optimizer)
     state = sharding.replicate(mesh, state)
     got, sums = step(
-        *(state, None, sharding.shard_rows(mesh, BATCH), TARGETS, None), divergence="forward_kl"
+        *(state, None, sharding.shard_rows(mesh, BATCH), TARGETS, {}), divergence="forward_kl"
     )
 
     @jax.jit

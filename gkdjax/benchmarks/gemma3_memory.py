@@ -14,8 +14,8 @@ from gkdjax import config, lora, optim, sharding
 from gkdjax.benchmarks.case import STUDENTS, TEACHERS, decoder_spec
 from gkdjax.models.decoder import Decoder, abstract_params, unembedding_table
 from gkdjax.models.spec import DecoderSpec
+from gkdjax.prefix_store import predicting_hidden
 from gkdjax.progress import table
-from gkdjax.teachers.flax import predicting_hidden
 from gkdjax.train_step import init_state, make_train_step
 from gkdjax.types import Batch, DenseTargets
 
@@ -62,7 +62,12 @@ def compiled(c: config.Config) -> dict:
         for spec, params in ((teacher, teacher_params), (student, base))
     )
     lowered = step.lower(
-        state, base, batch, main_targets, (batch, anchor_targets), divergence=c.gkd.divergence
+        state,
+        base,
+        batch,
+        main_targets,
+        {"anchor": (batch, anchor_targets)},
+        divergence=c.gkd.divergence,
     )
     forward = predicting_hidden.lower(
         _decoder(teacher, False),

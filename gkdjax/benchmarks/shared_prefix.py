@@ -17,7 +17,7 @@ import numpy as np
 from flax import traverse_util
 
 from gkdjax.benchmarks.case import TEACHERS, decoder_spec
-from gkdjax.models.decoder import Decoder
+from gkdjax.models.decoder import Decoder, read_prefix
 from gkdjax.models.spec import param_shapes
 from gkdjax.progress import table
 
@@ -70,8 +70,7 @@ def ways(decoder: Decoder, B: int, P: int, T: int) -> dict:
         return hidden[:, P:]
 
     def read(params, tokens):
-        ones = jnp.ones(tokens.shape, bool)
-        return decoder.apply({"params": params}, tokens, ones, method="read_prefix")
+        return read_prefix(decoder, params, tokens, jnp.ones(tokens.shape, bool))
 
     def after(params, prefix, tokens):
         return decoder.apply({"params": params}, tokens, jnp.ones(tokens.shape, bool), prefix)

@@ -23,7 +23,8 @@ from gkdjax import config, lora, losses, optim, sharding
 from gkdjax.benchmarks.case import PLAIN, STUDENTS, TEACHERS, UNFUSED, Case, Shape, decoder_spec
 from gkdjax.models.decoder import Decoder
 from gkdjax.models.spec import param_shapes
-from gkdjax.teachers.flax import FlaxTeacher, predicting_hidden
+from gkdjax.prefix_store import predicting_hidden
+from gkdjax.teachers.flax import FlaxTeacher
 from gkdjax.train_step import init_state, make_train_step, student_params
 from gkdjax.types import Batch, TrainState
 
@@ -63,7 +64,7 @@ def prepare(case: Case) -> Prepared:
     schedule = optim.schedule(_OPTIM, case.steps)
     step = make_train_step(decoder, _optimizer(case), schedule, config.Config(gkd=gkd), mesh)
     compiled = step.lower(
-        state, frozen, batch, make_targets(batch), None, divergence=_DIVERGENCE
+        state, frozen, batch, make_targets(batch), {}, divergence=_DIVERGENCE
     ).compile()
     return Prepared(
         lambda state: compiled(state, frozen, batch, make_targets(batch), None),

@@ -28,6 +28,11 @@ _SYSTEM_ADVICE = (
 )
 
 
+# Of one message: False: nothing is a target; True: content and end of turn; or spans (start, end)
+# of characters of its content.
+Target = bool | tuple[tuple[int, int], ...]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)  # one tokenizer is one chat
 class Chat:
     """A tokenizer with its chat template; made by `load_chat`."""
@@ -51,7 +56,7 @@ class Chat:
     def render(
         self,
         messages: Sequence[Message],
-        is_target: Sequence[bool],
+        targets: Sequence[Target],
         name: str,
         *,
         generation_prompt: bool = False,
@@ -60,10 +65,11 @@ class Chat:
 
         Of a target message its content and its end-of-turn token are targets, never its header.
         "<start_of_turn>model\\nYes.<end_of_turn>\\n" has the flags 0 0 0 1 1 1 0: Yes . <end>.
+        Of spans every token that holds a character of them is a target, and no end of turn.
 
         Args:
           messages: at least one.
-          is_target: one flag a message.
+          targets: one a message.
           name: of the row; errors start with it.
           generation_prompt: append the header of the assistant's next message.
 
@@ -74,7 +80,27 @@ class Chat:
           UserError: the template refuses the roles, drops or rewrites a message; or an assistant
             target does not follow from the prompt that a model would be given for it.
         """
-        return _rendered(self, tuple(messages), tuple(is_target), name, generation_prompt)
+        return _rendered(self, tuple(messages), tuple(targets), name, generation_prompt)
+
+    @functools.cached_property
+    def earlier_answers(self) -> bool:
+        """Whether an answer that is not the last one can be a target.
+
+        Not under a template that treats the last answer apart, as Qwen 3's does: what it writes of
+        an earlier one does not follow from the prompt that a model would be given for it.
+        """
+        talk = (Message("user", "Why?"), Message("assistant", "So.")) * 2
+        first = (False, True, False, False)
+        try:
+            self.render(talk, first, "a probe")
+            self.render(talk[:3], first[:3], "a probe", generation_prompt=True)
+        except UserError:
+            return False
+        return True
+
+    def character_spans(self, text: str) -> np.ndarray:
+        """The characters that each token of `text` stands for: int64 [n, 2]."""
+        return _tokenize(self, text)[1]
 
     def stop_tokens(self) -> str:
         """For people: "<end_of_turn> (106), <eos> (1)", any of which ends a response."""
@@ -132,7 +158,7 @@ def _load_tokenizer(directory: str) -> transformers.PreTrainedTokenizerBase:
 def _rendered(
     chat: Chat,
     messages: tuple[Message, ...],
-    is_target: tuple[bool, ...],
+    targets: tuple[Target, ...],
     name: str,
     generation_prompt: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -141,15 +167,22 @@ def _rendered(
     ids, offsets = _tokenize(chat, text)
     _check_rows(chat, ids, name)
     flags = np.zeros(len(ids), bool)
-    for i, targeted in enumerate(is_target):
-        if targeted:
-            (start, stop), role = spans[i], messages[i].role
-            end = _end(chat, role, stop, own[i + 1], name)
-            first, after = _tokens_of(text, offsets, start, end, name)
-            if role == "assistant":
-                prompt = _template_text(chat, messages[:i], True, name)
-                first = _first_written(chat, text, ids, prompt, start, name)
+    for i, target in enumerate(targets):
+        if not target:
+            continue
+        (start, stop), (role, content) = spans[i], messages[i]
+        end = _end(chat, role, stop, own[i + 1], name)
+        first, after = _tokens_of(text, offsets, start, end, name)
+        if role == "assistant":
+            prompt = _template_text(chat, messages[:i], True, name)
+            first = _first_written(chat, text, ids, prompt, start, name)
+        if target is True:
             flags[first:after] = True
+            continue
+        begun = start - content.index(text[start:stop])  # before white space that is trimmed
+        for a, b in target:
+            a, b = max(begun + a, start), min(begun + b, stop)
+            flags[first:after] |= (offsets[first:after, 1] > a) & (offsets[first:after, 0] < b)
     ids.flags.writeable = flags.flags.writeable = False
     return ids, flags
 

@@ -20,7 +20,7 @@ def text(value: object, where: str) -> str:
     """
     if not isinstance(value, str):
         raise UserError(f"{where} must be a string, not {kind(value)}")
-    if not value.strip():
+    if not value.replace("\ufeff", "").strip():  # a byte order mark is none to Python
         raise UserError(f"{where} is {'nothing but white space' if value else 'empty'}")
     try:
         value.encode("utf-8")

@@ -1,10 +1,15 @@
-"""A conversation bakes its own history: what was said before is the prefix of what comes next."""
+"""A conversation in parts: each answer a row of its own.
+
+What was said before is the prefix of what comes next (a conversation bakes its own history), or is
+read by both.
+"""
 
 import dataclasses
 from collections.abc import Sequence
 
 from absl import logging
 
+from gkdjax.data.targets import TargetRules
 from gkdjax.errors import UserError
 from gkdjax.types import Example, Message
 
@@ -37,10 +42,67 @@ def history_as_prefix(
     return made
 
 
+def answers_apart(examples: Sequence[Example], key: str, targets: TargetRules) -> list[Example]:
+    """One Example for each answer that is a target, with everything before it as given turns.
+
+    For chat templates that treat the last answer apart (`Chat.earlier_answers` is false). Each
+    target of a row is a target of one of its Examples; a row with one at its end stays as it is.
+
+    Args:
+      examples: as they are to be trained; their `row_id` is given anew.
+      key: of the config, for the log.
+      targets: which messages are.
+    """
+    made: list[Example] = []
+    for example in examples:
+        for part in _answers_of(example, targets):
+            made.append(dataclasses.replace(part, row_id=len(made)))
+    if len(made) > len(examples):
+        logging.info(
+            "%s: %d rows, as %d with one answer each: the chat template writes the last answer of"
+            " a conversation in another way than those before it",
+            *(key, len(examples), len(made)),
+        )
+    return made
+
+
+def _answers_of(example: Example, targets: TargetRules) -> list[Example]:
+    said = _said(example)
+    learnt = [*targets.of_turns(example), *map(targets.of_message, said[len(example.turns) :])]
+    ends = [
+        i + 1
+        for i, message in enumerate(said)
+        if i < len(example.turns) and message.role == "assistant" and learnt[i]
+    ]
+    # And the rest, if it has targets of its own, or somebody has to answer it.
+    if not ends or example.response is None or any(learnt[ends[-1] :]):
+        ends.append(len(said))
+    if ends == [len(said)]:
+        return [example]
+    return [
+        dataclasses.replace(_part(example, said, 0, end), given=max(example.given, given))
+        for given, end in zip([0, *ends], ends, strict=False)
+    ]
+
+
+def _said(example: Example) -> list[Message]:
+    answer = () if example.response is None else (Message("assistant", example.response),)
+    return [*example.turns, *answer]
+
+
+def _part(example: Example, said: Sequence[Message], start: int, end: int) -> Example:
+    """said[start:end]; if the assistant has the last word in it, that is the response."""
+    answered = said[end - 1].role == "assistant"
+    return dataclasses.replace(
+        example,
+        name=f"{example.name}[{end - 1 if answered else end}]",
+        turns=tuple(said[start : end - answered]),
+        response=said[end - 1].content if answered else None,
+    )
+
+
 def _turns_of(example: Example) -> list[Example]:
-    said = list(example.turns)
-    if example.response is not None:
-        said.append(Message("assistant", example.response))
+    said = _said(example)
     if said[0].role == "assistant":
         raise UserError(
             f"{example.name}: context.history_as_prefix: the first message is the assistant's and"
@@ -54,16 +116,11 @@ def _turns_of(example: Example) -> list[Example]:
     ]
     parts = []
     for start, end in zip([0, *ends], ends, strict=False):
-        answered = said[end - 1].role == "assistant"
-        turns = said[start : end - 1] if answered else said[start:end]
-        history = start + _leading_system(turns)
+        part = _part(example, said, start, end)
+        history = start + _leading_system(part.turns)
         parts.append(
             dataclasses.replace(
-                example,
-                name=f"{example.name}[{end - 1 if answered else end}]",
-                prefix=tuple(said[:history]),
-                turns=tuple(turns[history - start :]),
-                response=said[end - 1].content if answered else None,
+                part, prefix=tuple(said[:history]), turns=part.turns[history - start :]
             )
         )
     return parts if len(parts) > 1 else [dataclasses.replace(parts[0], name=example.name)]

@@ -1,6 +1,7 @@
 """The order of rows, a pure function of the step, and padding.
 
-There is no iterator and so no state to save: step n's rows follow from (seed, purpose, n).
+There is no iterator and so no state to save: step n's rows follow from (seed, purpose, n) and from
+what the rows are.
 """
 
 import functools
@@ -10,26 +11,73 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gkdjax.data import shapes
 from gkdjax.losses import TopKLogprobs
 from gkdjax.types import Batch, TopKTargets, ViewPair
 
 
-def batch_rows(seed: int, purpose: str, step: int, batch_size: int, num_rows: int) -> np.ndarray:
-    """The rows of step `step` (from 0): int64 [batch_size] in [0, num_rows).
+class RowOrder:
+    """Which rows make up the batch of each step.
 
-    The order is one shuffled epoch after the other without end, so every row comes once an epoch
-    and a batch may reach from one epoch into the next, or hold several.
-
-    Args:
-      purpose: keeps the orders of different data apart, as "train" and "anchor".
+    One shuffled epoch comes after the other without end, so every row comes once an epoch, and a
+    batch may reach from one epoch into the next, or hold several. Within an epoch, rows of one
+    group fill batches of their own as far as their number goes; what is left of the groups shares
+    batches, with as few groups in each as can be.
     """
-    places = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs, within = np.divmod(places, num_rows)
-    rows = np.empty(batch_size, np.int64)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        rows[here] = _epoch_order(seed, purpose, int(epoch), num_rows)[within[here]]
-    return rows
+
+    def __init__(self, seed: int, purpose: str, batch_size: int, groups: Sequence[int]):
+        """Keeps what the order is a function of.
+
+        Args:
+          seed: of the run.
+          purpose: keeps the orders of different data apart, as "data.train" and "anchor.data".
+          batch_size: rows of a step.
+          groups: the group of each row, any numbers.
+        """
+        self._entropy = [seed, zlib.crc32(purpose.encode())]
+        self._batch_size, self._groups = batch_size, np.asarray(groups, np.int64)
+        self._epoch_order = functools.lru_cache(maxsize=4)(self._shuffled)  # two at a border
+
+    def rows(self, step: int) -> np.ndarray:
+        """The rows of step `step` (from 0): int64 [batch_size] in [0, number of rows)."""
+        B = self._batch_size
+        epochs, within = np.divmod(np.arange(step * B, (step + 1) * B), len(self._groups))
+        rows = np.empty(B, np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            rows[here] = self._epoch_order(int(epoch))[within[here]]
+        return rows
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng(np.random.SeedSequence([*self._entropy, epoch]))
+        order = rng.permutation(len(self._groups))
+        if (self._groups == self._groups[0]).all():
+            return order
+        # The epoch begins within a batch, unless all epochs before fill whole ones.
+        head = -epoch * len(order) % self._batch_size
+        return _in_groups(order, self._groups, self._batch_size, min(head, len(order)), rng)
+
+
+def _in_groups(
+    order: np.ndarray, groups: np.ndarray, B: int, head: int, rng: np.random.Generator
+) -> np.ndarray:
+    """`order` with rows of one group side by side in the batches that begin after `head` rows."""
+    batches, rest = [], []
+    for group in np.unique(groups):
+        own = order[groups[order] == group]
+        whole = len(own) // B * B
+        batches += np.split(own[:whole], whole // B) if whole else []
+        rest.append(own[whole:])
+    rng.shuffle(batches)
+    rng.shuffle(rest)  # by group, still: the fewer in a batch, the better
+    rest = np.concatenate(rest)
+    while len(rest) < head:
+        rest = np.concatenate([rest, batches.pop()])
+    first, rest = rest[:head], rest[head:]
+    whole = len(rest) // B * B
+    batches += np.split(rest[:whole], whole // B) if whole else []
+    rng.shuffle(batches)
+    return np.concatenate([first, *batches, rest[whole:]])
 
 
 class BatchShape(NamedTuple):
@@ -43,6 +91,26 @@ class BatchShape(NamedTuple):
 def shape_of(pair: ViewPair) -> BatchShape:
     """What one row needs."""
     return BatchShape(len(pair.student.ids), len(pair.teacher.ids), len(pair.target_ids))
+
+
+def padding_shares(
+    batches: Sequence[Sequence[BatchShape]], allowed: Sequence[shapes.Shape]
+) -> dict[str, float]:
+    """How much of the batches is padding: "student", "teacher" and "targets" -> share in [0, 1).
+
+    Args:
+      batches: what each row of each batch needs.
+      allowed: the padded shapes.
+    """
+    real = np.sum([need for batch in batches for need in batch], axis=0)
+    padded = np.sum(
+        [
+            len(batch) * np.asarray(shapes.smallest(allowed, shapes.longest(batch)))
+            for batch in batches
+        ],
+        axis=0,
+    )
+    return dict(zip(BatchShape._fields, (1 - real / padded).tolist(), strict=True))
 
 
 def pad(pairs: Sequence[ViewPair], shape: BatchShape, pad_id: int) -> Batch:
@@ -82,14 +150,6 @@ def kept_targets(pairs: Sequence[ViewPair], num_targets: int) -> TopKTargets | N
         temperature=top[0].temperature,
     )
     return TopKTargets(topk, _block([k.target_logprob for k in kept], (num_targets,), 0.0))
-
-
-@functools.lru_cache(maxsize=8)  # two purposes, two epochs at a border, and some to spare
-def _epoch_order(seed: int, purpose: str, epoch: int, num_rows: int) -> np.ndarray:
-    entropy = np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), epoch])
-    order = np.random.default_rng(entropy).permutation(num_rows)
-    order.flags.writeable = False  # it is shared by all callers
-    return order
 
 
 def _rectangle(rows: Sequence[np.ndarray], length: int, fill: int) -> np.ndarray:

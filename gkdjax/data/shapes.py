@@ -41,6 +41,20 @@ def choose(needs: Sequence[Shape], allowed: Sequence[int], most: int = MOST) -> 
     return tuple(chain)
 
 
+def extend(shapes: Sequence[Shape], needs: Sequence[Shape], allowed: Sequence[int]):
+    """The shapes and, where they do not hold all the needs, one more that does.
+
+    Args:
+      shapes: as from `choose`.
+      needs: what other batches have to hold.
+      allowed: as for `choose`.
+    """
+    whole = longest([shapes[-1], *needs])
+    if whole == shapes[-1]:
+        return tuple(shapes)
+    return (*shapes, *choose([whole], allowed))
+
+
 def smallest(shapes: Sequence[Shape], need: Shape) -> Shape:
     """The first of the shapes that holds `need`.
 

@@ -6,12 +6,12 @@ at `at[n] + 1`.
 """
 
 import enum
-from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from gkdjax.data.chat import Chat
+from gkdjax.data.targets import TargetRules
 from gkdjax.errors import UserError
 from gkdjax.types import Example, KeptTopK, Message, Trajectory, View, ViewPair
 
@@ -21,9 +21,10 @@ class Fate(enum.Enum):
 
     KEPT = "kept"
     TRUNCATED = "truncated"  # it lost targets at its end
+    SHORTENED = "shortened"  # it lost messages, or text, at its beginning or in its prefix
     DROPPED = "dropped"  # too long
     EMPTY = "empty"  # its response has no token
-    UNMATCHED = "unmatched"  # its response does not have trajectory.target_content_pattern
+    UNMATCHED = "unmatched"  # nothing to be learnt from it has context.target_content_pattern
 
 
 def prompts(
@@ -44,22 +45,44 @@ def prompts(
     )
 
 
+def lengths(
+    example: Example,
+    student_chat: Chat,
+    teacher_chat: Chat,
+    *,
+    retained: int,
+    targets: TargetRules,
+) -> tuple[int, int]:
+    """Tokens of the (student's, teacher's) view, or of their prompts where there is no response.
+
+    Raises:
+      UserError: as `view_pair` for its own reasons, but for the target tokens.
+    """
+    if example.response is None:
+        student, teacher = prompts(example, student_chat, teacher_chat, retained)
+        return len(student), len(teacher)
+    seen = _retained(example.prefix, retained)
+    student = _view("student", student_chat, seen, example, targets, None)
+    teacher = _view("teacher", teacher_chat, example.prefix, example, targets, None)
+    return len(student.ids), len(teacher.ids)
+
+
 def view_pair(
     example: Example,
     student_chat: Chat,
     teacher_chat: Chat,
     *,
     retained: int,
-    target_roles: Sequence[str],
+    targets: TargetRules,
     trajectory: Trajectory | None,
     max_length: int,
     too_long: str,
 ) -> tuple[ViewPair | None, Fate]:
     """Both views of a row, and what became of it.
 
-    Targets are content and end-of-turn tokens of the turns and of the response whose role is in
-    `target_roles`; nothing of the prefix ever is. Tokens after the last target are left out: no
-    prediction depends on them.
+    Targets are what `targets` says of the turns and of the response; nothing of the prefix ever is,
+    nor of the turns that are given. Tokens after the last target are left out: no prediction
+    depends on them.
 
     Args:
       retained: this many messages at the end of the prefix are read by the student too; more than
@@ -67,32 +90,20 @@ def view_pair(
       trajectory: the response as ids, put after the generation prompt as they are; it replaces
         `example.response`. If unfinished it has no end-of-turn token, and so no target for it.
       max_length: of the longer view.
-      too_long: "drop", or "truncate": both views lose as many tokens at their end as the longer
-        one has too many; a row that is left without a target is dropped all the same.
+      too_long: "drop", or "truncate-right": both views lose as many tokens at their end as the
+        longer one has too many; a row that is left without a target is dropped all the same.
 
     Returns:
-      (pair, KEPT or TRUNCATED) or (None, DROPPED).
+      (pair, KEPT or TRUNCATED) or (None, DROPPED), or (None, UNMATCHED) if the pattern leaves
+      nothing to learn.
 
     Raises:
       UserError: no target token, or not the same ones in both views; and all that `Chat.render`
         raises. It names the row.
     """
-    student = _view(
-        f"{example.name}, student's view",
-        student_chat,
-        _retained(example.prefix, retained),
-        example,
-        target_roles,
-        trajectory,
-    )
-    teacher = _view(
-        f"{example.name}, teacher's view",
-        teacher_chat,
-        example.prefix,
-        example,
-        target_roles,
-        trajectory,
-    )
+    seen = _retained(example.prefix, retained)
+    student = _view("student", student_chat, seen, example, targets, trajectory)
+    teacher = _view("teacher", teacher_chat, example.prefix, example, targets, trajectory)
     target_ids = _target_ids(student)
     if not np.array_equal(target_ids, _target_ids(teacher)):
         raise UserError(
@@ -100,16 +111,35 @@ def view_pair(
             "teacher's: their tokenizers or chat templates write the same messages differently"
         )
     if len(target_ids) == 0:
-        raise UserError(
-            f"{example.name}: no target tokens: it has no message of the roles "
-            f"{', '.join(target_roles)} to train on"
-        )
-    kept = None
-    if trajectory is not None and isinstance(trajectory.kept, KeptTopK):
-        # Of use where the targets are the response and nothing else.
-        kept = trajectory.kept if np.array_equal(target_ids, trajectory.ids) else None
+        _require_roles(example, targets, trajectory)
+        return None, Fate.UNMATCHED
+    kept = _kept(len(target_ids), targets, trajectory, student_chat)
     pair = ViewPair(example.name, example.row_id, student, teacher, target_ids, kept)
     return _fit(pair, max_length, too_long)
+
+
+def _require_roles(example: Example, targets: TargetRules, trajectory: Trajectory | None) -> None:
+    """Raises UserError if a row has no target because of its roles, and not of a pattern."""
+    roles = {turn.role for turn in example.turns[example.given :]}
+    if example.response is not None or trajectory is not None:
+        roles.add("assistant")
+    if targets.pattern is None or not roles & {*targets.roles}:
+        raise UserError(
+            f"{example.name}: no target tokens: it has no message of the roles "
+            f"{', '.join(targets.roles)} to train on"
+        )
+
+
+def _kept(
+    num_targets: int, targets: TargetRules, trajectory: Trajectory | None, chat: Chat
+) -> KeptTopK | None:
+    """What was kept of the targets; of use only where all of them are of the trajectory."""
+    if trajectory is None or not isinstance(trajectory.kept, KeptTopK):
+        return None
+    flags = targets.of_trajectory(trajectory, chat)
+    if flags.sum() < num_targets:
+        return None
+    return jax.tree.map(lambda x: x[flags], trajectory.kept)
 
 
 def _retained(prefix: tuple[Message, ...], count: int) -> tuple[Message, ...]:
@@ -117,30 +147,30 @@ def _retained(prefix: tuple[Message, ...], count: int) -> tuple[Message, ...]:
 
 
 def _view(
-    name: str,
+    whose: str,
     chat: Chat,
     prefix: tuple[Message, ...],
     example: Example,
-    target_roles: Sequence[str],
+    targets: TargetRules,
     trajectory: Trajectory | None,
 ) -> View:
+    name = f"{example.name}, {whose}'s view"
     messages = prefix + example.turns
-    is_target = [False] * len(prefix) + [turn.role in target_roles for turn in example.turns]
-    answer_is_target = "assistant" in target_roles
+    learnt = (False,) * len(prefix) + targets.of_turns(example)
     if trajectory is not None:
-        ids, flags = chat.render(messages, is_target, name, generation_prompt=True)
+        ids, flags = chat.render(messages, learnt, name, generation_prompt=True)
         ids = np.concatenate([ids, np.asarray(trajectory.ids, np.int32)])
-        flags = np.concatenate([flags, np.full(len(trajectory.ids), answer_is_target)])
+        flags = np.concatenate([flags, targets.of_trajectory(trajectory, chat)])
     elif example.response is not None:
         answer = Message("assistant", example.response)
-        ids, flags = chat.render((*messages, answer), [*is_target, answer_is_target], name)
+        ids, flags = chat.render((*messages, answer), (*learnt, targets.of_message(answer)), name)
     else:
-        ids, flags = chat.render(messages, is_target, name)
-    targets = np.flatnonzero(flags)
-    if targets.size and targets[0] == 0:
+        ids, flags = chat.render(messages, learnt, name)
+    places = np.flatnonzero(flags)
+    if places.size and places[0] == 0:
         raise UserError(f"{name}: the first token of all is a target, and nothing predicts it")
-    length = targets[-1] + 1 if targets.size else len(ids)
-    return View(ids[:length], (targets - 1).astype(np.int32))
+    length = places[-1] + 1 if places.size else len(ids)
+    return View(ids[:length], (places - 1).astype(np.int32))
 
 
 def _target_ids(view: View) -> np.ndarray:

@@ -34,6 +34,25 @@ def masked_count(mask: jax.Array) -> jax.Array:
     return jnp.sum(jnp.asarray(mask, jnp.float32))
 
 
+def example_weights(mask: jax.Array) -> jax.Array:
+    """Weights with which a sum over tokens is a sum of each example's mean.
+
+        mask = [[1, 1, 0, 0], [1, 0, 0, 0]]  ->  [[0.5, 0.5, 0, 0], [1, 0, 0, 0]]
+
+    Their `masked_count` is the number of examples that have a token: a `masked_mean` with them is a
+    mean over examples, long or short.
+
+    Args:
+      mask: [..., N]; bool, 0/1 or non-negative weights of an example's tokens.
+
+    Returns:
+      float32, the shape of `mask`; 0 for an example without a token.
+    """
+    weights = jnp.asarray(mask, jnp.float32)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return jnp.where(total > 0, weights / jnp.where(total > 0, total, 1.0), 0.0)
+
+
 def masked_mean(x: jax.Array, mask: jax.Array) -> jax.Array:
     """`masked_sum(x, mask) / masked_count(mask)`, the mean over what the mask keeps.
 

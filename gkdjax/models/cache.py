@@ -46,7 +46,7 @@ class PrefixStack(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """What all rows begin with, read once; local layers keep the last window - 1 tokens of it."""
+    """What all rows begin with, read once; local layers keep as many tokens of it as a window."""
 
     global_layers: PrefixStack | None
     local_layers: PrefixStack | None
@@ -121,25 +121,13 @@ def _put_in_ring(old, new, columns, axis: int):
     return old.at[at].set(new, unique_indices=True)
 
 
-def prefix_of(spec: DecoderSpec, k_new, v_new, positions_1P, mask_1P) -> Prefix:
-    """The prefix of one row's keys and values [all layers,1,P,G,C]."""
-    chosen = np.asarray(spec.is_global_L)
+def prefix_of(cache: Cache) -> Prefix:
+    """What a cache of one row holds, for all rows to share."""
 
-    def stack(layers, kept):
-        if layers.size == 0:
+    def shared(stack):
+        if stack is None:
             return None
-        start = mask_1P.shape[1] - kept
-        return PrefixStack(
-            k_LSGC=k_new[layers, 0, start:],
-            v_LSGC=v_new[layers, 0, start:],
-            positions_S=positions_1P[0, start:],
-            mask_S=mask_1P[0, start:],
-        )
+        k_LSGC, v_LSGC = stack.k_LBSGC[:, 0], stack.v_LBSGC[:, 0]
+        return PrefixStack(k_LSGC, v_LSGC, stack.positions_BS[0], stack.mask_BS[0])
 
-    P = mask_1P.shape[1]
-    in_window = P if spec.window is None else min(P, spec.window - 1)
-    return Prefix(
-        global_layers=stack(np.flatnonzero(chosen), P),
-        local_layers=stack(np.flatnonzero(~chosen), in_window),
-        length=jnp.sum(mask_1P, dtype=jnp.int32),
-    )
+    return Prefix(shared(cache.global_layers), shared(cache.local_layers), cache.real_B[0])

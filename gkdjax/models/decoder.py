@@ -3,6 +3,8 @@
 Shape letters as in `gkdjax.models.layers`, and L layers, V vocabulary.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -114,18 +116,6 @@ class Decoder(nn.Module):
         hidden_BTD, new_kv = self._run(tokens_BT, mask_BT, positions_BT, cache, prefix)
         return hidden_BTD, write(self.spec, cache, *new_kv, positions_BT, mask_BT)
 
-    def read_prefix(self, tokens_1P: jax.Array, mask_1P: jax.Array) -> Prefix:
-        """What all rows begin with, read once, to be attended to without a copy per row.
-
-        Args:
-          tokens_1P: integer ids, one batch row.
-          mask_1P: which of them are real; padding stands left.
-        """
-        mask_1P = mask_1P.astype(bool)
-        positions_1P = _positions(mask_1P)
-        _, new_kv = self._run(tokens_1P, mask_1P, positions_1P, keep=True)
-        return prefix_of(self.spec, *new_kv, positions_1P, mask_1P)
-
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] -> float32 logits [..., V]."""
         tied = self.spec.tied_embedding
@@ -160,6 +150,32 @@ class Decoder(nn.Module):
         kinds = jnp.asarray(spec.is_global_L), index_in_stack(spec)
         x_BTD, new_kv = jax.lax.scan(layer_body, x_BTD, (self.layers(), *kinds))
         return _norm(spec, x_BTD, self.final_norm), new_kv
+
+
+def read_prefix(
+    decoder: Decoder, params: dict, tokens_1P: jax.Array, mask_1P: jax.Array, chunk: int = 1024
+) -> Prefix:
+    """What all rows begin with, read once, to be attended to without a copy per row.
+
+    Args:
+      decoder: any.
+      params: its parameters.
+      tokens_1P: integer ids, one batch row.
+      mask_1P: which of them are real; padding stands left.
+      chunk: tokens read at once: a global layer holds float32 scores [heads, chunk, P].
+    """
+    apply = functools.partial(decoder.apply, {"params": params})
+    P, mask_1P = tokens_1P.shape[1], mask_1P.astype(bool)
+    first = P - (P - 1) // chunk * chunk
+    _, cache = apply(tokens_1P[:, :first], mask_1P[:, :first], P, method="prefill")
+
+    def read(cache, piece):
+        return apply(*piece, cache, method="extend")[1], None
+
+    if first < P:
+        pieces = (x_1P[:, first:].reshape(-1, 1, chunk) for x_1P in (tokens_1P, mask_1P))
+        cache, _ = jax.lax.scan(read, cache, tuple(pieces))
+    return prefix_of(cache)
 
 
 def abstract_params(spec: DecoderSpec, dtype: jnp.dtype) -> dict:

@@ -75,6 +75,7 @@ def sizes(c: PretrainedConfig) -> dict:
         "num_kv_heads": c.num_key_value_heads,
         "ffn_width": c.intermediate_size,
         "norm_eps": c.rms_norm_eps,
+        "context_length": c.max_position_embeddings,
     }
 
 

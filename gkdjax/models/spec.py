@@ -48,6 +48,7 @@ class DecoderSpec:
       window: key j is seen from i iff i - window < j <= i, in local layers; None without any.
       rope_local: None without local layers.
       final_softcap: c in c * tanh(logits / c), or None.
+      context_length: tokens that the model was made to read at most; None: nobody says.
     """
 
     family: str
@@ -71,6 +72,7 @@ class DecoderSpec:
     window: int | None = None
     rope_local: RopeSpec | None = None
     final_softcap: float | None = None
+    context_length: int | None = None
 
     @property
     def num_layers(self) -> int:

@@ -12,7 +12,6 @@ from gkdjax import sharding
 from gkdjax.data.chat import Chat
 from gkdjax.losses import fused_top_k
 from gkdjax.losses.head import unembed
-from gkdjax.models.cache import Prefix
 from gkdjax.models.decoder import Decoder, unembedding_table
 from gkdjax.prefix_store import PrefixStore
 from gkdjax.sampler import Keep, Sampling
@@ -68,9 +67,7 @@ class FlaxTeacher:
 
     def targets(self, batch: Batch) -> TeacherTargets:
         """See `protocol.Teacher`. Dispatched, not waited for."""
-        prefix, *view = self.prefixes.teacher_view(batch)
-        batch, view = sharding.shard_rows(self._mesh, (batch, view))
-        hidden_BNE = predicting_hidden(self.decoder, self.params, *view, prefix)
+        hidden_BNE = self.prefixes.predicting_hidden(batch, self._mesh)
         spec = self.decoder.spec
         table = unembedding_table(spec, self.params)
         dense = DenseTargets(hidden_BNE, table, spec.final_softcap)
@@ -78,8 +75,7 @@ class FlaxTeacher:
             return dense
         return _top_k_targets(
             dense,
-            batch.target_ids_BN,
-            batch.target_mask_BN,
+            *sharding.shard_rows(self._mesh, (batch.target_ids_BN, batch.target_mask_BN)),
             self._top_k,
             self._temperature,
             self._shared_vocab,
@@ -105,15 +101,6 @@ class FlaxTeacher:
             keep=keep,
             vocab_size=self._shared_vocab,
         )
-
-
-@functools.partial(jax.jit, static_argnames="decoder")
-def predicting_hidden(
-    decoder: Decoder, params, tokens_BT, mask_BT, at_BN, prefix: Prefix | None = None
-) -> jax.Array:
-    """Hidden states [B,N,E] at the positions that predict the targets, which follow the prefix."""
-    hidden_BTE = decoder.apply({"params": params}, tokens_BT, mask_BT, prefix)
-    return jnp.take_along_axis(hidden_BTE, at_BN[:, :, None], axis=1)
 
 
 @functools.partial(

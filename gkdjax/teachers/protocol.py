@@ -35,7 +35,8 @@ class Teacher(Protocol):
     Attributes:
       capabilities: what it can do.
       chat: the tokenizer and chat template that render the teacher's view; None: the student's.
-      description: a few words for the log and `results.json`.
+      description: a few words for errors and the files of its text; where text is taken over from
+        another run, what was kept of it counts as this teacher's if the description is the same.
     """
 
     capabilities: Capabilities

@@ -68,12 +68,27 @@ _LLAMA2 = """\
   {%- endif -%}
 {%- endfor -%}"""
 
-# By name. The first four are whole families; of the rest each is wrong in one way.
+# An empty block of thinking before what is answered, and before the last answer only.
+_THOUGHT = "'<think>\\n\\n</think>\\n\\n'"
+_APART = _CHATML.replace(
+    "m['role'] + '\\n' +",
+    f"m['role'] + '\\n' + ({_THOUGHT} if loop.last and m['role'] == 'assistant' else '') +",
+).replace("assistant\\n' -}}", f"assistant\\n' + {_THOUGHT} -}}}}")
+
+# By name. The first seven are whole families; of the rest each is wrong in one way.
 _TEMPLATES = {
     "gemma": _GEMMA,
     "chatml": _CHATML,
     "llama3": _LLAMA3,
     "llama2": _LLAMA2,
+    "last apart": _APART,
+    "closes": _CHATML + "{%- if not add_generation_prompt -%}{{- eos_token -}}{%- endif -%}",
+    "marks": _LLAMA3.replace(
+        "{{- m['content'] | trim + '<|eot_id|>' -}}",
+        "{%- if m['role'] == 'assistant' -%}{%- generation -%}"
+        "{{- m['content'] | trim + '<|eot_id|>' -}}{%- endgeneration -%}{%- else -%}"
+        "{{- m['content'] | trim + '<|eot_id|>' -}}{%- endif -%}",
+    ),
     "refuses system": "{%- if messages[0]['role'] == 'system' -%}"
     "{{- raise_exception('System role not supported') -}}{%- endif -%}" + _GEMMA,
     "drops system": _LLAMA3.replace("in messages -%}", "in messages if m['role'] != 'system' -%}"),
@@ -103,7 +118,7 @@ _TEMPLATES = {
     "broken": "{{- raise_exception('no') -}}",
     "empty": "",
 }
-FAMILIES = ("gemma", "chatml", "llama3", "llama2")
+FAMILIES = ("gemma", "chatml", "llama3", "llama2", "last apart", "closes", "marks")
 
 
 @functools.cache

@@ -51,6 +51,12 @@ def _raw(chat, ids):
     return chat.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
+def _answers(chat, messages):
+    """Which messages are answers that can all be targets at once."""
+    first = 0 if chat.earlier_answers else len(messages) - 1
+    return [m.role == "assistant" and i >= first for i, m in enumerate(messages)]
+
+
 def _runs(flags):
     """(start, end) of each run of True."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]])))
@@ -70,10 +76,10 @@ def test_ids_are_apply_chat_templates(chat, messages):
 @settings(max_examples=80, deadline=None)
 @given(messages=conversations())
 def test_targets_are_content_and_end_of_turn_of_the_assistant_only(chat, messages):
-    is_target = [m.role == "assistant" for m in messages]
+    is_target = _answers(chat, messages)
     ids, flags = chat.render(messages, is_target, "row")
     runs = _runs(flags)
-    answers = [m.content for m in messages if m.role == "assistant"]
+    answers = [m.content for m, target in zip(messages, is_target, strict=True) if target]
     assert len(runs) == len(answers)
     for (start, end), answer in zip(runs, answers, strict=True):
         text = _raw(chat, ids[start:end])
@@ -88,7 +94,7 @@ def test_targets_are_content_and_end_of_turn_of_the_assistant_only(chat, message
 @given(messages=conversations())
 def test_what_is_supervised_follows_the_generation_prompt(chat, messages):
     """Training starts where inference does, at every answer of a conversation."""
-    is_target = [m.role == "assistant" for m in messages]
+    is_target = _answers(chat, messages)
     ids, flags = chat.render(messages, is_target, "row")
     answers = np.flatnonzero(is_target)
     for (start, _), i in zip(_runs(flags), answers, strict=True):
@@ -99,11 +105,53 @@ def test_what_is_supervised_follows_the_generation_prompt(chat, messages):
 @given(messages=conversations(_trimmed), data=st.data())
 def test_any_message_can_be_a_target(chat, messages, data):
     """One message alone: the flagged tokens say it, and are in one run."""
-    i = data.draw(st.integers(0, len(messages) - 1))
+    places = range(len(messages))
+    if not chat.earlier_answers:
+        places = [i for i in places if messages[i].role != "assistant" or i == places[-1]]
+    i = data.draw(st.sampled_from(places))
     ids, flags = chat.render(messages, [j == i for j in range(len(messages))], "row")
     assert len(_runs(flags)) == 1
     text = _raw(chat, ids[flags]).removesuffix(chat.end_of_turn)
     assert text.strip() == messages[i].content
+
+
+@settings(max_examples=80, deadline=None)
+@given(messages=conversations(), data=st.data())
+def test_spans_of_a_message_are_the_tokens_that_hold_any_of_their_characters(chat, messages, data):
+    """Counted in the content as it is, also where the template trims it."""
+    i = data.draw(st.sampled_from([n for n, yes in enumerate(_answers(chat, messages)) if yes]))
+    content = messages[i].content
+    start = data.draw(st.integers(0, len(content) - 1))
+    end = data.draw(st.integers(start + 1, len(content)))
+    targets = [((start, end),) if j == i else False for j in range(len(messages))]
+    ids, flags = chat.render(messages, targets, "row")
+    _, whole = chat.render(messages, [j == i for j in range(len(messages))], "row")
+    assert not (flags & ~whole).any()
+    wanted = content[start:end]
+    if not wanted.strip():
+        return  # it may have been trimmed, and stand beside the template's own white space
+    ((first, last),) = _runs(flags)
+    inside = ids[first:last]
+    assert wanted.strip() in chat.decode(inside) and chat.stop_ids[0] not in inside
+    for fewer in (inside[1:], inside[:-1]):  # not one token more than it takes
+        assert wanted.strip() not in chat.decode(fewer) or wanted.strip() != wanted
+    assert flags.sum() == last - first
+
+
+def test_spans_are_shifted_and_clipped_where_the_template_trims(chat_of):
+    chat = chat_of("gemma")
+    asked = [Message("user", "?"), Message("assistant", "  yes no.\n")]
+    ids, flags = chat.render(asked, [False, ((0, 3), (8, 10))], "row")
+    assert [_raw(chat, ids[a:b]) for a, b in _runs(flags)] == ["yes", "."]
+    ids, flags = chat.render(asked, [False, ((0, 2),)], "row")
+    assert not flags.any()
+
+
+def test_a_chat_knows_whether_earlier_answers_can_be_targets(chat_of):
+    for template in ("gemma", "chatml", "llama2", "llama3", "closes", "marks", "may think"):
+        assert chat_of(template).earlier_answers is True, template
+    for template in ("last apart", "only last ends"):
+        assert chat_of(template).earlier_answers is False, template
 
 
 def test_a_worked_example(chat_of):

@@ -6,8 +6,9 @@ import logging
 import pytest
 
 from gkdjax.data import views
-from gkdjax.data.history import history_as_prefix
+from gkdjax.data.history import answers_apart, history_as_prefix
 from gkdjax.data.sources import read_examples
+from gkdjax.data.targets import TargetRules
 from gkdjax.errors import UserError
 from gkdjax.types import Example, Message
 
@@ -102,7 +103,7 @@ def test_every_message_of_the_assistant_is_a_target_once_and_the_student_reads_w
             pair, fate = views.view_pair(
                 *(example, chat, chat),
                 retained=retained,
-                target_roles=("assistant",),
+                targets=TargetRules(("assistant",)),
                 trajectory=None,
                 max_length=1000,
                 too_long="drop",
@@ -115,3 +116,41 @@ def test_every_message_of_the_assistant_is_a_target_once_and_the_student_reads_w
             assert list(pair.teacher.ids) == list(whole[: len(pair.teacher.ids)])
             targets.append(chat.decode(pair.target_ids))
         assert targets == ["a1", "a2a3", "a4"]
+
+
+@pytest.mark.parametrize(
+    ("conversation", "roles", "pattern", "expected"),
+    [
+        ("u1 a1", "a", None, [("u1", "a1", 0)]),
+        ("u1", "a", None, [("u1", None, 0)]),
+        ("u1 a1 u2 a2", "a", None, [("u1", "a1", 0), ("u1 a1 u2", "a2", 2)]),
+        ("s u1 a1 u2", "a", None, [("s u1", "a1", 0), ("s u1 a1 u2", None, 3)]),
+        ("u1 a1 a2", "a", None, [("u1", "a1", 0), ("u1 a1", "a2", 2)]),
+        ("a1 u1 a2", "au", None, [("", "a1", 0), ("a1 u1", "a2", 1)]),
+        ("u1 a1 u2 a2", "u", None, [("u1 a1 u2", "a2", 0)]),
+        ("u1 a1 u2 a2", "a", "2", [("u1 a1 u2", "a2", 0)]),
+        ("u1 a1 u2 a2", "a", "1", [("u1", "a1", 0)]),
+        ("u1 a1 u2 a2", "au", "a1|u2", [("u1", "a1", 0), ("u1 a1 u2", "a2", 2)]),
+        ("u1 a1 u2 a2", "a", "3", [("u1 a1 u2", "a2", 0)]),
+    ],
+)
+def test_each_answer_that_is_learnt_can_be_a_row_with_all_before_it_given(
+    conversation, roles, pattern, expected
+):
+    rows = _rows(conversation, prefix_messages=[{"role": "system", "content": "p"}])
+    rules = TargetRules(tuple(_ROLES[role] for role in roles), pattern)
+    made = answers_apart([*rows, *rows], "data.train", rules)
+    found = [(" ".join(m.content for m in e.turns), e.response, e.given) for e in made]
+    assert found == expected * 2
+    assert [e.row_id for e in made] == list(range(len(made)))
+    assert {e.prefix for e in made} == {(Message("system", "p"),)}
+    assert len({e.name for e in made}) == len(expected)
+
+
+def test_answers_apart_are_counted_in_the_log(caplog):
+    rules = TargetRules(("assistant",))
+    with caplog.at_level(logging.INFO, "absl"):
+        assert len(answers_apart(_rows("u1 a1", "u2"), "data.train", rules)) == 2
+        assert "one answer each" not in caplog.text
+        answers_apart(_rows("u1 a1 u2 a2", "u2"), "data.train", rules)
+    assert "data.train: 2 rows, as 3 with one answer each" in caplog.text

@@ -2,14 +2,20 @@
 
 import jax
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gkdjax.data.pipeline import BatchShape, batch_rows, pad, shape_of
+from gkdjax.data.pipeline import BatchShape, RowOrder, pad, padding_shares, shape_of
 from gkdjax.data.shapes import longest
 from gkdjax.types import View, ViewPair
 
 _small = st.integers(1, 9)
+
+
+def batch_rows(seed, purpose, step, batch_size, num_rows) -> np.ndarray:
+    """Of rows without groups."""
+    return RowOrder(seed, purpose, batch_size, np.zeros(num_rows)).rows(step)
 
 
 @settings(deadline=None)
@@ -50,6 +56,56 @@ def test_rows_can_be_changed_by_the_caller():
     assert sorted(batch_rows(0, "train", 0, 4, 4)) == [0, 1, 2, 3]
 
 
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    batch_size=_small,
+    groups=st.lists(st.integers(-1, 3), min_size=1, max_size=40),
+    epochs=_small,
+)
+def test_rows_of_a_group_fill_batches_and_each_comes_once_an_epoch(
+    seed, batch_size, groups, epochs
+):
+    order, groups = RowOrder(seed, "train", batch_size, groups), np.asarray(groups)
+    steps = -(-epochs * len(groups) // batch_size)
+    batches = [order.rows(step) for step in range(steps)]
+    epochs_of = np.concatenate(batches)[: epochs * len(groups)].reshape(epochs, len(groups))
+    assert (np.sort(epochs_of, axis=1) == np.arange(len(groups))).all()
+    again = RowOrder(seed, "train", batch_size, groups)
+    assert [again.rows(s).tolist() for s in reversed(range(steps))] == [
+        rows.tolist() for rows in batches[::-1]
+    ]
+    if len(groups) % batch_size == 0:  # no batch reaches into another epoch
+        whole = sum(count // batch_size for count in np.unique(groups, return_counts=True)[1])
+        each_epoch = np.split(np.asarray(batches), epochs)
+        mixed = [sum(len(set(groups[rows])) > 1 for rows in epoch) for epoch in each_epoch]
+        assert max(mixed) <= len(groups) // batch_size - whole
+
+
+def test_batches_of_the_groups_come_in_no_order():
+    groups = np.repeat([0, 1], 40)
+    firsts = [RowOrder(seed, "train", 4, groups).rows(0) for seed in range(20)]
+    assert {group for rows in firsts for group in groups[rows]} == {0, 1}
+    order = RowOrder(0, "train", 4, groups)
+    of_step = [set(groups[order.rows(step)]) for step in range(20)]
+    assert all(len(found) == 1 for found in of_step)
+    assert of_step[:10] not in ([{0}] * 10, [{1}] * 10)
+
+
+def test_what_is_left_of_many_groups_stays_together():
+    groups = np.repeat(np.arange(10), 6)
+    order = RowOrder(0, "train", 4, groups)
+    kinds = sorted(len(set(groups[order.rows(step)])) for step in range(15))
+    assert kinds == [1] * 10 + [2] * 5
+
+
+def test_an_epoch_that_begins_within_a_batch_still_groups_the_others():
+    groups = np.repeat([0, 1], 9)  # 18 rows, batches of 4: the second epoch begins 2 into one
+    order = RowOrder(1, "train", 4, groups)
+    pure = [len(set(groups[order.rows(step)])) == 1 for step in range(9)]
+    assert sum(pure[:4]) == 4 and sum(pure[5:]) >= 3
+
+
 def _pair(i, student, teacher, targets):
     """Views of these lengths that end with the targets; student and teacher differ in their ids."""
     views = [
@@ -60,6 +116,17 @@ def _pair(i, student, teacher, targets):
         for length, factor in ((student, 1), (teacher, 2))
     ]
     return ViewPair(f"rows:{i}", 10 + i, *views, np.arange(targets, dtype=np.int32) + 50)
+
+
+def test_shares_of_padding():
+    batches = [[BatchShape(3, 8, 2), BatchShape(5, 8, 1)], [BatchShape(9, 16, 4)] * 2]
+    allowed = [BatchShape(6, 8, 2), BatchShape(12, 16, 4)]
+    found = padding_shares(batches, allowed)
+    assert found == {
+        "student": pytest.approx(1 - (3 + 5 + 18) / (12 + 24)),
+        "teacher": 0.0,
+        "targets": pytest.approx(1 - (3 + 8) / (4 + 8)),
+    }
 
 
 @settings(deadline=None)

@@ -38,6 +38,13 @@ def test_a_need_that_is_within_the_longest_is_held_though_it_was_not_among_them(
         shapes.smallest(chain, (65, 8))
 
 
+def test_other_batches_take_one_more_shape_at_most_and_none_if_they_fit():
+    have = ((8, 8), (16, 24))
+    assert shapes.extend(have, [(3, 9), (16, 24)], ()) == have
+    assert shapes.extend(have, [(3, 9), (17, 2), (9, 30)], ()) == (*have, (24, 32))
+    assert shapes.extend(have, [(17, 2)], (8, 16, 24, 64)) == (*have, (24, 24))
+
+
 def test_one_long_row_does_not_lengthen_all_batches():
     needs = [(20, 40, 10)] * 30 + [(25, 44, 10)] * 30 + [(900, 950, 500)]
     chain = shapes.choose(needs, ())

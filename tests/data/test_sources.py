@@ -99,6 +99,8 @@ def test_other_columns_are_named_once(caplog):
             r"data.train = .*x.json: is not UTF-8: line 2 .*0xff",
         ),
         ("x.jsonl", '{"prompt": "a"}\n{"prompt": "b\\u0000"}', r"x.jsonl:2: prompt has a NUL at"),
+        ("x.jsonl", '{"prompt": "a", "response": " "}', r"x.jsonl:1: response is nothing but whi"),
+        ("x.json", '[{"prompt": ["a"]}]', r"x.json:0: prompt must be a string, not a list"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, name, text, expected):
@@ -147,6 +149,21 @@ def test_a_missing_file_is_refused(tmp_path):
         ),
         ({"prompt": "hi", "response": ""}, "response is empty"),
         ({"prompt": "hi", "target": "\t"}, "target is nothing but white space"),
+        ({"prompt": "hi", "response": "\ufeff"}, "response is nothing but white space"),
+        ({"prompt": "hi", "response": "a\udc80"}, "response is no valid Unicode: .*at character 1"),
+        ({"prompt": "hi", "answer": "\0"}, "answer has a NUL at character 0"),
+        (
+            {"messages": [_turn(), _turn("assistant", " \r\n")]},
+            r"messages\[1\]: content is nothing but white space",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a\ud800"}]},
+            r"conversations\[0\]: value is no valid Unicode",
+        ),
+        (
+            {"prompt": "hi", "prefix_messages": [_turn("system", "\0")]},
+            r"prefix_messages\[0\]: content has a NUL at character 0",
+        ),
         ({"prompt": "hi", "output": "a", "target": "a"}, "the response, output or target. Keep"),
         ({"prompt": "hi", "response": "a", "answer": "a"}, "the response, response or answer. Ke"),
         (

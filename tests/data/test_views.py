@@ -7,9 +7,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from gkdjax.data.history import answers_apart
+from gkdjax.data.targets import TargetRules
 from gkdjax.data.views import Fate, prompts, view_pair
 from gkdjax.errors import UserError
-from gkdjax.types import Example, Message, Trajectory
+from gkdjax.losses import TopKLogprobs
+from gkdjax.types import Example, KeptTopK, Message, Trajectory
 
 _words = st.text("abc user.\n🙂", min_size=1, max_size=8).map(str.strip).filter(bool)
 _PREFIX = (Message("system", "The key is x."),)
@@ -40,13 +43,18 @@ def _row(turns, response=None, prefix=()):
 def _view(example, chat, prefix=(), teacher_chat=None, **changes):
     settings_ = {
         "retained": 0,
-        "target_roles": ("assistant",),
+        "targets": TargetRules(("assistant",)),
         "trajectory": None,
         "max_length": 4096,
         "too_long": "drop",
     }
     example = dataclasses.replace(example, prefix=prefix)
     return view_pair(example, chat, teacher_chat or chat, **{**settings_, **changes})
+
+
+def _parts(chat, example, roles=("assistant",)):
+    """The example, or one for each answer where the template treats the last one apart."""
+    return [example] if chat.earlier_answers else answers_apart([example], "", TargetRules(roles))
 
 
 def _trajectory(chat, text, finished=True):
@@ -74,15 +82,18 @@ def test_targets_are_the_same_in_both_views_and_none_is_of_the_prefix(chat, case
     # Llama 2 puts a blank before the first user's words, or line breaks after the system's: the
     # first word is another token then, which is refused: see below.
     assume(roles == ("assistant",) or chat.end_of_turn != "<eos>")
-    pair, fate = _view(example, chat, prefix, retained=retained, target_roles=roles)
-    assert fate is Fate.KEPT
-    _check(pair)
-    said = [*example.turns, Message("assistant", example.response)]
-    expected = "".join(m.content for m in said if m.role in roles)
-    assert _read(chat, pair.target_ids) == expected.replace(" ", "")
-    # Counted from the end, targets stand at the same places: so not one lies in the prefix.
-    student, teacher = (len(v.ids) - v.at for v in (pair.student, pair.teacher))
-    np.testing.assert_array_equal(student, teacher)
+    said = ""
+    for part in _parts(chat, example, roles):
+        pair, fate = _view(part, chat, prefix, retained=retained, targets=TargetRules(roles))
+        assert fate is Fate.KEPT
+        _check(pair)
+        said += _read(chat, pair.target_ids)
+        # Counted from the end, targets stand at the same places: so not one lies in the prefix.
+        student, teacher = (len(v.ids) - v.at for v in (pair.student, pair.teacher))
+        np.testing.assert_array_equal(student, teacher)
+    messages = [*example.turns, Message("assistant", example.response)]
+    expected = "".join(m.content for m in messages if m.role in roles)
+    assert said == expected.replace(" ", "")
 
 
 @settings(max_examples=60, deadline=None)
@@ -90,6 +101,7 @@ def test_targets_are_the_same_in_both_views_and_none_is_of_the_prefix(chat, case
 def test_a_trajectory_follows_the_generation_prompts_as_it_is(chat, case, answer, finished):
     example, prefix, retained = case
     trajectory = _trajectory(chat, answer, finished)
+    example = _parts(chat, dataclasses.replace(example, response=None))[-1]
     pair, fate = _view(example, chat, prefix, retained=retained, trajectory=trajectory)
     assert fate is Fate.KEPT
     _check(pair)
@@ -98,7 +110,7 @@ def test_a_trajectory_follows_the_generation_prompts_as_it_is(chat, case, answer
         np.testing.assert_array_equal(view.ids, np.concatenate([prompt, trajectory.ids]))
     # Its last targets are the trajectory: an end of turn is among them only if it was written.
     np.testing.assert_array_equal(pair.target_ids[-len(trajectory.ids) :], trajectory.ids)
-    earlier = [m for m in example.turns if m.role == "assistant"]
+    earlier = [m for m in example.turns[example.given :] if m.role == "assistant"]
     ends = np.isin(pair.target_ids, chat.stop_ids).sum()
     assert ends == len(earlier) + finished
 
@@ -131,14 +143,14 @@ def test_student_reads_only_what_is_retained_of_the_prefix(chat_of):
 def test_turns_alone_can_hold_the_targets(chat):
     """An anchor row on all tokens: no response, no trajectory."""
     example = _row([Message("system", "S."), Message("user", "a b")])
-    pair, fate = _view(example, chat, target_roles=("system", "user", "assistant"))
+    pair, fate = _view(example, chat, targets=TargetRules(("system", "user", "assistant")))
     assert fate is Fate.KEPT
     _check(pair)
     assert _read(chat, pair.target_ids) == "S.ab"
     pair, _ = _view(
         example,
         chat,
-        target_roles=("system", "user", "assistant"),
+        targets=TargetRules(("system", "user", "assistant")),
         trajectory=_trajectory(chat, "yes"),
     )
     _check(pair)
@@ -150,7 +162,7 @@ def test_a_row_without_a_target_is_an_error(chat, trajectory):
     example = _row([Message("user", "?")], "yes")
     written = _trajectory(chat, "yes") if trajectory else None
     with pytest.raises(UserError, match=r"rows:7: no target tokens.* roles tool"):
-        _view(example, chat, trajectory=written, target_roles=("tool",))
+        _view(example, chat, trajectory=written, targets=TargetRules(("tool",)))
 
 
 def test_views_that_tokenise_differently_are_an_error(chat_of):
@@ -161,7 +173,9 @@ def test_views_that_tokenise_differently_are_an_error(chat_of):
 
 def test_a_target_whose_tokens_depend_on_the_prefix_is_an_error(chat_of):
     with pytest.raises(UserError, match=r"rows:7: the target tokens differ"):
-        _view(_row([Message("user", "s")]), chat_of("llama2"), _PREFIX, target_roles=("user",))
+        _view(
+            _row([Message("user", "s")]), chat_of("llama2"), _PREFIX, targets=TargetRules(("user",))
+        )
 
 
 def test_a_template_error_names_row_and_view(chat_of):
@@ -171,7 +185,7 @@ def test_a_template_error_names_row_and_view(chat_of):
 
 def test_the_first_token_of_all_cannot_be_a_target(chat_of):
     with pytest.raises(UserError, match="rows:7, student's view: the first token of all"):
-        _view(_row([Message("user", "?")], "yes"), chat_of("bare"), target_roles=("user",))
+        _view(_row([Message("user", "?")], "yes"), chat_of("bare"), targets=TargetRules(("user",)))
 
 
 @pytest.mark.parametrize("trajectory", [True, False])
@@ -183,7 +197,7 @@ def test_a_long_row_is_dropped_or_loses_the_end_of_its_response(chat_of, traject
     length, targets = len(whole.teacher.ids), len(whole.target_ids)
     assert length > len(whole.student.ids)
 
-    def at(max_length, too_long="truncate"):
+    def at(max_length, too_long="truncate-right"):
         changes = {"max_length": max_length, "too_long": too_long, "trajectory": written}
         return _view(example, chat, _PREFIX, **changes)
 
@@ -197,3 +211,65 @@ def test_a_long_row_is_dropped_or_loses_the_end_of_its_response(chat_of, traject
         _check(pair)
     assert at(length - targets) == (None, Fate.DROPPED)
     assert at(1) == (None, Fate.DROPPED)
+
+
+_TALK = (
+    *(Message("user", "one?"), Message("assistant", "a yes b"), Message("user", "yes?")),
+    *(Message("assistant", "no"), Message("user", "more?")),
+)
+
+
+@pytest.mark.parametrize(
+    ("span", "roles", "expected"),
+    [
+        ("message", ("assistant",), ["a yes b", "yes"]),
+        ("message", ("assistant", "user"), ["a yes b", "yes?", "yes"]),
+        ("match", ("assistant",), ["yes", "yes"]),
+        ("match", ("user",), ["yes"]),
+    ],
+)
+def test_only_the_turns_that_say_it_are_targets(chat_of, span, roles, expected):
+    chat = chat_of("gemma")
+    rules = TargetRules(roles, "yes", span)
+    pair, fate = _view(_row(_TALK, "yes"), chat, _PREFIX, targets=rules)
+    assert fate is Fate.KEPT
+    _check(pair)
+    end = chat.end_of_turn if span == "message" else ""
+    raw = chat.tokenizer.decode(pair.target_ids, clean_up_tokenization_spaces=False)
+    assert raw.replace(" ", "") == "".join(f"{said}{end}" for said in expected).replace(" ", "")
+
+
+def test_a_row_that_does_not_say_it_is_told_apart_from_one_without_the_role(chat_of):
+    chat = chat_of("gemma")
+    for span in ("message", "match"):
+        rules = TargetRules(("assistant",), "never", span)
+        assert _view(_row(_TALK, "yes"), chat, targets=rules) == (None, Fate.UNMATCHED)
+        assert _view(
+            _row(_TALK, "yes"), chat, trajectory=_trajectory(chat, "no"), targets=rules
+        ) == (
+            None,
+            Fate.UNMATCHED,
+        )
+        with pytest.raises(UserError, match="no message of the roles tool"):
+            _view(_row(_TALK, "yes"), chat, targets=TargetRules(("tool",), "never", span))
+
+
+def test_what_was_kept_of_a_response_is_cut_to_what_is_learnt_of_it(chat_of):
+    chat = chat_of("gemma")
+    plain = _trajectory(chat, "a yes b")
+    n = len(plain.ids)
+    topk = TopKLogprobs(*(np.arange(n * 2).reshape(n, 2),) * 2, np.arange(n), 1.0)
+    written = dataclasses.replace(plain, kept=KeptTopK(topk, np.arange(n)))
+    example = _row([Message("user", "?")])
+    pair, _ = _view(example, chat, trajectory=written)
+    np.testing.assert_array_equal(pair.kept.target_logprob, np.arange(n))
+    pair, _ = _view(
+        example, chat, trajectory=written, targets=TargetRules(("assistant",), "y.s", "match")
+    )
+    (places,) = np.nonzero(np.isin(plain.ids, pair.target_ids))
+    assert 0 < len(places) < n and chat.decode(pair.target_ids).strip() == "yes"
+    np.testing.assert_array_equal(pair.kept.target_logprob, places)
+    np.testing.assert_array_equal(pair.kept.topk.ids, topk.ids[places])
+    rules = TargetRules(("assistant", "user"), "y|[?]", "match")
+    pair, _ = _view(example, chat, trajectory=written, targets=rules)
+    assert pair.kept is None  # the user's turn was not written by anybody

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from absl.testing import parameterized
 
-from gkdjax.losses import masked_count, masked_mean, masked_sum
+from gkdjax.losses import example_weights, masked_count, masked_mean, masked_sum
 
 
 class Identity(chex.TestCase):
@@ -30,6 +30,14 @@ class Identity(chex.TestCase):
         assert self.variant(masked_sum)(x, weights) == 8.0
         assert self.variant(masked_count)(weights) == 2.0
         assert self.variant(masked_mean)(x, weights) == 4.0
+
+    def test_example_weights(self):
+        mask = jnp.array([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]], bool)
+        weights = self.variant(example_weights)(mask)
+        np.testing.assert_array_equal(weights, [[0.5, 0.5, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]])
+        assert self.variant(masked_count)(weights) == 2.0  # examples that have a token
+        x = jnp.array([[1.0, 3.0, np.nan, 0], [0, 4.0, 0, 0], [np.inf, 0, 0, 0]])
+        assert self.variant(masked_mean)(x, weights) == 3.0
 
 
 @pytest.mark.parametrize("hidden", [np.nan, np.inf, -np.inf])

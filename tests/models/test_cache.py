@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gkdjax.models.cache import init_cache
-from gkdjax.models.decoder import Decoder
+from gkdjax.models.decoder import Decoder, read_prefix
 from tests.models.model_cases import (
     GLOBAL,
     LOCAL,
@@ -149,9 +149,7 @@ def with_prefix(prefix_P, tokens_BT, mask_BT):
     return np.concatenate([copies, tokens_BT], 1), np.concatenate([ones, mask_BT], 1)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _read_prefix(decoder, params, tokens_1P, mask_1P):
-    return decoder.apply({"params": params}, tokens_1P, mask_1P, method="read_prefix")
+_read_prefix = jax.jit(read_prefix, static_argnames=("decoder", "chunk"))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -163,10 +161,10 @@ def _logits_after(decoder, params, prefix, tokens_BT, mask_BT):
 PREFIX_P = np.random.default_rng(7).integers(3, 100, 19).astype(np.int32)
 
 
-def prefix_of(decoder, params, prefix_P=PREFIX_P, padding: int = 0):
+def prefix_of(decoder, params, prefix_P=PREFIX_P, padding: int = 0, chunk: int = 64):
     tokens_1P = np.concatenate([np.zeros(padding, np.int32), prefix_P])[None]
     mask_1P = (np.arange(tokens_1P.shape[1]) >= padding)[None]
-    return _read_prefix(decoder, params, tokens_1P, mask_1P)
+    return _read_prefix(decoder, params, tokens_1P, mask_1P, chunk=chunk)
 
 
 # Rows shorter than the window of 5 see the prefix in local layers; longer ones pass it.
@@ -180,6 +178,18 @@ def test_a_shared_prefix_equals_one_of_each_row(load, case, padding, length):
     wanted = decoder_logits(decoder, params, *whole)[:, len(PREFIX_P) :]
     prefix = prefix_of(decoder, params, padding=padding)
     got = _logits_after(decoder, params, prefix, tokens_BT, mask_BT)
+    assert distance(got, wanted, mask_BT) <= DECODING_TOLERANCE
+
+
+# 19 tokens in three pieces of at most 7; after 9 of padding the first piece holds nothing else.
+@pytest.mark.parametrize(("padding", "chunk"), [(0, 7), (9, 4)])
+@pytest.mark.parametrize("case", CASES)
+def test_a_prefix_may_be_read_in_pieces(load, case, padding, chunk):
+    decoder, params = load(case)
+    tokens_BT, mask_BT = rows(4, (4, 2, 1), "right")
+    whole, pieces = (prefix_of(decoder, params, padding=padding, chunk=n) for n in (64, chunk))
+    assert jax.tree.map(np.shape, pieces) == jax.tree.map(np.shape, whole)
+    wanted, got = (_logits_after(decoder, params, p, tokens_BT, mask_BT) for p in (whole, pieces))
     assert distance(got, wanted, mask_BT) <= DECODING_TOLERANCE
 
 
@@ -198,8 +208,8 @@ def test_what_of_a_prefix_is_kept(load):
     prefix = prefix_of(decoder, params, padding=6)
     assert int(prefix.length) == len(PREFIX_P)
     assert prefix.global_layers.k_LSGC.shape == (1, 25, 2, 16)  # no axis of rows
-    assert prefix.local_layers.k_LSGC.shape == (2, 4, 2, 16)
-    np.testing.assert_array_equal(prefix.local_layers.positions_S, [15, 16, 17, 18])
+    assert prefix.local_layers.k_LSGC.shape == (2, 5, 2, 16)
+    assert sorted(prefix.local_layers.positions_S.tolist()) == [14, 15, 16, 17, 18]
 
 
 def test_another_prefix_and_none_are_told_apart(load):

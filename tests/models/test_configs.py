@@ -187,3 +187,22 @@ def test_llama_scaling_in_both_spellings(spec_of, model, factor, key):
     assert spec.rope_global == RopeSpec(5e5, llama3=Llama3Scaling(factor, 1.0, 4.0, 8192))
     assert spec.head_dim == (128 if model == "3.1-8b" else 64)
     assert spec.query_scale == spec.head_dim**-0.5
+
+
+@pytest.mark.parametrize(
+    ("model", "wanted"),
+    [
+        ("gemma-3-270m", 32768),
+        ("gemma-3-4b", 131072),
+        ("qwen3-8b", 40960),
+        ("llama-3.1-8b", 131072),
+    ],
+)
+def test_what_a_model_can_read_is_its_configs(spec_of, model, wanted):
+    """Of a multimodal model it stands with the text decoder, or is left to transformers."""
+    config = PUBLISHED[model][0]
+    assert spec_of(config).context_length == wanted
+    inner = config.get("text_config")
+    shorter = {"max_position_embeddings": 77}
+    changed = shorter if inner is None else {"text_config": inner | shorter}
+    assert spec_of(config | changed).context_length == 77

@@ -1,0 +1,79 @@
+"""Which messages are learnt, and how much of each: by role, and by what they say."""
+
+import bisect
+import dataclasses
+import functools
+import re
+
+import numpy as np
+
+from gkdjax.data.chat import Chat, Target
+from gkdjax.types import Example, Message, Trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetRules:
+    """What is a target; see `context.target_roles` and the two keys after it.
+
+    Attributes:
+      roles: only messages of these.
+      pattern: a regular expression that has to be found in them; None: any text.
+      span: "message": then all of the message with its end of turn; "match": only what the pattern
+        matched, every time that it matched something.
+      whole_responses: what somebody writes is learnt whatever it says: where only lengths count.
+    """
+
+    roles: tuple[str, ...]
+    pattern: str | None = None
+    span: str = "message"
+    whole_responses: bool = False
+
+    def of_message(self, message: Message) -> Target:
+        """Nothing, the whole message, or spans of characters of its content."""
+        if message.role not in self.roles:
+            return False
+        if self.pattern is None:
+            return True
+        if self.span == "message":
+            return re.search(self.pattern, message.content) is not None
+        return _matches(self.pattern, message.content)
+
+    def of_turns(self, example: Example) -> tuple[Target, ...]:
+        """The same for each of an example's turns; the given ones are never targets."""
+        learnt = [self.of_message(turn) for turn in example.turns[example.given :]]
+        return (False,) * example.given + tuple(learnt)
+
+    def of_trajectory(self, trajectory: Trajectory, chat: Chat) -> np.ndarray:
+        """Which of its tokens are targets: bool [n]. Nothing is tokenised again."""
+        ids = trajectory.ids
+        if self.whole_responses:
+            return np.full(len(ids), "assistant" in self.roles)
+        said = self.of_message(Message("assistant", chat.decode(ids)))
+        if isinstance(said, bool):
+            return np.full(len(ids), said)
+        return _tokens_of(said, ids, chat)
+
+
+def _matches(pattern: str, text: str) -> tuple[tuple[int, int], ...]:
+    return tuple(m.span() for m in re.finditer(pattern, text) if m.end() > m.start())
+
+
+def _tokens_of(spans: tuple[tuple[int, int], ...], ids: np.ndarray, chat: Chat) -> np.ndarray:
+    """Flags of the tokens that hold any character of `spans` of the decoded text."""
+    text, flags = chat.decode(ids), np.zeros(len(ids), bool)
+
+    # Characters that stand after the first `count` tokens. A token may hold a part of a character:
+    # until the rest has come it decodes to something that does not stand in the text.
+    @functools.cache
+    def complete(count: int) -> int:
+        said = chat.decode(ids[:count])
+        differing = (i for i, pair in enumerate(zip(said, text, strict=False)) if len({*pair}) > 1)
+        return next(differing, min(len(said), len(text)))
+
+    counts = range(len(ids) + 1)
+    for start, end in spans:
+        first = bisect.bisect_left(counts, start, key=complete)
+        first -= complete(first) > start  # the token before it holds more than what comes before
+        flags[first : bisect.bisect_left(counts, end, key=complete)] = True
+    # Special tokens say nothing, and may stand before what does.
+    return flags & ~np.isin(ids, chat.tokenizer.all_special_ids)

@@ -1,0 +1,55 @@
+"""What became of the rows of a stream that are not trained, told in the log or as an error."""
+
+from collections.abc import Mapping, Sequence
+
+from absl import logging
+
+from gkdjax.data import row_lengths, views
+from gkdjax.data.view_rules import ViewRules
+from gkdjax.errors import UserError
+from gkdjax.trajectories.rules import ResponseRules
+
+
+def report(
+    purpose: str,
+    fates: Mapping[str, Sequence[str]],
+    rules: ViewRules,
+    responses: ResponseRules,
+    texts: Sequence[str],
+    rest: int,
+) -> None:
+    """Names the rows that are gone.
+
+    Args:
+      purpose: of the stream.
+      fates: `views.Fate` -> names of its rows.
+      rules: by which they were made.
+      responses: by which their responses were accepted.
+      texts: responses, of which the first is shown if nothing is left.
+      rest: number of rows that are left.
+
+    Raises:
+      UserError: none is left.
+    """
+    reasons = {
+        views.Fate.DROPPED.value: f"longer than data.max_length={rules.max_length}",
+        views.Fate.TRUNCATED.value: f"longer than data.max_length={rules.max_length}",
+        views.Fate.EMPTY.value: "a response without a token",
+        views.Fate.UNMATCHED.value: "nothing to learn with context.target_content_pattern="
+        f"{rules.targets.pattern!r}, or no response in"
+        f" {responses.max_refills + 1} attempts",
+    }
+    gone = [(fate, fates[fate], why) for fate, why in reasons.items() if fate in fates]
+    for fate, names, reason in gone:
+        if names:
+            logging.warning(
+                "%s: %d rows %s (%s): %s",
+                *(purpose, len(names), fate, reason, row_lengths.some(names)),
+            )
+    if not rest:
+        found = "; ".join(f"{len(names)} rows: {why}" for _, names, why in gone if names)
+        seen = f". The first response was {texts[0]!r}" if texts else ""
+        raise UserError(
+            f"no row of {purpose} is left: {found}{seen}. Raise data.max_length, set"
+            " data.too_long='truncate-right', or change context.target_content_pattern"
+        )

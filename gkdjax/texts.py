@@ -1,0 +1,167 @@
+"""The text that a run learns from: the teacher's, first and refreshed, and the student's.
+
+`curriculum` says which, `feed` and `on_policy` make the batches.
+"""
+
+import pathlib
+from typing import NamedTuple
+
+from gkdjax.assemble import Run
+from gkdjax.curriculum import Curriculum, needs_teacher_text
+from gkdjax.errors import UserError
+from gkdjax.feed import Feed
+from gkdjax.on_policy import StudentText
+from gkdjax.sampler import sample
+from gkdjax.teachers.protocol import Teacher
+from gkdjax.train_step import student_params
+from gkdjax.trajectories.reuse import Source
+from gkdjax.trajectories.rules import Author
+from gkdjax.types import Batch, TopKTargets, TrainState
+
+
+class Drawn(NamedTuple):
+    """What a step learns from."""
+
+    batch: Batch
+    kept: TopKTargets | None  # what the teacher said when it wrote the batch
+    divergence: str
+    counts: dict[str, int]  # of rows that the student wrote
+
+
+def feeds(parts: Run) -> dict[str, Feed]:
+    """All streams of rows, by name."""
+    return {"train": parts.feed, **parts.anchor_feeds}
+
+
+def write_first(parts: Run, workdir: pathlib.Path) -> None:
+    """The first off-policy text, by the teacher of each stream; without off-policy steps, none.
+
+    Raises:
+      UserError: something is asked of the teacher's text, and the teacher writes none.
+    """
+    _check_use(parts)
+    for name, feed in feeds(parts).items():
+        train = name == "train"
+        if train and not needs_teacher_text(parts.config.gkd):
+            continue
+        feed.prepare(
+            workdir / f"trajectories_{name}.jsonl",
+            _author(parts, parts.teacher if train else parts.anchor_teacher),
+            source=_source(parts) if train else None,
+            **_how(parts),
+        )
+
+
+class TrainingText:
+    """The batches of data.train, step by step."""
+
+    def __init__(self, parts: Run, workdir: pathlib.Path, first_step: int, steps: int):
+        """Goes on at `first_step`, as a run does that was interrupted there.
+
+        Args:
+          parts: of the run; its feed is prepared, unless all batches are the student's.
+          workdir: of the run.
+          first_step: the first one that this process makes.
+          steps: of the run, all of them.
+
+        Raises:
+          UserError: the student's text of the steps before is not what it has to be.
+        """
+        gkd = parts.config.gkd
+        self._parts, self._workdir = parts, workdir
+        self._curriculum = Curriculum(gkd, parts.config.train.seed, steps)
+        path = workdir / "trajectories_student.jsonl"
+        block = gkd.on_policy_buffer_steps
+        self._student = StudentText(
+            parts.feed, self._curriculum, path, block=block, first_step=first_step
+        )
+        self._refreshed_at = 0  # the step that the off-policy text of this moment was written for
+
+    def batch(self, step: int, state: TrainState) -> Drawn:
+        """The batch of a step; called for every step, in order.
+
+        Args:
+          step: of the run.
+          state: the student before the step.
+        """
+        self._student.write_if_due(step, self._student_writer(state))
+        divergence = self._curriculum.divergence(step)
+        if self._curriculum.student_writes(step):
+            batch, refused, dropped = self._student.batch(step)
+            rows = self._parts.config.train.batch_size
+            return Drawn(batch, None, divergence, _counts(rows, refused, dropped))
+        self._refresh_if_due(step)
+        return Drawn(*self._parts.feed.batch(step), divergence, _counts(0, 0, 0))
+
+    def _refresh_if_due(self, step: int) -> None:
+        every = self._parts.config.trajectory.refresh_every_steps
+        if every is None or step // every * every == self._refreshed_at:
+            return
+        # The teacher does not change: when it writes makes no difference, only for which steps.
+        self._refreshed_at = step // every * every
+        self._parts.feed.refresh(
+            self._workdir / f"trajectories_train_{self._refreshed_at:06d}.jsonl",
+            self._curriculum.steps_of_block(step, every, on_policy=False),
+            self._refreshed_at,
+            _author(self._parts, self._parts.teacher),
+            **_how(self._parts),
+        )
+
+    def _student_writer(self, state: TrainState):
+        parts = self._parts
+
+        def write(prompts, row_seeds, prompt_length):
+            return sample(
+                parts.decoder,
+                student_params(parts.frozen, state.trainable),
+                prompts,
+                row_seeds,
+                parts.sampling,
+                stop_ids=parts.chat.stop_ids,
+                batch_size=parts.config.train.batch_size,
+                lengths=(prompt_length,),
+                mesh=parts.mesh,
+                vocab_size=parts.shared_vocab,
+            )
+
+        return write
+
+
+def _check_use(parts: Run) -> None:
+    c = parts.config.trajectory
+    if needs_teacher_text(parts.config.gkd) and parts.feed.needs_responses():
+        return
+    for key, value in (("refresh_every_steps", c.refresh_every_steps), ("reuse", c.reuse)):
+        if value:
+            raise UserError(
+                f"config.trajectory.{key} = {value!r} is for the teacher's text, and this run needs"
+                " none: every row has a response, or all batches are the student's. Leave it out"
+            )
+
+
+def _counts(rows: int, refused: int, dropped: int) -> dict[str, int]:
+    return {"on_policy_rows": rows, "refused_responses": refused, "dropped_rows": dropped}
+
+
+def _author(parts: Run, teacher: Teacher) -> Author:
+    return Author(
+        teacher.description,
+        lambda prompts, row_seeds: teacher.sample(prompts, row_seeds, parts.sampling),
+    )
+
+
+def _how(parts: Run) -> dict:
+    return {"chunk": parts.config.eval.batch_size, "show": parts.config.log.progress_bar}
+
+
+def _source(parts: Run) -> Source | None:
+    config = parts.config
+    if not config.trajectory.reuse:
+        return None
+    return Source(
+        pathlib.Path(config.trajectory.reuse),
+        parts.teacher.description,
+        config.teacher.top_k,
+        config.gkd.temperature,
+        parts.shared_vocab,
+    )

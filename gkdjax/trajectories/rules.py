@@ -1,0 +1,82 @@
+"""Responses: who writes them, and which of them are accepted."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from gkdjax.data.chat import Chat
+from gkdjax.data.views import Fate
+from gkdjax.types import Trajectory
+
+Writer = Callable[[Sequence[np.ndarray], Sequence[int]], list[Trajectory]]  # (prompts, seeds)
+
+
+class Author(NamedTuple):
+    """Somebody who writes responses."""
+
+    name: str  # "student", or the teacher's description
+    write: Writer
+
+
+@dataclasses.dataclass(frozen=True)
+class ResponseRules:
+    """Which responses are learnt from.
+
+    Attributes:
+      pattern: a regular expression that has to be found somewhere in the text; None: any text.
+      max_refills: a response that is refused is written again at most so many times.
+      max_new_tokens: the longest that it may be.
+    """
+
+    pattern: str | None
+    max_refills: int
+    max_new_tokens: int
+
+    def fate(self, trajectory: Trajectory, chat: Chat) -> Fate:
+        """KEPT, EMPTY or UNMATCHED."""
+        if len(trajectory.ids) == 0:
+            return Fate.EMPTY
+        if self.pattern is not None and not re.search(self.pattern, chat.decode(trajectory.ids)):
+            return Fate.UNMATCHED
+        return Fate.KEPT
+
+
+class Written(NamedTuple):
+    """The last response to a prompt, accepted or not, how many were refused in all, and whose."""
+
+    trajectory: Trajectory
+    refused: int
+    author: str  # the author's name
+
+
+def write_accepted(
+    author: Author,
+    prompts: Sequence[np.ndarray],
+    seed: Callable[[int, int], int],
+    rules: ResponseRules,
+    chat: Chat,
+) -> list[Written]:
+    """A response to each prompt; one that is refused is written again, up to the rules' bound.
+
+    Args:
+      author: who writes.
+      prompts: token ids of the author's view.
+      seed: (index of the prompt, attempt from 0) -> seed.
+      rules: what is accepted.
+      chat: the author's.
+    """
+    refused, trajectories = [0] * len(prompts), [None] * len(prompts)
+    places = list(range(len(prompts)))
+    for attempt in range(rules.max_refills + 1):
+        if not places:
+            break
+        again = author.write([prompts[i] for i in places], [seed(i, attempt) for i in places])
+        for i, trajectory in zip(places, again, strict=True):
+            trajectories[i] = trajectory
+        places = [i for i in places if rules.fate(trajectories[i], chat) is not Fate.KEPT]
+        for i in places:
+            refused[i] += 1
+    return [Written(t, n, author.name) for t, n in zip(trajectories, refused, strict=True)]

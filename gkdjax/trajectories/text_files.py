@@ -1,0 +1,214 @@
+"""Responses on disk: a JSON line each, for people to read and for runs to go on from.
+
+A line has
+
+  row, number      which response of which row of the data: its name, 0.. of trajectory.per_prompt
+  writer, step     whose it is ("student", or the teacher's description), and the optimizer step
+                   for which it was written, 0 for text written before the first one
+  prompt_crc32     of the token ids that the writer read
+  prefix_messages, messages    what the teacher's view of the row was rendered from
+  text, finished   the response, and whether it came to its end within trajectory.max_new_tokens
+  refused          so many were not accepted, and written again as long as that was allowed
+  kept             whether something of the writer's predictions lies beside: see `kept_files`
+  ids              the response's token ids
+
+and the student's have `written_at`, the step whose weights wrote it.
+"""
+
+import dataclasses
+import json
+import pathlib
+import zlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from gkdjax import progress
+from gkdjax.data.chat import Chat
+from gkdjax.errors import UserError
+from gkdjax.trajectories import kept_files
+from gkdjax.trajectories.rules import Written
+from gkdjax.types import KeptTopK, Message, Trajectory
+
+_COLUMNS = {"row": str, "number": int, "writer": str, "step": int, "prompt_crc32": int}
+_COLUMNS |= {"prefix_messages": list, "messages": list, "text": str, "finished": bool}
+_COLUMNS |= {"refused": int, "kept": bool, "ids": list}
+
+
+class Asked(NamedTuple):
+    """One response that is wanted."""
+
+    row: str  # the name of its row
+    number: int  # 0.. of those of the row
+    prompt: np.ndarray  # int32, the token ids of its writer's view
+    prefix: tuple[Message, ...]  # of the row
+    turns: tuple[Message, ...]  # of the row
+
+    @property
+    def prompt_crc32(self) -> int:
+        """What the prompt is known by from run to run."""
+        return zlib.crc32(np.asarray(self.prompt, np.int32).tobytes())
+
+    def key(self) -> tuple:
+        """What a line must have to be this one's."""
+        return self.row, self.number, self.prompt_crc32
+
+
+def line(asked: Asked, written: Written, chat: Chat, step: int, **more: int) -> str:
+    """The line of a response; `more` are columns of its own."""
+    trajectory = written.trajectory
+    record = {
+        "row": asked.row,
+        "number": asked.number,
+        "writer": written.author,
+        "step": step,
+        **more,
+        "prompt_crc32": asked.prompt_crc32,
+        "prefix_messages": [message._asdict() for message in asked.prefix],
+        "messages": [message._asdict() for message in asked.turns],
+        "text": chat.decode(trajectory.ids),
+        "finished": trajectory.finished,
+        "refused": written.refused,
+        "kept": isinstance(trajectory.kept, KeptTopK),
+        "ids": trajectory.ids.tolist(),
+    }
+    return json.dumps(record) + "\n"
+
+
+def read(path: pathlib.Path, advice: str, **more: type) -> list[dict]:
+    """The records of all whole lines, in order; the last one may have been cut off by a crash.
+
+    Args:
+      path: a file; [] if there is none.
+      advice: ends the message of an error.
+      more: columns of its own, with their types.
+
+    Raises:
+      UserError: a line does not parse, or is no response.
+    """
+    if not path.exists():
+        return []
+    try:
+        lines = path.read_text().split("\n")[:-1]
+    except ValueError as error:
+        raise UserError(f"{path} is no text: {error}; {advice}") from None
+    return [
+        _parse(f"{path}:{place}", text, _COLUMNS | more, advice)
+        for place, text in enumerate(lines, 1)
+    ]
+
+
+def _parse(where: str, text: str, columns: dict[str, type], advice: str) -> dict:
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where} does not parse: {error}; {advice}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where} is no object; {advice}")
+    for name, kind in columns.items():
+        if type(record.get(name)) is not kind:
+            raise UserError(f"{where} has no {name!r}, or not a {kind.__name__}; {advice}")
+    if not all(type(i) is int and 0 <= i < 2**31 for i in record["ids"]):
+        raise UserError(f"{where}: 'ids' are not all token ids; {advice}")
+    return record
+
+
+def key_of(record: dict) -> tuple:
+    """What `Asked.key` is to be."""
+    return record["row"], record["number"], record["prompt_crc32"]
+
+
+def written_of(record: dict, kept: KeptTopK | None = None) -> Written:
+    """The response of a line."""
+    trajectory = Trajectory(np.asarray(record["ids"], np.int32), record["finished"], kept)
+    return Written(trajectory, record["refused"], record["writer"])
+
+
+def keep_lines(path: pathlib.Path, count: int) -> None:
+    """Cuts the file down to its first `count` lines, in one step."""
+    kept = path.read_text().split("\n")[:count]
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(text + "\n" for text in kept))
+    part.replace(path)
+
+
+def write_once(
+    path: pathlib.Path,
+    asked: Sequence[Asked],
+    write: Callable[[Sequence[int]], list[Written]],
+    chat: Chat,
+    *,
+    step: int,
+    chunk: int,
+    show: bool,
+) -> list[Written]:
+    """The responses that are asked for; those that `path` holds already are not written again.
+
+    They are written in chunks of fixed rows in a fixed order, so that an interrupted run that
+    continues here gets the same text as an uninterrupted one. A chunk is on disk before it is used,
+    and so is what its writer kept of it.
+
+    Args:
+      path: the file.
+      asked: in the order of its lines.
+      write: places in `asked` -> what was written there.
+      chat: decodes the text.
+      step: for its column.
+      chunk: responses written at once.
+      show: a progress bar.
+
+    Raises:
+      UserError: `path` holds the text of other rows, or a line that is no response.
+    """
+    records = read(path, "remove the file")
+    _check_rows(path, records, asked)
+    if len(records) < len(asked):
+        records = records[: len(records) // chunk * chunk]
+    done = [
+        one
+        for start in range(0, len(records), chunk)
+        for one in _with_kept(path, start, records[start : start + chunk])
+    ]
+    if done:
+        keep_lines(path, len(done))
+    with (
+        progress.bar(len(asked), "teacher writes", start=len(done), shown=show) as bar,
+        path.open("a" if done else "w") as file,
+    ):
+        for start in range(len(done), len(asked), chunk):
+            places = range(start, min(start + chunk, len(asked)))
+            written = [_only_top_k(one) for one in write(places)]
+            kept = [w.trajectory.kept for w in written]
+            kept_files.write(path, start, [k for k in kept if k is not None])
+            for i, one in zip(places, written, strict=True):
+                file.write(line(asked[i], one, chat, step))
+            file.flush()
+            done += written
+            bar.update(len(written))
+    return done
+
+
+def _check_rows(path: pathlib.Path, records: Sequence[dict], asked: Sequence[Asked]) -> None:
+    for place, record in enumerate(records):
+        if place == len(asked) or key_of(record) != asked[place].key():
+            raise UserError(
+                f"{path}:{place + 1} was written for other rows than the data now has: the data,"
+                " the chat template or the file of trajectory.reuse changed since this run began."
+                " Put them back, or give --workdir another directory"
+            )
+
+
+def _only_top_k(written: Written) -> Written:
+    """What is not written to disk is not used: a run that continues would not have it."""
+    trajectory = written.trajectory
+    if isinstance(trajectory.kept, KeptTopK):
+        return written
+    return written._replace(trajectory=dataclasses.replace(trajectory, kept=None))
+
+
+def _with_kept(path: pathlib.Path, start: int, records: Sequence[dict]) -> list[Written]:
+    """A chunk as it was written: its lines say of which something was kept beside them."""
+    lengths = [len(record["ids"]) for record in records if record["kept"]]
+    kept = iter(kept_files.read(path, start, lengths))
+    return [written_of(r, next(kept) if r["kept"] else None) for r in records]

@@ -1,0 +1,57 @@
+"""Batches of one feed, shared by two processes that see each other's devices."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from feeds import feed_of
+
+from gkdjax import sharding
+from gkdjax.data.chat import load_chat
+from gkdjax.errors import UserError
+
+HERE = pathlib.Path(__file__).parent
+STEPS = 5
+
+
+def test_two_processes_share_each_batch(student, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE)])
+    command = sys.executable, HERE / "process_batches.py"
+    running = [
+        subprocess.Popen(
+            [*command, student, coordinator, "2", str(i), tmp_path / f"{i}.json"], env=environment
+        )
+        for i in range(2)
+    ]
+    try:
+        assert [process.wait(timeout=300) for process in running] == [0, 0]
+    finally:
+        for process in running:
+            process.kill()
+    parts = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
+    alone = feed_of(load_chat(student))
+    for step in range(STEPS):
+        whole, _ = alone.batch(step)
+        found = [part[step] for part in parts]
+        halves = [half.tolist() for half in np.split(whole.row_id_B, 2)]
+        assert [f["brought"] for f in found] == halves
+        assert all(f["held"] == f["brought"] for f in found)
+        assert all(f["shape"] == list(whole.student_tokens_BS.shape) for f in found)
+        assert {f["total"] for f in found} == {int(whole.student_tokens_BS.sum())}
+
+
+def test_rows_that_processes_cannot_share_are_refused(monkeypatch):
+    monkeypatch.setattr("jax.process_count", lambda: 4)
+    with pytest.raises(UserError, match=r"6 rows .* by 4 processes; .* can is 8"):
+        sharding.process_rows(range(6))
+    monkeypatch.setattr("jax.process_index", lambda: 2)
+    assert list(sharding.process_rows(range(8))) == [4, 5]
