@@ -79,7 +79,7 @@ class StudentText:
         prompt_length, *_ = self._shape([row for _, row in wanted])
         author = Author("student", lambda prompts, keys: writer(prompts, keys, prompt_length))
         written = self._feed.write(wanted, "student", author)
-        with self._path.open("a") as file:
+        with self._path.open("a", encoding="utf-8") as file:
             for (s, row), one in zip(wanted, written, strict=True):
                 asked, chat = self._feed.asked(row, "student"), self._feed.rules.student_chat
                 file.write(text_files.line(asked, one, chat, s, written_at=step))

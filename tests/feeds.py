@@ -8,16 +8,19 @@ from gkdjax.feed import Feed
 from gkdjax.trajectories.rules import ResponseRules
 
 
-def feed_of(chat: Chat, rows: int = 10, batch_size: int = 4) -> Feed:
-    """Of rows of different lengths, ready to give batches."""
+def feed_of(chat: Chat, rows: int = 10, prefix: str = "", too_long: str = "drop") -> Feed:
+    """Of rows of different lengths, ready to give batches of 4; no view has more than 64 tokens."""
     data = [{"prompt": "ask" * (1 + i % 4), "response": "b" * (1 + i % 3)} for i in range(rows)]
+    if prefix:
+        shared = {"prefix_messages": [{"role": "system", "content": prefix}]}
+        data = [row | shared for row in data]
     rules = ViewRules(
         student_chat=chat,
         teacher_chat=chat,
         retained=0,
         targets=TargetRules(("assistant",)),
         max_length=64,
-        too_long="drop",
+        too_long=too_long,
     )
     feed = Feed(
         "data.train",
@@ -25,7 +28,7 @@ def feed_of(chat: Chat, rows: int = 10, batch_size: int = 4) -> Feed:
         rules,
         ResponseRules(None, 0, 8),
         per_prompt=1,
-        batch_size=batch_size,
+        batch_size=4,
         allowed_lengths=(),
         seed=0,
     )

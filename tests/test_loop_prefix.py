@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from feeds import feed_of
 
 from gkdjax import loop, prefix_store
+from gkdjax.data.chat import load_chat
 from gkdjax.data.shapes import round_up
 from gkdjax.prefix_store import PrefixStore
 from tests.small_runs import metrics, small
@@ -46,6 +48,16 @@ def test_rows_of_one_prefix_share_batches_and_those_of_several_are_read_for_each
     one, other = sorted({prefix for each in prefixes for prefix in each})
     assert one > 16
     assert sorted(prefixes) == sorted(2 * [[one], [one, other], [other]])
+
+
+def test_rows_whose_prefix_was_shortened_share_what_is_left_of_it(student):
+    chat, text = load_chat(student), "".join(map(chr, range(40, 100)))
+    feed = feed_of(chat, prefix=text, too_long="truncate-prefix")
+    assert len({example.prefix for example in feed.rows()}) > 1
+    (prompts,) = feed.prompts_by_prefix([])
+    shared = chat.decode(prefix_store.common_beginning(prompts))
+    least = min(len(example.prefix[0].content) for example in feed.rows())
+    assert 20 < least < 60 and text[:least] in shared
 
 
 def test_rows_with_prefixes_of_their_own(student, tmp_path, monkeypatch):

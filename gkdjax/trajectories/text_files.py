@@ -31,6 +31,7 @@ from gkdjax.trajectories import kept_files
 from gkdjax.trajectories.rules import Written
 from gkdjax.types import KeptTopK, Message, Trajectory
 
+_LINE_BREAKS = str.maketrans({c: f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"})
 _COLUMNS = {"row": str, "number": int, "writer": str, "step": int, "prompt_crc32": int}
 _COLUMNS |= {"prefix_messages": list, "messages": list, "text": str, "finished": bool}
 _COLUMNS |= {"refused": int, "kept": bool, "ids": list}
@@ -73,7 +74,8 @@ def line(asked: Asked, written: Written, chat: Chat, step: int, **more: int) -> 
         "kept": isinstance(trajectory.kept, KeptTopK),
         "ids": trajectory.ids.tolist(),
     }
-    return json.dumps(record) + "\n"
+    # Readable in every script, and one line to every reader.
+    return json.dumps(record, ensure_ascii=False).translate(_LINE_BREAKS) + "\n"
 
 
 def read(path: pathlib.Path, advice: str, **more: type) -> list[dict]:
@@ -90,7 +92,7 @@ def read(path: pathlib.Path, advice: str, **more: type) -> list[dict]:
     if not path.exists():
         return []
     try:
-        lines = path.read_text().split("\n")[:-1]
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     except ValueError as error:
         raise UserError(f"{path} is no text: {error}; {advice}") from None
     return [
@@ -127,9 +129,9 @@ def written_of(record: dict, kept: KeptTopK | None = None) -> Written:
 
 def keep_lines(path: pathlib.Path, count: int) -> None:
     """Cuts the file down to its first `count` lines, in one step."""
-    kept = path.read_text().split("\n")[:count]
+    kept = path.read_text(encoding="utf-8").split("\n")[:count]
     part = path.with_name(path.name + ".part")
-    part.write_text("".join(text + "\n" for text in kept))
+    part.write_text("".join(text + "\n" for text in kept), encoding="utf-8")
     part.replace(path)
 
 
@@ -174,7 +176,7 @@ def write_once(
         keep_lines(path, len(done))
     with (
         progress.bar(len(asked), "teacher writes", start=len(done), shown=show) as bar,
-        path.open("a" if done else "w") as file,
+        path.open("a" if done else "w", encoding="utf-8") as file,
     ):
         for start in range(len(done), len(asked), chunk):
             places = range(start, min(start + chunk, len(asked)))

@@ -118,6 +118,7 @@ def test_a_line_that_does_not_parse_is_named(tmp_path):
 
 
 def test_a_line_is_for_people_too(tmp_path, whole):
+    assert "é".encode() in whole[1]
     line = json.loads(whole[1].splitlines()[3])
     assert (
         line.items()
