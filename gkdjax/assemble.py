@@ -33,6 +33,9 @@ from gkdjax.trajectories.rules import ResponseRules
 from gkdjax.types import Example, TrainState
 
 
+_MOST_PADDING = 0.2  # of either view; with more, rows of data.train share batches by length
+
+
 @dataclasses.dataclass
 class Run:
     """The parts of a run; `loop` puts them in motion."""
@@ -225,6 +228,8 @@ def _feed(
         rules,
         ResponseRules(rules.targets.pattern, c.max_refills, c.max_new_tokens),
         per_prompt=c.per_prompt,
+        # Batches of one length may be batches of one kind of task, of which an anchor is to keep all.
+        most_padding=_MOST_PADDING if key == "data.train" else 1.0,
         batch_size=batch_size,
         allowed_lengths=config.data.bucket_lengths,
         seed=config.train.seed,

@@ -23,7 +23,8 @@ class Feed:
 
     A row is an example with its own response, or one of `per_prompt` trajectories for an example
     without. Rows that are too long are dropped or cut here, once, counted and named; and so are
-    those whose response is not accepted.
+    those whose response is not accepted. Where more than `most_padding` of random batches would be
+    padding, rows of similar length share batches.
     """
 
     def __init__(
@@ -34,13 +35,14 @@ class Feed:
         responses: ResponseRules,
         *,
         per_prompt: int,
+        most_padding: float,
         batch_size: int,
         allowed_lengths: Sequence[int],
         seed: int,
     ):
         self._purpose, self.rules, self.responses = purpose, rules, responses
         self._batch_size, self._seed = batch_size, seed
-        self._allowed_lengths = allowed_lengths
+        self._allowed_lengths, self._most_padding = allowed_lengths, most_padding
         self.refused = 0  # responses of the teacher that were not accepted
         self.fates: dict[str, list[str]] = collections.defaultdict(list)  # fate -> row names
         self.padding: dict[str, float] = {}  # shares of the off-policy batches
@@ -117,9 +119,15 @@ class Feed:
         self._take_rows(kept)
         self._pairs = list(self._first_pairs)
         self._report_fates(texts)
-        self._first_shapes = self.choose_shapes([pipeline.shape_of(p) for p in self._pairs])
-        self._shapes = self._first_shapes
-        self._measure_padding()
+        self._choose_first_shapes()
+        if max(self.padding["student"], self.padding["teacher"]) > self._most_padding:
+            self._take_rows(kept, by_length=True)
+            self._choose_first_shapes()
+        logging.info(
+            "%s: %d rows; padded shapes (student, teacher, targets): %s; padding: %s",
+            *(self._purpose, len(self), ", ".join(map(str, map(tuple, self._first_shapes)))),
+            ", ".join(f"{share:.0%} of the {name}" for name, share in self.padding.items()),
+        )
 
     def refresh(
         self, path: pathlib.Path, steps: Sequence[int], step: int, teacher: Author, **how
@@ -248,24 +256,27 @@ class Feed:
         """int64 [batch_size]: the rows of a step's batch."""
         return self._order.rows(step)
 
-    def _measure_padding(self) -> None:
+    def _choose_first_shapes(self) -> None:
+        self._first_shapes = self.choose_shapes([pipeline.shape_of(p) for p in self._pairs])
+        self._shapes = self._first_shapes
         steps = range(math.ceil(len(self) / self._batch_size))
         needs = [[pipeline.shape_of(pair) for pair in self._batch_pairs(step)] for step in steps]
-        self.padding = pipeline.padding_shares(needs, self._first_shapes)
-        logging.info(
-            "%s: %d rows; padded shapes (student, teacher, targets): %s; padding: %s",
-            *(self._purpose, len(self), ", ".join(map(str, map(tuple, self._first_shapes)))),
-            ", ".join(f"{share:.0%} of the {name}" for name, share in self.padding.items()),
-        )
+        self.padding = pipeline.padding_shares(needs, self._shapes)
 
-    def _take_rows(self, rows: list[tuple[Example, int]]) -> None:
-        """(example, number of its response) of each; rows of one long prefix share batches."""
+    def _take_rows(self, rows: list[tuple[Example, int]], by_length: bool = False) -> None:
+        """(example, number of its response) of each; which of them share batches.
+
+        Rows of one long prefix do, and if wanted of those the ones of similar length.
+        """
         self._examples = rows
         by_prefix = self._prompts_by_prefix(self.rows()).items()
         long = [prefix for prefix, prompts in by_prefix if worth_keeping(prompts) is not None]
         number = collections.defaultdict(lambda: -1, {prefix: i for i, prefix in enumerate(long)})
         prefixes = (self._prefixes[example.row_id] for example, _ in rows)
-        groups = [number[prefix] for prefix in prefixes]
+        groups = np.asarray([number[prefix] for prefix in prefixes])
+        if by_length:
+            lengths = [len(p.student.ids) + len(p.teacher.ids) for p in self._first_pairs]
+            groups = groups * shapes.MOST + pipeline.length_buckets(lengths)
         self._order = pipeline.RowOrder(self._seed, self._purpose, self._batch_size, groups)
 
     def _prompts_by_prefix(self, examples: Sequence[Example]) -> dict:

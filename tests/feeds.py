@@ -8,9 +8,16 @@ from gkdjax.feed import Feed
 from gkdjax.trajectories.rules import ResponseRules
 
 
-def feed_of(chat: Chat, rows: int = 10, prefix: str = "", too_long: str = "drop") -> Feed:
-    """Of rows of different lengths, ready to give batches of 4; no view has more than 64 tokens."""
-    data = [{"prompt": "ask" * (1 + i % 4), "response": "b" * (1 + i % 3)} for i in range(rows)]
+def feed_of(chat: Chat, rows: int = 10, prefix: str = "", too_long: str = "drop", **how) -> Feed:
+    """Of rows of different lengths, ready to give batches of 4.
+
+    Args:
+      how: longest: the prompts have 1, 2, ... up to so many words; max_length: of a view;
+        most_padding: as of `Feed`.
+    """
+    how = {"longest": 4, "max_length": 64, "most_padding": 0.2} | how
+    prompts = ["ask" * (1 + i % how["longest"]) for i in range(rows)]
+    data = [{"prompt": text, "response": "b" * (1 + i % 3)} for i, text in enumerate(prompts)]
     if prefix:
         shared = {"prefix_messages": [{"role": "system", "content": prefix}]}
         data = [row | shared for row in data]
@@ -19,7 +26,7 @@ def feed_of(chat: Chat, rows: int = 10, prefix: str = "", too_long: str = "drop"
         teacher_chat=chat,
         retained=0,
         targets=TargetRules(("assistant",)),
-        max_length=64,
+        max_length=how["max_length"],
         too_long=too_long,
     )
     feed = Feed(
@@ -28,6 +35,7 @@ def feed_of(chat: Chat, rows: int = 10, prefix: str = "", too_long: str = "drop"
         rules,
         ResponseRules(None, 0, 8),
         per_prompt=1,
+        most_padding=how["most_padding"],
         batch_size=4,
         allowed_lengths=(),
         seed=0,

@@ -80,6 +80,18 @@ def _in_groups(
     return np.concatenate([first, *batches, rest[whole:]])
 
 
+def length_buckets(lengths: Sequence[int]) -> np.ndarray:
+    """The bucket of each row, int64 from 0: shortest rows first, about as many in each.
+
+    There are as many as padded shapes may be; rows whose lengths are rounded up to the same one
+    share a bucket.
+    """
+    rounded = np.asarray([shapes.round_up(int(length), ()) for length in lengths])
+    parts = np.arange(1, shapes.MOST) / shapes.MOST
+    edges = np.unique(np.quantile(rounded, parts, method="higher"))
+    return np.searchsorted(edges, rounded)
+
+
 class BatchShape(NamedTuple):
     """Padded lengths of a batch."""
 

@@ -1,12 +1,14 @@
 """The order of rows and the padding."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gkdjax.data.pipeline import BatchShape, RowOrder, pad, padding_shares, shape_of
+from gkdjax.data.pipeline import BatchShape, RowOrder, length_buckets, pad, padding_shares, shape_of
 from gkdjax.data.shapes import longest
 from gkdjax.types import View, ViewPair
 
@@ -116,6 +118,18 @@ def _pair(i, student, teacher, targets):
         for length, factor in ((student, 1), (teacher, 2))
     ]
     return ViewPair(f"rows:{i}", 10 + i, *views, np.arange(targets, dtype=np.int32) + 50)
+
+
+def test_buckets_of_lengths():
+    assert length_buckets([5, 7, 3, 8]).tolist() == [0, 0, 0, 0]  # all are padded to 8
+    assert length_buckets([100, 9, 300, 31, 10, 60, 200, 11]).tolist() == [2, 0, 3, 1, 0, 1, 2, 0]
+    rng = np.random.default_rng(0)
+    lengths = np.exp(rng.normal(5, 0.6, 1000)).astype(int) + 1
+    buckets = length_buckets(lengths)
+    counts = np.bincount(buckets)
+    assert len(counts) == 4 and counts.min() > 200
+    for shorter, longer in itertools.pairwise(range(4)):
+        assert lengths[buckets == shorter].max() <= lengths[buckets == longer].min() + 16
 
 
 def test_shares_of_padding():
