@@ -1,6 +1,7 @@
 """Everything a run needs, made from its config: chats and rows first, then weights."""
 
 import dataclasses
+import itertools
 import math
 import pathlib
 
@@ -20,6 +21,7 @@ from gkdjax.data.targets import TargetRules
 from gkdjax.data.view_rules import ViewRules
 from gkdjax.errors import UserError
 from gkdjax.evaluate import Evaluation
+from gkdjax.examples_of_run import Examples
 from gkdjax.feed import Feed
 from gkdjax.hf import model_config
 from gkdjax.models.decoder import Decoder
@@ -31,7 +33,6 @@ from gkdjax.teachers.protocol import Teacher, refusals
 from gkdjax.train_step import init_state
 from gkdjax.trajectories.rules import ResponseRules
 from gkdjax.types import Example, TrainState
-
 
 _MOST_PADDING = 0.2  # of either view; with more, rows of data.train share batches by length
 
@@ -82,6 +83,8 @@ def assemble(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> 
     chat = sources.chat
     rules = _view_rules(config, chat, sources.teacher_chat)
     contexts = _contexts(config, sources, teacher)
+    asked, limit = _asked(examples), config.eval.max_new_tokens
+    row_lengths.require_contexts(asked, rules, limit, contexts)
     rows = config.train.batch_size
     feed = _feed(config, "data.train", examples.train, rules, rows, contexts)
     toggles = teacher is None and config.teacher.backend == "local-toggle"
@@ -108,7 +111,7 @@ def assemble(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> 
         anchor_teacher = teacher
         if config.anchor.towards == "base":
             anchor_teacher = in_process.teacher(decoder, base, chat, "the student's base")
-        anchor_rules = _anchor_rules(config, rules, anchor_teacher, chat)
+        anchor_rules = _anchor_rules(config, rules, anchor_teacher, chat, examples.anchors)
         if config.anchor.towards == "base":
             contexts = _contexts(config, dataclasses.replace(sources, teacher=None), None)
         rows = config.anchor.batch_size
@@ -183,16 +186,22 @@ def _view_rules(config: Config, chat: Chat, teacher_chat: Chat) -> ViewRules:
     )
 
 
-def _anchor_rules(config: Config, rules: ViewRules, anchor_teacher: Teacher, chat: Chat):
-    roles = config.context.target_roles
+def _anchor_rules(
+    config: Config,
+    rules: ViewRules,
+    anchor_teacher: Teacher,
+    chat: Chat,
+    anchors: dict[str, list[Example]],
+) -> ViewRules:
+    roles = {"assistant"}
     if config.anchor.tokens == "all":
-        roles = ("system", "user", "assistant")
+        roles |= {turn.role for rows in anchors.values() for row in rows for turn in row.turns}
     # The pattern is for what is being taught; the anchor's text may be about anything.
     return dataclasses.replace(
         rules,
         teacher_chat=anchor_teacher.chat or chat,
         retained=0,
-        targets=TargetRules(roles),
+        targets=TargetRules(tuple(sorted(roles))),
     )
 
 
@@ -208,6 +217,14 @@ def _contexts(config: Config, sources: Sources, teacher: Teacher | None) -> dict
         return found | {"the teacher (the student's base)": student}
     length = model_config.load_spec(sources.teacher).context_length
     return found | {f"the teacher ({config.teacher.model})": length}
+
+
+def _asked(examples: Examples) -> list[Example]:
+    """All questions of the evaluation, as they are asked."""
+    abilities = itertools.chain.from_iterable(examples.abilities.values())
+    whole = [dataclasses.replace(e, prefix=(), turns=e.prefix + e.turns) for e in abilities]
+    asked = (*examples.questions, *examples.held_out, *whole)
+    return [dataclasses.replace(example, response=None) for example in asked]
 
 
 def _feed(
@@ -226,9 +243,9 @@ def _feed(
         key,
         examples,
         rules,
-        ResponseRules(rules.targets.pattern, c.max_refills, c.max_new_tokens),
+        ResponseRules(rules.targets, c.max_refills, c.max_new_tokens),
         per_prompt=c.per_prompt,
-        # Batches of one length may be batches of one kind of task, of which an anchor is to keep all.
+        # Rows of one length may be of one kind of task; an anchor's batch is to hold of every kind.
         most_padding=_MOST_PADDING if key == "data.train" else 1.0,
         batch_size=batch_size,
         allowed_lengths=config.data.bucket_lengths,

@@ -36,6 +36,9 @@ def check_key(cls, path: str) -> None:
     hints = typing.get_type_hints(cls)
     walked = ""
     for name in path.split("."):
+        if walked and not hints:
+            key = walked.rstrip(".")
+            raise UserError(f"config.{key} is one value: give all of it, as --config.{key}=...")
         if name not in hints:
             _unknown(walked + name, hints, walked)
         walked += name + "."
@@ -220,10 +223,13 @@ def _check_anchor_sets(anchor) -> None:
         fits = re.fullmatch(r"[A-Za-z0-9_-]+", name)  # it becomes part of a file's name
         advice = "the name of an anchor set has letters, digits, _ and - only"
         _require(fits is not None, "anchor.data", name, advice)
+    _require(anchor.data != {}, "anchor.data", {}, "names no set; for no anchor, set it to None")
     weights = anchor.weight
     if isinstance(weights, dict):
-        advice = f"must have a weight for each set of anchor.data, {', '.join(names) or 'by name'}"
-        _require(bool(names) and set(weights) == set(names), "anchor.weight", weights, advice)
+        advice = "anchor.data is a single set, whose weight is a number"
+        if names:
+            advice = f"must have a weight for each set of anchor.data, {', '.join(names)}"
+        _require(set(weights) == set(names) != set(), "anchor.weight", weights, advice)
     else:
         weights = {"": weights}
     for name, weight in weights.items():
@@ -250,6 +256,10 @@ def _check_context(config) -> None:
     _require("{corpus}" in template, "context.corpus_template", template, advice)
     if not context.corpus and template != type(context).corpus_template:
         _require(False, "context.corpus_template", template, "is for context.corpus; set it too")
+    if "assistant" not in context.target_roles:
+        advice = "an on-policy batch learns the student's text: it has to have 'assistant'"
+        off_policy = config.gkd.on_policy_fraction == 0
+        _require(off_policy, "context.target_roles", context.target_roles, advice)
     _require(len(context.target_roles) > 0, "context.target_roles", (), "names no role to train")
     _at_least(config, 0, "context.student_retained_turns")
     pattern, span = context.target_content_pattern, context.target_span

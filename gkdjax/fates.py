@@ -36,7 +36,7 @@ def report(
         views.Fate.TRUNCATED.value: f"longer than data.max_length={rules.max_length}",
         views.Fate.EMPTY.value: "a response without a token",
         views.Fate.UNMATCHED.value: "nothing to learn with context.target_content_pattern="
-        f"{rules.targets.pattern!r}, or no response in"
+        f"{rules.targets.pattern!r}, or no such response in"
         f" {responses.max_refills + 1} attempts",
     }
     gone = [(fate, fates[fate], why) for fate, why in reasons.items() if fate in fates]
@@ -49,7 +49,9 @@ def report(
     if not rest:
         found = "; ".join(f"{len(names)} rows: {why}" for _, names, why in gone if names)
         seen = f". The first response was {texts[0]!r}" if texts else ""
-        raise UserError(
-            f"no row of {purpose} is left: {found}{seen}. Raise data.max_length, set"
-            " data.too_long='truncate-right', or change context.target_content_pattern"
-        )
+        advice = {
+            views.Fate.DROPPED.value: "raise data.max_length, or let data.too_long cut such rows",
+            views.Fate.UNMATCHED.value: "change context.target_content_pattern",
+        }
+        told = "".join(f"; {advice[fate]}" for fate, names, _ in gone if names and fate in advice)
+        raise UserError(f"no row of {purpose} is left: {found}{seen}{told}")

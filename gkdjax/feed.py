@@ -1,8 +1,10 @@
 """From examples to the batch of step n: whose text it is, and which rows."""
 
 import collections
+import functools
 import math
 import pathlib
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -71,7 +73,7 @@ class Feed:
         return any(not np.array_equal(s, t) for s, t in self._prompts.values())
 
     def prompts_by_prefix(self, others: Sequence[Example]) -> list[list[np.ndarray]]:
-        """The teacher's prompts for the rows and for `others`, those of one prefix together."""
+        """What the teacher reads before a target, by prefix; of `others` before the response."""
         groups = self._prompts_by_prefix(self.rows())
         for example in others:
             groups[example.prefix].append(self.rules.prompts(example)[1])
@@ -120,9 +122,13 @@ class Feed:
         self._pairs = list(self._first_pairs)
         self._report_fates(texts)
         self._choose_first_shapes()
-        if max(self.padding["student"], self.padding["teacher"]) > self._most_padding:
+        by_chance = self._padding_of_views()
+        if by_chance > self._most_padding:
             self._take_rows(kept, by_length=True)
             self._choose_first_shapes()
+            if self._padding_of_views() >= by_chance:  # the config's own lengths ask for it
+                self._take_rows(kept)
+                self._choose_first_shapes()
         logging.info(
             "%s: %d rows; padded shapes (student, teacher, targets): %s; padding: %s",
             *(self._purpose, len(self), ", ".join(map(str, map(tuple, self._first_shapes)))),
@@ -157,7 +163,9 @@ class Feed:
             shapes.longest([pipeline.shape_of(p) for p in self._batch_pairs(s)]) for s in steps
         ]
         self._shapes = shapes.extend(self._first_shapes, needs, self._allowed_lengths)
-        logging.info(
+        level = logging.WARNING if first_stays else logging.INFO
+        logging.log(
+            level,
             "%s, step %d: %d responses are new; %d rows, whose new one is refused or too long, keep"
             " the first",
             *(self._purpose, step, len(written), first_stays),
@@ -201,6 +209,14 @@ class Feed:
             self.rules.student_chat if who == "student" else self.rules.teacher_chat,
         )
 
+    def fingerprint(self) -> int:
+        """CRC-32 of all that batches are made of before the first step."""
+        parts = [example.name.encode() for example, _ in self._examples]
+        parts += [ids.tobytes() for both in self._prompts.values() for ids in both]
+        views_of = (view for pair in self._first_pairs for view in (pair.student, pair.teacher))
+        parts += [array.tobytes() for view in views_of for array in (view.ids, view.at)]
+        return functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
+
     def report(self) -> dict:
         """For results.json: how many rows there are, fate -> names of those that it met, ..."""
         counts = {"rows": len(self), "refused_responses": self.refused}
@@ -225,6 +241,7 @@ class Feed:
             lambda places: self.write([(step, rows[p]) for p in places], "teacher", teacher),
             self.rules.teacher_chat,
             source,
+            self.responses,
             step=step,
             chunk=chunk,
             show=show,
@@ -263,6 +280,9 @@ class Feed:
         needs = [[pipeline.shape_of(pair) for pair in self._batch_pairs(step)] for step in steps]
         self.padding = pipeline.padding_shares(needs, self._shapes)
 
+    def _padding_of_views(self) -> float:
+        return max(self.padding["student"], self.padding["teacher"])
+
     def _take_rows(self, rows: list[tuple[Example, int]], by_length: bool = False) -> None:
         """(example, number of its response) of each; which of them share batches.
 
@@ -282,7 +302,7 @@ class Feed:
     def _prompts_by_prefix(self, examples: Sequence[Example]) -> dict:
         groups = collections.defaultdict(list)
         for example in examples:
-            groups[self._prefixes[example.row_id]].append(self._prompts[example.row_id][1])
+            groups[self._prefixes[example.row_id]].append(self.rules.before_targets(example))
         return groups
 
     def _shorten(self, examples: Sequence[Example]) -> list[Example]:

@@ -66,6 +66,8 @@ def run(
 def _run(parts: Run, workdir: pathlib.Path, began: float) -> dict:
     print(f"{parts.config.student.model}: a response ends with {parts.chat.stop_tokens()}")
     texts.write_first(parts, workdir)
+    feeds = texts.feeds(parts).items()
+    workdirs.claim_rows(workdir, {name: feed.fingerprint() for name, feed in feeds})
     before = workdirs.read_json(workdir / "before.json")
     if before is None:
         base = Reader.of(parts.decoder, parts.base, parts.chat, parts.config.teacher.prefix_bytes)

@@ -1,5 +1,6 @@
 """python -m gkdjax.main --config=configs/quickstart.py [--workdir=DIR] [--config.a.b=value]"""
 
+import logging as std_logging
 import math
 import os
 import pathlib
@@ -20,12 +21,19 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default ru
 def main(argv: list[str]) -> None:
     del argv
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # jax and orbax have much to say at INFO
+        logging.set_verbosity(logging.INFO)
+        logging.get_absl_handler().addFilter(_is_for_people)
     parsed = config.parse(_CONFIG.value)
     _share_cores(parsed)
     from gkdjax import loop  # jax and the models: only once the config is known to be right
 
     loop.run(parsed, _WORKDIR.value or _default_workdir())
+
+
+def _is_for_people(record) -> bool:
+    """What this package says, and what worries others: orbax and jax have much to say at INFO."""
+    ours = pathlib.Path(__file__).parent in pathlib.Path(record.pathname).parents
+    return ours or record.levelno > std_logging.INFO
 
 
 _SMALL_MODEL_BYTES = 64 * 2**20

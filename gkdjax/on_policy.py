@@ -33,6 +33,7 @@ class OnPolicyBatch(NamedTuple):
     batch: Batch
     refused: int  # responses that were not accepted, and written again where that was still allowed
     dropped: int  # rows that are in the batch without a target, because their last one was refused
+    truncated: int  # rows whose response lost its end, as data.max_length asks
 
 
 class StudentText:
@@ -65,6 +66,7 @@ class StudentText:
         records = [record for record in records if record["written_at"] < first_step]
         if path.exists():
             text_files.keep_lines(path, len(records))
+        self._told = text_files.prefixes_in(records)
         if first_step % block:
             self._read_back(records, first_step)
 
@@ -82,24 +84,26 @@ class StudentText:
         with self._path.open("a", encoding="utf-8") as file:
             for (s, row), one in zip(wanted, written, strict=True):
                 asked, chat = self._feed.asked(row, "student"), self._feed.rules.student_chat
-                file.write(text_files.line(asked, one, chat, s, written_at=step))
+                file.write(text_files.line(asked, one, chat, s, self._told, written_at=step))
         self._take(steps, written)
 
     def batch(self, step: int) -> OnPolicyBatch:
         """The batch of an on-policy step, as NumPy arrays; its text must have been written."""
         rows, written = self._feed.batch_rows(step), self._texts.pop(step)
-        pairs, dropped = [], 0
+        pairs, fates = [], []
         for row, one in zip(rows, written, strict=True):
             pair = None
             fate = self._feed.responses.fate(one.trajectory, self._feed.rules.student_chat)
             if fate is views.Fate.KEPT:
-                pair = self._pair(self._feed.rules, row, one.trajectory)
-            dropped += pair is None
+                pair, fate = self._pair(self._feed.rules, row, one.trajectory)
+            fates.append(fate)
             pairs.append(self._blank(row) if pair is None else pair)
         shape = pipeline.BatchShape(*self._shape(rows)[1:])
         refused = sum(one.refused for one in written)
         batch = self._feed.pad(sharding.process_rows(pairs), shape)
-        return OnPolicyBatch(batch, refused, dropped)
+        truncated = fates.count(views.Fate.TRUNCATED)
+        dropped = len(fates) - fates.count(views.Fate.KEPT) - truncated
+        return OnPolicyBatch(batch, refused, dropped, truncated)
 
     def _on_policy_steps(self, step: int) -> list[int]:
         return self._curriculum.steps_of_block(step, self._block, on_policy=True)
@@ -138,11 +142,13 @@ class StudentText:
         need = shapes.longest([self._longest_written[i] for i in rows])
         return shapes.smallest(self._shapes, need)
 
-    def _pair(self, rules: ViewRules, row: int, trajectory: Trajectory) -> ViewPair | None:
+    def _pair(
+        self, rules: ViewRules, row: int, trajectory: Trajectory
+    ) -> tuple[ViewPair | None, views.Fate]:
         # A row cannot leave a batch that is already drawn: what does not fit is cut, like any
         # trajectory that reaches max_new_tokens.
         example = dataclasses.replace(self._feed.example(row), response=None)
-        return rules.pair(example, trajectory, too_long="truncate-right")[0]
+        return rules.pair(example, trajectory, too_long="truncate-right")
 
     def _blank(self, row: int) -> ViewPair:
         """A row of the batch that teaches nothing."""
@@ -161,7 +167,7 @@ class StudentText:
         return [
             (
                 len(self._feed.asked(row, "student").prompt),
-                *pipeline.shape_of(self._pair(rules, row, most)),
+                *pipeline.shape_of(self._pair(rules, row, most)[0]),
             )
             for row in range(len(self._feed))
         ]

@@ -48,8 +48,10 @@ class Recorder:
         seconds, self._clock = now - self._clock, now
         if sums["targets"] == 0:
             raise TrainingFailure(
-                f"the batch of step {step} has no target token ({counts['dropped_rows']} of its"
-                " rows lost theirs: see context.target_content_pattern)"
+                f"the batch of step {step} has no target token: of {counts['dropped_rows']} rows no"
+                " response was accepted (see context.target_content_pattern). Raise"
+                " train.batch_size or trajectory.max_refills, or let the student learn off-policy"
+                " first (gkd.on_policy_warmup_steps)"
             )
         values = {
             "loss": sums["loss_sum"] / sums["loss_weight"],

@@ -87,11 +87,11 @@ class TrainingText:
         self._student.write_if_due(step, self._student_writer(state))
         divergence = self._curriculum.divergence(step)
         if self._curriculum.student_writes(step):
-            batch, refused, dropped = self._student.batch(step)
+            batch, *counts = self._student.batch(step)
             rows = self._parts.config.train.batch_size
-            return Drawn(batch, None, divergence, _counts(rows, refused, dropped))
+            return Drawn(batch, None, divergence, _counts(rows, *counts))
         self._refresh_if_due(step)
-        return Drawn(*self._parts.feed.batch(step), divergence, _counts(0, 0, 0))
+        return Drawn(*self._parts.feed.batch(step), divergence, _counts(0, 0, 0, 0))
 
     def _refresh_if_due(self, step: int) -> None:
         every = self._parts.config.trajectory.refresh_every_steps
@@ -139,8 +139,9 @@ def _check_use(parts: Run) -> None:
             )
 
 
-def _counts(rows: int, refused: int, dropped: int) -> dict[str, int]:
-    return {"on_policy_rows": rows, "refused_responses": refused, "dropped_rows": dropped}
+def _counts(rows: int, refused: int, dropped: int, truncated: int) -> dict[str, int]:
+    found = {"on_policy_rows": rows, "refused_responses": refused, "dropped_rows": dropped}
+    return found | {"truncated_rows": truncated}
 
 
 def _author(parts: Run, teacher: Teacher) -> Author:

@@ -31,6 +31,26 @@ def claim(workdir: pathlib.Path, config: config_lib.Config) -> None:
     write_json(path, mine)
 
 
+def claim_rows(workdir: pathlib.Path, fingerprints: dict[str, int]) -> None:
+    """Writes what the rows of each stream are known by, or checks that they are those of the run.
+
+    Raises:
+      UserError: rows are not what they were when the run began.
+    """
+    path = workdir / "rows.json"
+    begun_with = read_json(path)
+    if begun_with is None:
+        write_json(path, fingerprints)
+        return
+    for name, fingerprint in fingerprints.items():
+        if begun_with[name] != fingerprint:
+            raise UserError(
+                f"the rows of {name} are not those that the run in {workdir} began with: the data,"
+                " a prefix file, the tokenizer or the chat template changed since. Put them back,"
+                " or give --workdir another directory"
+            )
+
+
 def read_json(path: pathlib.Path) -> dict | None:
     """The parsed file, or None if there is none."""
     return json.loads(path.read_text()) if path.exists() else None

@@ -33,7 +33,7 @@ def feed_of(chat: Chat, rows: int = 10, prefix: str = "", too_long: str = "drop"
         "data.train",
         read_examples(tuple(data), "data.train"),
         rules,
-        ResponseRules(None, 0, 8),
+        ResponseRules(rules.targets, 0, 8),
         per_prompt=1,
         most_padding=how["most_padding"],
         batch_size=4,

@@ -174,6 +174,8 @@ def test_a_failed_run_keeps_its_last_good_checkpoint_and_its_metrics(finished, f
 
 def test_a_finished_run_shows_its_table_and_another_config_is_refused(finished, files):
     assert finished["good"].returncode == 0
+    said = finished["good"].stderr  # by this package, and not by the libraries under it
+    assert "padded shapes" in said and "orbax" not in said
     again = start(Case("good", ("--config.log.progress_bar=False",), workdir="good"), files)
     assert again.returncode == 0
     first, _, table = finished["good"].stdout.partition("\n")

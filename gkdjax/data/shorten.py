@@ -24,8 +24,8 @@ def without_prefix_rounds(
       chat: of the prefix, to cut text between two tokens.
 
     Returns:
-      The longest that fits, but for a few tokens; `example` itself if it fits; None if it is too
-      long without any prefix.
+      The longest that fits, but for a few tokens; `example` itself if it fits; None if nothing of
+      the prefix would be left.
     """
     has_system = bool(example.prefix) and example.prefix[0].role == "system"
     prefixes = _with_fewer_rounds(example.prefix, least=0 if has_system else 1)
@@ -44,7 +44,9 @@ def without_prefix_rounds(
         )
         kept = others if cut is None else (cut, *found.prefix[1:])
         found = _with(found, prefix=tuple(kept))
-    return None if excess(found) > 0 else found
+    # A row whose teacher reads no more than its student would teach it to stay as it is.
+    lost = bool(example.prefix) and not found.prefix
+    return None if lost or excess(found) > 0 else found
 
 
 def without_oldest_rounds(

@@ -60,7 +60,7 @@ def read_examples(
         counted = "; ".join(f"{count} of {shape}" for shape, count in shapes.items())
         logging.info("%s: %d kinds of rows: %s", where, len(shapes), counted)
     if unread:
-        logging.info("%s: columns that nothing reads: %s", where, ", ".join(sorted(unread)))
+        logging.warning("%s: columns that nothing reads: %s", where, ", ".join(sorted(unread)))
     return examples
 
 

@@ -41,6 +41,10 @@ class ViewRules:
         """-> (student's, teacher's) generation prompts."""
         return views.prompts(example, self.student_chat, self.teacher_chat, self.retained)
 
+    def before_targets(self, example: Example) -> np.ndarray:
+        """See `views.before_targets`."""
+        return views.before_targets(example, self.teacher_chat, self.targets)
+
     def lengths(self, example: Example) -> tuple[int, int]:
         """-> tokens of the (student's, teacher's) view, of their prompts without a response."""
         return views.lengths(

@@ -67,6 +67,18 @@ def lengths(
     return len(student.ids), len(teacher.ids)
 
 
+def before_targets(example: Example, chat: Chat, targets: TargetRules) -> np.ndarray:
+    """The beginning of the teacher's prompt up to where the first target is predicted: int32 [n].
+
+    All of the prompt if no turn is a target.
+    """
+    messages = example.prefix + example.turns
+    learnt = (False,) * len(example.prefix) + targets.of_turns(example)
+    name = f"{example.name}, teacher's view"
+    ids, flags = chat.render(messages, learnt, name, generation_prompt=True)
+    return ids[: flags.argmax()] if flags.any() else ids
+
+
 def view_pair(
     example: Example,
     student_chat: Chat,

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from absl import logging
 
 from gkdjax.data.chat import Chat
+from gkdjax.data.views import Fate
 from gkdjax.errors import UserError
 from gkdjax.trajectories import kept_files, text_files
-from gkdjax.trajectories.rules import Written
+from gkdjax.trajectories.rules import ResponseRules, Written
 from gkdjax.trajectories.text_files import Asked, write_once
 from gkdjax.types import KeptTopK
 
@@ -36,10 +37,13 @@ class Source:
     temperature: float
     vocab_size: int
 
-    def responses(self, asked: Sequence[Asked]) -> dict[int, Written]:
+    def responses(
+        self, asked: Sequence[Asked], rules: ResponseRules, chat: Chat
+    ) -> dict[int, Written]:
         """Place in `asked` -> the response that the file has for the same prompt and number.
 
-        Of equal prompts each takes one of its own, in the order of the file.
+        Of equal prompts each takes one of its own, in the order of the file. What `rules` would not
+        accept from the teacher, whose chat it is, is left for the teacher to write.
 
         Raises:
           UserError: the file is missing or damaged, fits no row, or has ids that no model knows.
@@ -48,7 +52,9 @@ class Source:
             raise UserError(f"config.trajectory.reuse: there is no file {self.path}")
         records = text_files.read(self.path, _ADVICE)
         found = self._match(records, asked)
-        if not found:
+        matched = len(found)
+        found = {p: n for p, n in found.items() if _accepted(records[n], rules, chat)}
+        if not matched:
             raise UserError(
                 f"config.trajectory.reuse: none of the {len(records)} responses in {self.path}"
                 f" answers one of the {len(asked)} prompts of data.train: they were written for"
@@ -57,9 +63,9 @@ class Source:
             )
         kept = self._kept(records, set(found.values()))
         logging.info(
-            "data.train: %d responses from %s, %d to be written; of %d what the teacher predicted"
-            " is there as well, and it need not read them",
-            *(len(found), self.path, len(asked) - len(found), len(kept)),
+            "data.train: %d responses from %s, %d to be written (%d are there but not accepted); of"
+            " %d what the teacher predicted is there as well, and it need not read them",
+            *(len(found), self.path, len(asked) - len(found), matched - len(found), len(kept)),
         )
         return {
             place: text_files.written_of(records[number], kept.get(number))
@@ -109,12 +115,19 @@ class Source:
         )
 
 
+def _accepted(record: dict, rules: ResponseRules, chat: Chat) -> bool:
+    trajectory = text_files.written_of(record).trajectory
+    short = len(trajectory.ids) <= rules.max_new_tokens
+    return short and rules.fate(trajectory, chat) is Fate.KEPT
+
+
 def write_or_take(
     path: pathlib.Path,
     asked: Sequence[Asked],
     write: Callable[[Sequence[int]], list[Written]],
     chat: Chat,
     source: Source | None,
+    rules: ResponseRules,
     **how,
 ) -> list[Written]:
     """`text_files.write_once`, but what the source has is taken from there.
@@ -122,9 +135,10 @@ def write_or_take(
     Args:
       path, asked, write, chat: as there.
       source: None: everything is written.
+      rules: of the responses that are taken.
       **how: step, chunk and show, as there.
     """
-    taken = {} if source is None else source.responses(asked)
+    taken = {} if source is None else source.responses(asked, rules, chat)
     # What is taken stands first in the file, so that the rest is written in whole chunks.
     order = [*taken, *(place for place in range(len(asked)) if place not in taken)]
 

@@ -1,13 +1,13 @@
 """Responses: who writes them, and which of them are accepted."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from gkdjax.data.chat import Chat
+from gkdjax.data.targets import TargetRules
 from gkdjax.data.views import Fate
 from gkdjax.types import Trajectory
 
@@ -26,12 +26,12 @@ class ResponseRules:
     """Which responses are learnt from.
 
     Attributes:
-      pattern: a regular expression that has to be found somewhere in the text; None: any text.
+      targets: something of the response has to be a target by them, if it is to be trained at all.
       max_refills: a response that is refused is written again at most so many times.
       max_new_tokens: the longest that it may be.
     """
 
-    pattern: str | None
+    targets: TargetRules
     max_refills: int
     max_new_tokens: int
 
@@ -39,7 +39,8 @@ class ResponseRules:
         """KEPT, EMPTY or UNMATCHED."""
         if len(trajectory.ids) == 0:
             return Fate.EMPTY
-        if self.pattern is not None and not re.search(self.pattern, chat.decode(trajectory.ids)):
+        trained = "assistant" in self.targets.roles
+        if trained and not self.targets.of_trajectory(trajectory, chat).any():
             return Fate.UNMATCHED
         return Fate.KEPT
 

@@ -6,7 +6,8 @@ A line has
   writer, step     whose it is ("student", or the teacher's description), and the optimizer step
                    for which it was written, 0 for text written before the first one
   prompt_crc32     of the token ids that the writer read
-  prefix_messages, messages    what the teacher's view of the row was rendered from
+  prefix_crc32, prefix_messages, messages    what the teacher's view of the row was rendered from;
+                   a prefix stands in the first line that has it, and is null in later ones
   text, finished   the response, and whether it came to its end within trajectory.max_new_tokens
   refused          so many were not accepted, and written again as long as that was allowed
   kept             whether something of the writer's predictions lies beside: see `kept_files`
@@ -33,7 +34,7 @@ from gkdjax.types import KeptTopK, Message, Trajectory
 
 _LINE_BREAKS = str.maketrans({c: f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"})
 _COLUMNS = {"row": str, "number": int, "writer": str, "step": int, "prompt_crc32": int}
-_COLUMNS |= {"prefix_messages": list, "messages": list, "text": str, "finished": bool}
+_COLUMNS |= {"prefix_crc32": int, "messages": list, "text": str, "finished": bool}
 _COLUMNS |= {"refused": int, "kept": bool, "ids": list}
 
 
@@ -56,9 +57,16 @@ class Asked(NamedTuple):
         return self.row, self.number, self.prompt_crc32
 
 
-def line(asked: Asked, written: Written, chat: Chat, step: int, **more: int) -> str:
-    """The line of a response; `more` are columns of its own."""
+def prefixes_in(records: Sequence[dict]) -> set[int]:
+    """The checksums of the prefixes that lines have told, to be added to by `line`."""
+    return {record["prefix_crc32"] for record in records}
+
+
+def line(asked: Asked, written: Written, chat: Chat, step: int, told: set[int], **more: int) -> str:
+    """The line of a response; `told` are the file's prefixes, `more` are columns of its own."""
     trajectory = written.trajectory
+    prefix = [message._asdict() for message in asked.prefix]
+    prefix_crc32 = zlib.crc32(json.dumps(prefix).encode())
     record = {
         "row": asked.row,
         "number": asked.number,
@@ -66,7 +74,8 @@ def line(asked: Asked, written: Written, chat: Chat, step: int, **more: int) -> 
         "step": step,
         **more,
         "prompt_crc32": asked.prompt_crc32,
-        "prefix_messages": [message._asdict() for message in asked.prefix],
+        "prefix_crc32": prefix_crc32,
+        "prefix_messages": None if prefix_crc32 in told else prefix,
         "messages": [message._asdict() for message in asked.turns],
         "text": chat.decode(trajectory.ids),
         "finished": trajectory.finished,
@@ -74,6 +83,7 @@ def line(asked: Asked, written: Written, chat: Chat, step: int, **more: int) -> 
         "kept": isinstance(trajectory.kept, KeptTopK),
         "ids": trajectory.ids.tolist(),
     }
+    told.add(prefix_crc32)
     # Readable in every script, and one line to every reader.
     return json.dumps(record, ensure_ascii=False).translate(_LINE_BREAKS) + "\n"
 
@@ -174,6 +184,7 @@ def write_once(
     ]
     if done:
         keep_lines(path, len(done))
+    told = prefixes_in(records[: len(done)])
     with (
         progress.bar(len(asked), "teacher writes", start=len(done), shown=show) as bar,
         path.open("a" if done else "w", encoding="utf-8") as file,
@@ -184,7 +195,7 @@ def write_once(
             kept = [w.trajectory.kept for w in written]
             kept_files.write(path, start, [k for k in kept if k is not None])
             for i, one in zip(places, written, strict=True):
-                file.write(line(asked[i], one, chat, step))
+                file.write(line(asked[i], one, chat, step, told))
             file.flush()
             done += written
             bar.update(len(written))

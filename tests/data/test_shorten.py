@@ -51,7 +51,7 @@ def _shorten(how, row, most):
         ("s1 u1 a1 u2 a2", 8, "s1 u2 a2"),
         ("s1 u1 a1 u2 a2", 7, "s1"),
         ("s1 u1 a1 u2 a2", 3, "s"),
-        ("s1 u1 a1 u2 a2", 2, ""),
+        ("s1 u1 a1 u2 a2", 2, None),  # nothing is left that the student would not read as well
         ("s1 u1 a1 u2 a2", 1, None),
         ("s1 s2 u1 a1", 6, "s1 s2"),
         ("s1 s2 u1 a1", 5, "s s2"),
@@ -60,7 +60,7 @@ def _shorten(how, row, most):
         ("u1 a1 t1 u2 a2 a3", 12, "u2 a2 a3"),  # a round is all up to the next question
         ("u1 a1 u2 a2", 6, "u2 a2"),
         ("u1 a1 u2 a2", 5, "u a2"),
-        ("u1 a1 u2 a2", 4, ""),  # an answer alone answers nothing
+        ("u1 a1 u2 a2", 4, None),  # an answer alone answers nothing
         ("sabcdef", 5, "sab"),
         ("", 2, ""),
         ("", 1, None),

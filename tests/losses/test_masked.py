@@ -31,6 +31,7 @@ class Identity(chex.TestCase):
         assert self.variant(masked_count)(weights) == 2.0
         assert self.variant(masked_mean)(x, weights) == 4.0
 
+    @chex.variants(with_jit=True, without_jit=True)
     def test_example_weights(self):
         mask = jnp.array([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]], bool)
         weights = self.variant(example_weights)(mask)

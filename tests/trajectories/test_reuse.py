@@ -4,21 +4,23 @@ import json
 
 import numpy as np
 import pytest
-from small_runs import ConstantTeacher, losses_hex, metrics, small
+from small_runs import ConstantTeacher, losses_hex, small
 
 from gkdjax import loop
+from gkdjax.data.targets import TargetRules
 from gkdjax.errors import UserError
 from gkdjax.losses import TopKLogprobs
 from gkdjax.metrics import read_lines
 from gkdjax.teachers.flax import FlaxTeacher
 from gkdjax.trajectories import kept_files
 from gkdjax.trajectories.reuse import Source
-from gkdjax.trajectories.rules import Written
+from gkdjax.trajectories.rules import ResponseRules, Written
 from gkdjax.trajectories.text_files import Asked, write_once
 from gkdjax.types import KeptTopK, Trajectory
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 NAME = "trajectories_train.jsonl"
+RULES = ResponseRules(TargetRules(("assistant",)), max_refills=0, max_new_tokens=9)
 PROMPTS = [np.array([n, n + 1], np.int32) for n in range(5)]
 
 
@@ -60,7 +62,7 @@ def source(path, teacher="her", top_k=2, temperature=0.5, vocab_size=9) -> Sourc
 
 def test_prompts_and_numbers_are_found_whatever_the_rows_are_called(path):
     wanted = asked((3, 0), (4, 0), (0, 1), (1, 0), (3, 0), (3, 0))
-    found = source(path).responses(wanted)
+    found = source(path).responses(wanted, RULES, Chat())
     ids = {place: one.trajectory.ids.tolist() for place, one in found.items()}
     # Of the two responses to the last prompt each row takes one; the third row has none.
     assert ids == {0: [3] * 4, 3: [1, 1], 4: [4] * 5}
@@ -72,28 +74,28 @@ def test_what_was_kept_is_used_where_this_runs_teacher_would_say_it(path):
     wanted = asked((0, 0), (1, 0), (2, 0), (3, 0), (3, 0))
 
     def kept(**how):
-        found = source(path, **how).responses(wanted)
+        found = source(path, **how).responses(wanted, RULES, Chat())
         return [place for place, one in found.items() if one.trajectory.kept is not None]
 
     assert kept() == [0, 1, 4]  # nothing was kept of 2, and another teacher wrote 3
     assert kept(teacher="him") == [3]
     assert kept(top_k=1) == kept(top_k=None) == kept(temperature=1.0) == kept(teacher="it") == []
-    found = source(path).responses(asked((3, 0), (3, 0)))[1].trajectory.kept
+    found = source(path).responses(asked((3, 0), (3, 0)), RULES, Chat())[1].trajectory.kept
     assert found.topk.ids.tolist() == [[4, 4]] * 5 and found.target_logprob.tolist() == [4.0] * 5
 
 
 def test_ids_that_the_models_do_not_have_are_refused(path):
     with pytest.raises(UserError, match=rf"{NAME}:5 has the token id 4, and .* 4 ids"):
-        source(path, vocab_size=4).responses(asked((3, 0), (3, 0)))
-    assert len(source(path, vocab_size=4).responses(asked((3, 0)))) == 1
+        source(path, vocab_size=4).responses(asked((3, 0), (3, 0)), RULES, Chat())
+    assert len(source(path, vocab_size=4).responses(asked((3, 0)), RULES, Chat())) == 1
 
 
 def test_a_file_for_no_row_is_refused(path):
     for wanted in (asked((4, 0)), asked((0, 1))):
         with pytest.raises(UserError, match=r"none of the 5 responses .* with another tokenizer"):
-            source(path).responses(wanted)
+            source(path).responses(wanted, RULES, Chat())
     with pytest.raises(UserError, match="there is no file"):
-        source(path.with_name("other.jsonl")).responses(asked((0, 0)))
+        source(path.with_name("other.jsonl")).responses(asked((0, 0)), RULES, Chat())
 
 
 def test_damage_is_named(path):
@@ -102,12 +104,12 @@ def test_damage_is_named(path):
     for damaged, told in (("{", "does not parse"), ("[]", "is no object"), ("{}", "has no 'row'")):
         path.write_text("\n".join([lines[0], damaged, *lines[2:]]) + "\n")
         with pytest.raises(UserError, match=rf"{NAME}:2 {told}.*config\.trajectory\.reuse"):
-            source(path).responses(wanted)
+            source(path).responses(wanted, RULES, Chat())
     path.write_text("\n".join(lines) + "\n")
     kept = path.with_suffix(".kept") / "00000000.safetensors"
     kept.write_bytes(kept.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"00000000\.safetensors cannot be read"):
-        source(path).responses(wanted)
+        source(path).responses(wanted, RULES, Chat())
 
 
 def flax(student, other, **changes):
@@ -149,7 +151,9 @@ def test_the_same_run_once_more_asks_its_teacher_nothing(
     c = flax(student, other, trajectory__reuse=str(first / NAME))
     loop.run(c, tmp_path)
     assert told == []
-    assert "6 responses from" in caplog.text and "0 to be written; of 6" in caplog.text
+    assert (
+        "6 responses from" in caplog.text and "0 to be written (0 are there but not" in caplog.text
+    )
     assert losses_hex(tmp_path) == losses_hex(first)
     assert (tmp_path / NAME).read_bytes() == (first / NAME).read_bytes()
 
@@ -170,7 +174,8 @@ def test_what_the_file_lacks_is_written_and_the_run_can_be_interrupted(
         (f"data.train:{i}", 0) for i in range(1, 6)
     ]
     before = {line["row"]: line for line in read_lines(first / NAME)}
-    assert all(line == before[line["row"]] for line in lines[:5])
+    told = {"prefix_messages": None}  # by the first line of each file
+    assert all(line | told == before[line["row"]] | told for line in lines[:5])
     assert {line["writer"] for line in lines} == {other}
     assert len({(line["row"], line["number"]) for line in lines}) == 12
     assert all(line["kept"] for line in lines)
@@ -196,17 +201,28 @@ def test_text_of_another_teacher_is_scored_by_this_one(student, first, tmp_path)
     assert not any(line["kept"] for line in mine) and all(line["kept"] for line in theirs)
 
 
-def test_what_the_rules_refuse_is_dropped_all_the_same(student, other, first, tmp_path):
+def test_what_this_run_does_not_accept_is_written_anew(student, other, first, tmp_path):
     lines = read_lines(first / NAME)
     letter = next(text[0] for text in (line["text"] for line in lines) if text)
-    gone = [line["row"] for line in lines if letter not in line["text"]]
-    assert 0 < len(gone) < 6, "choose another letter"
+    bad = {line["row"] for line in lines if letter not in line["text"]}
+    assert 0 < len(bad) < 6, "choose another letter"
     c = flax(student, other, trajectory__reuse=str(first / NAME))
     c.context.target_content_pattern = f"[{letter}]"
+    c.trajectory.max_refills = 40
     results = loop.run(c, tmp_path)
-    rows = results["rows"]["train"]
-    assert sorted(name for fate in ("unmatched", "empty") for name in rows.get(fate) or []) == gone
-    assert all(line["targets"] for line in metrics(tmp_path))
+    mine, theirs = (
+        {line["row"]: line for line in read} for read in (read_lines(tmp_path / NAME), lines)
+    )
+    assert {row for row in mine if mine[row]["ids"] != theirs[row]["ids"]} == bad
+    assert all(letter in line["text"] for line in mine.values())
+    assert results["rows"]["train"]["rows"] == 6
+
+
+def test_what_is_longer_than_this_run_writes_is_written_anew(student, other, first, tmp_path):
+    c = flax(student, other, trajectory__reuse=str(first / NAME), trajectory__max_new_tokens=2)
+    loop.run(c, tmp_path)
+    lengths = [len(line["ids"]) for line in read_lines(tmp_path / NAME)]
+    assert max(lengths) == 2 < max(len(line["ids"]) for line in read_lines(first / NAME))
 
 
 def test_another_prefix_is_told(student, other, first, tmp_path):

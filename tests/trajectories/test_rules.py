@@ -4,6 +4,7 @@ import types
 
 import numpy as np
 
+from gkdjax.data.targets import TargetRules
 from gkdjax.data.views import Fate
 from gkdjax.trajectories.rules import Author, ResponseRules, write_accepted
 from gkdjax.types import Trajectory
@@ -30,7 +31,7 @@ class Attempts:
 
 
 def accepted(writer, pattern, max_refills):
-    rules = ResponseRules(pattern, max_refills, max_new_tokens=9)
+    rules = ResponseRules(TargetRules(("assistant",), pattern), max_refills, max_new_tokens=9)
     found = write_accepted(
         *(Author("a", writer), PROMPTS[: len(writer.texts)]),
         *(lambda place, attempt: 100 * place + attempt, rules, TEXT),

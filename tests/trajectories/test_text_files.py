@@ -119,12 +119,16 @@ def test_a_line_that_does_not_parse_is_named(tmp_path):
 
 def test_a_line_is_for_people_too(tmp_path, whole):
     assert "é".encode() in whole[1]
-    line = json.loads(whole[1].splitlines()[3])
+    first, *others = map(json.loads, whole[1].splitlines())
+    prefix = [{"role": "system", "content": "be brief"}]
+    assert [line["prefix_messages"] for line in (first, *others)] == [prefix, *[None] * 6]
+    assert {line["prefix_crc32"] for line in others} == {first["prefix_crc32"]}
+    line = others[2]
     assert (
         line.items()
         >= {
             **{"row": "data.jsonl:1", "number": 1, "writer": "somebody", "step": 4, "kept": False},
-            **{"prefix_messages": [{"role": "system", "content": "be brief"}], "refused": 1},
+            **{"prefix_messages": None, "refused": 1},
             **{"messages": [{"role": "user", "content": "ask"}], "text": "é\u20284 103 3"},
             **{"finished": False, "ids": [4, 103, 3]},
         }.items()
