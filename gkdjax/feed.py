@@ -51,6 +51,8 @@ class Feed:
         self._prefixes = {example.row_id: example.prefix for example in examples}  # not shortened
         examples = self._shorten(examples)
         self._prompts = {example.row_id: rules.prompts(example) for example in examples}
+        # Tokens of the teacher's prompt up to where its first target is predicted.
+        self._untargeted = {e.row_id: len(rules.before_targets(e)) for e in examples}
         # Of the off-policy batches: with the first responses, and as they are at the moment.
         self._first_pairs: list[ViewPair] = []
         self._pairs: list[ViewPair] = []
@@ -302,7 +304,8 @@ class Feed:
     def _prompts_by_prefix(self, examples: Sequence[Example]) -> dict:
         groups = collections.defaultdict(list)
         for example in examples:
-            groups[self._prefixes[example.row_id]].append(self.rules.before_targets(example))
+            prompt = self._prompts[example.row_id][1][: self._untargeted[example.row_id]]
+            groups[self._prefixes[example.row_id]].append(prompt)
         return groups
 
     def _shorten(self, examples: Sequence[Example]) -> list[Example]:

@@ -23,6 +23,8 @@ def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)
         logging.get_absl_handler().addFilter(_is_for_people)
+    # transformers is here for tokenizers and config files: that torch is missing is no news.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     parsed = config.parse(_CONFIG.value)
     _share_cores(parsed)
     from gkdjax import loop  # jax and the models: only once the config is known to be right

@@ -63,8 +63,8 @@ def _in_groups(
 ) -> np.ndarray:
     """`order` with rows of one group side by side in the batches that begin after `head` rows."""
     batches, rest = [], []
-    for group in np.unique(groups):
-        own = order[groups[order] == group]
+    by_group = order[np.argsort(groups[order], kind="stable")]
+    for own in np.split(by_group, np.flatnonzero(np.diff(groups[by_group])) + 1):
         whole = len(own) // B * B
         batches += np.split(own[:whole], whole // B) if whole else []
         rest.append(own[whole:])
