@@ -67,7 +67,7 @@ def prepare(case: Case) -> Prepared:
         state, frozen, batch, make_targets(batch), {}, divergence=_DIVERGENCE
     ).compile()
     return Prepared(
-        lambda state: compiled(state, frozen, batch, make_targets(batch), None),
+        lambda state: compiled(state, frozen, batch, make_targets(batch), {}),
         state,
         _temp_bytes(compiled),
     )
