@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from ml_collections import config_dict
 
-from gkdjax import lora, models_of_run, optim, report, results, sharding, texts
+from gkdjax import lora, models_of_run, optim, report, results, sharding, training_text
 from gkdjax import workdir as workdirs
 from gkdjax.assemble import Run, assemble, initial_state, total_steps
 from gkdjax.checkpoint import Checkpoints
@@ -65,8 +65,8 @@ def run(
 
 def _run(parts: Run, workdir: pathlib.Path, began: float) -> dict:
     print(f"{parts.config.student.model}: a response ends with {parts.chat.stop_tokens()}")
-    texts.write_first(parts, workdir)
-    feeds = texts.feeds(parts).items()
+    training_text.write_first(parts, workdir)
+    feeds = training_text.feeds(parts).items()
     workdirs.claim_rows(workdir, {name: feed.fingerprint() for name, feed in feeds})
     before = workdirs.read_json(workdir / "before.json")
     if before is None:
@@ -79,7 +79,7 @@ def _run(parts: Run, workdir: pathlib.Path, began: float) -> dict:
     training["exports"] = _export(parts, state, workdir)
     report.draw(workdir)
     training["seconds"] = time.monotonic() - began
-    rows = {name: feed.report() for name, feed in texts.feeds(parts).items()}
+    rows = {name: feed.report() for name, feed in training_text.feeds(parts).items()}
     on_the_way = read_lines(workdir / "eval.jsonl")
     return results.collect(before, on_the_way, after, rows, training)
 
@@ -100,7 +100,7 @@ def _train(parts: Run, workdir: pathlib.Path) -> tuple[TrainState, dict]:
     first = int(state.step)
     if not parts.keeps_base and parts.frozen is None:
         parts.base = None  # a full fine-tuning that nobody compares with its start
-    text = texts.TrainingText(parts, workdir, first, steps)
+    text = training_text.TrainingText(parts, workdir, first, steps)
 
     with (
         contextlib.closing(checkpoints),

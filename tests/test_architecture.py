@@ -27,7 +27,15 @@ FLOORS = {
     ),
     4: (
         *("train_step", "evaluate", "checkpoint", "hf/export", "trajectories/", "curriculum"),
-        *("feed", "fates", "on_policy", "texts", "assemble", "models_of_run", "examples_of_run"),
+        *(
+            "feed",
+            "fates",
+            "on_policy",
+            "training_text",
+            "assemble",
+            "models_of_run",
+            "examples_of_run",
+        ),
         *("results", "workdir", "scoring", "report", "record"),
     ),
     5: ("loop",),

@@ -66,8 +66,10 @@ def require_room_beside_prefix(
     purpose: str, examples: Sequence[Example], rules: ViewRules, context: Context
 ) -> None:
     """Raises UserError if every row is lost because its prefix alone is too long."""
+    if rules.too_long not in ("drop", "truncate-right"):
+        return
     tokens = []
-    for example in examples if rules.too_long in ("drop", "truncate-right") else ():
+    for example in examples:
         _, whole = rules.prompts(example)
         bare = (
             rules.teacher_chat.prompt_ids(example.turns, example.name) if example.prefix else whole
@@ -98,7 +100,9 @@ def require_contexts(
       contexts: the student's and the teacher's name -> tokens that it can read at most, or None.
     """
     shortest = min((c for c in contexts.values() if c is not None), default=rules.max_length)
-    for example in examples if shortest < rules.max_length else ():
+    if shortest >= rules.max_length:
+        return
+    for example in examples:
         room = 0 if example.response is not None else max_new_tokens
         lengths = rules.lengths(example)
         over = max(0, max(lengths) + room - rules.max_length)

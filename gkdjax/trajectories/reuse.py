@@ -76,10 +76,10 @@ class Source:
         """Place in `asked` -> place in `records`."""
         unused = collections.defaultdict(collections.deque)
         for number, record in enumerate(records):
-            unused[record["prompt_crc32"], record["number"]].append(number)
+            unused[record["prompt_digest"], record["number"]].append(number)
         found = {}
         for place, one in enumerate(asked):
-            numbers = unused[one.prompt_crc32, one.number]
+            numbers = unused[one.prompt_digest, one.number]
             if numbers:
                 found[place] = numbers.popleft()
                 self._check_ids(found[place], records[found[place]]["ids"])

@@ -5,8 +5,8 @@ A line has
   row, number      which response of which row of the data: its name, 0.. of trajectory.per_prompt
   writer, step     whose it is ("student", or the teacher's description), and the optimizer step
                    for which it was written, 0 for text written before the first one
-  prompt_crc32     of the token ids that the writer read
-  prefix_crc32, prefix_messages, messages    what the teacher's view of the row was rendered from;
+  prompt_digest    of the token ids that the writer read
+  prefix_digest, prefix_messages, messages    what the teacher's view of the row was rendered from;
                    a prefix stands in the first line that has it, and is null in later ones
   text, finished   the response, and whether it came to its end within trajectory.max_new_tokens
   refused          so many were not accepted, and written again as long as that was allowed
@@ -17,9 +17,9 @@ and the student's have `written_at`, the step whose weights wrote it.
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
-import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -33,8 +33,8 @@ from gkdjax.trajectories.rules import Written
 from gkdjax.types import KeptTopK, Message, Trajectory
 
 _LINE_BREAKS = str.maketrans({c: f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"})
-_COLUMNS = {"row": str, "number": int, "writer": str, "step": int, "prompt_crc32": int}
-_COLUMNS |= {"prefix_crc32": int, "messages": list, "text": str, "finished": bool}
+_COLUMNS = {"row": str, "number": int, "writer": str, "step": int, "prompt_digest": str}
+_COLUMNS |= {"prefix_digest": str, "messages": list, "text": str, "finished": bool}
 _COLUMNS |= {"refused": int, "kept": bool, "ids": list}
 
 
@@ -48,34 +48,34 @@ class Asked(NamedTuple):
     turns: tuple[Message, ...]  # of the row
 
     @property
-    def prompt_crc32(self) -> int:
+    def prompt_digest(self) -> str:
         """What the prompt is known by from run to run."""
-        return zlib.crc32(np.asarray(self.prompt, np.int32).tobytes())
+        return _digest(np.asarray(self.prompt, np.int32).tobytes())
 
     def key(self) -> tuple:
         """What a line must have to be this one's."""
-        return self.row, self.number, self.prompt_crc32
+        return self.row, self.number, self.prompt_digest
 
 
-def prefixes_in(records: Sequence[dict]) -> set[int]:
-    """The checksums of the prefixes that lines have told, to be added to by `line`."""
-    return {record["prefix_crc32"] for record in records}
+def prefixes_in(records: Sequence[dict]) -> set[str]:
+    """The digests of the prefixes that lines have told, to be added to by `line`."""
+    return {record["prefix_digest"] for record in records}
 
 
-def line(asked: Asked, written: Written, chat: Chat, step: int, told: set[int], **more: int) -> str:
+def line(asked: Asked, written: Written, chat: Chat, step: int, told: set[str], **more: int) -> str:
     """The line of a response; `told` are the file's prefixes, `more` are columns of its own."""
     trajectory = written.trajectory
     prefix = [message._asdict() for message in asked.prefix]
-    prefix_crc32 = zlib.crc32(json.dumps(prefix).encode())
+    prefix_digest = _digest(json.dumps(prefix).encode())
     record = {
         "row": asked.row,
         "number": asked.number,
         "writer": written.author,
         "step": step,
         **more,
-        "prompt_crc32": asked.prompt_crc32,
-        "prefix_crc32": prefix_crc32,
-        "prefix_messages": None if prefix_crc32 in told else prefix,
+        "prompt_digest": asked.prompt_digest,
+        "prefix_digest": prefix_digest,
+        "prefix_messages": None if prefix_digest in told else prefix,
         "messages": [message._asdict() for message in asked.turns],
         "text": chat.decode(trajectory.ids),
         "finished": trajectory.finished,
@@ -83,7 +83,7 @@ def line(asked: Asked, written: Written, chat: Chat, step: int, told: set[int], 
         "kept": isinstance(trajectory.kept, KeptTopK),
         "ids": trajectory.ids.tolist(),
     }
-    told.add(prefix_crc32)
+    told.add(prefix_digest)
     # Readable in every script, and one line to every reader.
     return json.dumps(record, ensure_ascii=False).translate(_LINE_BREAKS) + "\n"
 
@@ -126,9 +126,14 @@ def _parse(where: str, text: str, columns: dict[str, type], advice: str) -> dict
     return record
 
 
+def _digest(content: bytes) -> str:
+    """64 bits: a response must never be taken for that of another prompt, among millions."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def key_of(record: dict) -> tuple:
     """What `Asked.key` is to be."""
-    return record["row"], record["number"], record["prompt_crc32"]
+    return record["row"], record["number"], record["prompt_digest"]
 
 
 def written_of(record: dict, kept: KeptTopK | None = None) -> Written:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import types
+import zlib
 
 import numpy as np
 import pytest
@@ -117,12 +118,24 @@ def test_a_line_that_does_not_parse_is_named(tmp_path):
         write(path, Writer())
 
 
+def test_prompts_of_one_checksum_are_told_apart():
+    rng, seen = np.random.default_rng(0), {}
+    for prompt in rng.integers(0, 2**18, (400_000, 2)).astype(np.int32):
+        other = seen.setdefault(zlib.crc32(prompt.tobytes()), prompt)
+        if not np.array_equal(other, prompt):
+            break
+    else:
+        pytest.fail("no two prompts of one CRC-32 were found")
+    keys = {Asked("data.jsonl:1", 0, ids, PREFIX, TURNS).key() for ids in (prompt, other)}
+    assert len(keys) == 2
+
+
 def test_a_line_is_for_people_too(tmp_path, whole):
     assert "é".encode() in whole[1]
     first, *others = map(json.loads, whole[1].splitlines())
     prefix = [{"role": "system", "content": "be brief"}]
     assert [line["prefix_messages"] for line in (first, *others)] == [prefix, *[None] * 6]
-    assert {line["prefix_crc32"] for line in others} == {first["prefix_crc32"]}
+    assert {line["prefix_digest"] for line in others} == {first["prefix_digest"]}
     line = others[2]
     assert (
         line.items()
