@@ -87,6 +87,10 @@ def assemble(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> 
     row_lengths.require_contexts(asked, rules, limit, contexts)
     rows = config.train.batch_size
     feed = _feed(config, "data.train", examples.train, rules, rows, contexts)
+    if config.gkd.on_policy_fraction > 0:  # the student writes to rows with a response, too
+        unanswered = [dataclasses.replace(row, response=None) for row in feed.rows()]
+        limit = config.trajectory.max_new_tokens
+        row_lengths.require_contexts(unanswered, rules, limit, contexts)
     toggles = teacher is None and config.teacher.backend == "local-toggle"
     if toggles and not (config.teacher.adapter or config.student.lora.start_from):
         toggle.require_longer_view(feed.views_differ())

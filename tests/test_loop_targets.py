@@ -80,6 +80,15 @@ def test_rows_that_change_on_the_way_are_noticed(student, tmp_path):
         loop.run(c, tmp_path / "run", teacher=ConstantTeacher(50, 5))
 
 
+def test_what_the_student_is_to_write_has_to_fit_its_context(tmp_path):
+    model = factories.model_dir(tmp_path / "model", max_position_embeddings=48)
+    c = small(model, gkd__on_policy_fraction=0.5, trajectory__max_new_tokens=30)
+    c.data.train = [{"prompt": "ask", "response": "no"}]
+    c.gkd.on_policy_warmup_steps = c.train.steps  # it is checked before anything is computed
+    with pytest.raises(UserError, match=r"data\.train:0: .* with the response .*is 48\. Set"):
+        loop.run(c, tmp_path / "run")
+
+
 def test_a_question_longer_than_the_models_context_is_named(tmp_path):
     model = factories.model_dir(tmp_path / "model", max_position_embeddings=48)
     c = small(model, eval__questions=[{"prompt": "why " * 5, "answer": "x"}])
