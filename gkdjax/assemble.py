@@ -18,7 +18,7 @@ from gkdjax.data import row_lengths, shapes
 from gkdjax.data.chat import Chat
 from gkdjax.data.history import answers_apart
 from gkdjax.data.targets import TargetRules
-from gkdjax.data.view_rules import ViewRules
+from gkdjax.data.views import ViewRules
 from gkdjax.errors import UserError
 from gkdjax.evaluate import Evaluation
 from gkdjax.examples_of_run import Examples

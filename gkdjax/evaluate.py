@@ -21,7 +21,7 @@ from gkdjax.config import Config
 from gkdjax.data import pipeline, shapes
 from gkdjax.data.chat import Chat
 from gkdjax.data.targets import TargetRules
-from gkdjax.data.view_rules import ViewRules
+from gkdjax.data.views import ViewRules
 from gkdjax.errors import UserError
 from gkdjax.examples_of_run import Examples
 from gkdjax.sampler import Sampling

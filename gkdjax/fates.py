@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from absl import logging
 
 from gkdjax.data import row_lengths, views
-from gkdjax.data.view_rules import ViewRules
+from gkdjax.data.views import ViewRules
 from gkdjax.errors import UserError
 from gkdjax.trajectories.rules import ResponseRules
 

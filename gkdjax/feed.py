@@ -12,7 +12,7 @@ from absl import logging
 
 from gkdjax import fates, seeds, sharding
 from gkdjax.data import pipeline, row_lengths, shapes, views
-from gkdjax.data.view_rules import ViewRules
+from gkdjax.data.views import ViewRules
 from gkdjax.prefix_store import worth_keeping
 from gkdjax.trajectories.reuse import Source, write_or_take
 from gkdjax.trajectories.rules import Author, ResponseRules, Written, write_accepted

@@ -16,7 +16,7 @@ import numpy as np
 from gkdjax import sharding
 from gkdjax.curriculum import Curriculum
 from gkdjax.data import pipeline, shapes, views
-from gkdjax.data.view_rules import ViewRules
+from gkdjax.data.views import ViewRules
 from gkdjax.errors import UserError
 from gkdjax.feed import Feed
 from gkdjax.trajectories import text_files

@@ -3,7 +3,7 @@
 from gkdjax.data.chat import Chat
 from gkdjax.data.sources import read_examples
 from gkdjax.data.targets import TargetRules
-from gkdjax.data.view_rules import ViewRules
+from gkdjax.data.views import ViewRules
 from gkdjax.feed import Feed
 from gkdjax.trajectories.rules import ResponseRules
 

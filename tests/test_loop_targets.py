@@ -7,7 +7,7 @@ from small_runs import ConstantTeacher, metrics, small
 from gkdjax import assemble, config, loop
 from gkdjax.data.chat import load_chat
 from gkdjax.data.targets import TargetRules
-from gkdjax.data.view_rules import ViewRules
+from gkdjax.data.views import ViewRules
 from gkdjax.errors import UserError
 from gkdjax.examples_of_run import read
 from gkdjax.prefix_store import PrefixStore

@@ -10,7 +10,7 @@ from absl import logging
 from gkdjax.config import Context
 from gkdjax.config_checks import PREFIX_KEYS
 from gkdjax.data import shorten
-from gkdjax.data.view_rules import ViewRules
+from gkdjax.data.views import ViewRules
 from gkdjax.errors import UserError
 from gkdjax.types import Example
 

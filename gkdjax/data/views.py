@@ -5,6 +5,7 @@ The one-token shift is made here and nowhere else: position `at[n]` predicts tar
 at `at[n] + 1`.
 """
 
+import dataclasses
 import enum
 
 import jax
@@ -27,107 +28,115 @@ class Fate(enum.Enum):
     UNMATCHED = "unmatched"  # nothing to be learnt from it has context.target_content_pattern
 
 
-def prompts(
-    example: Example,
-    student_chat: Chat,
-    teacher_chat: Chat,
-    retained: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """What (student, teacher) read before they write the response: int32 [S], int32 [T].
+@dataclasses.dataclass(frozen=True)
+class ViewRules:
+    """How the rows of one stream become view pairs.
 
-    Raises:
-      UserError: a chat template refuses, drops or rewrites a message.
-    """
-    seen = _retained(example.prefix, retained) + example.turns
-    return (
-        student_chat.prompt_ids(seen, f"{example.name}, student's view"),
-        teacher_chat.prompt_ids(example.prefix + example.turns, f"{example.name}, teacher's view"),
-    )
-
-
-def lengths(
-    example: Example,
-    student_chat: Chat,
-    teacher_chat: Chat,
-    *,
-    retained: int,
-    targets: TargetRules,
-) -> tuple[int, int]:
-    """Tokens of the (student's, teacher's) view, or of their prompts where there is no response.
-
-    Raises:
-      UserError: as `view_pair` for its own reasons, but for the target tokens.
-    """
-    if example.response is None:
-        student, teacher = prompts(example, student_chat, teacher_chat, retained)
-        return len(student), len(teacher)
-    seen = _retained(example.prefix, retained)
-    student = _view("student", student_chat, seen, example, targets, None)
-    teacher = _view("teacher", teacher_chat, example.prefix, example, targets, None)
-    return len(student.ids), len(teacher.ids)
-
-
-def before_targets(example: Example, chat: Chat, targets: TargetRules) -> np.ndarray:
-    """The beginning of the teacher's prompt up to where the first target is predicted: int32 [n].
-
-    All of the prompt if no turn is a target.
-    """
-    messages = example.prefix + example.turns
-    learnt = (False,) * len(example.prefix) + targets.of_turns(example)
-    name = f"{example.name}, teacher's view"
-    ids, flags = chat.render(messages, learnt, name, generation_prompt=True)
-    return ids[: flags.argmax()] if flags.any() else ids
-
-
-def view_pair(
-    example: Example,
-    student_chat: Chat,
-    teacher_chat: Chat,
-    *,
-    retained: int,
-    targets: TargetRules,
-    trajectory: Trajectory | None,
-    max_length: int,
-    too_long: str,
-) -> tuple[ViewPair | None, Fate]:
-    """Both views of a row, and what became of it.
-
-    Targets are what `targets` says of the turns and of the response; nothing of the prefix ever is,
-    nor of the turns that are given. Tokens after the last target are left out: no prediction
-    depends on them.
-
-    Args:
+    Attributes:
+      student_chat: renders the student's view.
+      teacher_chat: renders the teacher's.
       retained: this many messages at the end of the prefix are read by the student too; more than
         there are keeps all.
-      trajectory: the response as ids, put after the generation prompt as they are; it replaces
-        `example.response`. If unfinished it has no end-of-turn token, and so no target for it.
+      targets: which messages are learnt, and how much of each.
       max_length: of the longer view.
-      too_long: "drop", or "truncate-right": both views lose as many tokens at their end as the
-        longer one has too many; a row that is left without a target is dropped all the same.
-
-    Returns:
-      (pair, KEPT or TRUNCATED) or (None, DROPPED), or (None, UNMATCHED) if the pattern leaves
-      nothing to learn.
-
-    Raises:
-      UserError: no target token, or not the same ones in both views; and all that `Chat.render`
-        raises. It names the row.
+      too_long: as `data.too_long`; what is to lose its beginning, or some of its prefix, has lost
+        it before it comes here: see `row_lengths`.
     """
-    seen = _retained(example.prefix, retained)
-    student = _view("student", student_chat, seen, example, targets, trajectory)
-    teacher = _view("teacher", teacher_chat, example.prefix, example, targets, trajectory)
-    target_ids = _target_ids(student)
-    if not np.array_equal(target_ids, _target_ids(teacher)):
-        raise UserError(
-            f"{example.name}: the target tokens differ between the student's view and the "
-            "teacher's: their tokenizers or chat templates write the same messages differently"
+
+    student_chat: Chat
+    teacher_chat: Chat
+    retained: int
+    targets: TargetRules
+    max_length: int
+    too_long: str
+
+    def prompts(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
+        """What (student, teacher) read before they write the response: int32 [S], int32 [T].
+
+        Raises:
+          UserError: a chat template refuses, drops or rewrites a message.
+        """
+        seen = _retained(example.prefix, self.retained) + example.turns
+        whole = example.prefix + example.turns
+        return (
+            self.student_chat.prompt_ids(seen, f"{example.name}, student's view"),
+            self.teacher_chat.prompt_ids(whole, f"{example.name}, teacher's view"),
         )
-    if len(target_ids) == 0:
-        _require_roles(example, targets, trajectory)
-        return None, Fate.UNMATCHED
-    kept = _kept(len(target_ids), targets, trajectory, student_chat)
-    pair = ViewPair(example.name, example.row_id, student, teacher, target_ids, kept)
-    return _fit(pair, max_length, too_long)
+
+    def before_targets(self, example: Example) -> np.ndarray:
+        """The teacher's prompt up to where its first target is predicted: int32 [n].
+
+        All of the prompt if no turn is a target.
+        """
+        messages = example.prefix + example.turns
+        learnt = (False,) * len(example.prefix) + self.targets.of_turns(example)
+        name = f"{example.name}, teacher's view"
+        ids, flags = self.teacher_chat.render(messages, learnt, name, generation_prompt=True)
+        return ids[: flags.argmax()] if flags.any() else ids
+
+    def lengths(self, example: Example) -> tuple[int, int]:
+        """Tokens of (student's, teacher's) view, or of their prompts where there is no response.
+
+        Raises:
+          UserError: as `pair` for its own reasons, but for the target tokens.
+        """
+        if example.response is None:
+            student, teacher = self.prompts(example)
+            return len(student), len(teacher)
+        student, teacher = self._views(example, None)
+        return len(student.ids), len(teacher.ids)
+
+    def pair(
+        self, example: Example, trajectory: Trajectory | None, *, too_long: str | None = None
+    ) -> tuple[ViewPair | None, Fate]:
+        """Both views of a row, and what became of it.
+
+        Targets are what `targets` says of the turns and of the response; nothing of the prefix ever
+        is, nor of the turns that are given. Tokens after the last target are left out: no
+        prediction depends on them. Of a row that is too long, unless it is dropped, both views lose
+        as many tokens at their end as the longer one has too many; a row that is left without a
+        target is dropped all the same.
+
+        Args:
+          example: the row.
+          trajectory: the response as ids, put after the generation prompt as they are; it replaces
+            `example.response`. If unfinished it has no end-of-turn token, and so no target for it.
+          too_long: instead of the rules' own.
+
+        Returns:
+          (pair, KEPT or TRUNCATED) or (None, DROPPED), or (None, UNMATCHED) if the pattern leaves
+          nothing to learn.
+
+        Raises:
+          UserError: no target token, or not the same ones in both views; and all that
+            `Chat.render` raises. It names the row.
+        """
+        student, teacher = self._views(example, trajectory)
+        target_ids = _target_ids(student)
+        if not np.array_equal(target_ids, _target_ids(teacher)):
+            raise UserError(
+                f"{example.name}: the target tokens differ between the student's view and the "
+                "teacher's: their tokenizers or chat templates write the same messages differently"
+            )
+        if len(target_ids) == 0:
+            _require_roles(example, self.targets, trajectory)
+            return None, Fate.UNMATCHED
+        kept = _kept(len(target_ids), self.targets, trajectory, self.student_chat)
+        pair = ViewPair(example.name, example.row_id, student, teacher, target_ids, kept)
+        return _fit(pair, self.max_length, too_long or self.too_long)
+
+    def with_whole_responses(self) -> "ViewRules":
+        """The same, whatever a trajectory says."""
+        return dataclasses.replace(
+            self, targets=dataclasses.replace(self.targets, whole_responses=True)
+        )
+
+    def _views(self, example: Example, trajectory: Trajectory | None) -> tuple[View, View]:
+        seen = _retained(example.prefix, self.retained)
+        return (
+            _view("student", self.student_chat, seen, example, self.targets, trajectory),
+            _view("teacher", self.teacher_chat, example.prefix, example, self.targets, trajectory),
+        )
 
 
 def _require_roles(example: Example, targets: TargetRules, trajectory: Trajectory | None) -> None:

@@ -100,14 +100,8 @@ def test_every_message_of_the_assistant_is_a_target_once_and_the_student_reads_w
     ):
         targets = []
         for example, words in zip(made, student_reads, strict=True):
-            pair, fate = views.view_pair(
-                *(example, chat, chat),
-                retained=retained,
-                targets=TargetRules(("assistant",)),
-                trajectory=None,
-                max_length=1000,
-                too_long="drop",
-            )
+            rules = views.ViewRules(chat, chat, retained, TargetRules(("assistant",)), 1000, "drop")
+            pair, fate = rules.pair(example, None)
             assert fate is views.Fate.KEPT
             whole, _ = chat.render(_said(words), [False] * len(words.split()), "all")
             assert list(pair.student.ids) == list(whole[: len(pair.student.ids)])

@@ -7,7 +7,7 @@ import pytest
 from gkdjax.config import Context
 from gkdjax.data import row_lengths
 from gkdjax.data.targets import TargetRules
-from gkdjax.data.view_rules import ViewRules
+from gkdjax.data.views import ViewRules
 from gkdjax.errors import UserError
 from gkdjax.types import Example, Message
 

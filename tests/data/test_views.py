@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gkdjax.data.history import answers_apart
 from gkdjax.data.targets import TargetRules
-from gkdjax.data.views import Fate, prompts, view_pair
+from gkdjax.data.views import Fate, ViewRules
 from gkdjax.errors import UserError
 from gkdjax.losses import TopKLogprobs
 from gkdjax.types import Example, KeptTopK, Message, Trajectory
@@ -41,15 +41,19 @@ def _row(turns, response=None, prefix=()):
 
 
 def _view(example, chat, prefix=(), teacher_chat=None, **changes):
+    trajectory = changes.pop("trajectory", None)
+    example = dataclasses.replace(example, prefix=prefix)
+    return _rules(chat, teacher_chat, **changes).pair(example, trajectory)
+
+
+def _rules(chat, teacher_chat=None, **changes):
     settings_ = {
         "retained": 0,
         "targets": TargetRules(("assistant",)),
-        "trajectory": None,
         "max_length": 4096,
         "too_long": "drop",
     }
-    example = dataclasses.replace(example, prefix=prefix)
-    return view_pair(example, chat, teacher_chat or chat, **{**settings_, **changes})
+    return ViewRules(chat, teacher_chat or chat, **{**settings_, **changes})
 
 
 def _parts(chat, example, roles=("assistant",)):
@@ -105,7 +109,7 @@ def test_a_trajectory_follows_the_generation_prompts_as_it_is(chat, case, answer
     pair, fate = _view(example, chat, prefix, retained=retained, trajectory=trajectory)
     assert fate is Fate.KEPT
     _check(pair)
-    asked = prompts(dataclasses.replace(example, prefix=prefix), chat, chat, retained)
+    asked = _rules(chat, retained=retained).prompts(dataclasses.replace(example, prefix=prefix))
     for view, prompt in zip((pair.student, pair.teacher), asked, strict=True):
         np.testing.assert_array_equal(view.ids, np.concatenate([prompt, trajectory.ids]))
     # Its last targets are the trajectory: an end of turn is among them only if it was written.
@@ -130,8 +134,8 @@ def test_student_reads_only_what_is_retained_of_the_prefix(chat_of):
     prefix = (*_PREFIX, Message("user", "Q"), Message("assistant", "A"))
     example = _row([Message("user", "?")])
     for retained, seen in ((0, ()), (2, prefix[1:]), (3, prefix), (9, prefix)):
-        student, teacher = prompts(
-            dataclasses.replace(example, prefix=prefix), chat, chat, retained
+        student, teacher = _rules(chat, retained=retained).prompts(
+            dataclasses.replace(example, prefix=prefix)
         )
         np.testing.assert_array_equal(student, chat.prompt_ids(seen + example.turns))
         np.testing.assert_array_equal(teacher, chat.prompt_ids(prefix + example.turns))
