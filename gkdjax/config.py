@@ -51,13 +51,29 @@ class Student:
 class Teacher:
     """Who is learnt from."""
 
-    backend: str = "local-toggle"  # the student's base with the adapter off; or "flax"
+    # The student's base with the adapter off; "flax", a model in this process; or a server: "vllm",
+    # "sglang", or "openai", any that speaks OpenAI's API.
+    backend: str = "local-toggle"
     model: str = ""  # flax: a Hugging Face directory or hub id
-    tokenizer: str = ""  # flax: a directory or hub id; "": the model's own
+    # A directory or hub id; "": the flax model's own; of a server's model, the student's.
+    tokenizer: str = ""
     adapter: str = ""  # a PEFT adapter's directory or hub id, on top of the teacher; "": none
     dtype: str | None = None  # flax: None: the checkpoint's
     prefix_bytes: int = 2**30  # most memory for prefixes that are read once for many rows
-    top_k: int | None = None  # None: the whole vocabulary, exactly; K: its best K and their rest
+    # K: its best K and their rest; None: the whole vocabulary, exactly; of a server, 20.
+    top_k: int | None = None
+    # All that follows is for servers.
+    api_base: str = ""  # its address, as http://127.0.0.1:8000/v1
+    api_model: str = ""  # what it calls the model; "": the only one that it has
+    api_key_env: str = ""  # the name of the environment variable with the key; "": no key
+    concurrency: int = 16  # requests at a time
+    timeout_s: float = 120.0  # of one attempt
+    deadline_s: float = 900.0  # of a request with all its attempts
+    max_retries: int = 30
+    # The file of its answers, none of which is asked for twice; "": RUN/answers.sqlite; None: none.
+    store: str | None = ""
+    offline: bool = False  # answer from the store alone; no server is needed
+    trust_env: bool = False  # proxies and certificates as the environment has them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +251,8 @@ def parse(raw: config_dict.ConfigDict | dict) -> Config:
     """
     raw = raw.to_dict() if isinstance(raw, config_dict.ConfigDict) else raw
     config = config_checks.build(Config, raw, "")
+    if config.teacher.backend in config_checks.SERVERS and config.teacher.top_k is None:
+        config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, top_k=20))
     config_checks.check(config)
     return config
 

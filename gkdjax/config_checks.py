@@ -14,6 +14,10 @@ from gkdjax.errors import UserError
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "mixed", "generalized_jsd")  # without jax: spelt out
 TOO_LONG = ("drop", "truncate-right", "truncate-left", "truncate-prefix")
+SERVERS = ("vllm", "sglang", "openai")
+# How a server is reached, which changes nothing of what it says.
+REACH_KEYS = ("api_base", "api_key_env", "concurrency", "timeout_s", "deadline_s", "max_retries")
+REACH_KEYS += ("store", "offline", "trust_env")
 PREFIX_KEYS = ("prefix_messages", "prefix_file", "system_prompt_file", "corpus")
 
 
@@ -169,12 +173,19 @@ def _check_teacher(config) -> None:
         "hf",
         "another checkpoint in this process is called 'flax' here",
     )
-    _choice("teacher.backend", teacher.backend, ("local-toggle", "flax"))
+    _choice("teacher.backend", teacher.backend, ("local-toggle", "flax", *SERVERS))
+    if teacher.backend in SERVERS:
+        _check_server(config)
+    else:
+        for key in ("api_model", *REACH_KEYS):
+            advice = f"is for servers; set teacher.backend to one of {', '.join(SERVERS)}"
+            value = getattr(teacher, key)
+            _require(value == getattr(type(teacher), key), f"teacher.{key}", value, advice)
     if teacher.backend == "flax":
         _require(
             teacher.model != "", "teacher.model", "", "the flax teacher needs a directory or hub id"
         )
-    else:
+    if teacher.backend == "local-toggle":
         advice = "local-toggle has nothing of its own but an adapter; set teacher.backend='flax'"
         _require(teacher.model == "", "teacher.model", teacher.model, advice)
         _require(teacher.tokenizer == "", "teacher.tokenizer", teacher.tokenizer, advice)
@@ -182,6 +193,34 @@ def _check_teacher(config) -> None:
     if teacher.dtype is not None:
         _choice("teacher.dtype", teacher.dtype, ("float32", "bfloat16", "float16"))
     _at_least_or_none(config, 1, "teacher.top_k")
+
+
+def _check_server(config) -> None:
+    teacher, gkd = config.teacher, config.gkd
+    for key, instead in (("model", "api_model"), ("adapter", "api_model"), ("dtype", None)):
+        advice = "is of a teacher in this process; the server has its own"
+        advice += f", name it in teacher.{instead}" if instead else ""
+        _require(not getattr(teacher, key), f"teacher.{key}", getattr(teacher, key), advice)
+    if teacher.offline:
+        advice = "teacher.offline=True answers from the store; name its file"
+        _require(teacher.store is not None, "teacher.store", None, advice)
+    else:
+        advice = "name the server's address, as http://127.0.0.1:8000/v1"
+        _require(teacher.api_base != "", "teacher.api_base", "", advice)
+    if teacher.api_key_env and not re.fullmatch("[A-Z_][A-Z0-9_]*", teacher.api_key_env):
+        # Whatever it is, it is not repeated: it may be the key itself.
+        raise UserError(
+            "config.teacher.api_key_env is the name of the environment variable that holds the key,"
+            " in capital letters, as TEACHER_API_KEY; never the key itself"
+        )
+    _at_least(config, 1, "teacher.concurrency")
+    _at_least(config, 0, "teacher.max_retries")
+    for key in ("timeout_s", "deadline_s"):
+        value = getattr(teacher, key)
+        _require(value > 0, f"teacher.{key}", value, "must be positive, in seconds")
+    retempered = gkd.temperature == 1 or gkd.tail == "renormalize"
+    advice = "a server's probabilities are those of temperature 1; set it to 1.0, or gkd.tail to"
+    _require(retempered, "gkd.temperature", gkd.temperature, f"{advice} 'renormalize'")
 
 
 def _check_gkd(config) -> None:

@@ -23,3 +23,17 @@ class Preempted(GkdjaxError):
     """Asked to stop (SIGTERM); the state is saved, and the same command continues."""
 
     exit_code = 75
+
+
+class TeacherRefused(UserError):
+    """A server said no, and would say it again: a wrong key, model, address or request."""
+
+
+class WrongAnswer(TrainingFailure):
+    """A server's answer that cannot be what it is said to be; it is neither stored nor used."""
+
+
+class TeacherUnreachable(GkdjaxError):
+    """A server stayed away longer than the config allows."""
+
+    exit_code = 4

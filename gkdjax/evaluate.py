@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from gkdjax import losses, progress, scoring, sharding
+from gkdjax import losses, progress, scoring
+from gkdjax.asking import ask
 from gkdjax.config import Config
 from gkdjax.data import pipeline, shapes
 from gkdjax.data.chat import Chat
@@ -28,7 +29,7 @@ from gkdjax.sampler import Sampling
 from gkdjax.scoring import Reader, Scored
 from gkdjax.teachers.flax import FlaxTeacher
 from gkdjax.teachers.protocol import Teacher
-from gkdjax.types import Example, Trajectory, ViewPair
+from gkdjax.types import Example, Prompt, Trajectory, View, ViewPair
 
 SAMPLES = 3  # answers that are shown side by side
 
@@ -79,6 +80,15 @@ class Evaluation:
         for named in (questions, *examples.abilities.values()):
             _check_questions(named)
 
+    def ask_teacher(self) -> None:
+        """Has the teacher write all that it will be asked for, and forgets it."""
+        if self._held_out:
+            self._teacher_writes(self._held_out)
+        if self._questions and self._held_out is not self._questions:
+            self._teacher_writes(self._questions)
+        if self._teacher.capabilities.samples:
+            self._teacher_writes(self._shown)
+
     def before(self, base: Reader) -> dict:
         """Asks base and teacher -> {condition, "abilities" or "samples": what was found}."""
         result = {}
@@ -122,10 +132,10 @@ class Evaluation:
             found["exact_match"] = self._exact_match(
                 asked or self._ask(student, questions, "questions"), student.chat
             )
-        for text, scored in (
-            ("teacher_text", self._teacher_texts.first(len(held_out))),
-            ("student_text", self._score(held_out, own)),
-        ):
+        texts = {"teacher_text": self._teacher_texts.first(len(held_out))}
+        if self._teacher.capabilities.on_policy:
+            texts["student_text"] = self._score(held_out, own)
+        for text, scored in texts.items():
             means = self._agreement(student, scored, "student")._asdict()
             found |= {f"{text}/{name}": value for name, value in means.items()}
         return found
@@ -179,7 +189,10 @@ class Evaluation:
         return _share_right(texts, self._questions[: len(texts)])
 
     def _teacher_writes(self, examples: Sequence[Example]) -> list[Trajectory]:
-        prompts = [self._prompts(example)[1] for example in examples]
+        prompts = [
+            Prompt(example.name, self._prompts(example)[1], example.prefix + example.turns)
+            for example in examples
+        ]
         return self._teacher.sample(prompts, [0] * len(prompts), self._greedy)
 
     def _teacher_to_itself(self) -> float:
@@ -222,15 +235,23 @@ class Evaluation:
 
     def _pair(self, example: Example, trajectory: Trajectory) -> ViewPair:
         if len(trajectory.ids) == 0:
-            raise UserError(f"{example.name}: a response for the evaluation has no token")
+            return self._blank(example, trajectory)
         # Of a conversation only the answer to its end is compared.
         example = dataclasses.replace(example, given=len(example.turns))
         return self._rules.pair(example, trajectory, too_long="truncate-right")[0]
+
+    def _blank(self, example: Example, trajectory: Trajectory) -> ViewPair:
+        """Of a response that a server could not tell in tokens of ours: nothing is compared."""
+        none = np.zeros(0, np.int32)
+        student, teacher = (View(prompt, none) for prompt in self._prompts(example))
+        return ViewPair(example.name, example.row_id, student, teacher, none, trajectory.kept)
 
     def _score(self, examples: Sequence[Example], written: Sequence[Trajectory]) -> Scored:
         """What the teacher says of each text, read after its own view of the prompt."""
         rows = self._config.eval.batch_size
         pairs = [self._pair(*both) for both in zip(examples, written, strict=True)]
+        if not any(len(pair.target_ids) for pair in pairs):
+            raise UserError("none of the responses for the evaluation has a token to compare")
         batches = []
         for part, shape in zip(self._in_batches(pairs), self._shapes, strict=False):
             filled = part + part[-1:] * (rows - len(part))
@@ -238,10 +259,9 @@ class Evaluation:
             real_B1 = np.arange(rows)[:, None] < len(part)
             batch = dataclasses.replace(batch, target_mask_BN=batch.target_mask_BN & real_B1)
             kept = pipeline.kept_targets(filled, shape.targets)
-            if kept is not None:
-                kept = sharding.shard_rows(self._mesh, kept)
-            batches.append((batch, kept or self._teacher.targets(batch)))
-        return Scored(batches, rows)
+            batches.append((batch, ask(self._teacher, batch, kept, self._mesh)))
+        # A teacher elsewhere has been asked for all of them when the first one is waited for.
+        return Scored([(batch, targets()) for batch, targets in batches], rows)
 
     def _agreement(self, reader: Reader, scored: Scored, view: str) -> losses.Agreement:
         return scoring.mean_agreement(reader, scored, view, self._config.gkd, self._mesh)

@@ -17,7 +17,7 @@ from gkdjax.prefix_store import worth_keeping
 from gkdjax.trajectories.reuse import Source, write_or_take
 from gkdjax.trajectories.rules import Author, ResponseRules, Written, write_accepted
 from gkdjax.trajectories.text_files import Asked
-from gkdjax.types import Batch, Example, TopKTargets, Trajectory, ViewPair
+from gkdjax.types import Batch, Example, Trajectory, ViewPair
 
 
 class Feed:
@@ -88,6 +88,17 @@ class Feed:
     def needs_responses(self) -> bool:
         """Whether any row comes without a response."""
         return any(example.response is None for example, _ in self._examples)
+
+    def needs_scores(self) -> bool:
+        """Whether a teacher has to read any text that it did not write: a row's own targets."""
+        return any(
+            example.response is not None or any(self.rules.targets.of_turns(example))
+            for example in self.rows()
+        )
+
+    def pairs_to_score(self) -> list[ViewPair]:
+        """Of the first text, what the teacher has said nothing about yet."""
+        return [pair for pair in self._first_pairs if pair.kept is None]
 
     def prepare(
         self,
@@ -173,7 +184,7 @@ class Feed:
             *(self._purpose, step, len(written), first_stays),
         )
 
-    def batch(self, step: int) -> tuple[Batch, TopKTargets | None]:
+    def batch(self, step: int) -> tuple[Batch, pipeline.Kept | None]:
         """The off-policy batch of a step, as NumPy arrays, and what its writer kept of it.
 
         Of several processes each gets its own rows of it, in the shape that all rows need.
@@ -205,7 +216,7 @@ class Feed:
         purpose = f"{self._purpose}/{'on_policy' if who == 'student' else who}"
         return write_accepted(
             author,
-            [self.asked(row, who).prompt for _, row in wanted],
+            [self.asked(row, who).for_writer() for _, row in wanted],
             lambda place, attempt: seeds.fold(self._seed, purpose, *wanted[place], attempt),
             self.responses,
             self.rules.student_chat if who == "student" else self.rules.teacher_chat,

@@ -12,19 +12,31 @@ import numpy as np
 from absl import logging
 from ml_collections import config_dict
 
-from gkdjax import lora, models_of_run, optim, report, results, sharding, training_text
+from gkdjax import (
+    fill_store,
+    lora,
+    models_of_run,
+    optim,
+    report,
+    results,
+    rows_of_run,
+    sharding,
+    training_text,
+)
 from gkdjax import workdir as workdirs
-from gkdjax.assemble import Run, assemble, initial_state, total_steps
+from gkdjax.ahead import Ahead
+from gkdjax.assemble import Run, assemble, initial_state
 from gkdjax.checkpoint import Checkpoints
 from gkdjax.config import Config, parse
-from gkdjax.errors import Preempted
+from gkdjax.errors import Preempted, TeacherRefused, TeacherUnreachable, WrongAnswer
 from gkdjax.hf import export
 from gkdjax.metrics import MetricsWriter, read_lines
 from gkdjax.record import Recorder
 from gkdjax.scoring import Reader
+from gkdjax.teachers.http.teacher import HttpTeacher
 from gkdjax.teachers.protocol import Teacher
 from gkdjax.train_step import make_train_step
-from gkdjax.types import Batch, TopKTargets, TrainState
+from gkdjax.types import Batch, TrainState
 
 
 def run(
@@ -43,7 +55,9 @@ def run(
 
     Raises:
       UserError: config, data or models are not right (exit code 2).
-      TrainingFailure: a loss is not finite (3); the last good checkpoint stays.
+      TrainingFailure: a loss is not finite, or a server's answer is wrong (3); the last good
+        checkpoint stays.
+      TeacherUnreachable: a server stays away (4); the state is saved.
       Preempted: SIGTERM came; the state is saved (75).
     """
     began = time.monotonic()
@@ -56,8 +70,15 @@ def run(
         return finished
 
     # Part of every program's identity: set here, once, for all of them.
-    with jax.default_matmul_precision(config.train.matmul_precision):
-        found = _run(assemble(config, workdir, teacher), workdir, began)
+    with (
+        jax.default_matmul_precision(config.train.matmul_precision),
+        contextlib.ExitStack() as connections,
+    ):
+        rows = rows_of_run.read(config, workdir, teacher, connections)
+        if teacher is None and config.teacher.offline:
+            steps = rows_of_run.total_steps(config, len(rows.feed))
+            fill_store.require_filled(config, workdir, rows.teacher, steps)
+        found = _run(assemble(rows, workdir), workdir, began)
     print(results.render(found, workdir))
     workdirs.write_json(workdir / "results.json", found)
     return found
@@ -79,6 +100,8 @@ def _run(parts: Run, workdir: pathlib.Path, began: float) -> dict:
     training["exports"] = _export(parts, state, workdir)
     report.draw(workdir)
     training["seconds"] = time.monotonic() - began
+    if isinstance(parts.teacher, HttpTeacher):
+        training["teacher"] = parts.teacher.report()
     rows = {name: feed.report() for name, feed in training_text.feeds(parts).items()}
     on_the_way = read_lines(workdir / "eval.jsonl")
     return results.collect(before, on_the_way, after, rows, training)
@@ -87,7 +110,7 @@ def _run(parts: Run, workdir: pathlib.Path, began: float) -> dict:
 def _train(parts: Run, workdir: pathlib.Path) -> tuple[TrainState, dict]:
     """From the newest checkpoint, or from the start, to the last step."""
     config = parts.config
-    steps = total_steps(config, len(parts.feed))
+    steps = rows_of_run.total_steps(config, len(parts.feed))
     optimizer = optim.optimizer(config.optim, steps)
     schedule = optim.schedule(config.optim, steps)
     step_function = make_train_step(parts.decoder, optimizer, schedule, config, parts.mesh)
@@ -101,6 +124,7 @@ def _train(parts: Run, workdir: pathlib.Path) -> tuple[TrainState, dict]:
     if not parts.keeps_base and parts.frozen is None:
         parts.base = None  # a full fine-tuning that nobody compares with its start
     text = training_text.TrainingText(parts, workdir, first, steps)
+    batches = Ahead(parts, text, steps)
 
     with (
         contextlib.closing(checkpoints),
@@ -109,18 +133,15 @@ def _train(parts: Run, workdir: pathlib.Path) -> tuple[TrainState, dict]:
         _stop_signal() as stop,
     ):
         for step in range(first, steps):
-            evaluate.if_due(step, state, record)
-            batch, kept, divergence, counts = text.batch(step, state)
-            anchors = {
-                name: _scored(parts, parts.anchor_teacher, *feed.batch(step))
-                for name, feed in parts.anchor_feeds.items()
-            }
-            counts |= {"tokens": int(batch.student_mask_BS.sum()), "batch_crc32": _crc32(batch)}
-            scored = _scored(parts, parts.teacher, batch, kept)
+            with _saved_if_the_teacher_fails(step, first, steps, state, record, checkpoints):
+                evaluate.if_due(step, state, record)
+                batch, targets, anchors, drawn = batches.take(step, state)
             state, sums = step_function(
-                state, parts.frozen, *scored, anchors, divergence=divergence
+                state, parts.frozen, batch, targets, anchors, divergence=drawn.divergence
             )
-            record.dispatched(step, sums, divergence, counts)
+            tokens = int(drawn.batch.student_mask_BS.sum())
+            counts = drawn.counts | {"tokens": tokens, "batch_crc32": _crc32(drawn.batch)}
+            record.dispatched(step, sums, drawn.divergence, counts)
             last = step + 1 == steps
             if last or stop.is_set() or (step + 1) % config.checkpoint.every_steps == 0:
                 record.read()  # a state is saved only once its own numbers are known to be finite
@@ -183,14 +204,6 @@ def _crc32(batch: Batch) -> int:
     return found
 
 
-def _scored(parts: Run, teacher: Teacher, batch: Batch, kept: TopKTargets | None):
-    """-> (batch, targets) on the devices; a teacher that wrote the text is not asked again."""
-    if kept is not None:
-        return sharding.shard_rows(parts.mesh, (batch, kept))
-    targets = teacher.targets(batch)
-    return sharding.shard_rows(parts.mesh, batch), targets
-
-
 def _export(parts: Run, state: TrainState, workdir: pathlib.Path) -> list[str]:
     config, spec = parts.config, parts.decoder.spec
     source, wanted = parts.directory, config.train.export
@@ -205,6 +218,29 @@ def _export(parts: Run, state: TrainState, workdir: pathlib.Path) -> list[str]:
         export.export_adapter(workdir / "adapter", spec, state.trainable, source, base)
         written.append("adapter/")
     return written
+
+
+@contextlib.contextmanager
+def _saved_if_the_teacher_fails(
+    step: int,
+    first: int,
+    steps: int,
+    state: TrainState,
+    record: Recorder,
+    checkpoints: Checkpoints,
+):
+    """Nothing that was learnt is lost with a server: the steps before `step` are saved."""
+    try:
+        yield
+    except (TeacherUnreachable, TeacherRefused, WrongAnswer) as error:
+        record.read()
+        if step > first:
+            checkpoints.save(state)
+            checkpoints.wait()
+        raise type(error)(
+            f"{error}. The run got to step {step} of {steps}, and is saved: the same command goes"
+            " on from there"
+        ) from None
 
 
 @contextlib.contextmanager

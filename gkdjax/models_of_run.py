@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from gkdjax import lora, sharding
 from gkdjax import workdir as workdirs
 from gkdjax.config import Config
+from gkdjax.config_checks import SERVERS
 from gkdjax.data import vocabulary
 from gkdjax.data.chat import Chat, load_chat
 from gkdjax.errors import UserError
@@ -83,8 +84,13 @@ def find(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> Sour
     c, directory = config.teacher, None
     if teacher is not None:
         teacher_chat, name = teacher.chat or chat, teacher.description
-    elif c.backend == "local-toggle":
+    elif c.backend == "local-toggle" or (c.backend in SERVERS and not c.tokenizer):
         return Sources(student, chat, None, chat)
+    elif c.backend in SERVERS:
+        # Of a server nothing but its tokenizer can be here; what its embedding has is its own.
+        name = c.tokenizer
+        borrowed = local_directory(name, workdir, weights=False)
+        teacher_chat = vocabulary.of_model(load_chat(borrowed, kwargs), spec.vocab_size)
     else:
         directory = local_directory(c.model, workdir)
         spec = model_config.load_spec(directory)
@@ -165,6 +171,12 @@ def _alike(a: dict[str, lora.Adapter], b: dict[str, lora.Adapter]) -> bool:
     )
 
 
+def sampling(config: Config) -> Sampling:
+    """How responses are drawn, whoever writes them."""
+    c = config.trajectory
+    return Sampling(c.max_new_tokens, c.temperature, c.top_p, c.top_k)
+
+
 @dataclasses.dataclass(frozen=True)
 class InProcess:
     """Makes in-process teachers, alike but for their weights."""
@@ -174,11 +186,6 @@ class InProcess:
     lengths: Sequence[int]  # padded prompt lengths for sampling
     mesh: Mesh
     vocab_size: int  # of the student
-
-    @property
-    def sampling(self) -> Sampling:
-        c = self.config.trajectory
-        return Sampling(c.max_new_tokens, c.temperature, c.top_p, c.top_k)
 
     def config_teacher(self, sources: Sources, own: tuple[Decoder, dict] | None) -> FlaxTeacher:
         """The config's teacher, with its adapter if it has one.

@@ -79,13 +79,19 @@ class StudentText:
         # Both shapes, the sampler's here and the batch's, follow from the prompts: what the student
         # happens to write compiles nothing new.
         prompt_length, *_ = self._shape([row for _, row in wanted])
-        author = Author("student", lambda prompts, keys: writer(prompts, keys, prompt_length))
+        author = Author(
+            "student", lambda prompts, keys: writer([p.ids for p in prompts], keys, prompt_length)
+        )
         written = self._feed.write(wanted, "student", author)
         with self._path.open("a", encoding="utf-8") as file:
             for (s, row), one in zip(wanted, written, strict=True):
                 asked, chat = self._feed.asked(row, "student"), self._feed.rules.student_chat
                 file.write(text_files.line(asked, one, chat, s, self._told, written_at=step))
         self._take(steps, written)
+
+    def has(self, step: int) -> bool:
+        """Whether the text of an on-policy step is written, and not taken yet."""
+        return step in self._texts
 
     def batch(self, step: int) -> OnPolicyBatch:
         """The batch of an on-policy step, as NumPy arrays; its text must have been written."""

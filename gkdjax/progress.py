@@ -12,12 +12,12 @@ def bar(total: int, what: str, *, start: int = 0, shown: bool = True) -> tqdm:
     return tqdm(total=total, initial=start, desc=what, disable=not shown, dynamic_ncols=True)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], widest: int = _WIDEST_CELL) -> str:
     """Columns padded with blanks: the first to the left, the others to the right.
 
-    Each cell stands on one line, cut at 40 characters.
+    Each cell stands on one line, cut at `widest` characters.
     """
-    lines = [[_cell(text) for text in line] for line in (header, *rows)]
+    lines = [[_cell(text, widest) for text in line] for line in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
 
     def padded(line):
@@ -29,6 +29,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(ruled + [padded(line) for line in lines[1:]])
 
 
-def _cell(text: str) -> str:
+def _cell(text: str, widest: int) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= _WIDEST_CELL else text[: _WIDEST_CELL - 3] + "..."
+    return text if len(text) <= widest else text[: widest - 3] + "..."

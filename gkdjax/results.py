@@ -100,6 +100,10 @@ def _rows_table(rows: dict[str, dict]) -> str:
 def _held_out_table(before: dict, after: dict) -> str:
     """Distance to the teacher on its own text and on the student's, before and after."""
     texts = {"teacher_text": "teacher's text", "student_text": "student's text"}
+    # The student's is missing where the teacher cannot read it.
+    texts = {
+        text: name for text, name in texts.items() if f"{text}/forward_kl" in before.keys() & after
+    }
     rows = []
     for field in Agreement._fields:
         cells = [f"{line[f'{text}/{field}']:.4f}" for text in texts for line in (before, after)]

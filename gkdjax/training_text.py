@@ -3,11 +3,15 @@
 `curriculum` says which, `feed` and `on_policy` make the batches.
 """
 
+import functools
 import pathlib
 from typing import NamedTuple
 
+from gkdjax import models_of_run
 from gkdjax.assemble import Run
+from gkdjax.config import Config
 from gkdjax.curriculum import Curriculum, needs_teacher_text
+from gkdjax.data.pipeline import Kept
 from gkdjax.errors import UserError
 from gkdjax.feed import Feed
 from gkdjax.on_policy import StudentText
@@ -16,14 +20,14 @@ from gkdjax.teachers.protocol import Teacher
 from gkdjax.train_step import student_params
 from gkdjax.trajectories.reuse import Source
 from gkdjax.trajectories.rules import Author
-from gkdjax.types import Batch, TopKTargets, TrainState
+from gkdjax.types import Batch, TrainState
 
 
 class Drawn(NamedTuple):
     """What a step learns from."""
 
     batch: Batch
-    kept: TopKTargets | None  # what the teacher said when it wrote the batch
+    kept: Kept | None  # what the teacher said when it wrote the batch
     divergence: str
     counts: dict[str, int]  # of rows that the student wrote
 
@@ -41,15 +45,44 @@ def write_first(parts: Run, workdir: pathlib.Path) -> None:
     """
     _check_use(parts)
     for name, feed in feeds(parts).items():
-        train = name == "train"
-        if train and not needs_teacher_text(parts.config.gkd):
-            continue
-        feed.prepare(
-            workdir / f"trajectories_{name}.jsonl",
-            _author(parts, parts.teacher if train else parts.anchor_teacher),
-            source=_source(parts) if train else None,
-            **_how(parts),
-        )
+        teacher = parts.teacher if name == "train" else parts.anchor_teacher
+        if name != "train" or needs_teacher_text(parts.config.gkd):
+            prepare(parts.config, name, feed, teacher, workdir, parts.shared_vocab)
+
+
+def prepare(
+    config: Config, name: str, feed: Feed, teacher: Teacher, workdir: pathlib.Path, vocab_size: int
+) -> None:
+    """The first text of one stream, in RUN/trajectories_NAME.jsonl.
+
+    Args:
+      config: of the run.
+      name: of the stream.
+      feed: its rows.
+      teacher: writes where they bring no response.
+      workdir: of the run.
+      vocab_size: of the ids that student and teacher have in common.
+    """
+    feed.prepare(
+        workdir / f"trajectories_{name}.jsonl",
+        _author(config, teacher),
+        source=_source(config, teacher, vocab_size) if name == "train" else None,
+        **_how(config),
+    )
+
+
+def refresh(
+    config: Config, feed: Feed, teacher: Teacher, workdir: pathlib.Path, steps: list[int], at: int
+) -> None:
+    """New text for the rows of some steps, in RUN/trajectories_train_STEP.jsonl.
+
+    Args:
+      config, feed, teacher, workdir: as for `prepare`.
+      steps: that it is for.
+      at: the first step of their block.
+    """
+    path = workdir / f"trajectories_train_{at:06d}.jsonl"
+    feed.refresh(path, steps, at, _author(config, teacher), **_how(config))
 
 
 class TrainingText:
@@ -77,14 +110,21 @@ class TrainingText:
         )
         self._refreshed_at = 0  # the step that the off-policy text of this moment was written for
 
-    def batch(self, step: int, state: TrainState) -> Drawn:
-        """The batch of a step; called for every step, in order.
+    def begin(self, step: int, state: TrainState) -> None:
+        """Lets the student write, if it is its turn; called for every step, in order.
 
         Args:
           step: of the run.
           state: the student before the step.
         """
         self._student.write_if_due(step, self._student_writer(state))
+
+    def is_there(self, step: int) -> bool:
+        """Whether the batch of a coming step can be had already: the student's may be unwritten."""
+        return not self._curriculum.student_writes(step) or self._student.has(step)
+
+    def batch(self, step: int) -> Drawn:
+        """The batch of a step that is there; each is taken once, the teacher's in order."""
         divergence = self._curriculum.divergence(step)
         if self._curriculum.student_writes(step):
             batch, *counts = self._student.batch(step)
@@ -99,13 +139,9 @@ class TrainingText:
             return
         # The teacher does not change: when it writes makes no difference, only for which steps.
         self._refreshed_at = step // every * every
-        self._parts.feed.refresh(
-            self._workdir / f"trajectories_train_{self._refreshed_at:06d}.jsonl",
-            self._curriculum.steps_of_block(step, every, on_policy=False),
-            self._refreshed_at,
-            _author(self._parts, self._parts.teacher),
-            **_how(self._parts),
-        )
+        steps = self._curriculum.steps_of_block(step, every, on_policy=False)
+        parts = self._parts
+        refresh(parts.config, parts.feed, parts.teacher, self._workdir, steps, self._refreshed_at)
 
     def _student_writer(self, state: TrainState):
         parts = self._parts
@@ -144,25 +180,23 @@ def _counts(rows: int, refused: int, dropped: int, truncated: int) -> dict[str, 
     return found | {"truncated_rows": truncated}
 
 
-def _author(parts: Run, teacher: Teacher) -> Author:
-    return Author(
-        teacher.description,
-        lambda prompts, row_seeds: teacher.sample(prompts, row_seeds, parts.sampling),
-    )
+def _author(config: Config, teacher: Teacher) -> Author:
+    how = models_of_run.sampling(config)
+    return Author(teacher.description, functools.partial(teacher.sample, sampling=how))
 
 
-def _how(parts: Run) -> dict:
-    return {"chunk": parts.config.eval.batch_size, "show": parts.config.log.progress_bar}
+def _how(config: Config) -> dict:
+    return {"chunk": config.eval.batch_size, "show": config.log.progress_bar}
 
 
-def _source(parts: Run) -> Source | None:
-    config = parts.config
+def _source(config: Config, teacher: Teacher, vocab_size: int) -> Source | None:
     if not config.trajectory.reuse:
         return None
     return Source(
         pathlib.Path(config.trajectory.reuse),
-        parts.teacher.description,
+        teacher.description,
         config.teacher.top_k,
         config.gkd.temperature,
-        parts.shared_vocab,
+        vocab_size,
+        text_alone=teacher.capabilities.scores,
     )

@@ -24,6 +24,14 @@ class Message(NamedTuple):
     content: str
 
 
+class Prompt(NamedTuple):
+    """What the writer of a response is given."""
+
+    name: str  # of the row
+    ids: np.ndarray  # int32 [T], the writer's view up to where the response begins
+    messages: tuple[Message, ...]  # what the teacher's view was rendered from
+
+
 @dataclasses.dataclass(frozen=True)
 class Example:
     """One row of data, before any model's tokenizer has seen it."""

@@ -4,11 +4,14 @@ import json
 import pathlib
 
 from gkdjax import config as config_lib
+from gkdjax.config_checks import REACH_KEYS
 from gkdjax.errors import UserError
 
 
 def claim(workdir: pathlib.Path, config: config_lib.Config) -> None:
     """Writes the config into a new directory, or checks that it is the one written there.
+
+    How a teacher's server is reached may change: not what it is, see `teachers.http.connect`.
 
     Raises:
       UserError: the directory belongs to another config; every key that differs is named.
@@ -17,7 +20,7 @@ def claim(workdir: pathlib.Path, config: config_lib.Config) -> None:
     mine = json.loads(json.dumps(config_lib.to_dict(config)))
     if path.exists():
         theirs = json.loads(path.read_text())
-        differing = sorted(_differences(mine, theirs, "config"))
+        differing = sorted(_differences(_lasting(mine), _lasting(theirs), "config"))
         if differing:
             raise UserError(
                 f"{workdir} holds a run of another config; it differs in {'; '.join(differing)}."
@@ -61,6 +64,12 @@ def write_json(path: pathlib.Path, value: dict) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, indent=2) + "\n")
     part.replace(path)
+
+
+def _lasting(raw: dict) -> dict:
+    """What makes a run another one."""
+    teacher = {key: v for key, v in raw["teacher"].items() if key not in REACH_KEYS}
+    return raw | {"teacher": teacher}
 
 
 def _differences(mine, theirs, key: str):

@@ -32,14 +32,18 @@ FLOORS = {
             "fates",
             "on_policy",
             "training_text",
+            "fill_store",
             "assemble",
+            "asking",
+            "ahead",
             "models_of_run",
+            "rows_of_run",
             "examples_of_run",
         ),
         *("results", "workdir", "scoring", "report", "record"),
     ),
     5: ("loop",),
-    6: ("main", "tools/", "benchmarks/"),
+    6: ("main", "command_line", "tools/", "benchmarks/"),
 }
 
 # flax.nnx breaks with some jax releases; the others are oracles or would run foreign code.

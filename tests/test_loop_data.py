@@ -28,7 +28,7 @@ class Listening(ConstantTeacher):
     heard: tuple = ()
 
     def sample(self, prompts, seeds, sampling):
-        self.heard = prompts
+        self.heard = [prompt.ids for prompt in prompts]
         raise ConnectionError("gone")
 
 

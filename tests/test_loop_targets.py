@@ -4,7 +4,7 @@ import factories
 import pytest
 from small_runs import ConstantTeacher, metrics, small
 
-from gkdjax import assemble, config, loop
+from gkdjax import config, loop, rows_of_run
 from gkdjax.data.chat import load_chat
 from gkdjax.data.targets import TargetRules
 from gkdjax.data.views import ViewRules
@@ -64,8 +64,7 @@ def test_an_anchor_has_targets_of_its_own(student, tokens, roles):
     c.anchor.data = [{"messages": [*talk, {"role": "assistant", "content": "42"}]}]
     c = config.parse(c)
     rules = ViewRules(chat, chat, 0, TargetRules(("user",)), 64, "drop")
-    teacher = ConstantTeacher(50, 5)
-    made = assemble._anchor_rules(c, rules, teacher, chat, read(c).anchors)
+    made = rows_of_run._anchor_rules(c, rules, chat, read(c).anchors)
     assert {*made.targets.roles} == roles
 
 

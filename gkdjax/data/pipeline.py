@@ -9,11 +9,12 @@ import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from gkdjax.data import shapes
 from gkdjax.losses import TopKLogprobs
-from gkdjax.types import Batch, TopKTargets, ViewPair
+from gkdjax.types import Batch, KeptTopK, TopKTargets, ViewPair
 
 
 class RowOrder:
@@ -146,22 +147,34 @@ def pad(pairs: Sequence[ViewPair], shape: BatchShape, pad_id: int) -> Batch:
     )
 
 
-def kept_targets(pairs: Sequence[ViewPair], num_targets: int) -> TopKTargets | None:
-    """What the teacher kept of these rows when it wrote them, padded; None if any row has nothing.
+class Kept(NamedTuple):
+    """What a teacher said when it wrote the rows of a batch: it need not read those again."""
 
-    The teacher need not read them again.
-    """
-    kept = [pair.kept for pair in pairs]
-    if any(k is None for k in kept):
+    targets: TopKTargets  # NumPy
+    known_B: np.ndarray  # bool, the rows of which it is true
+
+
+def kept_targets(pairs: Sequence[ViewPair], num_targets: int) -> Kept | None:
+    """What was kept of these rows, padded; None if there is nothing of any."""
+    known_B = np.asarray([pair.kept is not None for pair in pairs])
+    if not known_B.any():
         return None
-    top, K = [k.topk for k in kept], kept[0].topk.ids.shape[-1]
+    one = next(pair.kept for pair in pairs if pair.kept is not None)
+    nothing = jax.tree.map(lambda rows: rows[:0], one)
+    rows = [pair.kept or nothing for pair in pairs]
+    return Kept(pad_top_k(rows, num_targets), known_B)
+
+
+def pad_top_k(rows: Sequence[KeptTopK], num_targets: int) -> TopKTargets:
+    """Of one K and one temperature -> [B, num_targets, K] in NumPy."""
+    top, K = [row.topk for row in rows], rows[0].topk.ids.shape[-1]
     topk = TopKLogprobs(
         ids=_block([t.ids for t in top], (num_targets, K), 0),
         logprobs=_block([t.logprobs for t in top], (num_targets, K), -np.inf),
         tail_logprob=_block([t.tail_logprob for t in top], (num_targets,), 0.0),
         temperature=top[0].temperature,
     )
-    return TopKTargets(topk, _block([k.target_logprob for k in kept], (num_targets,), 0.0))
+    return TopKTargets(topk, _block([row.target_logprob for row in rows], (num_targets,), 0.0))
 
 
 def _rectangle(rows: Sequence[np.ndarray], length: int, fill: int) -> np.ndarray:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from gkdjax import sharding
@@ -16,7 +15,7 @@ from gkdjax.models.decoder import Decoder, unembedding_table
 from gkdjax.prefix_store import PrefixStore
 from gkdjax.sampler import Keep, Sampling
 from gkdjax.teachers.protocol import Capabilities
-from gkdjax.types import Batch, DenseTargets, TeacherTargets, TopKTargets, Trajectory
+from gkdjax.types import Batch, DenseTargets, Prompt, TeacherTargets, TopKTargets, Trajectory
 
 
 class FlaxTeacher:
@@ -84,14 +83,14 @@ class FlaxTeacher:
         )
 
     def sample(
-        self, prompts: Sequence[np.ndarray], seeds: Sequence[int], sampling: Sampling
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling
     ) -> list[Trajectory]:
         """See `protocol.Teacher`; with a top k, it keeps what it will be asked about the text."""
         keep = None
         if self._top_k is not None:
             keep = Keep(self._top_k, self._temperature, self._shared_vocab)
         return self.prefixes.sample(
-            prompts,
+            [prompt.ids for prompt in prompts],
             seeds,
             sampling,
             stop_ids=self.chat.stop_ids,

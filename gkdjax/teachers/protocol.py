@@ -1,14 +1,12 @@
 """What a teacher has to be able to do, and to say of itself."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
-
-import numpy as np
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from gkdjax.data.chat import Chat
 from gkdjax.sampler import Sampling
-from gkdjax.types import Batch, TeacherTargets, Trajectory
+from gkdjax.types import Batch, Prompt, TeacherTargets, TopKTargets, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,12 +18,18 @@ class Capabilities:
       dense: its targets can be exact over the whole vocabulary (`teacher.top_k=None`).
       samples: it can write responses (`Teacher.sample`).
       temperature: its probabilities can be taken at `gkd.temperature` other than 1.
+      scores: it says what it predicts in text that others wrote, and not in its own alone.
+      on_policy: also in text that did not exist before the run, as the student's.
+      limits: why it does not score or know such text, for the user.
     """
 
     max_top_k: int | None
     dense: bool
     samples: bool
     temperature: bool
+    scores: bool = True
+    on_policy: bool = True
+    limits: str = ""
 
 
 @runtime_checkable
@@ -48,14 +52,35 @@ class Teacher(Protocol):
         ...
 
     def sample(
-        self, prompts: Sequence[np.ndarray], seeds: Sequence[int], sampling: Sampling
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling
     ) -> list[Trajectory]:
-        """A response to each prompt (token ids of the teacher's view); called if it `samples`."""
+        """A response to each prompt (of the teacher's view); called if it `samples`.
+
+        One without a token is refused: it is asked for again with another seed.
+        """
         ...
 
 
+@runtime_checkable
+class RemoteTeacher(Teacher, Protocol):
+    """One that works elsewhere, while the device computes: batches are asked for ahead."""
+
+    def ask(self, batch: Batch) -> Callable[[], TopKTargets]:
+        """Begins what `targets` does -> a function that waits for it; rows without a target cost
+        nothing."""
+        ...
+
+
+class Needs(NamedTuple):
+    """What a run asks of its teacher beside the targets of its own text."""
+
+    samples: bool  # responses
+    scores: Sequence[str]  # texts of others that it has to read, for people; () if none
+    on_policy: bool  # one of them is the student's
+
+
 def refusals(
-    capabilities: Capabilities, *, top_k: int | None, temperature: float, tail: str, samples: bool
+    capabilities: Capabilities, *, top_k: int | None, temperature: float, tail: str, needs: Needs
 ) -> list[str]:
     """Why this teacher cannot serve the config, each with what would work; [] if it can.
 
@@ -64,7 +89,7 @@ def refusals(
       top_k: `teacher.top_k`.
       temperature: `gkd.temperature`.
       tail: `gkd.tail`.
-      samples: the run needs responses written by the teacher.
+      needs: of the run.
     """
     found = []
     if top_k is None and not capabilities.dense:
@@ -78,9 +103,21 @@ def refusals(
             f"gkd.temperature={temperature}: its probabilities are those of temperature 1; set"
             " gkd.temperature=1.0, or gkd.tail='renormalize' with a top_k"
         )
-    if samples and not capabilities.samples:
+    if needs.samples and not capabilities.samples:
         found.append(
             "it cannot write responses; give each row of data.train a 'response', and set"
             " eval.questions=None"
+        )
+    if needs.scores and not capabilities.scores:
+        found.append(
+            "it does not say what it predicts in text that it did not write"
+            f" ({capabilities.limits}), and that is wanted of {', '.join(needs.scores)}; let it"
+            " write all of the text itself: rows without a response, gkd.on_policy_fraction=0,"
+            " anchor.towards='base'"
+        )
+    elif needs.on_policy and not capabilities.on_policy:
+        found.append(
+            f"gkd.on_policy_fraction: it cannot read what the student writes during the run"
+            f" ({capabilities.limits}); set gkd.on_policy_fraction=0"
         )
     return found

@@ -29,6 +29,7 @@ class Source:
       top_k: the K of its predictions; None: it gives no top k.
       temperature: of its predictions.
       vocab_size: of the ids that both models have.
+      text_alone: text without such predictions will do: the teacher can read it.
     """
 
     path: pathlib.Path
@@ -36,6 +37,7 @@ class Source:
     top_k: int | None
     temperature: float
     vocab_size: int
+    text_alone: bool
 
     def responses(
         self, asked: Sequence[Asked], rules: ResponseRules, chat: Chat
@@ -62,6 +64,8 @@ class Source:
                 f" {_ADVICE.capitalize()}"
             )
         kept = self._kept(records, set(found.values()))
+        if not self.text_alone:
+            found = {p: n for p, n in found.items() if n in kept}
         logging.info(
             "data.train: %d responses from %s, %d to be written (%d are there but not accepted); of"
             " %d what the teacher predicted is there as well, and it need not read them",

@@ -4,14 +4,12 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from gkdjax.data.chat import Chat
 from gkdjax.data.targets import TargetRules
 from gkdjax.data.views import Fate
-from gkdjax.types import Trajectory
+from gkdjax.types import Prompt, Trajectory
 
-Writer = Callable[[Sequence[np.ndarray], Sequence[int]], list[Trajectory]]  # (prompts, seeds)
+Writer = Callable[[Sequence[Prompt], Sequence[int]], list[Trajectory]]  # (prompts, seeds)
 
 
 class Author(NamedTuple):
@@ -55,7 +53,7 @@ class Written(NamedTuple):
 
 def write_accepted(
     author: Author,
-    prompts: Sequence[np.ndarray],
+    prompts: Sequence[Prompt],
     seed: Callable[[int, int], int],
     rules: ResponseRules,
     chat: Chat,
@@ -64,7 +62,7 @@ def write_accepted(
 
     Args:
       author: who writes.
-      prompts: token ids of the author's view.
+      prompts: of the author's view.
       seed: (index of the prompt, attempt from 0) -> seed.
       rules: what is accepted.
       chat: the author's.

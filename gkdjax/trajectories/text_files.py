@@ -30,7 +30,7 @@ from gkdjax.data.chat import Chat
 from gkdjax.errors import UserError
 from gkdjax.trajectories import kept_files
 from gkdjax.trajectories.rules import Written
-from gkdjax.types import KeptTopK, Message, Trajectory
+from gkdjax.types import KeptTopK, Message, Prompt, Trajectory
 
 _LINE_BREAKS = str.maketrans({c: f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"})
 _COLUMNS = {"row": str, "number": int, "writer": str, "step": int, "prompt_digest": str}
@@ -51,6 +51,10 @@ class Asked(NamedTuple):
     def prompt_digest(self) -> str:
         """What the prompt is known by from run to run."""
         return _digest(np.asarray(self.prompt, np.int32).tobytes())
+
+    def for_writer(self) -> Prompt:
+        """What its writer is given."""
+        return Prompt(self.row, self.prompt, self.prefix + self.turns)
 
     def key(self) -> tuple:
         """What a line must have to be this one's."""

@@ -6,16 +6,24 @@ import pytest
 
 from gkdjax.teachers import toggle
 from gkdjax.teachers.flax import FlaxTeacher
-from gkdjax.teachers.protocol import Capabilities, Teacher, refusals
+from gkdjax.teachers.protocol import Capabilities, Needs, RemoteTeacher, Teacher, refusals
 
 ALL = Capabilities(max_top_k=None, dense=True, samples=True, temperature=True)
 SERVER = Capabilities(max_top_k=20, dense=False, samples=False, temperature=False)
-EASY = {"top_k": 20, "temperature": 1.0, "tail": "bucket", "samples": False}
+NOTHING = Needs(samples=False, scores=(), on_policy=False)
+SAMPLES = NOTHING._replace(samples=True)
+EASY = {"top_k": 20, "temperature": 1.0, "tail": "bucket", "needs": NOTHING}
 
 
 def test_an_in_process_teacher_can_do_everything():
     assert FlaxTeacher.capabilities == ALL
-    for changed in ({}, {"top_k": None}, {"top_k": 10**6}, {"temperature": 2.0}, {"samples": True}):
+    for changed in (
+        {},
+        {"top_k": None},
+        {"top_k": 10**6},
+        {"temperature": 2.0},
+        {"needs": SAMPLES},
+    ):
         assert refusals(ALL, **(EASY | changed)) == []
     assert refusals(SERVER, **EASY) == []
     # A truncated teacher is taken to another temperature exactly, but without its tail.
@@ -28,7 +36,7 @@ def test_an_in_process_teacher_can_do_everything():
         ({"top_k": None}, "teacher.top_k=None asks for the whole vocabulary", "20 or less"),
         ({"top_k": 21}, "teacher.top_k=21", "limit of 20"),
         ({"temperature": 0.5}, "gkd.temperature=0.5", "gkd.temperature=1.0"),
-        ({"samples": True}, "cannot write responses", "'response'"),
+        ({"needs": SAMPLES}, "cannot write responses", "'response'"),
     ],
 )
 def test_each_refusal_names_the_key_and_what_would_work(changed, reason, advice):
@@ -38,8 +46,25 @@ def test_each_refusal_names_the_key_and_what_would_work(changed, reason, advice)
 
 
 def test_all_reasons_come_at_once():
-    everything = {"top_k": None, "temperature": 2.0, "tail": "renormalize", "samples": True}
+    everything = {"top_k": None, "temperature": 2.0, "tail": "renormalize", "needs": SAMPLES}
     assert len(refusals(SERVER, **everything)) == 3
+
+
+def test_text_of_others_is_refused_to_a_teacher_that_cannot_read_it():
+    own_text = dataclasses.replace(ALL, scores=False, on_policy=False, limits="it ignores echo")
+    store = dataclasses.replace(ALL, on_policy=False, limits="teacher.offline=True")
+    rows = NOTHING._replace(scores=["rows of data.train"])
+    student = Needs(samples=False, scores=["what the student writes"], on_policy=True)
+    assert refusals(own_text, **EASY) == refusals(store, **(EASY | {"needs": rows})) == []
+    (message,) = refusals(own_text, **(EASY | {"needs": rows}))
+    assert "it ignores echo" in message
+    assert "rows of data.train" in message
+    assert "on_policy_fraction=0" in message
+    (message,) = refusals(own_text, **(EASY | {"needs": student}))  # one reason, told once
+    assert "what the student writes" in message
+    (message,) = refusals(store, **(EASY | {"needs": student}))
+    assert "teacher.offline=True" in message
+    assert "gkd.on_policy_fraction=0" in message
 
 
 @dataclasses.dataclass
@@ -57,6 +82,7 @@ class Mine:
 
 def test_any_object_with_the_members_is_a_teacher():
     assert isinstance(Mine(), Teacher)
+    assert not isinstance(Mine(), RemoteTeacher)
     for missing in ("capabilities", "chat", "description", "targets", "sample"):
         members = {name: getattr(Mine, name) for name in vars(Mine) if name != missing}
         keep = {name: members[name] for name in members if not name.startswith("__")}

@@ -57,7 +57,7 @@ def path(tmp_path):
 
 
 def source(path, teacher="her", top_k=2, temperature=0.5, vocab_size=9) -> Source:
-    return Source(path, teacher, top_k, temperature, vocab_size)
+    return Source(path, teacher, top_k, temperature, vocab_size, text_alone=True)
 
 
 def test_prompts_and_numbers_are_found_whatever_the_rows_are_called(path):

@@ -1,0 +1,47 @@
+"""What a teacher says of a batch, wherever it works and whatever of it is known already."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from gkdjax import sharding
+from gkdjax.data.pipeline import Kept
+from gkdjax.teachers.protocol import RemoteTeacher, Teacher
+from gkdjax.types import Batch, TeacherTargets
+
+
+def ask(
+    teacher: Teacher, batch: Batch, kept: Kept | None, mesh: Mesh
+) -> Callable[[], TeacherTargets]:
+    """Asks what a teacher says of a batch -> a function that gives it, on the devices.
+
+    Args:
+      teacher: any; one that works elsewhere begins at once.
+      batch: NumPy arrays.
+      kept: what it said of some rows when it wrote them: of those it is not asked again.
+      mesh: the rows of the batch are cut along its data axis.
+    """
+    if kept is not None:
+        if kept.known_B.all():
+            return lambda: sharding.shard_rows(mesh, kept.targets)
+        unknown_B1 = ~kept.known_B[:, None]
+        batch = dataclasses.replace(batch, target_mask_BN=batch.target_mask_BN & unknown_B1)
+    if isinstance(teacher, RemoteTeacher):
+        wait = teacher.ask(batch)
+        return lambda: sharding.shard_rows(mesh, _filled(np, kept, wait()))
+    return lambda: _filled(jnp, kept and sharding.shard_rows(mesh, kept), teacher.targets(batch))
+
+
+def _filled(numpy, kept: Kept | None, found: TeacherTargets) -> TeacherTargets:
+    """`found`, but of the rows that were known what was kept of them."""
+    if kept is None:
+        return found
+
+    def choose(known, new):
+        return numpy.where(kept.known_B.reshape(-1, *[1] * (new.ndim - 1)), known, new)
+
+    return jax.tree.map(choose, kept.targets, found)

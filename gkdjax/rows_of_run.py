@@ -1,0 +1,275 @@
+"""The rows of a run, ready to be taught, and who is asked about them: all but the weights.
+
+A teacher at a server is tried here, so that what does not work is said before anything is loaded.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import pathlib
+
+import numpy as np
+from jax.sharding import Mesh
+
+from gkdjax import examples_of_run, models_of_run, sharding
+from gkdjax.config import Config, anchor_sets, rows_at_once
+from gkdjax.config_checks import SERVERS
+from gkdjax.curriculum import needs_teacher_text
+from gkdjax.data import row_lengths, shapes
+from gkdjax.data.chat import Chat
+from gkdjax.data.history import answers_apart
+from gkdjax.data.targets import TargetRules
+from gkdjax.data.views import ViewRules
+from gkdjax.errors import UserError
+from gkdjax.evaluate import Evaluation
+from gkdjax.examples_of_run import Examples
+from gkdjax.feed import Feed
+from gkdjax.hf import model_config
+from gkdjax.models_of_run import Sources
+from gkdjax.teachers import toggle
+from gkdjax.teachers.flax import FlaxTeacher
+from gkdjax.teachers.http import connect
+from gkdjax.teachers.http.teacher import HttpTeacher
+from gkdjax.teachers.protocol import Capabilities, Needs, Teacher, refusals
+from gkdjax.trajectories.rules import ResponseRules
+from gkdjax.types import Example
+
+_MOST_PADDING = 0.2  # of either view; with more, rows of data.train share batches by length
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What is known of a run before any weights are read."""
+
+    config: Config
+    mesh: Mesh
+    lengths: tuple[int, ...]  # padded prompt lengths for sampling
+    sources: Sources
+    rules: ViewRules
+    examples: Examples
+    feed: Feed
+    anchor_feeds: dict[str, Feed]  # by name, see `config.anchor_sets`
+    teacher: Teacher | None  # None: its weights are to be loaded
+    vocab_size: int  # of the student
+    toggles: bool  # it is the student's own base
+
+    @functools.cached_property
+    def prompts_by_prefix(self) -> list[list[np.ndarray]]:
+        """What the teacher reads, see `Feed.prompts_by_prefix`."""
+        asked = [*self.examples.questions, *self.examples.held_out]
+        return self.feed.prompts_by_prefix(asked)
+
+    def evaluation(self, teacher: Teacher, shared_vocab: int) -> Evaluation:
+        """With this teacher, and of these ids."""
+        of_run = self.rules, teacher, self.examples, self.lengths, self.mesh, shared_vocab
+        return Evaluation(self.config, *of_run)
+
+
+def read(
+    config: Config,
+    workdir: pathlib.Path,
+    teacher: Teacher | None,
+    connections: contextlib.ExitStack,
+) -> Rows:
+    """Reads data and tokenizers, and tries the server of a teacher that has one.
+
+    Args:
+      config: checked by itself.
+      workdir: the run's directory.
+      teacher: instead of the config's, or None.
+      connections: closes what is open to the server.
+
+    Raises:
+      UserError: whatever does not fit, named.
+      TeacherUnreachable: the server does not answer.
+    """
+    if teacher is not None and not isinstance(teacher, Teacher):
+        raise UserError(f"{teacher!r} is no teacher: see gkdjax.teachers.protocol.Teacher")
+    mesh = sharding.data_mesh()
+    for key, rows in rows_at_once(config).items():
+        sharding.check_rows(mesh, key, rows)
+    lengths = _ladder(config)
+    examples = examples_of_run.read(config)
+
+    sources = models_of_run.find(config, workdir, teacher)
+    backend = config.teacher.backend
+    vocab_size = model_config.load_spec(sources.student).vocab_size
+    if teacher is None and backend in SERVERS:
+        teacher = connect.connect(config.teacher, sources.teacher_chat, vocab_size, workdir)
+        connections.enter_context(contextlib.closing(teacher))
+    toggles = teacher is None and backend == "local-toggle"
+    rules = _view_rules(config, sources.chat, sources.teacher_chat)
+    contexts = _contexts(config, sources, teacher)
+    asked, limit = _asked(examples), config.eval.max_new_tokens
+    row_lengths.require_contexts(asked, rules, limit, contexts)
+    rows = config.train.batch_size
+    feed = _feed(config, "data.train", examples.train, rules, rows, contexts)
+    if config.gkd.on_policy_fraction > 0:  # the student writes to rows with a response, too
+        unanswered = [dataclasses.replace(row, response=None) for row in feed.rows()]
+        limit = config.trajectory.max_new_tokens
+        row_lengths.require_contexts(unanswered, rules, limit, contexts)
+    if toggles and not (config.teacher.adapter or config.student.lora.start_from):
+        toggle.require_longer_view(feed.views_differ())
+    anchor_feeds = _anchor_feeds(config, examples, rules, sources, contexts)
+    name = teacher.description if teacher is not None else config.teacher.backend
+    can = teacher.capabilities if teacher is not None else FlaxTeacher.capabilities
+    _check_capabilities(config, can, name, feed, anchor_feeds)
+    return Rows(
+        config=config,
+        mesh=mesh,
+        lengths=lengths,
+        sources=sources,
+        rules=rules,
+        examples=examples._replace(train=feed.rows()),
+        feed=feed,
+        anchor_feeds=anchor_feeds,
+        teacher=teacher,
+        vocab_size=vocab_size,
+        toggles=toggles,
+    )
+
+
+def total_steps(config: Config, rows: int) -> int:
+    """Optimizer steps of the run; an epoch that is not whole is rounded up."""
+    if config.train.steps is not None:
+        return config.train.steps
+    return math.ceil(config.train.epochs * rows / config.train.batch_size)
+
+
+def _ladder(config: Config) -> tuple[int, ...]:
+    given, longest = config.data.bucket_lengths, config.data.max_length
+    if given and max(given) < longest:
+        raise UserError(
+            f"config.data.bucket_lengths = {given}: the longest must hold data.max_length ="
+            f" {longest}"
+        )
+    return shapes.ladder(longest, given)
+
+
+def _view_rules(config: Config, chat: Chat, teacher_chat: Chat) -> ViewRules:
+    c = config.context
+    return ViewRules(
+        student_chat=chat,
+        teacher_chat=teacher_chat,
+        retained=c.student_retained_turns,
+        targets=TargetRules(c.target_roles, c.target_content_pattern, c.target_span),
+        max_length=config.data.max_length,
+        too_long=config.data.too_long,
+    )
+
+
+def _contexts(config: Config, sources: Sources, teacher: Teacher | None) -> dict[str, int | None]:
+    """The student's name, and then the teacher's -> tokens that it can read at most, or None."""
+    student = model_config.load_spec(sources.student).context_length
+    found = {f"the student ({config.student.model})": student}
+    if teacher is not None:
+        length = None
+        if isinstance(teacher, FlaxTeacher):
+            length = teacher.decoder.spec.context_length
+        elif isinstance(teacher, HttpTeacher):
+            length = teacher.context_length
+        return found | {f"the teacher ({teacher.description})": length}
+    if sources.teacher is None:
+        return found | {"the teacher (the student's base)": student}
+    length = model_config.load_spec(sources.teacher).context_length
+    return found | {f"the teacher ({config.teacher.model})": length}
+
+
+def _asked(examples: Examples) -> list[Example]:
+    """All questions of the evaluation, as they are asked."""
+    abilities = itertools.chain.from_iterable(examples.abilities.values())
+    whole = [dataclasses.replace(e, prefix=(), turns=e.prefix + e.turns) for e in abilities]
+    asked = (*examples.questions, *examples.held_out, *whole)
+    return [dataclasses.replace(example, response=None) for example in asked]
+
+
+def _feed(
+    config: Config,
+    key: str,
+    examples: list[Example],
+    rules: ViewRules,
+    batch_size: int,
+    contexts: dict[str, int | None],
+) -> Feed:
+    c = config.trajectory
+    if not all(chat.earlier_answers for chat in (rules.student_chat, rules.teacher_chat)):
+        examples = answers_apart(examples, key, rules.targets)
+    row_lengths.require_room_beside_prefix(key, examples, rules, config.context)
+    feed = Feed(
+        key,
+        examples,
+        rules,
+        ResponseRules(rules.targets, c.max_refills, c.max_new_tokens),
+        per_prompt=c.per_prompt,
+        # Rows of one length may be of one kind of task; an anchor's batch is to hold of every kind.
+        most_padding=_MOST_PADDING if key == "data.train" else 1.0,
+        batch_size=batch_size,
+        allowed_lengths=config.data.bucket_lengths,
+        seed=config.train.seed,
+    )
+    row_lengths.require_contexts(feed.rows(), rules, c.max_new_tokens, contexts)
+    return feed
+
+
+def _anchor_rules(
+    config: Config, rules: ViewRules, teacher_chat: Chat, anchors: dict[str, list[Example]]
+) -> ViewRules:
+    roles = {"assistant"}
+    if config.anchor.tokens == "all":
+        roles |= {turn.role for rows in anchors.values() for row in rows for turn in row.turns}
+    # The pattern is for what is being taught; the anchor's text may be about anything.
+    return dataclasses.replace(
+        rules,
+        teacher_chat=teacher_chat,
+        retained=0,
+        targets=TargetRules(tuple(sorted(roles))),
+    )
+
+
+def _anchor_feeds(
+    config: Config,
+    examples: Examples,
+    rules: ViewRules,
+    sources: Sources,
+    contexts: dict[str, int | None],
+) -> dict[str, Feed]:
+    if not examples.anchors:
+        return {}
+    teacher_chat = sources.teacher_chat
+    if config.anchor.towards == "base":
+        teacher_chat = sources.chat
+        contexts = _contexts(config, dataclasses.replace(sources, teacher=None), None)
+    rules = _anchor_rules(config, rules, teacher_chat, examples.anchors)
+    rows = config.anchor.batch_size
+    return {
+        of.name: _feed(config, of.key, examples.anchors[of.name], rules, rows, contexts)
+        for of in anchor_sets(config.anchor)
+    }
+
+
+def _check_capabilities(
+    config: Config, can: Capabilities, name: str, feed: Feed, anchor_feeds: dict[str, Feed]
+) -> None:
+    reasons = refusals(
+        can,
+        top_k=config.teacher.top_k,
+        temperature=config.gkd.temperature,
+        tail=config.gkd.tail,
+        needs=_needs(config, feed, anchor_feeds),
+    )
+    if reasons:
+        raise UserError(f"this teacher ({name}) cannot do it: {'; '.join(reasons)}")
+
+
+def _needs(config: Config, feed: Feed, anchor_feeds: dict[str, Feed]) -> Needs:
+    asked = config.eval.questions is not None or config.eval.held_out is not None
+    writes, on_policy = needs_teacher_text(config.gkd), config.gkd.on_policy_fraction > 0
+    texts = ["what the student writes"] if on_policy else []
+    if writes and feed.needs_scores():
+        texts.append("rows of data.train")
+    towards_it = config.anchor.towards == "teacher"
+    if towards_it and any(anchor.needs_scores() for anchor in anchor_feeds.values()):
+        texts.append("rows of anchor.data")
+    return Needs(asked or (writes and feed.needs_responses()), texts, on_policy)

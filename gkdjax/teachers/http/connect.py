@@ -1,0 +1,184 @@
+"""From the config to a teacher behind HTTP: tried first, or known from the store."""
+
+import base64
+import dataclasses
+import datetime
+import hashlib
+import json
+import pathlib
+
+from absl import logging
+
+from gkdjax.config import Teacher
+from gkdjax.data.chat import Chat
+from gkdjax.errors import UserError
+from gkdjax.teachers.http import openai, payload, sglang, vllm
+from gkdjax.teachers.http.dialect import Dialect
+from gkdjax.teachers.http.identity import KnownTeacher, fingerprint_of, same_teacher
+from gkdjax.teachers.http.pool import Pool
+from gkdjax.teachers.http.preflight import Findings, Server, examine
+from gkdjax.teachers.http.store import AnswerStore
+from gkdjax.teachers.http.teacher import HttpTeacher
+from gkdjax.teachers.http.transport import Limits, Transport
+from gkdjax.teachers.protocol import Capabilities
+
+# teacher.backend -> the dialects that are tried, in this order.
+DIALECTS = {
+    "vllm": {"prompt_logprobs": vllm.PromptLogprobs, "echo": vllm.EchoLogprobs},
+    "sglang": {"generate": sglang.Generate},
+    "openai": {"completions": openai.Completions, "chat": openai.Chat},
+}
+
+
+def declared(c: Teacher) -> Capabilities:
+    """What a server can do at best, before it is asked."""
+    limits = "teacher.offline=True: the store holds what was asked ahead of the run"
+    return Capabilities(
+        max_top_k=c.top_k,
+        dense=False,
+        samples=True,
+        temperature=False,
+        scores=True,
+        on_policy=not c.offline,
+        limits=limits if c.offline else "",
+    )
+
+
+def connect(c: Teacher, chat: Chat, vocab_size: int, workdir: pathlib.Path) -> HttpTeacher:
+    """Tries the server of a config, or, offline, finds it in the store.
+
+    Args:
+      c: of a `config.parse`d config, with a backend of `DIALECTS`.
+      chat: renders the teacher's view; its tokenizer is the server's, or it is refused.
+      vocab_size: of the ids that student and teacher have in common.
+      workdir: of the run; its teacher.json says which weights it began with.
+
+    Raises:
+      UserError: the server cannot be used, is another one than the run began with, or the store
+        does not know it.
+      TeacherUnreachable: it does not answer.
+    """
+    path = workdir / "answers.sqlite" if c.store == "" else c.store
+    store = AnswerStore(path) if path is not None else None
+    transport = None
+    try:
+        tokenizer = tokenizer_hash(chat)
+        if c.offline:
+            known = _remembered(c, store, tokenizer)
+        else:
+            limits = Limits(c.timeout_s, c.deadline_s, c.max_retries)
+            transport = Transport(c.api_base, c.api_key_env, limits, trust_env=c.trust_env)
+            known = _tried(c, transport, store, chat, vocab_size, tokenizer)
+        _claim(workdir / "teacher.json", known)
+    except BaseException:
+        for opened in (transport, store):
+            if opened is not None:
+                opened.close()
+        raise
+    findings = Findings(**known.findings)
+    dialect = _dialect(c.backend, findings, chat, vocab_size)
+    pool = Pool(dialect, transport, store, known, concurrency=c.concurrency)
+    can = declared(c)
+    if not findings.scores:
+        can = dataclasses.replace(can, scores=False, on_policy=False, limits=findings.limits)
+    return HttpTeacher(
+        pool,
+        chat,
+        f"{findings.model} ({c.backend})",
+        can,
+        top_k=c.top_k,
+        context_length=findings.context_length,
+    )
+
+
+def tokenizer_hash(chat: Chat) -> str:
+    """SHA-256 in hex of which id each token has."""
+    vocabulary = sorted(chat.tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+def try_server(c: Teacher, transport: Transport, chat: Chat, vocab_size: int) -> Server:
+    """The preflight as this config needs it; see `preflight.examine`."""
+    return examine(
+        transport,
+        c.api_model,
+        DIALECTS[c.backend],
+        chat,
+        vocab_size,
+        c.top_k,
+        must_score=c.backend != "openai",
+    )
+
+
+def _tried(
+    c: Teacher,
+    transport: Transport,
+    store: AnswerStore | None,
+    chat: Chat,
+    vocab_size: int,
+    tokenizer: str,
+) -> KnownTeacher:
+    server = try_server(c, transport, chat, vocab_size)
+    model, probe = server.findings.model, server.probe
+    known = None if store is None else store.recognise(model, tokenizer, probe)
+    if known is None:
+        fingerprint = fingerprint_of(model, tokenizer, probe)
+        others = [] if store is None else store.others(model, tokenizer)
+        if others:
+            logging.warning(
+                "%s answers otherwise than when the store was filled: it has other weights now, and"
+                " the answers of %d earlier ones are not used",
+                *(model, len(others)),
+            )
+    else:
+        fingerprint, probe = known.fingerprint, known.probe
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    findings = dataclasses.asdict(server.findings)
+    known = KnownTeacher(fingerprint, model, tokenizer, probe, findings, now)
+    if store is not None:
+        store.add_teacher(known)
+    return known
+
+
+def _remembered(c: Teacher, store: AnswerStore, tokenizer: str) -> KnownTeacher:
+    """The teacher of this name that was checked last."""
+    every = store.teachers()
+    fitting = [
+        known
+        for known in every
+        if c.api_model in ("", known.model)
+        and known.tokenizer == tokenizer
+        and known.findings["dialect"] in DIALECTS[c.backend]
+    ]
+    if len({known.model for known in fitting}) == 1:
+        return max(fitting, key=lambda known: known.checked)
+    names = sorted({known.model for known in every})
+    raise UserError(
+        f"config.teacher.offline: the store has the teachers {names}, of which"
+        f" {len(fitting)} fit config.teacher.backend = {c.backend!r}, .api_model ="
+        f" {c.api_model!r} and the tokenizer; name one in .api_model, or fill the store first with"
+        " python -m gkdjax.tools.cache_teacher"
+    )
+
+
+def _dialect(backend: str, findings: Findings, chat: Chat, vocab_size: int) -> Dialect:
+    return DIALECTS[backend][findings.dialect](findings.model, vocab_size, chat.tokenizer)
+
+
+def _claim(path: pathlib.Path, known: KnownTeacher) -> None:
+    """Writes whose answers a run learns from, or checks that they are the same weights'."""
+    if path.exists():
+        begun_with = json.loads(path.read_text())
+        probe = payload.decode(base64.b64decode(begun_with["probe"]))
+        if begun_with["model"] == known.model and same_teacher(probe, known.probe):
+            return
+        raise UserError(
+            f"the run in {path.parent} began with other weights of {begun_with['model']} than the"
+            f" server has now as {known.model}; serve those again, or give --workdir another"
+            " directory"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    probe = base64.b64encode(payload.encode(known.probe)).decode()
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps({"model": known.model, "probe": probe}, indent=2) + "\n")
+    part.replace(path)

@@ -1,0 +1,178 @@
+"""What OpenAI's routes have in common wherever they are served: tokens come back as text.
+
+Only where text names one id does an entry count; see `token_map`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import transformers
+
+from gkdjax.teachers.http import completions, dialect
+from gkdjax.teachers.http.answers import Answer, SampleRequest, ScoreRequest, lost_sample
+from gkdjax.teachers.http.fields import Field, opened
+from gkdjax.teachers.http.said import Key, Said, check_counts, id_in, is_lost, response
+from gkdjax.teachers.http.token_map import TokenMap
+
+
+@dataclasses.dataclass(frozen=True)
+class _ByText:
+    """What the two routes share: how drawn tokens read."""
+
+    model: str
+    vocab_size: int
+    tokenizer: transformers.PreTrainedTokenizerFast  # the teacher's
+    rows_per_request: ClassVar[bool] = False
+
+    @functools.cached_property
+    def _tokens(self) -> TokenMap:
+        return TokenMap(self.tokenizer)
+
+    def _id_of(self, key: Key) -> int | None:
+        stated = id_in(key)
+        if stated is not None:
+            return stated
+        return self._tokens.of_bytes(key) if isinstance(key, bytes) else self._tokens.of_string(key)
+
+    def _response(self, root: Field, written: Field, request: SampleRequest) -> Answer:
+        """The only choice as an answer; `written` is its text, "" or null if it has none."""
+        choice = completions.only_choice(root)
+        logprobs = choice.find("logprobs")
+        if is_lost(choice["finish_reason"]) or (logprobs is None and written.value in ("", None)):
+            return lost_sample(request.top_k, 0)
+        if logprobs is None:
+            raise choice.wrong("has no logprobs: the server ignores that they were asked for")
+        content = logprobs.find("content")
+        said = (
+            _content(content) if content is not None else completions.classic(logprobs, first=0)[1]
+        )
+        check_counts(said, request.top_k, self.vocab_size, by_id=False)
+        completions.check_completion_tokens(root, len(said))
+        ids = self._drawn(said, choice.find("token_ids"))
+        return response(said, ids, request, vocab_size=self.vocab_size, id_of=self._id_of)
+
+    def _drawn(self, said: Sequence[Said], token_ids: Field | None) -> list[int | None]:
+        """The ids of the tokens; None: the text does not tell."""
+        by_text = [self._id_of(one.key) for one in said]
+        if token_ids is None:
+            return by_text
+        ids = [i.whole() for i in token_ids.entries(len(said))]
+        for i, read, one in zip(ids, by_text, said, strict=True):
+            # A part of a character may be shown as nothing, or as what it completes.
+            if read not in (i, None) and self._tokens.is_whole(i):
+                raise token_ids.wrong(f"has {i}, where {one.where} says {one.key!r}")
+        return ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Completions(_ByText):
+    """/v1/completions, of servers that take token ids as a prompt; some repeat it with logprobs."""
+
+    by_messages: ClassVar[bool] = False
+
+    def score(self, requests: Sequence[ScoreRequest]) -> dialect.Call:
+        """See `dialect.Dialect`."""
+        return completions.echo(self, requests)
+
+    def read_scores(self, answer: Any, requests: Sequence[ScoreRequest]) -> list[Answer]:
+        """See `dialect.Dialect`.
+
+        A token whose text is no UTF-8 or is shared can be another one than was sent; and rows of
+        logprobs that are all one position off look right. Only numbers tell: compare them with
+        what the server draws.
+        """
+        (request,) = requests
+        scored = completions.read_echo(
+            answer,
+            request,
+            vocab_size=self.vocab_size,
+            is_token=lambda text, i: id_in(text) == i or text == self._tokens.string(i),
+            id_of=self._id_of,
+            by_id=False,
+        )
+        return [scored]
+
+    def sample(self, request: SampleRequest) -> dialect.Call:
+        """See `dialect.Dialect`; the server's own limits on what is drawn, if any, stay."""
+        dialect.check_sample(request, self)
+        body = completions.drawing(self.model, request)
+        body |= {"prompt": request.ids.tolist(), "logprobs": request.top_k}
+        tokens = len(request.ids) + request.sampling.max_new_tokens
+        return dialect.call(completions.PATH, body, tokens=tokens, top_k=request.top_k)
+
+    def read_sample(self, answer: Any, request: SampleRequest) -> Answer:
+        """See `dialect.Dialect`; most servers do not show the stop id, so nothing is finished."""
+        root = opened(answer, request.name)
+        completions.check_prompt_tokens(root, request)
+        return self._response(root, completions.only_choice(root)["text"], request)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat(_ByText):
+    """/v1/chat/completions: the server renders the prompt itself, and scores nothing.
+
+    `max_tokens` is what all servers know. OpenAI's models that want `max_completion_tokens` instead
+    think in secret, and are no teachers.
+    """
+
+    by_messages: ClassVar[bool] = True
+
+    def score(self, requests: Sequence[ScoreRequest]) -> dialect.Call:
+        """See `dialect.Dialect`; there is no such request."""
+        raise NotImplementedError("/v1/chat/completions takes no token ids and scores none")
+
+    def read_scores(self, answer: Any, requests: Sequence[ScoreRequest]) -> list[Answer]:
+        """See `dialect.Dialect`; there is no such answer."""
+        raise NotImplementedError("/v1/chat/completions takes no token ids and scores none")
+
+    def sample(self, request: SampleRequest) -> dialect.Call:
+        """See `dialect.Dialect`."""
+        dialect.check_sample(request, self)
+        body = completions.drawing(self.model, request)
+        body |= {
+            "messages": [{"role": m.role, "content": m.content} for m in request.messages],
+            "logprobs": True,
+            "top_logprobs": request.top_k,
+        }
+        tokens = len(request.ids) + request.sampling.max_new_tokens
+        return dialect.call("/v1/chat/completions", body, tokens=tokens, top_k=request.top_k)
+
+    def read_sample(self, answer: Any, request: SampleRequest) -> Answer:
+        """See `dialect.Dialect`.
+
+        Some servers list the token drawn first and cut to K. It then stands among the best K though
+        it may not be one of them: the mass outside is right all the same.
+        """
+        root = opened(answer, request.name)
+        written = completions.only_choice(root)["message"]["content"]
+        return self._response(root, written, request)
+
+
+def _content(content: Field) -> list[Said]:
+    """The form of one list, in which each token has a list of its own."""
+    return [
+        Said(
+            token.path,
+            _key(token),
+            token["logprob"].number(),
+            [(_key(one), one["logprob"].number()) for one in token["top_logprobs"].entries()],
+        )
+        for token in content.entries()
+    ]
+
+
+def _key(entry: Field) -> Key:
+    """The most exact name that the server has for a token."""
+    i = entry.find("id")
+    if i is not None:
+        return i.whole()
+    text = entry["token"].text()
+    raw = entry.find("bytes")
+    if raw is None or id_in(text) is not None:
+        return text
+    found = [byte.whole() for byte in raw.entries()]
+    if not all(0 <= byte < 256 for byte in found):
+        raise raw.wrong("are no bytes")
+    return bytes(found)

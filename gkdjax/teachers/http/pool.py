@@ -1,0 +1,209 @@
+"""Answers to requests: from the store, from what is on its way, or from the server.
+
+Threads ask the server while the device computes. What comes back is in the store before anybody
+sees it, so that no answer is paid for twice.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from gkdjax.errors import GkdjaxError, TeacherRefused, UserError
+from gkdjax.teachers.http.answers import Answer, SampleRequest, ScoreRequest
+from gkdjax.teachers.http.dialect import Dialect
+from gkdjax.teachers.http.identity import KnownTeacher
+from gkdjax.teachers.http.store import AnswerStore, sample_key, score_key
+from gkdjax.teachers.http.transport import RepeatedServerError, Transport
+
+# Of one request: a server that keeps the logprobs of a prompt needs 6 bytes a token and id.
+REQUEST_TOKENS = 4096
+
+Request = ScoreRequest | SampleRequest
+_Part = dict[str, Request]  # key -> what is asked
+_Answers = dict[str, Answer]
+
+
+class Pool:
+    """Asks one teacher, with a bounded number of requests at a time."""
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        transport: Transport | None,
+        store: AnswerStore | None,
+        known: KnownTeacher,
+        *,
+        concurrency: int,
+    ):
+        """Asks for nothing yet; `transport` and `store` are the pool's to close.
+
+        Args:
+          dialect: of the server.
+          transport: to the server; None: the store has to have everything.
+          store: of answers; None: what was answered is forgotten.
+          known: whose answers they are.
+          concurrency: requests at a time.
+        """
+        self._dialect, self._transport, self._store = dialect, transport, store
+        self._known = known
+        self._threads = concurrent.futures.ThreadPoolExecutor(concurrency, "teacher")
+        self._in_flight: dict[str, concurrent.futures.Future] = {}
+        self._missing: dict[str, Request] | None = None  # None: a missing answer is an error
+        self._lock = threading.Lock()
+        self._counts = collections.Counter()
+
+    def scores(self, requests: Sequence[ScoreRequest]) -> Callable[[], list[Answer]]:
+        """Begins to ask -> a function that waits for the answers, in the order of `requests`."""
+        keys = [score_key(self._known, request) for request in requests]
+        several = self._dialect.rows_per_request
+        return self._ask(dict(zip(keys, requests, strict=True)), keys, several)
+
+    def samples(self, requests: Sequence[SampleRequest]) -> Callable[[], list[Answer]]:
+        """As `scores`."""
+        by_messages = self._dialect.by_messages
+        keys = [sample_key(self._known, r, by_messages=by_messages) for r in requests]
+        return self._ask(dict(zip(keys, requests, strict=True)), keys, False)
+
+    @contextlib.contextmanager
+    def collect_missing(self) -> Iterator[list[Request]]:
+        """What the store lacks ends up in the list, gets an empty answer, and is not bought."""
+        missing: list[Request] = []
+        self._missing = {}
+        try:
+            yield missing
+        finally:
+            missing += self._missing.values()
+            self._missing = None
+
+    def report(self) -> dict[str, int]:
+        """Counts, for results.json: what was bought, what the store had, what could not be used."""
+        retries = 0 if self._transport is None else self._transport.retries
+        names = ("asked", "stored", "bought", "read_tokens", "written_tokens", "unmapped", "lost")
+        return {name: self._counts[name] for name in names} | {"retries": retries}
+
+    def close(self) -> None:
+        """Waits for what is on its way, as it is paid for, but begins nothing new."""
+        if self._transport is not None:
+            self._transport.close()
+        self._threads.shutdown(cancel_futures=True)
+        if self._store is not None:
+            self._store.close()
+
+    def _ask(
+        self, requests: _Part, keys: Sequence[str], several: bool
+    ) -> Callable[[], list[Answer]]:
+        on_the_way = {key: self._in_flight[key] for key in requests if key in self._in_flight}
+        rest = {key: request for key, request in requests.items() if key not in on_the_way}
+        found = {} if self._store is None else self._store.get(list(rest))
+        rest = {key: request for key, request in rest.items() if key not in found}
+        self._counts.update(asked=len(requests), stored=len(found))
+        if rest and (self._transport is None or self._missing is not None):
+            found |= self._miss(rest)
+            return lambda: [found[key] for key in keys]
+        for part in _parts(rest) if several else [{key: r} for key, r in rest.items()]:
+            future = self._threads.submit(self._buy, part)
+            on_the_way |= dict.fromkeys(part, future)
+        self._in_flight |= on_the_way
+
+        def wait() -> list[Answer]:
+            try:
+                for future in on_the_way.values():
+                    found.update(future.result())
+            finally:
+                for key in on_the_way:
+                    self._in_flight.pop(key, None)
+            return [found[key] for key in keys]
+
+        return wait
+
+    def _buy(self, part: _Part) -> _Answers:
+        requests = list(part.values())
+        try:
+            answers = self._asked_of_server(requests)
+        except (RepeatedServerError, TeacherRefused) as error:
+            if len(part) == 1:
+                raise _about(requests[0], error) from None
+            # One row of it may be what the server cannot stand: the halves tell which.
+            keys = list(part)
+            halves = keys[: len(keys) // 2], keys[len(keys) // 2 :]
+            bought = [self._buy({key: part[key] for key in half}) for half in halves]
+            return bought[0] | bought[1]
+        except GkdjaxError as error:
+            raise (_about(requests[0], error) if len(part) == 1 else error) from None
+        if self._store is not None:
+            kind = "score" if isinstance(requests[0], ScoreRequest) else "sample"
+            items = [(key, kind, a) for key, a in zip(part, answers, strict=True)]
+            self._store.put(self._known.fingerprint, items)
+        self._count(requests, answers)
+        return dict(zip(part, answers, strict=True))
+
+    def _asked_of_server(self, requests: list[Request]) -> list[Answer]:
+        scored = isinstance(requests[0], ScoreRequest)
+        call = self._dialect.score(requests) if scored else self._dialect.sample(requests[0])
+        said = self._transport.post(
+            call.path, call.body, max_bytes=call.max_bytes, splittable=len(requests) > 1
+        )
+        if scored:
+            return self._dialect.read_scores(said, requests)
+        return [self._dialect.read_sample(said, requests[0])]
+
+    def _miss(self, rest: _Part) -> _Answers:
+        if self._missing is None:
+            raise missing_error(list(rest.values()))
+        self._missing |= rest
+        return {key: _stand_in(request) for key, request in rest.items()}
+
+    def _count(self, requests: Sequence[Request], answers: Sequence[Answer]) -> None:
+        with self._lock:
+            self._counts.update(
+                bought=len(requests),
+                read_tokens=sum(len(request.ids) for request in requests),
+                written_tokens=sum(
+                    len(answer.target_ids)
+                    for answer, request in zip(answers, requests, strict=True)
+                    if isinstance(request, SampleRequest)
+                ),
+                unmapped=sum(answer.unmapped for answer in answers),
+                lost=sum(answer.lost for answer in answers),
+            )
+
+
+def missing_error(requests: Sequence[Request]) -> UserError:
+    """That these are not in the store, though there is nothing but the store."""
+    names = list(dict.fromkeys(request.name for request in requests))
+    some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return UserError(
+        f"config.teacher.offline: the store lacks the answers to {len(requests)} requests, of"
+        f" {some}. Fill it with python -m gkdjax.tools.cache_teacher and the same config, or set"
+        " config.teacher.offline=False"
+    )
+
+
+def _stand_in(request: Request) -> Answer:
+    """That says nothing, and whose text nobody refuses."""
+    sampled = isinstance(request, SampleRequest)
+    ids = np.asarray(request.stop_ids[:1], np.int32) if sampled else request.target_ids
+    logprobs = np.full((len(ids), request.top_k), -np.inf, np.float32)
+    zeros = np.zeros(len(ids), np.float32)
+    top_ids = np.zeros(logprobs.shape, np.int32)
+    return Answer(ids, zeros, top_ids, logprobs, zeros, finished=sampled)
+
+
+def _about(request: Request, error: GkdjaxError) -> GkdjaxError:
+    return type(error)(f"{request.name}: {error}")
+
+
+def _parts(requests: _Part) -> list[_Part]:
+    """Requests that are sent together; one that is longer than the budget goes alone."""
+    parts, tokens = [{}], 0
+    for key, request in requests.items():
+        tokens += len(request.ids)
+        if parts[-1] and tokens > REQUEST_TOKENS:
+            parts.append({})
+            tokens = len(request.ids)
+        parts[-1][key] = request
+    return [part for part in parts if part]

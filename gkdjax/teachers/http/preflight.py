@@ -1,0 +1,256 @@
+"""A server is trusted only after it has been tried: what it can do, and whether its numbers fit.
+
+One short text is written greedily and then scored again. A server that inserts a token, shifts its
+answer by one position, ignores `echo` or `logprobs`, or has another tokenizer does not get past it.
+"""
+
+import dataclasses
+import difflib
+
+import numpy as np
+from absl import logging
+
+from gkdjax.data.chat import Chat
+from gkdjax.errors import TeacherRefused, UserError, WrongAnswer
+from gkdjax.sampler import Sampling
+from gkdjax.teachers.http.answers import Answer, SampleRequest, ScoreRequest
+from gkdjax.teachers.http.dialect import Dialect
+from gkdjax.teachers.http.transport import Transport
+from gkdjax.types import Message
+
+PROBE = (
+    "The quick brown fox reads 1,234 books in the café on 5th Street; naïve readers ask: why?\n"
+    "Der Fuchs liest weiter. Лиса читает дальше. 狐狸继续读书。\n\n\tdef f(x):\n        return x**2"
+)
+_PROBE_TOKENS = 64  # at most, of the text above
+_WRITTEN_TOKENS = 8
+NAME = "the preflight"
+
+# Of a token that the server drew and then scored, in nats. In bfloat16 reading and writing differ
+# by up to the second number in a few tokens; a wrong position, a wrong temperature or another
+# beginning moves most of them by more than the first.
+_MEDIAN_DIFFERENCE, _LARGEST_DIFFERENCE = 1e-2, 0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What a server turned out to be.
+
+    Attributes:
+      model: its name there.
+      dialect: the name of the dialect that it speaks, see `connect.DIALECTS`.
+      scores: it scores given ids.
+      limits: why not.
+      context_length: most tokens of a view, or None where it does not tell.
+      top_k: as many logprobs of a token were asked for and came.
+      tokenizer: how the vocabulary was compared.
+      difference: median in nats between a token drawn and the same token scored; None: not scored.
+    """
+
+    model: str
+    dialect: str
+    scores: bool
+    limits: str
+    context_length: int | None
+    top_k: int
+    tokenizer: str
+    difference: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """One that passed."""
+
+    dialect: Dialect
+    findings: Findings
+    probe: Answer  # by which its weights are known
+
+
+def examine(
+    transport: Transport,
+    api_model: str,
+    dialects: dict[str, type[Dialect]],
+    chat: Chat,
+    vocab_size: int,
+    top_k: int,
+    *,
+    must_score: bool,
+) -> Server:
+    """Tries a server.
+
+    Args:
+      transport: to the server.
+      api_model: its name for the model, or "" for the only one.
+      dialects: name -> dialect; those are tried in this order.
+      chat: the tokenizer that the teacher is said to have.
+      vocab_size: of the ids that student and teacher have in common.
+      top_k: K of every request.
+      must_score: a server that does not score given ids is refused.
+
+    Raises:
+      UserError: it cannot be used, or not for this; with the reasons.
+      TeacherUnreachable: it does not answer.
+    """
+    model, context_length = _model(transport, api_model)
+    compared = _compare_tokenizers(transport, model, chat)
+    ids = probe_ids(chat)
+    own_text, reasons = None, []
+    for name, make in dialects.items():
+        dialect = make(model, vocab_size, chat.tokenizer)
+        found = Findings(model, name, False, "", context_length, top_k, compared, None)
+        try:
+            written = _write(transport, dialect, chat, ids, top_k)
+        except (WrongAnswer, TeacherRefused) as error:
+            reasons.append(f"{name} writes nothing that can be used: {error}")
+            continue
+        try:
+            scored, difference = _score_again(transport, dialect, ids, written, top_k)
+        except (WrongAnswer, TeacherRefused, NotImplementedError) as error:
+            reasons.append(f"{name} does not score given ids: {error}")
+            found = dataclasses.replace(found, limits=str(error))
+            own_text = own_text or Server(dialect, found, _rows(written, slice(1)))
+            continue
+        found = dataclasses.replace(found, scores=True, difference=difference)
+        return Server(dialect, found, _rows(scored, slice(len(ids) - 1)))
+    if own_text is None or must_score:
+        raise UserError(f"{transport.root} cannot be used: {'; '.join(reasons)}")
+    logging.warning("%s: only its own text can be learnt: %s", transport.root, "; ".join(reasons))
+    return own_text
+
+
+def probe_ids(chat: Chat) -> np.ndarray:
+    """What every server is probed with: int32 [n]."""
+    return np.asarray(chat.tokenizer(PROBE)["input_ids"][:_PROBE_TOKENS], np.int32)
+
+
+def sample_request(chat: Chat, ids: np.ndarray, top_k: int, tokens: int) -> SampleRequest:
+    """A greedy answer to the probe."""
+    sampling = Sampling(tokens, temperature=0.0, top_p=1.0)
+    messages = (Message("user", PROBE),)
+    return SampleRequest(NAME, ids, messages, sampling, 0, chat.stop_ids, top_k)
+
+
+def _model(transport: Transport, api_model: str) -> tuple[str, int | None]:
+    """(the model's name, tokens of its context or None)."""
+    try:
+        listed = transport.get("/v1/models")
+    except TeacherRefused:
+        if api_model:
+            return api_model, None  # not every host lists its models
+        raise
+    entries = listed.get("data") if isinstance(listed, dict) else None
+    entries = [e for e in entries or () if isinstance(e, dict) and isinstance(e.get("id"), str)]
+    names = [entry["id"] for entry in entries]
+    if not api_model and len(names) != 1:
+        raise UserError(
+            f"{transport.root} has the models {names}; name one in config.teacher.api_model"
+        )
+    name = api_model or names[0]
+    if names and name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+        raise UserError(
+            f"config.teacher.api_model = {name!r}: {transport.root} does not have it; did you mean"
+            f" {near[0]!r}?"
+        )
+    length = next((e.get("max_model_len") for e in entries if e["id"] == name), None)
+    # One token is always written, and has to find room.
+    return name, length - 1 if type(length) is int else None
+
+
+def _compare_tokenizers(transport: Transport, model: str, chat: Chat) -> str:
+    """How it was done, for people.
+
+    Raises:
+      UserError: the server writes other ids for the same text.
+    """
+    ours = chat.tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    for body in (
+        {"model": model, "prompt": PROBE, "add_special_tokens": False},
+        {"content": PROBE, "add_special": False},
+    ):
+        try:
+            said = transport.post("/tokenize", body, max_bytes=2**20)
+        except (TeacherRefused, WrongAnswer):
+            continue
+        theirs = said.get("tokens") if isinstance(said, dict) else None
+        if not isinstance(theirs, list) or not all(type(i) is int for i in theirs):
+            continue
+        if theirs != ours:
+            at = next(
+                (i for i, pair in enumerate(zip(ours, theirs, strict=False)) if len({*pair}) > 1),
+                min(len(ours), len(theirs)),
+            )
+            raise UserError(
+                f"the tokenizer of {model} is not that of {chat.directory}: of one text the token"
+                f" {at} is {theirs[at : at + 1]} there and {ours[at : at + 1]} here. Name the"
+                " teacher's own in config.teacher.tokenizer; it has to be the student's as well"
+            )
+        return f"the same {len(ours)} ids for a text"
+    return "not compared: the server has no /tokenize"
+
+
+def _write(
+    transport: Transport, dialect: Dialect, chat: Chat, ids: np.ndarray, top_k: int
+) -> Answer:
+    """A greedy answer; every token of it must be the most probable one where it stands."""
+    request = sample_request(chat, ids, top_k, _WRITTEN_TOKENS)
+    call = dialect.sample(request)
+    said = transport.post(call.path, call.body, max_bytes=call.max_bytes)
+    answer = dialect.read_sample(said, request)
+    if answer.lost:
+        raise WrongAnswer(
+            f"{NAME}: it wrote nothing, or a token that is none of {chat.directory}; in that case"
+            " name the teacher's own tokenizer in config.teacher.tokenizer"
+        )
+    _check_count(answer, top_k)
+    behind = answer.top_logprobs[:, 0] - answer.target_logprob
+    if behind.max() > _MEDIAN_DIFFERENCE:
+        raise WrongAnswer(
+            f"{NAME}: token {behind.argmax()} of a greedy answer is {behind.max():.3f} nats less"
+            " probable than the best there: the logprobs are those of another position"
+        )
+    return answer
+
+
+def _check_count(answer: Answer, top_k: int) -> None:
+    counts = (answer.top_logprobs > -np.inf).sum(axis=-1)
+    if answer.unmapped == 0 and counts.max() < top_k:
+        raise WrongAnswer(
+            f"{NAME}: {top_k} logprobs a token were asked for, and {counts.max()} came; set"
+            f" config.teacher.top_k={counts.max()}"
+        )
+
+
+def _score_again(
+    transport: Transport, dialect: Dialect, ids: np.ndarray, written: Answer, top_k: int
+) -> tuple[Answer, float]:
+    """(every position of the probe and the answer to it, median difference in nats)."""
+    whole = np.concatenate([ids, written.target_ids])
+    request = ScoreRequest(NAME, whole, np.arange(len(whole) - 1, dtype=np.int32), top_k)
+    call = dialect.score([request])
+    said = transport.post(call.path, call.body, max_bytes=call.max_bytes)
+    (scored,) = dialect.read_scores(said, [request])
+    _check_count(scored, top_k)
+    again = _rows(scored, slice(len(ids) - 1, None))
+    apart = np.abs(again.target_logprob - written.target_logprob)
+    median, most = float(np.median(apart)), float(apart.max())
+    if median > _MEDIAN_DIFFERENCE or most > _LARGEST_DIFFERENCE:
+        worst = int(apart.argmax())
+        raise WrongAnswer(
+            f"{NAME}: a token that it drew with the logprob {written.target_logprob[worst]:.3f} has"
+            f" {again.target_logprob[worst]:.3f} when it is scored: it shifts positions, adds a"
+            " token, or does not compute at temperature 1"
+        )
+    if most > _MEDIAN_DIFFERENCE:
+        logging.warning(
+            "drawn and scored logprobs of the same tokens differ by up to %.3f nats: the server"
+            " computes in a low precision",
+            most,
+        )
+    return scored, median
+
+
+def _rows(answer: Answer, rows: slice) -> Answer:
+    arrays = ("target_ids", "target_logprob", "top_ids", "top_logprobs", "tail_logprob")
+    cut = {name: getattr(answer, name)[rows] for name in arrays}
+    return dataclasses.replace(answer, finished=False, **cut)

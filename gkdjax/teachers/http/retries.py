@@ -1,0 +1,119 @@
+"""When a failed attempt is made again, and how long is waited before."""
+
+import dataclasses
+import email.utils
+import re
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import tenacity
+
+from gkdjax.errors import GkdjaxError, TeacherUnreachable
+
+Answer = TypeVar("Answer")
+
+_LONGEST_S = 60.0  # between two attempts; a server's Retry-After may be hours
+_BACKOFF = tenacity.wait_random_exponential(multiplier=1.0, min=0.25, max=_LONGEST_S)
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """What an attempt returns that may go better another time."""
+
+    reason: str
+    error: type[GkdjaxError] = TeacherUnreachable  # if no other attempt is made
+    least_wait_s: float = 0.0  # the server's Retry-After
+    server_error: tuple[int, bytes] | None = None  # a 5xx status and its body
+
+
+@dataclasses.dataclass(frozen=True)
+class GaveUp:
+    """After the last failure."""
+
+    failed: Failed
+    attempts: int
+    seconds: float
+    same_twice: bool  # the last two were the same 5xx answer, and it was to end there
+
+
+def persist(
+    attempt: Callable[[], Answer | Failed],
+    *,
+    max_retries: int,
+    deadline_s: float,
+    end_at_same: bool,
+    closed: threading.Event,
+    before_sleep: Callable[[Failed, float], None],
+) -> Answer | GaveUp:
+    """Calls `attempt` until it returns something else than a `Failed`, or hope is lost.
+
+    Failures are returned and not raised, so that no error drags a chain of others behind it:
+    those of the HTTP library hold the request with its headers.
+
+    Args:
+      attempt: what it raises is raised.
+      max_retries: attempts after the first.
+      deadline_s: no attempt begins later than that after the first.
+      end_at_same: give up as soon as two 5xx answers in a row are the same.
+      closed: ends the waiting.
+      before_sleep: called with the failure and the seconds until the next attempt.
+    """
+    same_twice = _SameTwice()
+
+    def gave_up(state: tenacity.RetryCallState) -> GaveUp:
+        ended_there = end_at_same and same_twice.met
+        return GaveUp(
+            state.outcome.result(), state.attempt_number, state.seconds_since_start, ended_there
+        )
+
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_result(lambda result: isinstance(result, Failed)),
+        wait=_wait,
+        stop=tenacity.stop_any(
+            lambda state: same_twice(state) and end_at_same,
+            tenacity.stop_after_attempt(max_retries + 1),
+            tenacity.stop_before_delay(deadline_s),
+            tenacity.stop_when_event_set(closed),
+        ),
+        sleep=lambda seconds: pause(closed, seconds),
+        before_sleep=lambda state: before_sleep(state.outcome.result(), state.upcoming_sleep),
+        retry_error_callback=gave_up,
+    )(attempt)
+
+
+def pause(closed: threading.Event, seconds: float) -> None:
+    """All waiting between attempts is done here."""
+    closed.wait(seconds)
+
+
+def retry_after(header: str | None) -> float:
+    """Seconds from a Retry-After header: a number of them, or a date; 0 if it is neither."""
+    if header is None:
+        return 0.0
+    if re.fullmatch(r"\s*[0-9]+(\.[0-9]+)?\s*", header):
+        seconds = float(header)
+    else:
+        try:
+            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+        except (TypeError, ValueError, IndexError, OverflowError):
+            return 0.0
+    return min(max(seconds, 0.0), _LONGEST_S)
+
+
+def _wait(state: tenacity.RetryCallState) -> float:
+    return max(_BACKOFF(state), state.outcome.result().least_wait_s)
+
+
+class _SameTwice:
+    """Of each failure of one request: is it the same 5xx answer as the one before?"""
+
+    def __init__(self):
+        self.met = False
+        self._last = None
+
+    def __call__(self, state: tenacity.RetryCallState) -> bool:
+        last, self._last = self._last, state.outcome.result().server_error
+        self.met = last is not None and last == self._last
+        return self.met

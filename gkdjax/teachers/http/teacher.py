@@ -1,0 +1,102 @@
+"""A teacher behind HTTP, as the rest of the project sees it."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from gkdjax.data import pipeline
+from gkdjax.data.chat import Chat
+from gkdjax.sampler import Sampling
+from gkdjax.teachers.http.answers import Answer, SampleRequest, ScoreRequest
+from gkdjax.teachers.http.pool import Pool
+from gkdjax.teachers.protocol import Capabilities
+from gkdjax.types import Batch, KeptTopK, Prompt, TopKTargets, Trajectory
+
+
+class HttpTeacher:
+    """A `protocol.RemoteTeacher`; made by `connect.connect`, which has checked the server."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        chat: Chat,
+        description: str,
+        capabilities: Capabilities,
+        *,
+        top_k: int,
+        context_length: int | None,
+    ):
+        """Keeps what it is given; the pool is its to close.
+
+        Args:
+          pool: asks the server.
+          chat: renders the teacher's view.
+          description: a few words for the log, without an address.
+          capabilities: of the server, as they were found.
+          top_k: K of what is asked for.
+          context_length: most tokens of a view, or None where the server does not tell.
+        """
+        self.pool, self.chat, self.description = pool, chat, description
+        self.capabilities, self.context_length = capabilities, context_length
+        self._top_k = top_k
+
+    def ask(self, batch: Batch) -> Callable[[], TopKTargets]:
+        """See `protocol.RemoteTeacher`; NumPy in and out, and no padding is sent."""
+        rows = [self._score_request(batch, row) for row in range(len(batch.row_id_B))]
+        asked = [request for request in rows if len(request.at)]
+        wait = self.pool.scores(asked)
+
+        def targets() -> TopKTargets:
+            answers = iter(wait())
+            nothing = self._no_targets()
+            kept = [next(answers).kept() if len(request.at) else nothing for request in rows]
+            return pipeline.pad_top_k(kept, batch.target_mask_BN.shape[1])
+
+        return targets
+
+    def targets(self, batch: Batch) -> TopKTargets:
+        """See `protocol.Teacher`."""
+        return self.ask(batch)()
+
+    def sample(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling
+    ) -> list[Trajectory]:
+        """See `protocol.Teacher`; of its text it keeps what it predicted there.
+
+        A response of which a token is no id of ours comes back without any token.
+        """
+        requests = [
+            SampleRequest(
+                prompt.name,
+                prompt.ids,
+                prompt.messages,
+                sampling,
+                int(seed),
+                self.chat.stop_ids,
+                self._top_k,
+            )
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        return [_trajectory(answer) for answer in self.pool.samples(requests)()]
+
+    def report(self) -> dict[str, int]:
+        """What was asked and bought, for results.json."""
+        return self.pool.report()
+
+    def close(self) -> None:
+        """Waits for what is on its way."""
+        self.pool.close()
+
+    def _score_request(self, batch: Batch, row: int) -> ScoreRequest:
+        ids = batch.teacher_tokens_BT[row][batch.teacher_mask_BT[row]]
+        at = batch.teacher_at_BN[row][batch.target_mask_BN[row]]
+        return ScoreRequest(f"row {batch.row_id_B[row]}", ids, at, self._top_k)
+
+    def _no_targets(self) -> KeptTopK:
+        none = np.zeros(0, np.float32)
+        no_rows = np.zeros((0, self._top_k), np.float32)
+        return Answer(none.astype(np.int32), none, no_rows.astype(np.int32), no_rows, none).kept()
+
+
+def _trajectory(answer: Answer) -> Trajectory:
+    return Trajectory(answer.target_ids, answer.finished, answer.kept())

@@ -1,0 +1,82 @@
+"""Fills the store of a config's teacher ahead of training, and says first what that takes.
+
+    python -m gkdjax.tools.cache_teacher --config=configs/vllm_teacher.py [--estimate]
+        [--input_price=USD --output_price=USD]
+
+Interrupted, the same command goes on; what is in the store is not bought again. Afterwards the run
+asks for nothing but what the student writes; with --config.teacher.offline=True it needs no server.
+"""
+
+import contextlib
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+
+from gkdjax import command_line, fill_store, rows_of_run
+from gkdjax import workdir as workdirs
+from gkdjax.config import Config
+from gkdjax.config_checks import SERVERS
+from gkdjax.errors import UserError
+from gkdjax.progress import table
+from gkdjax.teachers.http.answers import SampleRequest
+from gkdjax.teachers.http.pool import Request
+
+flags.adopt_module_key_flags(command_line)
+_ESTIMATE = flags.DEFINE_bool("estimate", False, "Say what it takes, and buy nothing.")
+_INPUT = flags.DEFINE_float("input_price", None, "USD for a million tokens that are read.", 0)
+_OUTPUT = flags.DEFINE_float("output_price", None, "USD for a million that are written.", 0)
+
+
+def main(config: Config, workdir: pathlib.Path) -> None:
+    """Prints an estimate, fills the store, and prints what was bought."""
+    if config.teacher.backend not in SERVERS or config.teacher.offline:
+        raise UserError(
+            f"config.teacher.backend = {config.teacher.backend!r}, .offline ="
+            f" {config.teacher.offline}: there is no server to ask"
+        )
+    if config.teacher.store is None:
+        raise UserError("config.teacher.store = None: there is no store to fill; name its file")
+    workdirs.claim(workdir, config)
+    with contextlib.ExitStack() as connections:
+        rows = rows_of_run.read(config, workdir, None, connections)
+        steps = rows_of_run.total_steps(config, len(rows.feed))
+        missing = fill_store.missing(config, workdir, rows.teacher, steps)
+        print(estimate(missing, _INPUT.value, _OUTPUT.value))
+        if _ESTIMATE.value:
+            return
+        fill_store.fill(rows, rows.teacher, workdir, steps)
+        counts = rows.teacher.report().items()
+        print(table(["answers", "count"], [[k.replace("_", " "), f"{n:,}"] for k, n in counts]))
+
+
+def estimate(missing: Sequence[Request], input_price: float | None, output_price: float | None):
+    """A table of what is to be bought.
+
+    Responses that are refused are written again, which nobody can foresee.
+
+    Args:
+      missing: the requests.
+      input_price: USD for a million tokens that are read; None: prices are left out.
+      output_price: the same for tokens that are written.
+    """
+    samples = [request for request in missing if isinstance(request, SampleRequest)]
+    read = sum(len(request.ids) for request in missing)
+    # A server writes one token even when it is only to score.
+    written = sum(request.sampling.max_new_tokens for request in samples)
+    written += len(missing) - len(samples)
+    lines = [
+        ["requests", f"{len(missing):,}"],
+        ["responses to be written", f"{len(samples):,}"],
+        ["texts to be scored", f"{len(missing) - len(samples):,}"],
+        ["tokens to be read", f"{read:,}"],
+        ["tokens to be written, at most", f"{written:,}"],
+    ]
+    if input_price is not None or output_price is not None:
+        price = (read * (input_price or 0) + written * (output_price or 0)) / 1e6
+        lines.append(["price, at most", f"{price:,.2f} USD"])
+    return table(["still to be bought", "count"], lines)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

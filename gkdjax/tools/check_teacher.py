@@ -1,0 +1,172 @@
+"""Tries the server of a config: what it can do, what it cannot, and how fast it is.
+
+    python -m gkdjax.tools.check_teacher --config=configs/vllm_teacher.py [--local=MODEL]
+
+Nothing is trained and nothing is stored. With --local, a directory or hub id of the same weights,
+its answers are compared with those computed here.
+"""
+
+import concurrent.futures
+import contextlib
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from absl import flags
+
+from gkdjax import command_line, models_of_run, sharding
+from gkdjax.config import Config
+from gkdjax.config_checks import SERVERS
+from gkdjax.data.chat import Chat
+from gkdjax.errors import UserError
+from gkdjax.hf import hub, model_config, pretrained
+from gkdjax.losses import TopKLogprobs, topk_forward_kl
+from gkdjax.progress import table
+from gkdjax.teachers.http import connect, preflight
+from gkdjax.teachers.http.answers import Answer, ScoreRequest
+from gkdjax.teachers.http.dialect import Call
+from gkdjax.teachers.http.preflight import Server
+from gkdjax.teachers.http.transport import Limits, Transport
+
+flags.adopt_module_key_flags(command_line)
+_LOCAL = flags.DEFINE_string("local", None, "A directory or hub id of the teacher's own weights.")
+
+_ROUNDS = 5  # requests one after the other, for the latency
+_WRITTEN_TOKENS = 32  # of each request, for the speed of writing
+
+Row = tuple[str, str]  # what, found
+
+
+def main(config: Config, workdir: pathlib.Path) -> None:
+    """Prints the table."""
+    del workdir  # it may be the directory of a run, and nothing of this belongs there
+    print(table(["teacher", "found"], list(rows(config, _LOCAL.value)), widest=90))
+
+
+def rows(config: Config, local: str | None) -> Iterator[Row]:
+    """What is found, in order.
+
+    Args:
+      config: with a server for a teacher.
+      local: the same weights as a directory or hub id, or None.
+
+    Raises:
+      UserError: the server cannot be used at all; why.
+      TeacherUnreachable: it does not answer.
+    """
+    c = config.teacher
+    if c.backend not in SERVERS:
+        raise UserError(
+            f"config.teacher.backend = {c.backend!r} is in this process; there is no server to try"
+        )
+    with tempfile.TemporaryDirectory() as aside:
+        sources = models_of_run.find(config, pathlib.Path(aside), None)
+    chat, vocab_size = sources.teacher_chat, model_config.load_spec(sources.student).vocab_size
+    limits = Limits(c.timeout_s, c.deadline_s, c.max_retries)
+    transport = Transport(c.api_base, c.api_key_env, limits, trust_env=c.trust_env)
+    with contextlib.closing(transport):
+        server = connect.try_server(c, transport, chat, vocab_size)
+        yield "address", transport.root
+        yield from _abilities(server, c.backend)
+        yield from _speed(transport, server, chat, c.concurrency)
+        if local is not None:
+            yield from _beside_local(server, chat, local)
+
+
+def _abilities(server: Server, backend: str) -> Iterator[Row]:
+    found = server.findings
+    yield "model", found.model
+    yield "dialect", f"{backend}, {found.dialect}"
+    yield "tokenizer", found.tokenizer
+    length = found.context_length
+    yield "longest view", f"{length:,} tokens" if length else "it does not tell"
+    yield "writes, with logprobs", "yes"
+    if found.scores:
+        yield "scores given ids", f"yes, as when it writes: {found.difference:.1e} nats apart"
+        yield "on-policy, rows with a response", "yes"
+    else:
+        yield "scores given ids", f"no: {found.limits}"
+        yield "on-policy, rows with a response", "no: only its own text can be learnt"
+    yield "logprobs of a token", f"{found.top_k}"
+    yield "whole vocabulary (teacher.top_k=None)", "no"
+    yield "gkd.temperature other than 1", "with gkd.tail='renormalize' only"
+
+
+def _speed(transport: Transport, server: Server, chat: Chat, concurrency: int) -> Iterator[Row]:
+    ids, k, dialect = preflight.probe_ids(chat), server.findings.top_k, server.dialect
+
+    def write(number: int) -> int:
+        request = preflight.sample_request(chat, np.roll(ids, number), k, _WRITTEN_TOKENS)
+        answer = dialect.read_sample(_post(transport, dialect.sample(request)), request)
+        return len(answer.target_ids)
+
+    def score(number: int) -> int:
+        moved = np.roll(ids, number)  # another text each time, which no cache has
+        at = np.arange(len(ids) - 1, dtype=np.int32)
+        request = ScoreRequest(preflight.NAME, moved, at, k)
+        dialect.read_scores(_post(transport, dialect.score([request])), [request])
+        return len(at)
+
+    kinds = {"writing": write} | ({"scoring": score} if server.findings.scores else {})
+    for name, ask in kinds.items():
+        one, many = _latency(ask), _throughput(ask, concurrency)
+        yield f"{name}, one request", f"{1000 * one:.0f} ms (median of {_ROUNDS})"
+        yield f"{name}, {concurrency} at a time", f"{many:,.0f} tokens/s"
+
+
+def _post(transport: Transport, call: Call) -> dict | list:
+    return transport.post(call.path, call.body, max_bytes=call.max_bytes)
+
+
+def _latency(ask: Callable[[int], int]) -> float:
+    """Seconds, median."""
+    seconds = []
+    for number in range(1, _ROUNDS + 1):
+        began = time.monotonic()
+        ask(number)
+        seconds.append(time.monotonic() - began)
+    return statistics.median(seconds)
+
+
+def _throughput(ask: Callable[[int], int], concurrency: int) -> float:
+    """Tokens a second, with all requests under way that the config allows."""
+    began = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
+        tokens = sum(pool.map(ask, range(_ROUNDS + 1, _ROUNDS + 1 + 2 * concurrency)))
+    return tokens / (time.monotonic() - began)
+
+
+def _beside_local(server: Server, chat: Chat, local: str) -> Iterator[Row]:
+    if not server.findings.scores:
+        raise UserError("--local: there is nothing to compare; the server does not score given ids")
+    directory, mesh = hub.local_directory(local), sharding.data_mesh()
+    decoder, params = pretrained.load_pretrained(directory, "float32", "float32", mesh)
+    ids, probe = preflight.probe_ids(chat), server.probe
+    tokens_1T, mask_1T = ids[None, :], np.ones((1, len(ids)), bool)
+    hidden_1TD = decoder.apply({"params": params}, tokens_1T, mask_1T)
+    logits_1TV = decoder.apply({"params": params}, hidden_1TD, method="unembed")
+    apart, divergence = compare(np.asarray(logits_1TV[0, :-1], np.float64), probe)
+    yield f"logprobs beside those of {local}", f"at most {apart:.1e} nats apart"
+    yield "forward KL, server to local", f"{divergence:.1e} nats a token"
+
+
+def compare(logits_nV: np.ndarray, probe: Answer) -> tuple[float, float]:
+    """(largest difference of a top-k logprob, mean KL(server || local)), in nats.
+
+    Args:
+      logits_nV: of the local model, where the server gave `probe`.
+    """
+    highest_n1 = logits_nV.max(axis=-1, keepdims=True)
+    norm_n1 = np.log(np.exp(logits_nV - highest_n1).sum(axis=-1, keepdims=True)) + highest_n1
+    there_nK = probe.top_logprobs > -np.inf
+    ours_nK = np.take_along_axis(logits_nV - norm_n1, probe.top_ids, axis=-1)
+    apart = np.abs(np.where(there_nK, ours_nK - probe.top_logprobs, 0.0)).max()
+    topk = TopKLogprobs(probe.top_ids, probe.top_logprobs, probe.tail_logprob)
+    return float(apart), float(topk_forward_kl(logits_nV.astype(np.float32), topk).mean())
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,147 @@
+"""Whole runs with a real vLLM for a teacher, beside the same runs with it in this process."""
+
+import concurrent.futures
+import contextlib
+import sqlite3
+import time
+
+import factories
+import numpy as np
+import pytest
+from small_runs import metrics, small
+from vllm_server import connected
+
+from gkdjax import loop
+from gkdjax.config import parse
+from gkdjax.sampler import Sampling
+from gkdjax.types import Prompt
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("quick_compilation")]
+NATS = 1e-3  # a loss here and there
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory) -> str:
+    """Another model than the teacher, of heads that vLLM can serve."""
+    where = tmp_path_factory.mktemp("student")
+    return factories.model_dir(where, seed=9, head_dim=32, hidden_size=32)
+
+
+def config(student, **changes):
+    """Rows with and without a response, a prefix, on-policy, an anchor towards the teacher."""
+    c = small(student)
+    c.teacher.top_k = 20
+    c.trajectory.temperature = 0.0  # text does not hang on who draws
+    c.trajectory.max_new_tokens = 8
+    c.gkd.on_policy_fraction, c.gkd.divergence, c.gkd.jsd_beta = 0.5, "generalized_jsd", 0.5
+    c.data.train = [{"prompt": f"ask {i}"} for i in range(6)]
+    c.data.train += [{"prompt": f"say {i}", "response": "so be it"} for i in range(2)]
+    c.anchor.data, c.anchor.towards = [{"prompt": f"other {i}"} for i in range(4)], "teacher"
+    c.anchor.batch_size = 4
+    c.eval.held_out = [{"prompt": f"why {i}"} for i in range(4)]
+    c.train.steps, c.train.export = 8, "both"
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        c[section][name] = value
+    return c
+
+
+def at_server(student, server, **changes):
+    """The same config with a server."""
+    return config(student, teacher__backend="vllm", teacher__api_base=server.base, **changes)
+
+
+@pytest.fixture(scope="module")
+def local(student, model, tmp_path_factory):
+    """(results, directory) of the run with its teacher in this process."""
+    workdir = tmp_path_factory.mktemp("local")
+    c = config(student, teacher__backend="flax", teacher__model=model("gemma3"))
+    return loop.run(c, workdir), workdir
+
+
+def assert_alike(workdir, local) -> None:
+    """The same batches, and the same losses but for rounding."""
+    _, beside = local
+    ours, theirs = metrics(workdir), metrics(beside)
+    assert [line["batch_crc32"] for line in ours] == [line["batch_crc32"] for line in theirs]
+    assert 0 < sum(line["on_policy_rows"] for line in ours) < 4 * len(ours)
+    for name in ("loss", "anchor_loss"):
+        values = [[line[name] for line in lines] for lines in (ours, theirs)]
+        np.testing.assert_allclose(*values, atol=NATS)
+
+
+def test_the_losses_are_those_of_the_same_teacher_in_process(student, gemma, local, tmp_path):
+    results = loop.run(at_server(student, gemma), tmp_path)
+    assert_alike(tmp_path, local)
+    assert results["teacher"]["retries"] == 0 and results["teacher"]["bought"] > 0
+    for name in ("before", "after"):
+        ours, theirs = results["held_out"][name], local[0]["held_out"][name]
+        np.testing.assert_allclose(ours["forward_kl"], theirs["forward_kl"], atol=NATS)
+
+
+def answers_in(store) -> int:
+    """How many a run has bought so far."""
+    with contextlib.closing(sqlite3.connect(f"file:{store}?mode=ro", uri=True)) as opened:
+        try:
+            return opened.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
+        except sqlite3.OperationalError:  # the table is not there yet
+            return 0
+
+
+def kill_and_start_again(server, store, answers: int) -> None:
+    """Kills it when the store has so many answers."""
+    deadline = time.monotonic() + 300.0
+    while not store.exists() or answers_in(store) < answers:
+        assert time.monotonic() < deadline, "the run asks for nothing"
+        time.sleep(0.01)
+    server.kill()
+    server.start()
+
+
+def test_a_server_that_is_killed_and_comes_back(student, gemma, local, tmp_path):
+    # Eight steps ask for about forty; the first ones are the teacher's own text.
+    c = at_server(student, gemma)
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        killing = threads.submit(kill_and_start_again, gemma, tmp_path / "answers.sqlite", 18)
+        results = loop.run(c, tmp_path)
+        killing.result()
+    assert results["teacher"]["retries"] > 0
+    assert_alike(tmp_path, local)
+
+
+def texts_of(c, workdir, adapter="") -> tuple[list, list]:
+    """Greedy ids, of four prompts: (the server's, those of our own sampler)."""
+    with connected(parse(c), workdir, adapter) as (rows, local):
+        prompts = [
+            Prompt(example.name, rows.rules.prompts(example)[0], ())
+            for example in rows.examples.train
+        ]
+        greedy = Sampling(24, temperature=0.0, top_p=1.0)
+        return tuple(
+            [trajectory.ids.tolist() for trajectory in teacher.sample(prompts, [0] * 4, greedy)]
+            for teacher in (rows.teacher, local)
+        )
+
+
+def exported(model, server, name):
+    """A config to ask the server for the text of what a run has exported."""
+    c = small(str(model), teacher__backend="vllm", teacher__api_base=server.base)
+    c.teacher.api_model, c.teacher.store = name, None
+    c.data.train = [{"prompt": f"ask {i}"} for i in range(4)]
+    return c
+
+
+def test_the_exported_model_says_at_vllm_what_it_says_here(serve, local, tmp_path):
+    merged = local[1] / "merged"
+    with serve(merged, "merged") as server:
+        theirs, ours = texts_of(exported(merged, server, "merged"), tmp_path)
+    assert theirs == ours
+
+
+def test_the_exported_adapter_says_at_vllm_what_it_says_here(serve, student, local, tmp_path):
+    adapter = local[1] / "adapter"
+    with serve(student, "base", "--enable-lora", "--lora-modules", f"baked={adapter}") as server:
+        c = exported(student, server, "baked")
+        baked, ours = texts_of(c, tmp_path / "baked", str(adapter))
+        base, _ = texts_of(exported(student, server, "base"), tmp_path / "base")
+    assert baked == ours and baked != base

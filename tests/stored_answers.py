@@ -1,0 +1,63 @@
+"""A store of made-up answers, for the tests of the store and of what reads it."""
+
+import dataclasses
+import hashlib
+
+import numpy as np
+
+from gkdjax.teachers.http import payload
+from gkdjax.teachers.http.answers import Answer
+from gkdjax.teachers.http.identity import KnownTeacher, fingerprint_of
+from gkdjax.teachers.http.store import AnswerStore
+
+
+def answer(seed: int, n: int = 4, top_k: int = 5) -> Answer:
+    rng = np.random.default_rng(seed)
+    logits_nV = rng.gumbel(size=(n, 50)) * 2
+    logprobs_nV = logits_nV - np.log(np.exp(logits_nV).sum(axis=1, keepdims=True))
+    ids = np.argsort(-logprobs_nV, axis=1)[:, :top_k].astype(np.int32)
+    top = np.take_along_axis(logprobs_nV, ids, axis=1).astype(np.float32)
+    tail = np.log1p(-np.exp(top).sum(axis=1))
+    # The targets are the probe's text: the same whoever is asked.
+    return Answer(np.arange(n, dtype=np.int32), top[:, 0].copy(), ids, top, tail)
+
+
+def noisy(of: Answer, std: float, seed: int = 0) -> Answer:
+    noise = np.random.default_rng(seed).normal(0, std, of.top_logprobs.shape)
+    return dataclasses.replace(of, top_logprobs=(of.top_logprobs + noise).astype(np.float32))
+
+
+def key(number: int) -> str:
+    return hashlib.sha256(b"%d" % number).hexdigest()
+
+
+def items(*numbers: int) -> list[tuple[str, str, Answer]]:
+    return [(key(number), "score", answer(number)) for number in numbers]
+
+
+def teacher(seed: int = 100, **change) -> KnownTeacher:
+    names = {"model": "big", "tokenizer": "ab" * 32} | change
+    probe = answer(seed)
+    fingerprint = fingerprint_of(names["model"], names["tokenizer"], probe)
+    made = {"fingerprint": fingerprint, "probe": probe, "findings": {"top_k": 5, "bos": None}}
+    return KnownTeacher(**(made | {"checked": "2026-11-23T02:00:00+00:00"} | names))
+
+
+BIG = teacher()
+
+
+def filled(path, *numbers: int) -> AnswerStore:
+    made = AnswerStore(path)
+    made.add_teacher(BIG)
+    made.put(BIG.fingerprint, items(*numbers))
+    return made
+
+
+def same(a: Answer, b: Answer) -> bool:
+    return payload.encode(a) == payload.encode(b)
+
+
+def assert_holds(opened: AnswerStore, *numbers: int) -> None:
+    found = opened.get([key(number) for number in numbers])
+    assert sorted(found) == sorted(map(key, numbers))
+    assert all(same(found[key(number)], answer(number)) for number in numbers)

@@ -1,0 +1,203 @@
+"""What a server has to be caught at before anything is learnt from it."""
+
+import contextlib
+
+import factories
+import numpy as np
+import pytest
+from fake_server import FakeServer, Reply, script
+from fake_teacher import LOGPROBS, MODEL, VOCAB, FakeTeacher
+
+from gkdjax.data.chat import load_chat
+from gkdjax.errors import TeacherRefused, UserError
+from gkdjax.teachers.http import preflight
+from gkdjax.teachers.http.connect import DIALECTS
+from gkdjax.teachers.http.preflight import examine
+from gkdjax.teachers.http.transport import Limits, Transport
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    factories.tokenizer().save_pretrained(directory)
+    return load_chat(directory)
+
+
+def examined(handler, chat, backend="vllm", *, model="", top_k=5, vocab_size=VOCAB):
+    """(what `examine` finds, the server's requests)."""
+    limits = Limits(timeout_s=5.0, deadline_s=5.0, max_retries=0)
+    with FakeServer(handler) as server:
+        transport = Transport(server.base, "", limits, trust_env=False)
+        with contextlib.closing(transport):
+            found = examine(
+                transport,
+                model,
+                DIALECTS[backend],
+                chat,
+                vocab_size,
+                top_k,
+                must_score=backend != "openai",
+            )
+        return found, server.requests
+
+
+def refused(handler, chat, *words, backend="vllm", **how):
+    with pytest.raises(UserError) as caught:
+        examined(handler, chat, backend, **how)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "backend, lies, dialect",
+    [
+        ("vllm", {}, "prompt_logprobs"),
+        ("vllm", {"prompt_logprobs": False}, "echo"),
+        ("openai", {}, "completions"),
+        ("openai", {"by_text": True}, "completions"),
+    ],
+)
+def test_a_server_that_scores(chat, backend, lies, dialect):
+    server, _ = examined(FakeTeacher(**lies), chat, backend)
+    found = server.findings
+    assert (found.model, found.dialect, found.scores, found.limits) == (MODEL, dialect, True, "")
+    assert (found.context_length, found.top_k) == (511, 5)
+    assert found.difference < 1e-5
+    ids = preflight.probe_ids(chat)
+    rows = LOGPROBS[ids[:-1]]
+    assert np.allclose(server.probe.target_logprob, rows[np.arange(len(rows)), ids[1:]], atol=1e-5)
+    assert np.allclose(server.probe.top_logprobs[:, 0], rows.max(axis=1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "lies, dialect, reason",
+    [
+        ({"by_text": True, "echo": False}, "completions", "not null"),
+        ({"by_text": True, "completions": False}, "chat", "no token ids"),
+    ],
+)
+def test_a_server_that_only_writes(chat, lies, dialect, reason):
+    server, _ = examined(FakeTeacher(**lies), chat, "openai")
+    assert (server.findings.dialect, server.findings.scores) == (dialect, False)
+    assert reason in server.findings.limits
+    assert server.findings.limits
+    assert server.probe.top_logprobs.shape == (1, 5)
+    assert server.findings.tokenizer == "not compared: the server has no /tokenize"
+
+
+class OffByOne(FakeTeacher):
+    """As llama-cpp-python has it: what it writes is right, what it scores is shifted."""
+
+    def _row(self, ids, at):
+        return self.logprob_table[ids[max(at - 1 - (self.scoring and 1), 0)]]
+
+    def _choice(self, index, ids, body):
+        self.scoring = bool(body.get("echo") or body.get("prompt_logprobs"))
+        return super()._choice(index, ids, body)
+
+
+def test_scores_that_are_off_by_one_are_not_used(chat):
+    server, _ = examined(OffByOne(by_text=True), chat, "openai")
+    assert not server.findings.scores
+    assert "shifts positions" in server.findings.limits
+    refused(OffByOne(), chat, "does not score given ids", "shifts positions")
+
+
+def test_a_token_put_before_the_prompt_is_seen(chat):
+    refused(FakeTeacher(bos=True), chat, "the preflight")
+
+
+def test_ignored_logprobs(chat):
+    refused(FakeTeacher(logprobs=False), chat, "logprobs")
+    refused(FakeTeacher(logprobs=False, completions=False), chat, "logprobs", backend="openai")
+
+
+def test_ignored_echo_and_prompt_logprobs(chat):
+    teacher = FakeTeacher(prompt_logprobs=False, echo=False)
+    refused(teacher, chat, "does not score given ids")
+
+
+def test_the_cap_on_k_is_told(chat):
+    refused(FakeTeacher(most_top_k=3), chat, "greater than max allowed")
+
+
+class Fewer(FakeTeacher):
+    def _best(self, ids, at, k):
+        return super()._best(ids, at, min(k, 2))
+
+
+def test_fewer_logprobs_than_asked_for(chat):
+    refused(Fewer(by_text=True), chat, "top_k", backend="openai")
+
+
+class Shifted(FakeTeacher):
+    """Its own answers have the logprobs of another position."""
+
+    def _row(self, ids, at):
+        return self.logprob_table[ids[at - 2]]
+
+
+def test_logprobs_of_another_position_in_what_it_writes(chat):
+    refused(Shifted(by_text=True), chat, "another position", backend="openai")
+
+
+class Cooler(FakeTeacher):
+    """Scores at another temperature than it draws."""
+
+    def _best(self, ids, at, k):
+        lower = 0.05 * self.scoring
+        return [(i, p - lower) for i, p in super()._best(ids, at, k)]
+
+    def _choice(self, index, ids, body):
+        self.scoring = "prompt_logprobs" in body or "echo" in body
+        return super()._choice(index, ids, body)
+
+
+def test_another_temperature(chat):
+    refused(Cooler(), chat, "temperature 1")
+
+
+def test_another_tokenizer(chat):
+    class Other(FakeTeacher):
+        def _tokenize(self, body):
+            return Reply({"tokens": super()._tokenize(body).body["tokens"][::-1]})
+
+    refused(Other(), chat, "the tokenizer of bigram", "config.teacher.tokenizer")
+
+
+def test_the_model_by_its_name(chat):
+    refused(FakeTeacher(), chat, "'bigam'", "did you mean 'bigram'", model="bigam")
+    teacher = FakeTeacher()
+
+    def two(request):
+        if request.path == "/v1/models":
+            return Reply({"data": [{"id": MODEL}, {"id": "other"}]})
+        return teacher(request)
+
+    refused(two, chat, "['bigram', 'other']", "config.teacher.api_model")
+    server, _ = examined(two, chat, model=MODEL)
+    assert server.findings.context_length is None
+
+
+def test_a_host_that_lists_no_models_is_told_which(chat):
+    teacher = FakeTeacher()
+
+    def unlisted(request):
+        return Reply(status=404) if request.path == "/v1/models" else teacher(request)
+
+    with pytest.raises(TeacherRefused):
+        examined(unlisted, chat)
+    server, _ = examined(unlisted, chat, model="mine")
+    assert server.findings.model == "mine"
+
+
+def test_the_key_is_wrong(chat):
+    refused(script(Reply({"error": {"message": "no such key"}}, status=401)), chat, "no such key")
+
+
+def test_no_padding_and_no_unknown_id_is_sent(chat):
+    _, requests = examined(FakeTeacher(), chat)
+    sent = [r.body["prompt"] for r in requests if r.path == "/v1/completions"]
+    flat = [i for prompt in sent for i in (prompt[0] if isinstance(prompt[0], list) else prompt)]
+    assert 0 <= min(flat) and max(flat) < VOCAB
+    assert chat.pad_id not in flat

@@ -1,0 +1,105 @@
+"""A real vLLM server for the integration tests, and our own forward pass beside it."""
+
+import contextlib
+import dataclasses
+import http.client
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+
+from gkdjax import models_of_run, rows_of_run
+from gkdjax.config import Config
+from gkdjax.rows_of_run import Rows
+from gkdjax.teachers.flax import FlaxTeacher
+
+SCRIPT = pathlib.Path(__file__).parents[1] / "launch" / "start_vllm.sh"
+ARGUMENTS = ("--enforce-eager", "--max-model-len", "512")
+_START_S = 300.0  # 40 s on two cores that have nothing else to do
+_STOP_S = 20.0
+
+
+class VllmServer:
+    """One server; its processes are a process group of their own.
+
+    Attributes:
+      base: its address, for config.teacher.api_base.
+      model: the directory that it serves.
+      name: under which it does.
+    """
+
+    def __init__(self, python: str, model: str, name: str, log: pathlib.Path, *arguments: str):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self.base = f"http://127.0.0.1:{self._port}/v1"
+        self.model, self.name = model, name
+        self._command = [SCRIPT, "--cpu", model, name, str(self._port), *ARGUMENTS, *arguments]
+        self._environment = os.environ | {"VLLM_PYTHON": python}
+        self._log, self._process = log, None
+
+    def start(self) -> None:
+        """Returns when it answers; its log's end is told if it does not come to that."""
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                env=self._environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + _START_S
+        while not self._answers():
+            ended = self._process.poll()
+            if ended is not None or time.monotonic() > deadline:
+                self.kill()
+                what = f"did not answer in {_START_S} s" if ended is None else f"ended with {ended}"
+                tail = self._log.read_text(errors="replace")[-6000:]
+                raise RuntimeError(f"{self._command} {what}; {self._log} ends with\n{tail}")
+            time.sleep(0.5)
+
+    def stop(self) -> None:
+        """Asks it to end, and then makes it."""
+        if self._process is not None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP_S)
+            self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL to all of its processes, at once."""
+        with contextlib.suppress(ProcessLookupError):  # all are gone already
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process = None
+
+    def _answers(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5.0)
+        with contextlib.closing(connection):
+            try:
+                connection.request("GET", "/health")
+                return connection.getresponse().status == 200
+            except (OSError, http.client.HTTPException):
+                return False
+
+
+@contextlib.contextmanager
+def connected(
+    c: Config, workdir: pathlib.Path, adapter: str = ""
+) -> Iterator[tuple[Rows, FlaxTeacher]]:
+    """(a run's rows, whose teacher is at a server; the student as a teacher in this process).
+
+    Args:
+      c: with a server for a teacher.
+      workdir: of the run.
+      adapter: a PEFT adapter's directory, for the teacher in this process.
+    """
+    with contextlib.ExitStack() as connections:
+        rows = rows_of_run.read(c, workdir, None, connections)
+        c = dataclasses.replace(c, teacher=dataclasses.replace(c.teacher, adapter=adapter))
+        in_process = models_of_run.InProcess(c, workdir, rows.lengths, rows.mesh, rows.vocab_size)
+        own = models_of_run.load(c, rows.sources.student, "float32", rows.mesh)
+        yield rows, in_process.config_teacher(rows.sources, own)
