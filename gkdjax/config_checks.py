@@ -218,6 +218,10 @@ def _check_server(config) -> None:
     for key in ("timeout_s", "deadline_s"):
         value = getattr(teacher, key)
         _require(value > 0, f"teacher.{key}", value, "must be positive, in seconds")
+    drawn = config.trajectory.temperature
+    # It tells the logprobs of what it draws at that temperature, and the teacher's are those at 1.
+    told = teacher.backend != "sglang" or drawn in (0, 1)
+    _require(told, "trajectory.temperature", drawn, "an SGLang server has to draw at 1.0, or at 0")
     retempered = gkd.temperature == 1 or gkd.tail == "renormalize"
     advice = "a server's probabilities are those of temperature 1; set it to 1.0, or gkd.tail to"
     _require(retempered, "gkd.temperature", gkd.temperature, f"{advice} 'renormalize'")

@@ -94,9 +94,10 @@ def connected(
 
     Args:
       c: with a server for a teacher.
-      workdir: of the run.
+      workdir: of the run; of one teacher.
       adapter: a PEFT adapter's directory, for the teacher in this process.
     """
+    workdir.mkdir(exist_ok=True)
     with contextlib.ExitStack() as connections:
         rows = rows_of_run.read(c, workdir, None, connections)
         c = dataclasses.replace(c, teacher=dataclasses.replace(c.teacher, adapter=adapter))

@@ -29,7 +29,30 @@ _OUTPUT = flags.DEFINE_float("output_price", None, "USD for a million that are w
 
 
 def main(config: Config, workdir: pathlib.Path) -> None:
-    """Prints an estimate, fills the store, and prints what was bought."""
+    """As `cache`, with the flags."""
+    cache(config, workdir, _INPUT.value, _OUTPUT.value, buy=not _ESTIMATE.value)
+
+
+def cache(
+    config: Config,
+    workdir: pathlib.Path,
+    input_price: float | None,
+    output_price: float | None,
+    *,
+    buy: bool,
+) -> None:
+    """Prints an estimate, fills the store, and prints what was bought.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      input_price, output_price: see `estimate`.
+      buy: False: the estimate is all.
+
+    Raises:
+      UserError: there is no server or no store; and all that the run itself would raise.
+      TeacherUnreachable: the server does not answer; what came before is in the store.
+    """
     if config.teacher.backend not in SERVERS or config.teacher.offline:
         raise UserError(
             f"config.teacher.backend = {config.teacher.backend!r}, .offline ="
@@ -42,15 +65,17 @@ def main(config: Config, workdir: pathlib.Path) -> None:
         rows = rows_of_run.read(config, workdir, None, connections)
         steps = rows_of_run.total_steps(config, len(rows.feed))
         missing = fill_store.missing(config, workdir, rows.teacher, steps)
-        print(estimate(missing, _INPUT.value, _OUTPUT.value))
-        if _ESTIMATE.value:
+        print(estimate(missing, input_price, output_price))
+        if not buy:
             return
         fill_store.fill(rows, rows.teacher, workdir, steps)
         counts = rows.teacher.report().items()
         print(table(["answers", "count"], [[k.replace("_", " "), f"{n:,}"] for k, n in counts]))
 
 
-def estimate(missing: Sequence[Request], input_price: float | None, output_price: float | None):
+def estimate(
+    missing: Sequence[Request], input_price: float | None, output_price: float | None
+) -> str:
     """A table of what is to be bought.
 
     Responses that are refused are written again, which nobody can foresee.

@@ -90,7 +90,7 @@ def test_a_model_that_it_does_not_have(gemma):
 
 
 def test_more_logprobs_than_it_gives(gemma):
-    with pytest.raises(UserError, match="cannot be used.*65.*64"):
+    with pytest.raises(UserError, match=r"cannot be used.*65.*64"):
         list(check_teacher.rows(asking(gemma, teacher__top_k=65), None))
 
 

@@ -194,6 +194,8 @@ def _stand_in(request: Request) -> Answer:
 
 
 def _about(request: Request, error: GkdjaxError) -> GkdjaxError:
+    if request.name in str(error):  # whoever read the answer has said it
+        return error
     return type(error)(f"{request.name}: {error}")
 
 

@@ -1,0 +1,80 @@
+"""What is known of a batch is not asked again, wherever the teacher works."""
+
+import builders
+import numpy as np
+import pytest
+
+from gkdjax import sharding
+from gkdjax.asking import ask
+from gkdjax.data.pipeline import Kept
+from gkdjax.losses import TopKLogprobs
+from gkdjax.teachers.protocol import Capabilities, RemoteTeacher
+from gkdjax.types import TopKTargets
+
+MESH = sharding.data_mesh()
+BATCH = builders.batch((2, 3, 1, 2))
+B, N = BATCH.target_mask_BN.shape
+K = 2
+
+
+def targets(fill: int) -> TopKTargets:
+    """Every number in it says where it comes from."""
+    topk = TopKLogprobs(
+        np.full((B, N, K), fill, np.int32),
+        np.full((B, N, K), -fill, np.float32),
+        np.full((B, N), -fill, np.float32),
+    )
+    return TopKTargets(topk, np.full((B, N), -fill, np.float32))
+
+
+class Here:
+    capabilities = Capabilities(max_top_k=2, dense=False, samples=False, temperature=False)
+    chat = None
+    description = "here"
+
+    def __init__(self):
+        self.heard = []
+
+    def targets(self, batch):
+        self.heard.append(batch.target_mask_BN)
+        return targets(7)
+
+    def sample(self, prompts, seeds, sampling):
+        raise NotImplementedError
+
+
+class Elsewhere(Here):
+    def ask(self, batch):
+        self.heard.append(batch.target_mask_BN)
+        return lambda: targets(7)
+
+
+@pytest.mark.parametrize("make", [Here, Elsewhere])
+@pytest.mark.parametrize("known", [None, (True, False, True, False), (True,) * 4])
+def test_only_what_is_not_known_is_asked(make, known):
+    teacher = make()
+    kept = None if known is None else Kept(targets(3), np.asarray(known))
+    found = ask(teacher, BATCH, kept, MESH)()
+    from_kept_B = np.asarray(known or (False,) * B)
+    wanted = np.where(from_kept_B, 3, 7)
+    for leaf, sign in (
+        (found.topk.ids, 1),
+        (found.topk.logprobs, -1),
+        (found.target_logprob_BN, -1),
+    ):
+        assert (np.asarray(leaf).reshape(B, -1) == sign * wanted[:, None]).all()
+    if known == (True,) * B:
+        assert teacher.heard == []
+    else:
+        (mask_BN,) = teacher.heard
+        assert (mask_BN == BATCH.target_mask_BN & ~from_kept_B[:, None]).all()
+
+
+def test_a_teacher_elsewhere_is_asked_at_once_and_one_here_when_its_turn_comes():
+    for make, asked in ((Here, 0), (Elsewhere, 1)):
+        teacher = make()
+        assert isinstance(teacher, RemoteTeacher) == bool(asked)
+        wait = ask(teacher, BATCH, None, MESH)
+        assert len(teacher.heard) == asked
+        wait()
+        assert len(teacher.heard) == 1
