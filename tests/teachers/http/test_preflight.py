@@ -199,5 +199,5 @@ def test_no_padding_and_no_unknown_id_is_sent(chat):
     _, requests = examined(FakeTeacher(), chat)
     sent = [r.body["prompt"] for r in requests if r.path == "/v1/completions"]
     flat = [i for prompt in sent for i in (prompt[0] if isinstance(prompt[0], list) else prompt)]
-    assert 0 <= min(flat) and max(flat) < VOCAB
+    assert min(flat) >= 0 and max(flat) < VOCAB
     assert chat.pad_id not in flat
