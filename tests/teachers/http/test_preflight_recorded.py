@@ -75,7 +75,7 @@ def test_llama_cpp_pythons_scores_are_off_by_one():
     rows[:, 0] = -1.0
     tops = np.zeros((4, 20), np.int32)
     drawn = Answer(ids[-4:], rows[:, 0], tops, rows, np.full(4, -0.5, np.float32))
-    with pytest.raises(WrongAnswer, match=r"has -1[01]\.\d+ when it is scored: it shifts positions"):
+    with pytest.raises(WrongAnswer, match=r"has -1[01]\.\d+ when .*: it shifts positions"):
         preflight._score_again(Replay(answer, {}), dialect, ids[:-4], drawn, top_k=20)
 
 
