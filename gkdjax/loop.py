@@ -38,6 +38,8 @@ from gkdjax.teachers.protocol import Teacher
 from gkdjax.train_step import make_train_step
 from gkdjax.types import Batch, TrainState
 
+_TEACHER_FAILS = (TeacherUnreachable, TeacherRefused, WrongAnswer)
+
 
 def run(
     config: config_dict.ConfigDict | Config,
@@ -86,14 +88,16 @@ def run(
 
 def _run(parts: Run, workdir: pathlib.Path, began: float) -> dict:
     print(f"{parts.config.student.model}: a response ends with {parts.chat.stop_tokens()}")
-    training_text.write_first(parts, workdir)
+    with _kept_if_the_teacher_fails():
+        training_text.write_first(parts, workdir)
     feeds = training_text.feeds(parts).items()
     workdirs.claim_rows(workdir, {name: feed.fingerprint() for name, feed in feeds})
     before = workdirs.read_json(workdir / "before.json")
     if before is None:
         base = Reader.of(parts.decoder, parts.base, parts.chat, parts.config.teacher.prefix_bytes)
         base.prefixes.learn(parts.prompts_by_prefix)  # it is asked what it says with the prefix
-        before = parts.evaluation.before(base)
+        with _kept_if_the_teacher_fails():
+            before = parts.evaluation.before(base)
         workdirs.write_json(workdir / "before.json", before)
     state, training = _train(parts, workdir)
     after = parts.evaluation.after(_reader(parts, state))
@@ -221,6 +225,17 @@ def _export(parts: Run, state: TrainState, workdir: pathlib.Path) -> list[str]:
 
 
 @contextlib.contextmanager
+def _kept_if_the_teacher_fails():
+    """Before the first step."""
+    try:
+        yield
+    except _TEACHER_FAILS as error:
+        raise type(error)(
+            f"{error}. No step was made yet; the same command goes on with what is there"
+        ) from None
+
+
+@contextlib.contextmanager
 def _saved_if_the_teacher_fails(
     step: int,
     first: int,
@@ -232,7 +247,7 @@ def _saved_if_the_teacher_fails(
     """Nothing that was learnt is lost with a server: the steps before `step` are saved."""
     try:
         yield
-    except (TeacherUnreachable, TeacherRefused, WrongAnswer) as error:
+    except _TEACHER_FAILS as error:
         record.read()
         if step > first:
             checkpoints.save(state)

@@ -74,6 +74,8 @@ def render(results: dict, workdir: pathlib.Path) -> str:
             for name, v in kept.items()
         ]
         parts.append(table(["kept abilities", "before", "after", "change"], rows))
+    if "teacher" in results:
+        parts.append(_teacher_line(results["teacher"]))
     samples = results["samples"]
     parts.append(table(list(samples), list(zip(*samples.values(), strict=True))))
     parts.append(
@@ -95,6 +97,16 @@ def _rows_table(rows: dict[str, dict]) -> str:
         lines.append([name, *counts, ", ".join(f"{share:.0%}" for share in views) or "-"])
     header = ["rows", "trained", "lost or cut", "refused responses", "padding of the views"]
     return table(header, lines)
+
+
+def _teacher_line(counts: dict[str, int]) -> str:
+    """What a teacher at a server was asked, see `teachers.http.pool.Pool.report`."""
+    c = {name: f"{count:,}" for name, count in counts.items()}
+    return (
+        f"teacher: {c['asked']} requests, {c['stored']} answered by the store, {c['bought']} by the"
+        f" server ({c['read_tokens']} tokens read, {c['written_tokens']} written, {c['retries']}"
+        f" retries); without an id here: {c['unmapped']} of the best tokens, {c['lost']} responses"
+    )
 
 
 def _held_out_table(before: dict, after: dict) -> str:

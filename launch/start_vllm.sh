@@ -27,7 +27,7 @@ here, and anything else that vLLM knows can follow it as well:
                                    a prompt take tokens x vocabulary x 6 bytes beside the weights.
   --max-logprobs 128               64 unless told; teacher.top_k must not be above it.
   --max-model-len 4096             of the teacher's view, response included, and one token more.
-  --host 0.0.0.0                   for others than this machine; then give --api-key as well.
+  --host 0.0.0.0                   for others than this machine; then set VLLM_API_KEY as well.
   --tensor-parallel-size 4         of the GPUs here.
   --enable-lora --max-lora-rank 64 --lora-modules baked=RUN/adapter
                                    serves an adapter under a name of its own.
@@ -67,7 +67,7 @@ fi
 
 if $cpu; then
   export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
-  device=(--dtype float32)
+  device=(--dtype float32 --enforce-eager)  # compiling takes longer than what a test asks
 else
   device=(--dtype auto --gpu-memory-utilization 0.8)
 fi

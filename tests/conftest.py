@@ -1,6 +1,17 @@
 """Strict settings for all tests; the flags must be set before jax is first imported."""
 
+import atexit
 import os
+import shutil
+import tempfile
+
+# Runs in this process and in others compile the same small programs again and again: each is
+# compiled once a session. A directory that is set already is kept, and so are its programs.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gkdjax-programs-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 # Four devices, so that sharding over a data axis is real on a machine without an accelerator.
 os.environ["XLA_FLAGS"] = (

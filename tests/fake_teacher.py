@@ -21,6 +21,10 @@ def _logprobs(seed: int) -> np.ndarray:
     logits = 2.0 * np.random.default_rng(seed).standard_normal((VOCAB, VOCAB))
     # Answers come to an end, but not greedy ones, whose text would be empty where it is not shown.
     logits[:, END] = np.minimum(logits[:, END] + 2.0, logits.max(axis=1) - 0.1)
+    # As checkpoints have them: ids that no token uses, which a random student writes all the same.
+    rest = factories.VOCAB_SIZE - VOCAB
+    logits = np.pad(logits, ((0, 0), (0, rest)), constant_values=-30.0)
+    logits = np.pad(logits, ((0, rest), (0, 0)), mode="wrap")
     return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
@@ -147,7 +151,7 @@ class FakeTeacher:
         stops, written, last = body.get("stop_token_ids", [END]), [], ids[-1]
         while len(written) < max(most, 1):
             p = np.exp(self.logprob_table[last])
-            last = int(p.argmax() if draw is None else draw.choice(VOCAB, p=p / p.sum()))
+            last = int(p.argmax() if draw is None else draw.choice(len(p), p=p / p.sum()))
             written.append(last)
             if last in stops:
                 break

@@ -17,7 +17,7 @@ from gkdjax.rows_of_run import Rows
 from gkdjax.teachers.flax import FlaxTeacher
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "launch" / "start_vllm.sh"
-ARGUMENTS = ("--enforce-eager", "--max-model-len", "512")
+ARGUMENTS = ("--max-model-len", "512")
 _START_S = 300.0  # 40 s on two cores that have nothing else to do
 _STOP_S = 20.0
 

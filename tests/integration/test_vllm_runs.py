@@ -89,9 +89,10 @@ def kill_and_start_again(server, steps) -> None:
 
 
 def test_a_server_that_is_killed_and_comes_back(student, gemma, local, tmp_path):
+    c = at_server(student, gemma, teacher__deadline_s=300.0)
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         killing = threads.submit(kill_and_start_again, gemma, tmp_path / "metrics.jsonl")
-        results = loop.run(at_server(student, gemma), tmp_path)
+        results = loop.run(c, tmp_path)
         killing.result()
     assert results["teacher"]["retries"] > 0
     assert_alike(tmp_path, local)

@@ -114,26 +114,31 @@ def scored_again(teacher, prompts, written) -> list:
     return teacher.pool.scores(requests)()
 
 
-SAMPLING = {
+DRAWN = {
     "at 1": Sampling(48, temperature=1.0, top_p=1.0),
     "cut": Sampling(48, temperature=1.5, top_p=0.9, top_k=30),
-    "greedy": Sampling(16, temperature=0.0, top_p=1.0),
+}
+GREEDY = {
+    "at 0": Sampling(16, temperature=0.0, top_p=1.0),
+    "the best": Sampling(16, temperature=1.5, top_p=1.0, top_k=1),
+    "the nucleus": Sampling(16, temperature=1.5, top_p=1e-3),
 }
 
 
-@pytest.mark.parametrize("how", SAMPLING)
+@pytest.mark.parametrize("how", [*DRAWN, *GREEDY])
 def test_what_comes_with_its_text_is_what_it_says_of_the_text(server, how, tmp_path):
+    sampling = (DRAWN | GREEDY)[how]
     with connected(asking(server), tmp_path) as (rows, local):
         chat = rows.sources.teacher_chat
         examples = rows.examples.train
         ids = [rows.rules.prompts(example)[1] for example in examples] * 4
         prompts = [Prompt(f"prompt {i}", ids[i], ()) for i in range(len(ids))]
         seeds = list(range(len(prompts)))
-        written = rows.teacher.sample(prompts, seeds, SAMPLING[how])
-        again = rows.teacher.sample(prompts, seeds, SAMPLING[how])
-        others = rows.teacher.sample(prompts, [seed + 100 for seed in seeds], SAMPLING[how])
+        written = rows.teacher.sample(prompts, seeds, sampling)
+        again = rows.teacher.sample(prompts, seeds, sampling)
+        others = rows.teacher.sample(prompts, [seed + 100 for seed in seeds], sampling)
         scored = scored_again(rows.teacher, prompts, written)
-        greedy = local.sample(prompts, seeds, SAMPLING[how]) if how == "greedy" else None
+        greedy = local.sample(prompts, seeds, GREEDY["at 0"]) if how in GREEDY else None
     texts = [[t.ids.tolist() for t in drawn] for drawn in (written, again, others)]
     assert texts[0] == texts[1]
     if greedy is not None:
@@ -143,7 +148,7 @@ def test_what_comes_with_its_text_is_what_it_says_of_the_text(server, how, tmp_p
         assert any(t.finished for t in written)
     for trajectory, answer in zip(written, scored, strict=True):
         assert trajectory.finished == (int(trajectory.ids[-1]) in chat.stop_ids)
-        assert trajectory.finished or len(trajectory.ids) == SAMPLING[how].max_new_tokens
+        assert trajectory.finished or len(trajectory.ids) == sampling.max_new_tokens
         kept, other = trajectory.kept, answer.kept()
         np.testing.assert_allclose(kept.target_logprob, other.target_logprob, atol=NATS)
         np.testing.assert_allclose(kept.topk.logprobs, other.topk.logprobs, atol=NATS)

@@ -20,7 +20,8 @@ _GET_BYTES = 2**24  # the list of a hosted server's models is long
 _ERROR_BYTES = 2**16  # of an error's body; more is not read
 # Also ValueError: of a chunk with a negative size.
 _BROKEN = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
-_AGAIN = (408, 409, 429)  # beside all from 500 on
+_AGAIN = (408, 409, 429)  # beside those from 500 on
+_NEVER = (501, 505)  # of those: what the server does not have it will not have later
 _HINTS = {
     401: "; see config.teacher.api_key_env",
     403: "; see config.teacher.api_key_env",
@@ -189,7 +190,7 @@ class Transport:
         if reply.is_success:
             return self._parsed(question, reply)
         where = self._where(question)
-        if reply.status in _AGAIN or reply.status >= 500:
+        if reply.status in _AGAIN or (reply.status >= 500 and reply.status not in _NEVER):
             return Failed(
                 f"status {reply.status}: {self._quoted(reply.text, 300)}",
                 least_wait_s=retries.retry_after(reply.headers.get("Retry-After")),

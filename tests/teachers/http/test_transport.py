@@ -162,7 +162,7 @@ def test_retry_after_may_be_a_date_or_nonsense():
 @pytest.mark.parametrize(
     ("status", "hint"),
     [
-        *((status, "") for status in (400, 405, 413, 418, 422)),
+        *((status, "") for status in (400, 405, 413, 418, 422, 501)),
         *((status, "; see config.teacher.api_key_env") for status in (401, 403)),
         (404, "; see config.teacher.api_base and config.teacher.api_model"),
     ],

@@ -1,0 +1,102 @@
+"""Small runs whose teacher is behind HTTP, what they asked, and servers that fail on the way."""
+
+import json
+import threading
+from collections.abc import Callable
+
+import factories
+from fake_server import Reply, Request
+from fake_teacher import FakeTeacher
+from small_runs import small
+
+from gkdjax.teachers.http import payload
+from gkdjax.teachers.http.preflight import PROBE
+from gkdjax.teachers.http.store import AnswerStore
+
+MIXED_ROWS = [{"prompt": f"ask {i}"} for i in range(4)]
+MIXED_ROWS += [{"prompt": f"tell {i}", "response": f"yes {i}"} for i in range(4)]
+# Each is read once in six steps of four rows; with one request at a time, a request is a step.
+READ_ROWS = [{"prompt": f"tell {i}", "response": f"yes {i}"} for i in range(24)]
+READ_IN_TURN = {"data__train": READ_ROWS, "train__steps": 6, "teacher__concurrency": 1}
+_PROBED = factories.tokenizer()(PROBE)["input_ids"][:32]
+
+
+def config_for(student: str, base: str, **changes):
+    """`small_runs.small` with a teacher at a server, which is not waited for long."""
+    c = small(student)
+    c.teacher.backend, c.teacher.api_base, c.teacher.top_k = "vllm", base, 8
+    c.teacher.deadline_s, c.teacher.max_retries = 60.0, 8
+    c.data.train = MIXED_ROWS
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        c[section][name] = value
+    return c
+
+
+def rows_asked(requests: list[Request]) -> list[str]:
+    """What was asked, row by row, without what the preflight asks."""
+    found = []
+    for request in requests:
+        if request.path in ("/v1/completions", "/v1/chat/completions"):
+            field = "prompt" if "prompt" in request.body else "messages"
+            asked = request.body[field]
+            for row in asked if isinstance(asked[0], list) else [asked]:
+                if row[: len(_PROBED)] != _PROBED and PROBE not in str(row):
+                    found.append(json.dumps(request.body | {field: row}, sort_keys=True))
+    return found
+
+
+def answers_in(path) -> dict[str, bytes]:
+    """Key -> answer of a store."""
+    with AnswerStore(path, read_only=True) as store:
+        return {stored.key: payload.encode(stored.answer) for stored in store.all()}
+
+
+Fault = Callable[[Request], Reply]
+
+
+class Failing(FakeTeacher):
+    """Good but for some of the requests that score rows, by their number among different ones.
+
+    Set `faults` before a run; a fault comes once, or, if `lasting`, each time.
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.faults: dict[int, Fault] = {}
+        self.lasting = False
+        self._scored: list[dict] = []
+
+    def __call__(self, request: Request) -> Reply:
+        fault = self._fault(request)
+        return super().__call__(request) if fault is None else fault(request)
+
+    def well(self, request: Request) -> Reply:
+        """The answer as it should be."""
+        return super().__call__(request)
+
+    def _fault(self, request: Request) -> Fault | None:
+        if not any("prompt_logprobs" in row for row in rows_asked([request])):
+            return None
+        with self._lock:
+            new = request.body not in self._scored
+            if new:
+                self._scored.append(request.body)
+            number = self._scored.index(request.body)
+        there = number in self.faults and (new or self.lasting)
+        return self.faults[number] if there else None
+
+
+def restarting(server) -> Fault:
+    """The server goes away without an answer, and comes back."""
+
+    def restart() -> None:
+        server.stop()
+        server.start()
+
+    def fault(request: Request) -> Reply:
+        thread = threading.Thread(target=restart)
+        thread.start()
+        return Reply(delay_s=60.0)  # the end of the server cuts it short
+
+    return fault

@@ -1,0 +1,64 @@
+"""Runs on servers that name tokens by text and score nothing: only their own text is learnt."""
+
+import pytest
+from fake_server import FakeServer
+from fake_teacher import FakeTeacher
+from server_runs import MIXED_ROWS, config_for
+
+from gkdjax import assemble, loop
+from gkdjax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+UNANSWERED = MIXED_ROWS[:4]
+CHAT = {"teacher__backend": "openai", "data__train": UNANSWERED, "train__steps": 2}
+
+
+class Unreadable(FakeTeacher):
+    """Names the tokens that it draws first as nobody can tell apart, in half of its responses."""
+
+    def _chat(self, body):
+        reply = super()._chat(body)
+        if body["temperature"] and body["seed"] % 2:
+            drawn = reply.body["choices"][0]["logprobs"]["content"]
+            for token in drawn[:1]:
+                token["token"] = "\ufffd"
+        return reply
+
+
+def test_it_learns_from_the_servers_own_text(student, tmp_path, capsys):
+    with FakeServer(Unreadable(by_text=True, completions=False)) as server:
+        held_out = [{"prompt": "held"}, {"prompt": "held 2"}]
+        c = config_for(student, server.base, **CHAT, eval__held_out=held_out)
+        c.trajectory.max_refills = 20
+        results = loop.run(c, tmp_path)
+    line = results["held_out"]["after"]
+    assert {name.partition("/")[0] for name in line} == {"step", "teacher_text"}
+    assert "teacher's text, after" in capsys.readouterr().out
+    # Refused, counted and written again; every row has a response in the end.
+    assert results["teacher"]["lost"] > 0
+    assert results["rows"]["train"]["refused_responses"] >= results["teacher"]["lost"]
+    assert results["rows"]["train"]["dropped"] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"gkd__on_policy_fraction": 0.5}, "what the student writes"),
+        ({"data__train": MIXED_ROWS}, "rows of data.train"),
+        (
+            {"anchor__data": [{"prompt": "a", "response": "b"}], "anchor__towards": "teacher"},
+            "rows of anchor.data",
+        ),
+    ],
+)
+def test_what_it_would_have_to_score_is_refused_at_once(
+    student, tmp_path, monkeypatch, changes, told
+):
+    monkeypatch.setattr(assemble, "assemble", None)  # nothing is loaded before
+    with FakeServer(FakeTeacher(by_text=True, completions=False)) as server:
+        c = config_for(student, server.base, **CHAT | changes)
+        with pytest.raises(UserError, match=f"wanted of .*{told}") as caught:
+            loop.run(c, tmp_path)
+    assert caught.value.exit_code == 2
+    assert "takes no token ids and scores none" in str(caught.value)
