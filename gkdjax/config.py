@@ -11,7 +11,7 @@ import typing
 
 from ml_collections import config_dict
 
-from gkdjax import config_checks
+from gkdjax import config_checks, config_types
 
 ASSETS = pathlib.Path(__file__).parent / "assets"
 
@@ -250,7 +250,7 @@ def parse(raw: config_dict.ConfigDict | dict) -> Config:
       UserError: naming the key, the value, and what would be right.
     """
     raw = raw.to_dict() if isinstance(raw, config_dict.ConfigDict) else raw
-    config = config_checks.build(Config, raw, "")
+    config = config_types.build(Config, raw, "")
     if config.teacher.backend in config_checks.SERVERS and config.teacher.top_k is None:
         config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, top_k=20))
     config_checks.check(config)
@@ -293,7 +293,7 @@ def anchor_sets(anchor: Anchor) -> list[AnchorSet]:
 
 def check_key(path: str) -> None:
     """Raises UserError, with the nearest key, if "train.sede" is no key of the config."""
-    config_checks.check_key(Config, path)
+    config_types.check_key(Config, path)
 
 
 def _to_config_dict(section) -> config_dict.ConfigDict:

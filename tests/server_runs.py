@@ -56,35 +56,39 @@ Fault = Callable[[Request], Reply]
 
 
 class Failing(FakeTeacher):
-    """Good but for some of the requests that score rows, by their number among different ones.
+    """Good but for some of the requests that score rows, by the step that the rows are for.
 
-    Set `faults` before a run; a fault comes once, or, if `lasting`, each time.
+    A step is what was asked together at first; its rows may come back alone. Set `faults` before a
+    run; a fault comes once, or, if `lasting`, each time.
     """
 
     def __post_init__(self):
         super().__post_init__()
         self.faults: dict[int, Fault] = {}
         self.lasting = False
-        self._scored: list[dict] = []
+        self._steps: dict[tuple[int, ...], int] = {}  # of each row
+        self._failed: set[int] = set()
 
     def __call__(self, request: Request) -> Reply:
-        fault = self._fault(request)
-        return super().__call__(request) if fault is None else fault(request)
+        step = self._step(request)
+        again = self.lasting or step not in self._failed
+        if step not in self.faults or not again:
+            return self.well(request)
+        self._failed.add(step)
+        return self.faults[step](request)
 
     def well(self, request: Request) -> Reply:
         """The answer as it should be."""
         return super().__call__(request)
 
-    def _fault(self, request: Request) -> Fault | None:
+    def _step(self, request: Request) -> int | None:
         if not any("prompt_logprobs" in row for row in rows_asked([request])):
             return None
+        rows = [tuple(row) for row in request.body["prompt"]]
         with self._lock:
-            new = request.body not in self._scored
-            if new:
-                self._scored.append(request.body)
-            number = self._scored.index(request.body)
-        there = number in self.faults and (new or self.lasting)
-        return self.faults[number] if there else None
+            if rows[0] not in self._steps:
+                self._steps |= dict.fromkeys(rows, len({*self._steps.values()}))
+        return self._steps[rows[0]]
 
 
 def restarting(server) -> Fault:

@@ -17,7 +17,16 @@ PACKAGE = pathlib.Path(__file__).parents[1] / "gkdjax"
 FLOORS = {
     0: ("", "errors", "json_object", "losses/", "seeds", "tree"),
     1: (
-        *("types", "config", "config_checks", "sharding", "optim", "metrics", "progress"),
+        *(
+            "types",
+            "config",
+            "config_checks",
+            "config_types",
+            "sharding",
+            "optim",
+            "metrics",
+            "progress",
+        ),
         *("compilations", "hf", "hf/hub", "hf/tensor_files"),
     ),
     2: ("models/", "lora", "data/"),
@@ -55,7 +64,7 @@ MOST_LINES = 400
 # ("file.py", "source of the call") of each x.get(key, default) that is not a hidden default.
 GET_WITH_DEFAULT: set[tuple[str, str]] = {
     # A type's name for an error message.
-    ("config_checks.py", "{dict: 'dict'}.get(hint, getattr(hint, '__name__', str(hint)))"),
+    ("config_types.py", "{dict: 'dict'}.get(hint, getattr(hint, '__name__', str(hint)))"),
     # An unset environment variable and an empty one are the same.
     ("main.py", "os.environ.get('XLA_FLAGS', '')"),
     # A column that a row need not have.

@@ -190,3 +190,56 @@ def test_each_way_to_a_prefix_is_accepted_alone(context):
     raw["context"] |= context
     parsed = config.parse(raw)
     assert dataclasses.asdict(parsed.context).items() >= context.items()
+
+
+def server(**keys) -> dict:
+    """A valid config with a teacher at a server; `keys` are of other sections as gkd__tail."""
+    raw = changed("teacher.backend", "vllm")
+    raw["teacher"]["api_base"] = "http://127.0.0.1:8000/v1"
+    for key, value in keys.items():
+        section, _, name = key.rpartition("__")
+        raw[section or "teacher"][name] = value
+    return raw
+
+
+def test_a_server_gives_twenty_tokens_unless_asked_otherwise():
+    assert config.parse(server()).teacher.top_k == 20
+    assert config.parse(server(top_k=5)).teacher.top_k == 5
+    assert config.parse(valid()).teacher.top_k is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"model": "dir"}, r"teacher\.model = 'dir': is of a teacher in this process.*api_model"),
+        ({"adapter": "dir"}, r"teacher\.adapter = 'dir'"),
+        ({"dtype": "bfloat16"}, r"teacher\.dtype = 'bfloat16'.*the server has its own"),
+        ({"offline": True, "store": None}, r"teacher\.store = None.*name its file"),
+        ({"concurrency": 0}, r"teacher\.concurrency = 0: must be at least 1"),
+        ({"max_retries": -1}, r"teacher\.max_retries = -1"),
+        ({"timeout_s": 0.0}, r"teacher\.timeout_s = 0\.0: must be positive, in seconds"),
+        ({"deadline_s": -1}, r"teacher\.deadline_s"),
+        ({"gkd__temperature": 2.0}, r"gkd\.temperature = 2\.0.*gkd\.tail to 'renormalize'"),
+        ({"backend": "sglang"}, r"trajectory\.temperature = 0\.8: an SGLang server has to draw at"),
+    ],
+)
+def test_what_a_server_cannot_do_is_refused_before_it_is_asked(keys, message):
+    with pytest.raises(UserError, match=message):
+        config.parse(server(**keys))
+
+
+def test_what_a_server_can_do_parses():
+    for keys in (
+        {"gkd__temperature": 2.0, "gkd__tail": "renormalize"},
+        {"offline": True, "api_base": ""},
+        {"backend": "sglang", "trajectory__temperature": 1.0},
+        {"backend": "openai", "api_key_env": "TEACHER_KEY_2", "tokenizer": "dir"},
+    ):
+        config.parse(server(**keys))
+
+
+def test_a_key_in_place_of_its_name_is_not_repeated():
+    for key in ("sk-4f1dc0ffee", "TEACHER KEY", "4KEY"):
+        with pytest.raises(UserError, match="never the key itself") as caught:
+            config.parse(server(api_key_env=key))
+        assert key not in str(caught.value)
