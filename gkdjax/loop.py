@@ -38,7 +38,7 @@ from gkdjax.teachers.protocol import Teacher
 from gkdjax.train_step import make_train_step
 from gkdjax.types import Batch, TrainState
 
-_TEACHER_FAILS = (TeacherUnreachable, TeacherRefused, WrongAnswer)
+_TEACHER_FAILS = (TeacherUnreachable, TeacherRefused, WrongAnswer, Preempted)
 
 
 def run(
@@ -136,6 +136,8 @@ def _train(parts: Run, workdir: pathlib.Path) -> tuple[TrainState, dict]:
         contextlib.closing(Schedule(parts, workdir, first, steps)) as evaluate,
         _stop_signal() as stop,
     ):
+        if isinstance(parts.teacher, HttpTeacher):
+            parts.teacher.pool.stopped = stop  # an answer may be minutes away
         for step in range(first, steps):
             with _saved_if_the_teacher_fails(step, first, steps, state, record, checkpoints):
                 evaluate.if_due(step, state, record)

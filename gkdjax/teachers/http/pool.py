@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from gkdjax.errors import GkdjaxError, TeacherRefused, UserError
+from gkdjax.errors import GkdjaxError, Preempted, TeacherRefused, UserError
 from gkdjax.teachers.http.answers import Answer, SampleRequest, ScoreRequest
 from gkdjax.teachers.http.dialect import Dialect
 from gkdjax.teachers.http.identity import KnownTeacher
@@ -21,6 +21,8 @@ from gkdjax.teachers.http.transport import RepeatedServerError, Transport
 
 # Of one request: a server that keeps the logprobs of a prompt needs 6 bytes a token and id.
 REQUEST_TOKENS = 4096
+
+_LOOK_UP_S = 0.2  # how often whoever waits looks whether it is to stop
 
 Request = ScoreRequest | SampleRequest
 _Part = dict[str, Request]  # key -> what is asked
@@ -52,6 +54,7 @@ class Pool:
         self._known = known
         self._threads = concurrent.futures.ThreadPoolExecutor(concurrency, "teacher")
         self._in_flight: dict[str, concurrent.futures.Future] = {}
+        self.stopped = threading.Event()  # set: nobody waits for an answer any longer
         self._missing: dict[str, Request] | None = None  # None: a missing answer is an error
         self._lock = threading.Lock()
         self._counts = collections.Counter()
@@ -112,13 +115,19 @@ class Pool:
         def wait() -> list[Answer]:
             try:
                 for future in on_the_way.values():
-                    found.update(future.result())
+                    found.update(self._result(future))
             finally:
                 for key in on_the_way:
                     self._in_flight.pop(key, None)
             return [found[key] for key in keys]
 
         return wait
+
+    def _result(self, future: concurrent.futures.Future) -> _Answers:
+        while not self.stopped.is_set():
+            with contextlib.suppress(TimeoutError):
+                return future.result(timeout=_LOOK_UP_S)
+        raise Preempted("stopped by SIGTERM while a teacher's answer was on its way")
 
     def _buy(self, part: _Part) -> _Answers:
         requests = list(part.values())

@@ -1,0 +1,39 @@
+"""Killed five times with SIGKILL, a run pays for no answer twice, and ends as an undisturbed one."""
+
+import random
+
+import pytest
+import server_kills
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    base = tmp_path_factory.mktemp("kills")
+    made = server_kills.KilledRuns(base)
+    with made.server:
+        made.finish(base / "whole")
+        kills = made.kill_many(base / "killed", random.Random(3), 5, most_answers=8)
+    return made, base, kills
+
+
+def test_a_run_killed_five_times_is_equal_to_the_bit(runs):
+    """What was stored and asked for again would have been told by `kill_many`."""
+    _, base, kills = runs
+    assert len(kills) == 5, kills
+    assert kills[-1].step > 0 and kills[-1].stored > kills[0].stored, kills
+    wanted, got = (server_kills.outcome(base / name) for name in ("whole", "killed"))
+    assert wanted.keys() == got.keys()
+    assert [name for name in wanted if wanted[name] != got[name]] == []
+
+
+def test_the_key_is_in_no_file_no_log_and_no_command_line(runs):
+    made, base, _ = runs
+    assert len(made.command_lines) >= 1
+    key = server_kills.KEY.encode()
+    sent = {request.headers["Authorization"] for request in made.server.requests}
+    assert sent == {f"Bearer {server_kills.KEY}"}
+    assert not any(key in line for line in made.command_lines)
+    logs = [made.log(base / name) for name in ("whole", "killed")]
+    files = [path for path in (*base.glob("*/**/*"), *logs) if path.is_file()]
+    assert len(files) > 20
+    assert [path for path in files if key in path.read_bytes()] == []
