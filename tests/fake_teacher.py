@@ -118,7 +118,7 @@ class FakeTeacher:
         name = self._text if self.by_text else "token_id:{}".format
         places = range(first, len(ids))
         own = [None if at == 0 else self._logprob(ids, at) for at in places]
-        best = [at and {name(i): p for i, p in self._best(ids, at, k)} or None for at in places]
+        best = [(at and {name(i): p for i, p in self._best(ids, at, k)}) or None for at in places]
         names = [name(ids[at]) for at in places]
         return {"tokens": names, "token_logprobs": own, "top_logprobs": best}
 

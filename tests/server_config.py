@@ -27,7 +27,7 @@ def get_config(argument: str):
     c.gkd.on_policy_buffer_steps = 3
     c.optim.learning_rate = 1e-2
     c.train.batch_size = 4
-    c.train.epochs, c.train.steps = None, 16
+    c.train.epochs, c.train.steps = None, 20
     c.checkpoint.every_steps = 3
     c.eval.max_new_tokens = 4
     c.eval.batch_size = 4

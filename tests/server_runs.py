@@ -58,24 +58,23 @@ Fault = Callable[[Request], Reply]
 class Failing(FakeTeacher):
     """Good but for some of the requests that score rows, by the step that the rows are for.
 
-    A step is what was asked together at first; its rows may come back alone. Set `faults` before a
-    run; a fault comes once, or, if `lasting`, each time.
+    A step is what was asked together at first; its rows may come back alone. `faults` are set
+    before a run and last, but for those made by `once`.
     """
 
     def __post_init__(self):
         super().__post_init__()
         self.faults: dict[int, Fault] = {}
-        self.lasting = False
         self._steps: dict[tuple[int, ...], int] = {}  # of each row
-        self._failed: set[int] = set()
 
     def __call__(self, request: Request) -> Reply:
         step = self._step(request)
-        again = self.lasting or step not in self._failed
-        if step not in self.faults or not again:
-            return self.well(request)
-        self._failed.add(step)
-        return self.faults[step](request)
+        return self.faults[step](request) if step in self.faults else self.well(request)
+
+    def once(self, fault: Fault) -> Fault:
+        """`fault`, and after it what is right."""
+        left = [fault]
+        return lambda request: left.pop()(request) if left else self.well(request)
 
     def well(self, request: Request) -> Reply:
         """The answer as it should be."""

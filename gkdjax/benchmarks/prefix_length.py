@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="Tokens of a row after the prefix.")
     parser.add_argument("--rounds", type=int, default=5, help="Timed, after one that is not.")
     a = parser.parse_args()
-    decoder, params = model(a.shape, jnp.dtype(a.dtype))
+    decoder, params = model(TEACHERS[a.shape], jnp.dtype(a.dtype))
     ways = {P: after_a_prefix(decoder, a.rows, P, a.length) for P in a.prefix}
     ways |= {("read", P): reading(decoder, P) for P in a.prefix}
     measured = measure(params, ways, a.rounds)

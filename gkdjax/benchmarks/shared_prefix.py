@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from gkdjax.benchmarks.case import TEACHERS, decoder_spec
+from gkdjax.benchmarks.case import TEACHERS, Shape, decoder_spec
 from gkdjax.models.decoder import Decoder, read_prefix
 from gkdjax.models.spec import param_shapes
 from gkdjax.progress import table
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128, help="Tokens of a row after the prefix.")
     parser.add_argument("--rounds", type=int, default=5, help="Timed, after one that is not.")
     a = parser.parse_args()
-    decoder, params = model(a.shape, jnp.dtype(a.dtype))
+    decoder, params = model(TEACHERS[a.shape], jnp.dtype(a.dtype))
     measured = measure(params, ways(decoder, a.rows, a.prefix, a.length), a.rounds)
     first, _ = measured["each row reads it"]
     rows = []
@@ -44,9 +44,9 @@ def main() -> None:
     print(table(["the prefix", "s", "times as fast", "scratch, GiB"], rows))
 
 
-def model(shape: str, dtype: jnp.dtype) -> tuple[Decoder, dict]:
-    """Random weights of one of `case.TEACHERS`."""
-    spec, rng = decoder_spec(TEACHERS[shape], VOCAB), np.random.default_rng(0)
+def model(shape: Shape, dtype: jnp.dtype) -> tuple[Decoder, dict]:
+    """Random weights of one of `case.STUDENTS` or `case.TEACHERS`."""
+    spec, rng = decoder_spec(shape, VOCAB), np.random.default_rng(0)
     leaves = {
         path: jnp.asarray(0.02 * rng.standard_normal(shape, np.float32), dtype)
         for path, shape in param_shapes(spec).items()

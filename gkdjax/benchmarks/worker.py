@@ -34,12 +34,12 @@ def measure(case: Case) -> dict:
         seconds.append(time.perf_counter() - start)
         cpu_seconds.append(time.process_time() - cpu_start)
         losses.append(float(sums["loss_sum"]) / float(sums["targets"]))
-    memory, peak_bytes = _peak_bytes()
+    memory, most = peak_bytes()
     return {
         "seconds": seconds[1:],
         "cpu_seconds": cpu_seconds[1:],
         "losses": losses,
-        "peak_bytes": peak_bytes,
+        "peak_bytes": most,
         "temp_bytes": temp_bytes,
         "where": {"memory": memory} | _where(),
     }
@@ -53,7 +53,8 @@ def _forget_peak() -> None:
         return  # then building the models counts too, which is less than a step needs
 
 
-def _peak_bytes() -> tuple[str, int]:
+def peak_bytes() -> tuple[str, int]:
+    """What it is, and how much: of the device, or on a CPU of the process."""
     stats = jax.local_devices()[0].memory_stats()
     if stats is not None:
         return "peak_bytes_in_use", stats["peak_bytes_in_use"]

@@ -1,0 +1,234 @@
+"""Does the work of a teacher behind HTTP hide behind that of the device?
+
+    JAX_PLATFORMS=cpu python -m gkdjax.benchmarks.work_ahead
+
+A server of this process answers after a fixed time, one request at a time, and the batch is as
+large as makes a step take about as long. Each round times, one after the other, the steps alone
+(their targets are known), the teacher alone, and both as in a run; every batch is new, and every
+answer is written to a store.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import http.server
+import json
+import pathlib
+import statistics
+import tempfile
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from gkdjax import asking, config, optim, sharding
+from gkdjax.ahead import Ahead
+from gkdjax.benchmarks.case import STUDENTS
+from gkdjax.benchmarks.shared_prefix import VOCAB, model
+from gkdjax.benchmarks.table import GIB
+from gkdjax.benchmarks.worker import peak_bytes
+from gkdjax.progress import table
+from gkdjax.teachers.http.answers import Answer
+from gkdjax.teachers.http.connect import declared
+from gkdjax.teachers.http.identity import KnownTeacher
+from gkdjax.teachers.http.pool import Pool
+from gkdjax.teachers.http.store import AnswerStore
+from gkdjax.teachers.http.teacher import HttpTeacher
+from gkdjax.teachers.http.transport import Limits, Transport
+from gkdjax.teachers.http.vllm import PromptLogprobs
+from gkdjax.train_step import init_state, make_train_step
+from gkdjax.training_text import Drawn
+from gkdjax.types import Batch, TrainState
+
+_DIVERGENCE = "forward_kl"
+_FIRST_ROWS = 4  # of the batch by which the number of rows is found
+_PARTS = ("steps alone", "teacher alone", "both")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("work_ahead", description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=STUDENTS, default="small", help="Of the student.")
+    parser.add_argument("--answer_ms", type=float, default=50.0, help="Until the server answers.")
+    parser.add_argument("--step_ms", type=float, default=50.0, help="About, of a step.")
+    parser.add_argument("--length", type=int, default=32, help="Tokens of a row.")
+    parser.add_argument("--top_k", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=40, help="Of each part of a round.")
+    parser.add_argument("--rounds", type=int, default=5, help="Timed.")
+    a = parser.parse_args()
+    mesh = sharding.data_mesh()
+    with (
+        _server(a.answer_ms / 1000, a.top_k) as base,
+        tempfile.TemporaryDirectory() as directory,
+        contextlib.closing(_teacher(base, pathlib.Path(directory), a.top_k)) as teacher,
+    ):
+        bench = _Bench(a, mesh, teacher)
+        rounds = [bench.round() for _ in range(a.rounds)]
+    shown = [[p, f"{1000 * statistics.median(r[p] for r in rounds):.1f}"] for p in _PARTS]
+    print(table([f"{bench.rows} rows of {a.length} tokens", "ms a step"], shown))
+    ratios = [r["both"] / max(r["steps alone"], r["teacher alone"]) for r in rounds]
+    kind, most = peak_bytes()
+    print(f"both / the longer one: {statistics.median(ratios):.2f}; {kind} {most / GIB:.2f} GiB")
+
+
+class _Bench:
+    """Student, step and batches."""
+
+    def __init__(self, a: argparse.Namespace, mesh: Mesh, teacher: HttpTeacher):
+        self._a, self._mesh, self._teacher = a, mesh, teacher
+        self._rng, self._made = np.random.default_rng(0), 0
+        decoder, params = model(STUDENTS[a.shape], jnp.dtype("float32"))
+        c = config.Config(gkd=config.Gkd(divergence=_DIVERGENCE))
+        optimizer, schedule = optim.optimizer(c.optim, 1000), optim.schedule(c.optim, 1000)
+        self._step = make_train_step(decoder, optimizer, schedule, c, mesh)
+        self._state = sharding.replicate(mesh, init_state(params, optimizer))
+        devices = mesh.shape["data"]
+        self.rows = -(-_FIRST_ROWS // devices) * devices
+        wanted = a.step_ms / 1000 / self._steps_alone() * self.rows
+        self.rows = max(round(wanted / devices), 1) * devices
+        self._steps_alone()  # compiles, if the rows are others now
+
+    def round(self) -> dict[str, float]:
+        """Seconds a step of each part."""
+        parts = self._steps_alone, self._teacher_alone, self._both
+        return {name: part() for name, part in zip(_PARTS, parts, strict=True)}
+
+    def _steps_alone(self) -> float:
+        batch = self._batch()
+        targets = asking.ask(self._teacher, batch, None, self._mesh)()
+        batch = sharding.shard_rows(self._mesh, batch)
+        jax.block_until_ready(self._take_step(batch, targets))  # compiled, perhaps
+        return self._timed(lambda step: self._take_step(batch, targets))
+
+    def _teacher_alone(self) -> float:
+        ahead = self._ahead()
+        return self._timed(lambda step: ahead.take(step, self._state).targets)
+
+    def _both(self) -> float:
+        ahead = self._ahead()
+
+        def step(number: int):
+            ready = ahead.take(number, self._state)
+            return self._take_step(ready.batch, ready.targets)
+
+        return self._timed(step)
+
+    def _ahead(self) -> Ahead:
+        parts = types.SimpleNamespace(teacher=self._teacher, mesh=self._mesh, anchor_feeds={})
+        return Ahead(parts, _Text(self._batches()), self._a.steps)
+
+    def _take_step(self, batch: Batch, targets) -> dict:
+        self._state, sums = self._step(
+            self._state, None, batch, targets, {}, divergence=_DIVERGENCE
+        )
+        return sums
+
+    def _timed(self, step: Callable) -> float:
+        """Seconds a step; as in a run, the numbers of one are waited for when the next is begun."""
+        before, start = None, time.perf_counter()
+        for number in range(self._a.steps):
+            made = step(number)
+            jax.block_until_ready(before)
+            before = made
+        jax.block_until_ready(before)
+        return (time.perf_counter() - start) / self._a.steps
+
+    def _batches(self) -> list[Batch]:
+        return [self._batch() for _ in range(self._a.steps)]
+
+    def _batch(self) -> Batch:
+        """Random tokens that both read; the second half of each row is predicted."""
+        B, T = self.rows, self._a.length
+        tokens_BT = self._rng.integers(0, VOCAB, (B, T)).astype(np.int32)
+        at_N = np.arange(T // 2, T - 1, dtype=np.int32)
+        at_BN, mask_BT = np.broadcast_to(at_N, (B, at_N.size)), np.ones((B, T), bool)
+        return Batch(
+            student_tokens_BS=tokens_BT,
+            student_mask_BS=mask_BT,
+            student_at_BN=at_BN,
+            teacher_tokens_BT=tokens_BT,
+            teacher_mask_BT=mask_BT,
+            teacher_at_BN=at_BN,
+            target_ids_BN=tokens_BT[:, at_N + 1],
+            target_mask_BN=np.ones(at_BN.shape, bool),
+            row_id_B=np.arange(B, dtype=np.int32),
+        )
+
+
+@dataclasses.dataclass
+class _Text:
+    """Batches as `training_text.TrainingText` has them, none of which the student writes."""
+
+    batches: Sequence[Batch]
+
+    def begin(self, step: int, state: TrainState) -> None:
+        pass
+
+    def is_there(self, step: int) -> bool:
+        return True
+
+    def batch(self, step: int) -> Drawn:
+        return Drawn(self.batches[step], None, _DIVERGENCE, {})
+
+
+def _teacher(base: str, directory: pathlib.Path, top_k: int) -> HttpTeacher:
+    """As `connect` makes it, of a server that needs no preflight."""
+    none = np.zeros(0, np.float32)
+    tops = np.zeros((0, top_k), np.int32), np.zeros((0, top_k), np.float32)
+    probe = Answer(none.astype(np.int32), none, *tops, none)
+    known = KnownTeacher("0" * 64, "benchmark", "0" * 64, probe, {}, "")
+    store = AnswerStore(directory / "answers.sqlite")
+    store.add_teacher(known)
+    limits = Limits(timeout_s=60.0, deadline_s=60.0, max_retries=0)
+    transport = Transport(base, "", limits, trust_env=False)
+    dialect = PromptLogprobs(known.model, VOCAB, None)
+    pool = Pool(dialect, transport, store, known, concurrency=1)
+    can = declared(config.Teacher(top_k=top_k))
+    return HttpTeacher(pool, None, "a benchmark", can, top_k=top_k, context_length=None)
+
+
+@contextlib.contextmanager
+def _server(seconds: float, top_k: int) -> Iterator[str]:
+    """Its address; it gives every position the same best tokens, after so long."""
+    best = {i: -np.log(top_k) - 0.1 for i in range(top_k)}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def do_POST(self):
+            began = time.monotonic()
+            prompts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["prompt"]
+            choices = [{"index": i, "prompt_logprobs": rows(p)} for i, p in enumerate(prompts)]
+            data = json.dumps({"choices": choices}).encode()
+            time.sleep(max(seconds - (time.monotonic() - began), 0.0))
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, format, *args):
+            pass
+
+    def rows(ids: list[int]) -> list[dict | None]:
+        said = [{i: -20.0} | best for i in ids[1:]]
+        return [None, *({i: {"logprob": p} for i, p in row.items()} for row in said)]
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+if __name__ == "__main__":
+    main()
