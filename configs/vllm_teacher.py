@@ -17,7 +17,8 @@ result: unknown, this mode has not been run yet.
     python -m gkdjax.main --config=configs/vllm_teacher.py:tiny
 
 The same with the quickstart's models and data, on a CPU: 60 steps, half of them on-policy. Expected
-on 2 CPU cores, beside the server, which takes one to start: two minutes, recovery 0.94 on 64 questions.
+on 2 CPU cores, beside the server, which takes a minute to start: two minutes, recovery 0.94 on 64
+questions.
 """
 
 import json
