@@ -250,6 +250,8 @@ def _saved_if_the_teacher_fails(
     try:
         yield
     except _TEACHER_FAILS as error:
+        if step == 0:
+            raise
         record.read()
         if step > first:
             checkpoints.save(state)

@@ -162,6 +162,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         size = int(self.headers["Content-Length"] or 0)
         said = self.rfile.read(size)
+        if len(said) < size:  # whoever asked is gone
+            self.close_connection = True
+            return
         reply = self.server.fake.reply_to(
             method=self.command,
             path=self.path,

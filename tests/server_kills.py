@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import factories
 import numpy as np
@@ -34,6 +34,7 @@ from gkdjax.teachers.http.identity import KnownTeacher
 from gkdjax.teachers.http.store import AnswerStore, sample_key, score_key
 
 KEY = "canary-0815-sesame-0815"
+_PREFLIGHT = 4  # requests
 _LONGEST_TEXT = 16  # targets of a row, more than there are
 
 
@@ -41,7 +42,7 @@ _LONGEST_TEXT = 16  # targets of a row, more than there are
 class Kill:
     """What was there when a trainer was killed."""
 
-    answers: int  # that it was given, the preflight's among them
+    answers: int  # that it was given, without the preflight's
     stored: int  # in the store by then
     asked: int  # rows, over all attempts by then
     step: int  # lines of metrics.jsonl
@@ -124,16 +125,17 @@ class KilledRuns:
         assert code in (0, -signal.SIGKILL), self.log(workdir).read_text()[-5000:]
         return code != 0
 
-    def kill_many(
-        self, workdir: pathlib.Path, draw: random.Random, kills: int, most_answers: int
-    ) -> list[Kill]:
-        """Kills and goes on until the run is over, and checks what is asked meanwhile."""
+    def kill_many(self, workdir: pathlib.Path, moments: Iterable[tuple[int, float]]) -> list[Kill]:
+        """Kills and goes on until the run is over, and checks what is asked meanwhile.
+
+        Args:
+          workdir: of the run.
+          moments: of each kill, the answers before it, without the preflight's, and the delay.
+        """
         began, found, stored = len(self.server.requests), [], set()
-        while len(found) < kills:
+        for answers, delay in moments:
             asked_before = len(self.server.requests)
-            answers = 4 + draw.randint(1, most_answers)  # four are the preflight's
-            delay = draw.choice((0.0, 0.0, 0.02, 0.5)) * draw.random()
-            killed = self.kill(workdir, answers, delay)
+            killed = self.kill(workdir, _PREFLIGHT + answers, delay)
             self._check_not_again(asked_before, stored)
             stored = self._stored_rows(workdir)
             if not killed:
@@ -206,6 +208,12 @@ def outcome(workdir: pathlib.Path) -> dict[str, object]:
     }
 
 
+def moments(draw: random.Random, kills: int) -> list[tuple[int, float]]:
+    """For `KilledRuns.kill_many`; half of them while an answer is on its way."""
+    delays = (0.0, 0.0, 0.02, 0.5)
+    return [(draw.randint(1, 5), draw.choice(delays) * draw.random()) for _ in range(kills)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=pathlib.Path)
@@ -220,7 +228,7 @@ def main() -> None:
         wanted = outcome(base / "whole")
         while left > 0:
             workdir = base / f"killed-{len(lines)}"
-            kills = runs.kill_many(workdir, draw, min(left, 6), most_answers=5)
+            kills = runs.kill_many(workdir, moments(draw, min(left, 6)))
             left -= len(kills)
             same = outcome(workdir) == wanted
             unequal += not same

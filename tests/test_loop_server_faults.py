@@ -111,6 +111,7 @@ def test_who_stays_away_is_waited_for_and_then_the_same_call_goes_on(
         with pytest.raises(TeacherUnreachable, match="got to step 5 of 6, and is saved"):
             loop.run(c, tmp_path)
         assert [line["step"] for line in metrics(tmp_path)] == [0, 1, 2, 3, 4]
+        assert (tmp_path / "checkpoints" / "5").is_dir()
         teacher.faults = {}
         before = teacher.answered
         loop.run(c, tmp_path)
@@ -202,6 +203,7 @@ def test_a_wrong_answer_ends_the_run_where_it_is_saved(student, undisturbed, tmp
         c = config_for(student, server.base, **READ_IN_TURN)
         with pytest.raises(WrongAnswer, match=r"a probability above 1.*got to step 3 of 6"):
             loop.run(c, tmp_path)
+        assert (tmp_path / "checkpoints" / "3").is_dir()
         assert_nothing_wrong_is_kept(tmp_path, undisturbed)
         loop.run(c, tmp_path)
     assert_equal(tmp_path, undisturbed)
