@@ -58,11 +58,12 @@ class Ahead:
 
     def _ask(self, step: int) -> Callable[[], Ready]:
         parts, drawn = self._parts, self._text.batch(step)
-        targets = ask(parts.teacher, drawn.batch, drawn.kept, parts.mesh)
+        targets = ask(parts.teacher, drawn.batch, drawn.names, drawn.kept, parts.mesh)
         anchors = {}
         for name, feed in parts.anchor_feeds.items():
             batch, kept = feed.batch(step)
-            anchors[name] = batch, ask(parts.anchor_teacher, batch, kept, parts.mesh)
+            wait = ask(parts.anchor_teacher, batch, feed.names(step), kept, parts.mesh)
+            anchors[name] = batch, wait
 
         def ready() -> Ready:
             scored = {

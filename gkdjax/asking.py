@@ -1,7 +1,7 @@
 """What a teacher says of a batch, wherever it works and whatever of it is known already."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +15,14 @@ from gkdjax.types import Batch, TeacherTargets
 
 
 def ask(
-    teacher: Teacher, batch: Batch, kept: Kept | None, mesh: Mesh
+    teacher: Teacher, batch: Batch, names: Sequence[str], kept: Kept | None, mesh: Mesh
 ) -> Callable[[], TeacherTargets]:
     """Asks what a teacher says of a batch -> a function that gives it, on the devices.
 
     Args:
       teacher: any; one that works elsewhere begins at once.
       batch: NumPy arrays.
+      names: of its rows, for errors.
       kept: what it said of some rows when it wrote them: of those it is not asked again.
       mesh: the rows of the batch are cut along its data axis.
     """
@@ -31,7 +32,7 @@ def ask(
         unknown_B1 = ~kept.known_B[:, None]
         batch = dataclasses.replace(batch, target_mask_BN=batch.target_mask_BN & unknown_B1)
     if isinstance(teacher, RemoteTeacher):
-        wait = teacher.ask(batch)
+        wait = teacher.ask(batch, names)
         return lambda: sharding.shard_rows(mesh, _filled(np, kept, wait()))
     return lambda: _filled(jnp, kept and sharding.shard_rows(mesh, kept), teacher.targets(batch))
 

@@ -69,7 +69,7 @@ class Teacher:
     concurrency: int = 16  # requests at a time
     timeout_s: float = 120.0  # of one attempt
     deadline_s: float = 900.0  # of a request with all its attempts
-    max_retries: int = 30
+    max_retries: int = 1000  # attempts after the first; the deadline comes before so many
     # The file of its answers, none of which is asked for twice; "": RUN/answers.sqlite; None: none.
     store: str | None = ""
     offline: bool = False  # answer from the store alone; no server is needed

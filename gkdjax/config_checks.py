@@ -127,9 +127,18 @@ def _check_server(config) -> None:
     if teacher.offline:
         advice = "teacher.offline=True answers from the store; name its file"
         _require(teacher.store is not None, "teacher.store", None, advice)
+        advice = "no store has what the student will write; set it to 0, or teacher.offline=False"
+        fraction = gkd.on_policy_fraction
+        _require(fraction == 0, "gkd.on_policy_fraction", fraction, advice)
     else:
         advice = "name the server's address, as http://127.0.0.1:8000/v1"
         _require(teacher.api_base != "", "teacher.api_base", "", advice)
+    if any(sign in teacher.api_base for sign in "@?#"):
+        # It is not repeated: it would be in the log, and RUN/config.json, with what it holds.
+        raise UserError(
+            "config.teacher.api_base is an address without a user, a password or a query; a key"
+            " goes into the environment variable that config.teacher.api_key_env names"
+        )
     if teacher.api_key_env and not re.fullmatch("[A-Z_][A-Z0-9_]*", teacher.api_key_env):
         # Whatever it is, it is not repeated: it may be the key itself.
         raise UserError(

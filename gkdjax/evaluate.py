@@ -259,7 +259,8 @@ class Evaluation:
             real_B1 = np.arange(rows)[:, None] < len(part)
             batch = dataclasses.replace(batch, target_mask_BN=batch.target_mask_BN & real_B1)
             kept = pipeline.kept_targets(filled, shape.targets)
-            batches.append((batch, ask(self._teacher, batch, kept, self._mesh)))
+            names = [pair.name for pair in filled]
+            batches.append((batch, ask(self._teacher, batch, names, kept, self._mesh)))
         # A teacher elsewhere has been asked for all of them when the first one is waited for.
         return Scored([(batch, targets()) for batch, targets in batches], rows)
 

@@ -96,10 +96,6 @@ class Feed:
             for example in self.rows()
         )
 
-    def pairs_to_score(self) -> list[ViewPair]:
-        """Of the first text, what the teacher has said nothing about yet."""
-        return [pair for pair in self._first_pairs if pair.kept is None]
-
     def prepare(
         self,
         path: pathlib.Path,
@@ -194,6 +190,11 @@ class Feed:
         shape = pipeline.BatchShape(*shapes.smallest(self._shapes, need))
         pairs = sharding.process_rows(pairs)
         return self.pad(pairs, shape), pipeline.kept_targets(pairs, shape.targets)
+
+    def names(self, step: int) -> list[str]:
+        """Of the rows of a step's batch that this process has."""
+        rows = sharding.process_rows(self.batch_rows(step))
+        return [self._examples[row][0].name for row in rows]
 
     def example(self, row: int) -> Example:
         """The example of a row."""

@@ -1,25 +1,30 @@
 """All that a run is going to ask its teacher at a server, asked ahead of it."""
 
+import collections
 import contextlib
 import dataclasses
 import pathlib
 import tempfile
+from collections.abc import Callable, Sequence
 
 from gkdjax import progress, rows_of_run, training_text
+from gkdjax.asking import ask
 from gkdjax.config import Config
 from gkdjax.curriculum import Curriculum, needs_teacher_text
-from gkdjax.data import pipeline, shapes
 from gkdjax.feed import Feed
 from gkdjax.rows_of_run import Rows
 from gkdjax.teachers.http.pool import Request, missing_error
 from gkdjax.teachers.http.teacher import HttpTeacher
 
+_BATCHES = 4  # that are under way
+
 
 def fill(rows: Rows, teacher: HttpTeacher, workdir: pathlib.Path, steps: int) -> None:
     """Buys what the store of `teacher` lacks; what is there costs nothing.
 
-    That is the teacher's text, of each refresh too, what it says of text that rows bring, and what
-    the evaluation asks it. What the student is going to write nobody knows, so it is not there.
+    That is the teacher's text, of each refresh too, what it says of other text that the steps of
+    the run learn from, and what the evaluation asks it. What the student is going to write nobody
+    knows, so it is not there.
 
     Args:
       rows: of the run; the feeds that are needed are prepared by it.
@@ -28,14 +33,19 @@ def fill(rows: Rows, teacher: HttpTeacher, workdir: pathlib.Path, steps: int) ->
       steps: of the run, all of them.
     """
     config, vocab_size = rows.config, rows.vocab_size
+    curriculum = Curriculum(config.gkd, config.train.seed, steps)
     if needs_teacher_text(config.gkd):
         training_text.prepare(config, "train", rows.feed, teacher, workdir, vocab_size)
-        _score(rows.feed, "train", teacher, config)
-        _refresh(rows, teacher, workdir, steps)
+        every = config.trajectory.refresh_every_steps or steps
+        for at in range(0, steps, every):
+            block = curriculum.steps_of_block(at, every, on_policy=False)
+            if block and at > 0:
+                training_text.refresh(config, rows.feed, teacher, workdir, block, at)
+            _score(rows.feed, "train", block, teacher, rows)
     if config.anchor.towards == "teacher":
         for name, feed in rows.anchor_feeds.items():
             training_text.prepare(config, name, feed, teacher, workdir, vocab_size)
-            _score(feed, name, teacher, config)
+            _score(feed, name, range(steps), teacher, rows)
     rows.evaluation(teacher, vocab_size).ask_teacher()
 
 
@@ -69,24 +79,22 @@ def require_filled(config: Config, workdir: pathlib.Path, teacher: HttpTeacher, 
         raise missing_error(lacking)
 
 
-def _refresh(rows: Rows, teacher: HttpTeacher, workdir: pathlib.Path, steps: int) -> None:
-    config = rows.config
-    every = config.trajectory.refresh_every_steps
-    curriculum = Curriculum(config.gkd, config.train.seed, steps)
-    for at in range(every, steps, every) if every is not None else ():
-        block = curriculum.steps_of_block(at, every, on_policy=False)
-        if block:
-            training_text.refresh(config, rows.feed, teacher, workdir, block, at)
-
-
-def _score(feed: Feed, name: str, teacher: HttpTeacher, config: Config) -> None:
-    """What the teacher says of text that it did not write, batch by batch."""
-    pairs, size = feed.pairs_to_score(), config.eval.batch_size
-    if not pairs:
-        return
-    with progress.bar(len(pairs), f"{name} read", shown=config.log.progress_bar) as bar:
-        for start in range(0, len(pairs), size):
-            part = pairs[start : start + size]
-            shape = pipeline.BatchShape(*shapes.longest([pipeline.shape_of(p) for p in part]))
-            teacher.targets(feed.pad(part, shape))
-            bar.update(len(part))
+def _score(feed: Feed, name: str, steps: Sequence[int], teacher: HttpTeacher, rows: Rows) -> None:
+    """What the teacher says of text that it did not write, in the batches that ask for it."""
+    seen: set[int] = set()
+    wanted = []
+    for step in steps:
+        here = set(feed.batch_rows(step).tolist())
+        if not here <= seen:
+            wanted.append(step)
+            seen |= here
+    waiting: collections.deque[Callable] = collections.deque()
+    with progress.bar(len(wanted), f"{name} read", shown=rows.config.log.progress_bar) as bar:
+        for step in wanted:
+            batch, kept = feed.batch(step)
+            waiting.append(ask(teacher, batch, feed.names(step), kept, rows.mesh))
+            if len(waiting) > _BATCHES:
+                waiting.popleft()()
+            bar.update()
+        while waiting:
+            waiting.popleft()()

@@ -28,7 +28,7 @@ from gkdjax.ahead import Ahead
 from gkdjax.assemble import Run, assemble, initial_state
 from gkdjax.checkpoint import Checkpoints
 from gkdjax.config import Config, parse
-from gkdjax.errors import Preempted, TeacherRefused, TeacherUnreachable, WrongAnswer
+from gkdjax.errors import Preempted, TeacherUnreachable, UserError, WrongAnswer
 from gkdjax.hf import export
 from gkdjax.metrics import MetricsWriter, read_lines
 from gkdjax.record import Recorder
@@ -38,7 +38,8 @@ from gkdjax.teachers.protocol import Teacher
 from gkdjax.train_step import make_train_step
 from gkdjax.types import Batch, TrainState
 
-_TEACHER_FAILS = (TeacherUnreachable, TeacherRefused, WrongAnswer, Preempted)
+# While the teacher is asked; a store on a full disk is a UserError.
+_TEACHER_FAILS = (TeacherUnreachable, UserError, WrongAnswer, Preempted)
 
 
 def run(
@@ -88,7 +89,7 @@ def run(
 
 def _run(parts: Run, workdir: pathlib.Path, began: float) -> dict:
     print(f"{parts.config.student.model}: a response ends with {parts.chat.stop_tokens()}")
-    with _kept_if_the_teacher_fails():
+    with _told_if_the_teacher_fails("No step was made yet; the same command goes on"):
         training_text.write_first(parts, workdir)
     feeds = training_text.feeds(parts).items()
     workdirs.claim_rows(workdir, {name: feed.fingerprint() for name, feed in feeds})
@@ -96,11 +97,12 @@ def _run(parts: Run, workdir: pathlib.Path, began: float) -> dict:
     if before is None:
         base = Reader.of(parts.decoder, parts.base, parts.chat, parts.config.teacher.prefix_bytes)
         base.prefixes.learn(parts.prompts_by_prefix)  # it is asked what it says with the prefix
-        with _kept_if_the_teacher_fails():
+        with _told_if_the_teacher_fails("No step was made yet; the same command goes on"):
             before = parts.evaluation.before(base)
         workdirs.write_json(workdir / "before.json", before)
     state, training = _train(parts, workdir)
-    after = parts.evaluation.after(_reader(parts, state))
+    with _told_if_the_teacher_fails("All steps are made and saved; the same command goes on"):
+        after = parts.evaluation.after(_reader(parts, state))
     training["exports"] = _export(parts, state, workdir)
     report.draw(workdir)
     training["seconds"] = time.monotonic() - began
@@ -156,7 +158,8 @@ def _train(parts: Run, workdir: pathlib.Path) -> tuple[TrainState, dict]:
                 checkpoints.wait()
                 raise Preempted(f"stopped by SIGTERM, saved at step {step + 1}; run again")
         checkpoints.wait()
-        evaluate.if_due(steps, state, record)
+        with _told_if_the_teacher_fails("All steps are made and saved; the same command goes on"):
+            evaluate.if_due(steps, state, record)
     metrics = read_lines(workdir / "metrics.jsonl")
     return state, {
         "steps": steps,
@@ -227,14 +230,12 @@ def _export(parts: Run, state: TrainState, workdir: pathlib.Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def _kept_if_the_teacher_fails():
-    """Before the first step."""
+def _told_if_the_teacher_fails(how_far: str):
+    """Where there is nothing to save."""
     try:
         yield
     except _TEACHER_FAILS as error:
-        raise type(error)(
-            f"{error}. No step was made yet; the same command goes on with what is there"
-        ) from None
+        raise type(error)(f"{error}. {how_far}") from None
 
 
 @contextlib.contextmanager
@@ -250,16 +251,12 @@ def _saved_if_the_teacher_fails(
     try:
         yield
     except _TEACHER_FAILS as error:
-        if step == 0:
-            raise
         record.read()
         if step > first:
             checkpoints.save(state)
             checkpoints.wait()
-        raise type(error)(
-            f"{error}. The run got to step {step} of {steps}, and is saved: the same command goes"
-            " on from there"
-        ) from None
+        saved = ", and is saved: the same command goes on from there" if step else ""
+        raise type(error)(f"{error}. The run got to step {step} of {steps}{saved}") from None
 
 
 @contextlib.contextmanager

@@ -206,6 +206,8 @@ class InProcess:
 
     def teacher(self, decoder: Decoder, params: dict, chat: Chat, description: str) -> FlaxTeacher:
         k, shared = self.config.teacher.top_k, min(self.vocab_size, decoder.spec.vocab_size)
+        if self.config.teacher.backend in SERVERS:
+            k = None  # its K is the server's; whoever is in this process is exact
         if k is not None and k > shared:
             raise UserError(
                 f"config.teacher.top_k = {k}: the vocabulary has {shared} tokens; None takes all"

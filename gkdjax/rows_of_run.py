@@ -97,7 +97,14 @@ def read(
     backend = config.teacher.backend
     vocab_size = model_config.load_spec(sources.student).vocab_size
     if teacher is None and backend in SERVERS:
-        teacher = connect.connect(config.teacher, sources.teacher_chat, vocab_size, workdir)
+        teacher = connect.connect(
+            config.teacher,
+            sources.teacher_chat,
+            vocab_size,
+            workdir,
+            sampling=models_of_run.sampling(config),
+            template_kwargs=config.data.template_kwargs,
+        )
         connections.enter_context(contextlib.closing(teacher))
     toggles = teacher is None and backend == "local-toggle"
     rules = _view_rules(config, sources.chat, sources.teacher_chat)

@@ -27,6 +27,7 @@ class Drawn(NamedTuple):
     """What a step learns from."""
 
     batch: Batch
+    names: list[str]  # of its rows
     kept: Kept | None  # what the teacher said when it wrote the batch
     divergence: str
     counts: dict[str, int]  # of rows that the student wrote
@@ -125,13 +126,14 @@ class TrainingText:
 
     def batch(self, step: int) -> Drawn:
         """The batch of a step that is there; each is taken once, the teacher's in order."""
-        divergence = self._curriculum.divergence(step)
+        divergence, names = self._curriculum.divergence(step), self._parts.feed.names(step)
         if self._curriculum.student_writes(step):
             batch, *counts = self._student.batch(step)
             rows = self._parts.config.train.batch_size
-            return Drawn(batch, None, divergence, _counts(rows, *counts))
+            return Drawn(batch, names, None, divergence, _counts(rows, *counts))
         self._refresh_if_due(step)
-        return Drawn(*self._parts.feed.batch(step), divergence, _counts(0, 0, 0, 0))
+        batch, kept = self._parts.feed.batch(step)
+        return Drawn(batch, names, kept, divergence, _counts(0, 0, 0, 0))
 
     def _refresh_if_due(self, step: int) -> None:
         every = self._parts.config.trajectory.refresh_every_steps
@@ -196,7 +198,7 @@ def _source(config: Config, teacher: Teacher, vocab_size: int) -> Source | None:
         pathlib.Path(config.trajectory.reuse),
         teacher.description,
         config.teacher.top_k,
-        config.gkd.temperature,
+        config.gkd.temperature if teacher.capabilities.temperature else 1.0,
         vocab_size,
         text_alone=teacher.capabilities.scores,
     )

@@ -15,6 +15,7 @@ MESH = sharding.data_mesh()
 BATCH = builders.batch((2, 3, 1, 2))
 B, N = BATCH.target_mask_BN.shape
 K = 2
+NAMES = [f"rows.jsonl:{i}" for i in range(B)]
 
 
 def targets(fill: int) -> TopKTargets:
@@ -44,7 +45,8 @@ class Here:
 
 
 class Elsewhere(Here):
-    def ask(self, batch):
+    def ask(self, batch, names):
+        assert names == NAMES
         self.heard.append(batch.target_mask_BN)
         return lambda: targets(7)
 
@@ -54,7 +56,7 @@ class Elsewhere(Here):
 def test_only_what_is_not_known_is_asked(make, known):
     teacher = make()
     kept = None if known is None else Kept(targets(3), np.asarray(known))
-    found = ask(teacher, BATCH, kept, MESH)()
+    found = ask(teacher, BATCH, NAMES, kept, MESH)()
     from_kept_B = np.asarray(known or (False,) * B)
     wanted = np.where(from_kept_B, 3, 7)
     for leaf, sign in (
@@ -74,7 +76,7 @@ def test_a_teacher_elsewhere_is_asked_at_once_and_one_here_when_its_turn_comes()
     for make, asked in ((Here, 0), (Elsewhere, 1)):
         teacher = make()
         assert isinstance(teacher, RemoteTeacher) == bool(asked)
-        wait = ask(teacher, BATCH, None, MESH)
+        wait = ask(teacher, BATCH, NAMES, None, MESH)
         assert len(teacher.heard) == asked
         wait()
         assert len(teacher.heard) == 1

@@ -214,6 +214,7 @@ def test_a_server_gives_twenty_tokens_unless_asked_otherwise():
         ({"model": "dir"}, r"teacher\.model = 'dir': is of a teacher in this process.*api_model"),
         ({"adapter": "dir"}, r"teacher\.adapter = 'dir'"),
         ({"dtype": "bfloat16"}, r"teacher\.dtype = 'bfloat16'.*the server has its own"),
+        ({"offline": True, "gkd__on_policy_fraction": 0.5}, r"no store has what the student"),
         ({"offline": True, "store": None}, r"teacher\.store = None.*name its file"),
         ({"concurrency": 0}, r"teacher\.concurrency = 0: must be at least 1"),
         ({"max_retries": -1}, r"teacher\.max_retries = -1"),
@@ -236,6 +237,13 @@ def test_what_a_server_can_do_parses():
         {"backend": "openai", "api_key_env": "TEACHER_KEY_2", "tokenizer": "dir"},
     ):
         config.parse(server(**keys))
+
+
+def test_a_secret_in_the_address_is_not_repeated():
+    for address in ("https://me:sk-4f1d@host/v1", "https://host/v1?key=sk-4f1d"):
+        with pytest.raises(UserError, match="without a user, a password or a query") as caught:
+            config.parse(server(api_base=address))
+        assert "sk-4f1d" not in str(caught.value)
 
 
 def test_a_key_in_place_of_its_name_is_not_repeated():

@@ -88,7 +88,7 @@ def test_what_reaches_the_step_is_what_the_teacher_says(off_policy, tmp_path):
         training_text.prepare(parsed, "train", rows.feed, rows.teacher, tmp_path, rows.vocab_size)
         for step in range(2):  # all eight rows: those the teacher wrote, and those it reads
             batch, kept = rows.feed.batch(step)
-            found = asking.ask(rows.teacher, batch, kept, rows.mesh)()
+            found = asking.ask(rows.teacher, batch, rows.feed.names(step), kept, rows.mesh)()
             for row, n in zip(*np.nonzero(batch.target_mask_BN), strict=True):
                 said = LOGPROBS[batch.teacher_tokens_BT[row, batch.teacher_at_BN[row, n]]]
                 best = np.argsort(-said)[:8]

@@ -91,7 +91,9 @@ def test_a_row_that_the_server_trips_over_is_found_and_the_run_goes_on(
 
         teacher.faults = {3: trip}
         c = config_for(student, server.base, **READ_IN_TURN, teacher__max_retries=2)
-        with pytest.raises(TeacherUnreachable, match=r"row \d+: .*index out of range") as caught:
+        with pytest.raises(
+            TeacherUnreachable, match=r"data.train:\d+: .*index out of range"
+        ) as caught:
             loop.run(c, tmp_path)
         assert caught.value.exit_code == 4
         assert "got to step 3 of 6, and is saved" in str(caught.value)

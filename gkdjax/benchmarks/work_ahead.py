@@ -99,7 +99,7 @@ class _Bench:
 
     def _steps_alone(self) -> float:
         batch = self._batch()
-        targets = asking.ask(self._teacher, batch, None, self._mesh)()
+        targets = asking.ask(self._teacher, batch, _names(batch), None, self._mesh)()
         batch = sharding.shard_rows(self._mesh, batch)
         jax.block_until_ready(self._take_step(batch, targets))  # compiled, perhaps
         return self._timed(lambda step: self._take_step(batch, targets))
@@ -172,23 +172,29 @@ class _Text:
         return True
 
     def batch(self, step: int) -> Drawn:
-        return Drawn(self.batches[step], None, _DIVERGENCE, {})
+        batch = self.batches[step]
+        return Drawn(batch, _names(batch), None, _DIVERGENCE, {})
+
+
+def _names(batch: Batch) -> list[str]:
+    return [f"row {i}" for i in batch.row_id_B]
 
 
 def _teacher(base: str, directory: pathlib.Path, top_k: int) -> HttpTeacher:
     """As `connect` makes it, of a server that needs no preflight."""
-    none = np.zeros(0, np.float32)
-    tops = np.zeros((0, top_k), np.int32), np.zeros((0, top_k), np.float32)
-    probe = Answer(none.astype(np.int32), none, *tops, none)
+    zero = np.zeros(1, np.float32)
+    tops = np.zeros((1, top_k), np.int32), np.zeros((1, top_k), np.float32)
+    probe = Answer(zero.astype(np.int32), zero, *tops, zero)
     known = KnownTeacher("0" * 64, "benchmark", "0" * 64, probe, {}, "")
     store = AnswerStore(directory / "answers.sqlite")
     store.add_teacher(known)
     limits = Limits(timeout_s=60.0, deadline_s=60.0, max_retries=0)
     transport = Transport(base, "", limits, trust_env=False)
     dialect = PromptLogprobs(known.model, VOCAB, None)
-    pool = Pool(dialect, transport, store, known, concurrency=1)
+    pool = Pool(dialect, transport, store, known, probe=lambda: probe, concurrency=1)
     can = declared(config.Teacher(top_k=top_k))
-    return HttpTeacher(pool, None, "a benchmark", can, top_k=top_k, context_length=None)
+    sizes = {"top_k": top_k, "context_length": None}
+    return HttpTeacher(pool, None, "a benchmark", can, **sizes, template_kwargs={})
 
 
 @contextlib.contextmanager

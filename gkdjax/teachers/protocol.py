@@ -65,9 +65,11 @@ class Teacher(Protocol):
 class RemoteTeacher(Teacher, Protocol):
     """One that works elsewhere, while the device computes: batches are asked for ahead."""
 
-    def ask(self, batch: Batch) -> Callable[[], TopKTargets]:
-        """Begins what `targets` does -> a function that waits for it; rows without a target cost
-        nothing."""
+    def ask(self, batch: Batch, names: Sequence[str]) -> Callable[[], TopKTargets]:
+        """Begins what `targets` does -> a function that waits for it.
+
+        Rows without a target cost nothing; `names` are those of all rows, for errors.
+        """
         ...
 
 

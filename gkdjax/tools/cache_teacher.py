@@ -60,7 +60,9 @@ def cache(
         )
     if config.teacher.store is None:
         raise UserError("config.teacher.store = None: there is no store to fill; name its file")
-    workdirs.claim(workdir, config)
+    if buy:
+        workdirs.claim(workdir, config)
+    workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as connections:
         rows = rows_of_run.read(config, workdir, None, connections)
         steps = rows_of_run.total_steps(config, len(rows.feed))

@@ -68,7 +68,8 @@ def rows(config: Config, local: str | None) -> Iterator[Row]:
     limits = Limits(c.timeout_s, c.deadline_s, c.max_retries)
     transport = Transport(c.api_base, c.api_key_env, limits, trust_env=c.trust_env)
     with contextlib.closing(transport):
-        server = connect.try_server(c, transport, chat, vocab_size)
+        sampling = models_of_run.sampling(config)
+        server = connect.try_server(c, transport, chat, vocab_size, sampling)
         yield "address", transport.root
         yield from _abilities(server, c.backend)
         yield from _speed(transport, server, chat, c.concurrency)

@@ -9,6 +9,7 @@ from small_runs import losses_hex, small
 
 from gkdjax import config, loop
 from gkdjax.errors import UserError
+from gkdjax.teachers.http.store import AnswerStore
 from gkdjax.tools import cache_teacher
 
 
@@ -48,8 +49,8 @@ def test_a_run_after_it_needs_no_server(student, server, tmp_path, capsys):
     run = tmp_path / "run"
     cache_teacher.cache(config.parse(c), run, 1e6, 0.0, buy=False)
     told = capsys.readouterr().out
-    preflights = rows_asked(server)  # two rows each
-    assert preflights == 2
+    preflights = rows_asked(server)  # three rows each
+    assert preflights == 3
     assert "requests" in told and "price, at most" in told
 
     fill(c, run)
@@ -71,6 +72,31 @@ def test_a_run_after_it_needs_no_server(student, server, tmp_path, capsys):
     assert losses_hex(run) == losses_hex(tmp_path / "online")
 
 
+def test_nothing_is_bought_that_the_run_would_not_ask_for(student, server, tmp_path):
+    rows = [{"prompt": f"told {i}", "response": "so it is"} for i in range(40)]
+    c = job(student, server.base, data__train=rows, train__steps=2, anchor__data=None)
+    c.trajectory.refresh_every_steps = None
+    fill(c, tmp_path / "run")
+    results = loop.run(c, tmp_path / "run")
+    assert results["teacher"]["bought"] > 0  # what the student wrote for the evaluation, alone
+    c.teacher.offline = True
+    c.teacher.store = str(tmp_path / "run" / "answers.sqlite")
+    assert loop.run(c, tmp_path / "other")["teacher"]["bought"] == 0
+    with AnswerStore(c.teacher.store, read_only=True) as store:
+        scored = [stored for stored in store.all() if stored.kind == "score"]
+    assert 8 <= len(scored) <= 8 + results["teacher"]["bought"]
+
+
+def test_earlier_answers_of_a_refreshed_row_are_read_ahead_too(student, server, tmp_path):
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": [*talk, {"role": "user", "content": f"c {i}"}]} for i in range(6)]
+    c = job(student, server.base, data__train=rows, anchor__data=None)
+    fill(c, tmp_path / "run")
+    server.stop()
+    c.teacher.offline = True
+    assert loop.run(c, tmp_path / "run")["teacher"]["bought"] == 0
+
+
 def test_without_a_store_or_a_server_there_is_nothing_to_fill(student, server, tmp_path):
     for changes, reason in (
         ({"teacher__store": None}, "no store to fill"),
@@ -89,7 +115,8 @@ def test_the_estimate_adds_up():
 
 
 def test_another_config_in_the_same_directory_is_refused(student, server, tmp_path):
-    fill(job(student, server.base), tmp_path, buy=False)
-    fill(job(student, server.base, teacher__concurrency=3), tmp_path, buy=False)
+    fill(job(student, server.base, train__seed=3), tmp_path, buy=False)  # a look at the price
+    fill(job(student, server.base), tmp_path)
+    fill(job(student, server.base, teacher__concurrency=3), tmp_path)
     with pytest.raises(UserError, match="holds a run of another config"):
-        fill(job(student, server.base, train__seed=5), tmp_path, buy=False)
+        fill(job(student, server.base, train__seed=5), tmp_path)

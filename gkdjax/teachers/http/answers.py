@@ -44,6 +44,7 @@ class SampleRequest:
     seed: int
     stop_ids: tuple[int, ...]
     top_k: int
+    template_kwargs: dict = dataclasses.field(default_factory=dict)  # beside the messages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,12 @@ class Answer:
     finished: bool = False  # of a sample: its last token is a stop id
     unmapped: int = 0  # entries among the best K that are no id of ours; their mass is in the tail
     lost: bool = False  # of a sample: a drawn token is no id of ours, so there is no response
+
+    def rows(self, which: slice) -> "Answer":
+        """Some of the targets, as if they had been all that was asked for."""
+        arrays = ("target_ids", "target_logprob", "top_ids", "top_logprobs", "tail_logprob")
+        cut = {name: getattr(self, name)[which] for name in arrays}
+        return dataclasses.replace(self, finished=False, **cut)
 
     def kept(self) -> KeptTopK:
         """The same as a trajectory keeps it."""

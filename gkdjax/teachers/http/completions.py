@@ -9,6 +9,7 @@ from gkdjax.teachers.http.fields import Field, opened
 from gkdjax.teachers.http.said import Key, Said, check_counts, check_read, check_written, position
 
 PATH = "/v1/completions"
+_UNCOUNTED = 4  # tokens of a prompt, at most
 
 
 def drawing(model: str, request: SampleRequest) -> dict[str, Any]:
@@ -93,6 +94,20 @@ def check_prompt_tokens(root: Field, *requests: ScoreRequest | SampleRequest) ->
     """Raises WrongAnswer if the server says that it has read more or less than was sent."""
     if (usage := root.find("usage")) is not None:
         check_read(usage.find("prompt_tokens"), sum(len(request.ids) for request in requests))
+
+
+def check_prompt_not_shortened(root: Field, request: SampleRequest) -> None:
+    """Raises WrongAnswer if the server says that it has read much less than our own template makes.
+
+    A few tokens are nothing: not all count those that stand before the first message, or add none.
+    """
+    usage = root.find("usage")
+    read = None if usage is None else usage.find("prompt_tokens")
+    if read is not None and read.whole() < len(request.ids) - _UNCOUNTED:
+        raise read.wrong(
+            f"is {read.value}, and the prompt has {len(request.ids)} tokens here: the server drops"
+            " or shortens messages, or its chat template is another one"
+        )
 
 
 def check_completion_tokens(root: Field, shown: int) -> None:

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import pathlib
@@ -12,15 +13,18 @@ from absl import logging
 from gkdjax.config import Teacher
 from gkdjax.data.chat import Chat
 from gkdjax.errors import UserError
+from gkdjax.sampler import Sampling
 from gkdjax.teachers.http import openai, payload, sglang, vllm
 from gkdjax.teachers.http.dialect import Dialect
 from gkdjax.teachers.http.identity import KnownTeacher, fingerprint_of, same_teacher
 from gkdjax.teachers.http.pool import Pool
-from gkdjax.teachers.http.preflight import Findings, Server, examine
+from gkdjax.teachers.http.preflight import Findings, Server, examine, probe_again
 from gkdjax.teachers.http.store import AnswerStore
 from gkdjax.teachers.http.teacher import HttpTeacher
 from gkdjax.teachers.http.transport import Limits, Transport
 from gkdjax.teachers.protocol import Capabilities
+
+_BEGUN_WITH = "teacher.json"  # in the run's directory
 
 # teacher.backend -> the dialects that are tried, in this order.
 DIALECTS = {
@@ -44,7 +48,15 @@ def declared(c: Teacher) -> Capabilities:
     )
 
 
-def connect(c: Teacher, chat: Chat, vocab_size: int, workdir: pathlib.Path) -> HttpTeacher:
+def connect(
+    c: Teacher,
+    chat: Chat,
+    vocab_size: int,
+    workdir: pathlib.Path,
+    *,
+    sampling: Sampling,
+    template_kwargs: dict,
+) -> HttpTeacher:
     """Tries the server of a config, or, offline, finds it in the store.
 
     Args:
@@ -52,6 +64,8 @@ def connect(c: Teacher, chat: Chat, vocab_size: int, workdir: pathlib.Path) -> H
       chat: renders the teacher's view; its tokenizer is the server's, or it is refused.
       vocab_size: of the ids that student and teacher have in common.
       workdir: of the run; its teacher.json says which weights it began with.
+      sampling: as the run is going to draw.
+      template_kwargs: `data.template_kwargs`, for a server that renders the prompt itself.
 
     Raises:
       UserError: the server cannot be used, is another one than the run began with, or the store
@@ -60,16 +74,17 @@ def connect(c: Teacher, chat: Chat, vocab_size: int, workdir: pathlib.Path) -> H
     """
     path = workdir / "answers.sqlite" if c.store == "" else c.store
     store = AnswerStore(path) if path is not None else None
-    transport = None
+    transport = server = None
     try:
         tokenizer = tokenizer_hash(chat)
         if c.offline:
-            known = _remembered(c, store, tokenizer)
+            known = _remembered(c, store, tokenizer, workdir / _BEGUN_WITH)
         else:
             limits = Limits(c.timeout_s, c.deadline_s, c.max_retries)
             transport = Transport(c.api_base, c.api_key_env, limits, trust_env=c.trust_env)
-            known = _tried(c, transport, store, chat, vocab_size, tokenizer)
-        _claim(workdir / "teacher.json", known)
+            server = try_server(c, transport, chat, vocab_size, sampling)
+            known = _recognised(c, server, store, tokenizer)
+        _claim(workdir / _BEGUN_WITH, known)
     except BaseException:
         for opened in (transport, store):
             if opened is not None:
@@ -77,17 +92,19 @@ def connect(c: Teacher, chat: Chat, vocab_size: int, workdir: pathlib.Path) -> H
         raise
     findings = Findings(**known.findings)
     dialect = _dialect(c.backend, findings, chat, vocab_size)
-    pool = Pool(dialect, transport, store, known, concurrency=c.concurrency)
+    probe = functools.partial(probe_again, transport, server, chat) if server else None
+    pool = Pool(dialect, transport, store, known, probe=probe, concurrency=c.concurrency)
     can = declared(c)
     if not findings.scores:
         can = dataclasses.replace(can, scores=False, on_policy=False, limits=findings.limits)
     return HttpTeacher(
         pool,
         chat,
-        f"{findings.model} ({c.backend})",
+        f"{findings.model} ({c.backend}, {known.fingerprint[:12]})",
         can,
         top_k=c.top_k,
         context_length=findings.context_length,
+        template_kwargs=template_kwargs,
     )
 
 
@@ -97,7 +114,9 @@ def tokenizer_hash(chat: Chat) -> str:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
-def try_server(c: Teacher, transport: Transport, chat: Chat, vocab_size: int) -> Server:
+def try_server(
+    c: Teacher, transport: Transport, chat: Chat, vocab_size: int, sampling: Sampling
+) -> Server:
     """The preflight as this config needs it; see `preflight.examine`."""
     return examine(
         transport,
@@ -106,24 +125,21 @@ def try_server(c: Teacher, transport: Transport, chat: Chat, vocab_size: int) ->
         chat,
         vocab_size,
         c.top_k,
+        sampling,
         must_score=c.backend != "openai",
     )
 
 
-def _tried(
-    c: Teacher,
-    transport: Transport,
-    store: AnswerStore | None,
-    chat: Chat,
-    vocab_size: int,
-    tokenizer: str,
+def _recognised(
+    c: Teacher, server: Server, store: AnswerStore | None, tokenizer: str
 ) -> KnownTeacher:
-    server = try_server(c, transport, chat, vocab_size)
+    """As the store knows it, or new to it."""
     model, probe = server.findings.model, server.probe
     known = None if store is None else store.recognise(model, tokenizer, probe)
     if known is None:
         fingerprint = fingerprint_of(model, tokenizer, probe)
         others = [] if store is None else store.others(model, tokenizer)
+        others = [other for other in others if other.probe.top_ids.shape[1] == c.top_k]
         if others:
             logging.warning(
                 "%s answers otherwise than when the store was filled: it has other weights now, and"
@@ -140,8 +156,10 @@ def _tried(
     return known
 
 
-def _remembered(c: Teacher, store: AnswerStore, tokenizer: str) -> KnownTeacher:
-    """The teacher of this name that was checked last."""
+def _remembered(
+    c: Teacher, store: AnswerStore, tokenizer: str, begun_with: pathlib.Path
+) -> KnownTeacher:
+    """The teacher that the run began with, or else the one of this name that was checked last."""
     every = store.teachers()
     fitting = [
         known
@@ -149,15 +167,19 @@ def _remembered(c: Teacher, store: AnswerStore, tokenizer: str) -> KnownTeacher:
         if c.api_model in ("", known.model)
         and known.tokenizer == tokenizer
         and known.findings["dialect"] in DIALECTS[c.backend]
+        and known.probe.top_ids.shape[1] == c.top_k
     ]
+    if begun_with.exists():
+        same = [known for known in fitting if _is_begun_with(begun_with, known)]
+        fitting = same or fitting
     if len({known.model for known in fitting}) == 1:
         return max(fitting, key=lambda known: known.checked)
     names = sorted({known.model for known in every})
     raise UserError(
         f"config.teacher.offline: the store has the teachers {names}, of which"
-        f" {len(fitting)} fit config.teacher.backend = {c.backend!r}, .api_model ="
-        f" {c.api_model!r} and the tokenizer; name one in .api_model, or fill the store first with"
-        " python -m gkdjax.tools.cache_teacher"
+        f" {len(fitting)} fit config.teacher.backend = {c.backend!r}, .top_k = {c.top_k},"
+        f" .api_model = {c.api_model!r} and the tokenizer; name one in .api_model, or fill the"
+        " store first with python -m gkdjax.tools.cache_teacher"
     )
 
 
@@ -165,17 +187,20 @@ def _dialect(backend: str, findings: Findings, chat: Chat, vocab_size: int) -> D
     return DIALECTS[backend][findings.dialect](findings.model, vocab_size, chat.tokenizer)
 
 
+def _is_begun_with(path: pathlib.Path, known: KnownTeacher) -> bool:
+    begun_with = json.loads(path.read_text())
+    probe = payload.decode(base64.b64decode(begun_with["probe"]))
+    return begun_with["model"] == known.model and same_teacher(probe, known.probe)
+
+
 def _claim(path: pathlib.Path, known: KnownTeacher) -> None:
     """Writes whose answers a run learns from, or checks that they are the same weights'."""
     if path.exists():
-        begun_with = json.loads(path.read_text())
-        probe = payload.decode(base64.b64decode(begun_with["probe"]))
-        if begun_with["model"] == known.model and same_teacher(probe, known.probe):
+        if _is_begun_with(path, known):
             return
         raise UserError(
-            f"the run in {path.parent} began with other weights of {begun_with['model']} than the"
-            f" server has now as {known.model}; serve those again, or give --workdir another"
-            " directory"
+            f"the run in {path.parent} began with other weights than {known.model} has now; serve"
+            " those again, or give --workdir another directory"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     probe = base64.b64encode(payload.encode(known.probe)).decode()

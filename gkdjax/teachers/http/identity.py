@@ -39,19 +39,30 @@ def same_teacher(a: Answer, b: Answer) -> bool:
     """Whether two answers to one probe come from the same weights.
 
     A server does not give the same bits twice: sums change with the batch it happens to compute.
-    So the answers are compared by the mean over tokens of sum_k p_k |log p_k - log p'_k|, in nats,
-    each weighing the other, and the larger of the two counts. Independent noise of standard
-    deviation s makes that 0.8 s. Arithmetic in bfloat16 can move an unlikely token by 0.25 nats,
-    but those weigh next to nothing; other weights move all tokens by what there is to distil.
-    `MOST_DRIFT` stands between. A token that only one answer lists counts in the other with the
-    most that it can have there, so a tie that changes places at rank K costs nothing.
+    So `drift` is held against `MOST_DRIFT`. Independent noise of standard deviation s makes that
+    0.8 s. Arithmetic in bfloat16 can move an unlikely token by 0.25 nats, but those weigh next to
+    nothing; other weights move all tokens by what there is to distil.
 
     Args:
-      a, b: of one K. With other target ids, or none, they are not of one probe: False.
+      a, b: scores of one text, or greedy answers to one prompt. These part where two tokens are
+        as likely, so they are compared as far as they are one, and where the next token stands.
     """
-    if not len(a.target_ids) or not np.array_equal(a.target_ids, b.target_ids):
+    rows = min(len(a.target_ids), len(b.target_ids))
+    if rows == 0 or a.top_ids.shape[1] != b.top_ids.shape[1]:
         return False
-    return max(_drift(a, b), _drift(b, a)) <= MOST_DRIFT
+    differ = np.flatnonzero(a.target_ids[:rows] != b.target_ids[:rows])
+    alike = slice(int(differ[0]) + 1 if len(differ) else rows)
+    return drift(a.rows(alike), b.rows(alike)) <= MOST_DRIFT
+
+
+def drift(a: Answer, b: Answer) -> float:
+    """How far two answers are apart, of as many tokens and one K: nats, finite.
+
+    The mean over tokens of sum_k p_k |log p_k - log p'_k|, each weighing the other, and the larger
+    of the two. A token that only one answer lists counts in the other with the most that it can
+    have there, so a tie that changes places at rank K costs nothing.
+    """
+    return max(_drift(a, b), _drift(b, a))
 
 
 def _drift(a: Answer, b: Answer) -> float:

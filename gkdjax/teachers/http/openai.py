@@ -136,6 +136,8 @@ class Chat(_ByText):
             "logprobs": True,
             "top_logprobs": request.top_k,
         }
+        if request.template_kwargs:  # a field of vLLM, SGLang and llama-server; others refuse it
+            body["chat_template_kwargs"] = request.template_kwargs
         tokens = len(request.ids) + request.sampling.max_new_tokens
         return dialect.call("/v1/chat/completions", body, tokens=tokens, top_k=request.top_k)
 
@@ -146,6 +148,7 @@ class Chat(_ByText):
         it may not be one of them: the mass outside is right all the same.
         """
         root = opened(answer, request.name)
+        completions.check_prompt_not_shortened(root, request)
         written = completions.only_choice(root)["message"]["content"]
         return self._response(root, written, request)
 

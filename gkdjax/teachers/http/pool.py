@@ -15,7 +15,7 @@ import numpy as np
 from gkdjax.errors import GkdjaxError, Preempted, TeacherRefused, UserError
 from gkdjax.teachers.http.answers import Answer, SampleRequest, ScoreRequest
 from gkdjax.teachers.http.dialect import Dialect
-from gkdjax.teachers.http.identity import KnownTeacher
+from gkdjax.teachers.http.identity import KnownTeacher, same_teacher
 from gkdjax.teachers.http.store import AnswerStore, sample_key, score_key
 from gkdjax.teachers.http.transport import RepeatedServerError, Transport
 
@@ -23,6 +23,7 @@ from gkdjax.teachers.http.transport import RepeatedServerError, Transport
 REQUEST_TOKENS = 4096
 
 _LOOK_UP_S = 0.2  # how often whoever waits looks whether it is to stop
+_PROBE_EVERY = 256  # requests; and after each outage: somebody else may answer there now
 
 Request = ScoreRequest | SampleRequest
 _Part = dict[str, Request]  # key -> what is asked
@@ -39,6 +40,7 @@ class Pool:
         store: AnswerStore | None,
         known: KnownTeacher,
         *,
+        probe: Callable[[], Answer] | None,
         concurrency: int,
     ):
         """Asks for nothing yet; `transport` and `store` are the pool's to close.
@@ -48,15 +50,17 @@ class Pool:
           transport: to the server; None: the store has to have everything.
           store: of answers; None: what was answered is forgotten.
           known: whose answers they are.
+          probe: asks the server what it says now where it said `known.probe`; None without one.
           concurrency: requests at a time.
         """
         self._dialect, self._transport, self._store = dialect, transport, store
-        self._known = known
+        self._known, self._probe = known, probe
+        self._outages, self._since_probe = 0, 0  # of the transport when its weights were tried last
         self._threads = concurrent.futures.ThreadPoolExecutor(concurrency, "teacher")
         self._in_flight: dict[str, concurrent.futures.Future] = {}
         self.stopped = threading.Event()  # set: nobody waits for an answer any longer
         self._missing: dict[str, Request] | None = None  # None: a missing answer is an error
-        self._lock = threading.Lock()
+        self._lock, self._weights_lock = threading.Lock(), threading.Lock()
         self._counts = collections.Counter()
 
     def scores(self, requests: Sequence[ScoreRequest]) -> Callable[[], list[Answer]]:
@@ -143,12 +147,27 @@ class Pool:
             return bought[0] | bought[1]
         except GkdjaxError as error:
             raise (_about(requests[0], error) if len(part) == 1 else error) from None
+        self._check_weights()
         if self._store is not None:
             kind = "score" if isinstance(requests[0], ScoreRequest) else "sample"
             items = [(key, kind, a) for key, a in zip(part, answers, strict=True)]
             self._store.put(self._known.fingerprint, items)
         self._count(requests, answers)
         return dict(zip(part, answers, strict=True))
+
+    def _check_weights(self) -> None:
+        """Raises TeacherRefused if the server has other weights than when it was tried."""
+        with self._weights_lock:
+            self._since_probe += 1
+            outages = self._transport.outages
+            if outages == self._outages and self._since_probe < _PROBE_EVERY:
+                return
+            if not same_teacher(self._known.probe, self._probe()):
+                raise TeacherRefused(
+                    f"the server answers {self._known.model!r} with other weights than before;"
+                    " serve those again"
+                )
+            self._outages, self._since_probe = outages, 0
 
     def _asked_of_server(self, requests: list[Request]) -> list[Answer]:
         scored = isinstance(requests[0], ScoreRequest)

@@ -11,10 +11,11 @@ import numpy as np
 from absl import logging
 
 from gkdjax.data.chat import Chat
-from gkdjax.errors import TeacherRefused, UserError, WrongAnswer
+from gkdjax.errors import TeacherRefused, TeacherUnreachable, UserError, WrongAnswer
 from gkdjax.sampler import Sampling
 from gkdjax.teachers.http.answers import Answer, SampleRequest, ScoreRequest
 from gkdjax.teachers.http.dialect import Dialect
+from gkdjax.teachers.http.identity import MOST_DRIFT, drift
 from gkdjax.teachers.http.transport import Transport
 from gkdjax.types import Message
 
@@ -24,6 +25,7 @@ PROBE = (
 )
 _PROBE_TOKENS = 64  # at most, of the text above
 _WRITTEN_TOKENS = 8
+_DRAWS = 3  # at most, until one is a text
 NAME = "the preflight"
 
 # Of a token that the server drew and then scored, in nats. In bfloat16 reading and writing differ
@@ -73,6 +75,7 @@ def examine(
     chat: Chat,
     vocab_size: int,
     top_k: int,
+    sampling: Sampling,
     *,
     must_score: bool,
 ) -> Server:
@@ -85,6 +88,7 @@ def examine(
       chat: the tokenizer that the teacher is said to have.
       vocab_size: of the ids that student and teacher have in common.
       top_k: K of every request.
+      sampling: as the run is going to draw.
       must_score: a server that does not score given ids is refused.
 
     Raises:
@@ -100,6 +104,7 @@ def examine(
         found = Findings(model, name, False, "", context_length, top_k, compared, None)
         try:
             written = _write(transport, dialect, chat, ids, top_k)
+            _check_drawn(transport, dialect, chat, ids, written, sampling)
         except (WrongAnswer, TeacherRefused) as error:
             reasons.append(f"{name} writes nothing that can be used: {error}")
             continue
@@ -108,14 +113,28 @@ def examine(
         except (WrongAnswer, TeacherRefused, NotImplementedError) as error:
             reasons.append(f"{name} does not score given ids: {error}")
             found = dataclasses.replace(found, limits=str(error))
-            own_text = own_text or Server(dialect, found, _rows(written, slice(1)))
+            own_text = own_text or Server(dialect, found, written.rows(slice(None)))
             continue
         found = dataclasses.replace(found, scores=True, difference=difference)
-        return Server(dialect, found, _rows(scored, slice(len(ids) - 1)))
+        return Server(dialect, found, scored.rows(slice(len(ids) - 1)))
     if own_text is None or must_score:
         raise UserError(f"{transport.root} cannot be used: {'; '.join(reasons)}")
     logging.warning("%s: only its own text can be learnt: %s", transport.root, "; ".join(reasons))
     return own_text
+
+
+def probe_again(transport: Transport, server: Server, chat: Chat) -> Answer:
+    """What the server says now where it said `server.probe`."""
+    dialect, ids, top_k = server.dialect, probe_ids(chat), server.findings.top_k
+    if not server.findings.scores:
+        return _write(transport, dialect, chat, ids, top_k)
+    at = np.arange(len(ids) - 1, dtype=np.int32)
+    request = ScoreRequest(NAME, ids, at, top_k)
+    call = dialect.score([request])
+    (scored,) = dialect.read_scores(
+        transport.post(call.path, call.body, max_bytes=call.max_bytes), [request]
+    )
+    return scored
 
 
 def probe_ids(chat: Chat) -> np.ndarray:
@@ -138,6 +157,10 @@ def _model(transport: Transport, api_model: str) -> tuple[str, int | None]:
         if api_model:
             return api_model, None  # not every host lists its models
         raise
+    except WrongAnswer as error:
+        raise UserError(
+            f"{error}; is that a server of this API? See config.teacher.api_base"
+        ) from None
     entries = listed.get("data") if isinstance(listed, dict) else None
     entries = [e for e in entries or () if isinstance(e, dict) and isinstance(e.get("id"), str)]
     names = [entry["id"] for entry in entries]
@@ -169,11 +192,12 @@ def _compare_tokenizers(transport: Transport, model: str, chat: Chat) -> str:
         {"content": PROBE, "add_special": False},
     ):
         try:
-            said = transport.post("/tokenize", body, max_bytes=2**20)
-        except (TeacherRefused, WrongAnswer):
+            said = transport.post("/tokenize", body, max_bytes=2**20, once=True)
+        except (TeacherRefused, TeacherUnreachable, WrongAnswer):
             continue
         theirs = said.get("tokens") if isinstance(said, dict) else None
-        if not isinstance(theirs, list) or not all(type(i) is int for i in theirs):
+        # An empty list: the text stood in a field that this server does not read.
+        if not theirs or not isinstance(theirs, list) or not all(type(i) is int for i in theirs):
             continue
         if theirs != ours:
             at = next(
@@ -212,6 +236,37 @@ def _write(
     return answer
 
 
+def _check_drawn(
+    transport: Transport,
+    dialect: Dialect,
+    chat: Chat,
+    ids: np.ndarray,
+    greedy: Answer,
+    sampling: Sampling,
+) -> None:
+    """Raises WrongAnswer if the logprobs of what is drawn are those after temperature and top p."""
+    request = sample_request(chat, ids, greedy.top_ids.shape[1], _WRITTEN_TOKENS)
+    sampling = dataclasses.replace(sampling, max_new_tokens=_WRITTEN_TOKENS)
+    for seed in range(_DRAWS):
+        request = dataclasses.replace(request, sampling=sampling, seed=seed)
+        call = dialect.sample(request)
+        said = transport.post(call.path, call.body, max_bytes=call.max_bytes)
+        drawn = dialect.read_sample(said, request)
+        if drawn.lost:  # or it ended at once, without a word
+            continue
+        # The first token of both follows the same text.
+        apart = drift(drawn.rows(slice(1)), greedy.rows(slice(1)))
+        if apart > MOST_DRIFT:
+            raise WrongAnswer(
+                f"{NAME}: with trajectory.temperature={sampling.temperature}, .top_p="
+                f"{sampling.top_p} and .top_k={sampling.top_k} the same token has logprobs"
+                f" {apart:.3f} nats apart from those at temperature 0: they are taken after"
+                " sampling's changes. Have the server give raw ones (vLLM: --logprobs-mode"
+                " raw_logprobs), or draw at temperature 1 with top_p=1 and top_k=None"
+            )
+        return
+
+
 def _check_count(answer: Answer, top_k: int) -> None:
     counts = (answer.top_logprobs > -np.inf).sum(axis=-1)
     if answer.unmapped == 0 and counts.max() < top_k:
@@ -231,7 +286,7 @@ def _score_again(
     said = transport.post(call.path, call.body, max_bytes=call.max_bytes)
     (scored,) = dialect.read_scores(said, [request])
     _check_count(scored, top_k)
-    again = _rows(scored, slice(len(ids) - 1, None))
+    again = scored.rows(slice(len(ids) - 1, None))
     apart = np.abs(again.target_logprob - written.target_logprob)
     median, most = float(np.median(apart)), float(apart.max())
     if median > _MEDIAN_DIFFERENCE or most > _LARGEST_DIFFERENCE:
@@ -248,9 +303,3 @@ def _score_again(
             most,
         )
     return scored, median
-
-
-def _rows(answer: Answer, rows: slice) -> Answer:
-    arrays = ("target_ids", "target_logprob", "top_ids", "top_logprobs", "tail_logprob")
-    cut = {name: getattr(answer, name)[rows] for name in arrays}
-    return dataclasses.replace(answer, finished=False, **cut)

@@ -24,6 +24,7 @@ class Failed:
 
     reason: str
     error: type[GkdjaxError] = TeacherUnreachable  # if no other attempt is made
+    answered: bool = False  # there was a whole answer
     least_wait_s: float = 0.0  # the server's Retry-After
     server_error: tuple[int, bytes] | None = None  # a 5xx status and its body
 

@@ -113,19 +113,22 @@ class AnswerStore:
             )
 
     def teachers(self) -> list[KnownTeacher]:
-        """All that were added, those checked last first."""
+        """All that were added, in that order."""
         rows = self._file.rows(
             "SELECT fingerprint, model, tokenizer, findings, checked, CAST(probe AS BLOB)"
-            " FROM teachers ORDER BY checked DESC, fingerprint"
+            " FROM teachers ORDER BY rowid"
         )
         return [self._known_teacher(row) for row in rows]
 
     def others(self, model: str, tokenizer: str) -> list[KnownTeacher]:
-        """All of this name and tokenizer, those checked last first."""
+        """All of this name and tokenizer, in the order in which they were added."""
         return [t for t in self.teachers() if (t.model, t.tokenizer) == (model, tokenizer)]
 
     def recognise(self, model: str, tokenizer: str, probe: Answer) -> KnownTeacher | None:
-        """The one of this name and tokenizer that answered the probe alike (`same_teacher`)."""
+        """The first of this name and tokenizer that answered the probe alike (`same_teacher`).
+
+        Always the first: two processes that found it new at the same time have added it twice.
+        """
         alike = (t for t in self.others(model, tokenizer) if same_teacher(t.probe, probe))
         return next(alike, None)
 
@@ -236,6 +239,8 @@ def sample_key(teacher: KnownTeacher, request: SampleRequest, *, by_messages: bo
     }
     if by_messages:
         asked["messages"] = [[message.role, message.content] for message in request.messages]
+        if request.template_kwargs:
+            asked["template_kwargs"] = request.template_kwargs
     else:
         asked["ids"] = request.ids.tolist()
     return _key(teacher, "sample", asked)

@@ -25,6 +25,7 @@ class HttpTeacher:
         *,
         top_k: int,
         context_length: int | None,
+        template_kwargs: dict,
     ):
         """Keeps what it is given; the pool is its to close.
 
@@ -35,14 +36,15 @@ class HttpTeacher:
           capabilities: of the server, as they were found.
           top_k: K of what is asked for.
           context_length: most tokens of a view, or None where the server does not tell.
+          template_kwargs: for a server that renders the prompt itself.
         """
         self.pool, self.chat, self.description = pool, chat, description
         self.capabilities, self.context_length = capabilities, context_length
-        self._top_k = top_k
+        self._top_k, self._template_kwargs = top_k, template_kwargs
 
-    def ask(self, batch: Batch) -> Callable[[], TopKTargets]:
+    def ask(self, batch: Batch, names: Sequence[str]) -> Callable[[], TopKTargets]:
         """See `protocol.RemoteTeacher`; NumPy in and out, and no padding is sent."""
-        rows = [self._score_request(batch, row) for row in range(len(batch.row_id_B))]
+        rows = [self._score_request(batch, row, name) for row, name in enumerate(names)]
         asked = [request for request in rows if len(request.at)]
         wait = self.pool.scores(asked)
 
@@ -56,7 +58,7 @@ class HttpTeacher:
 
     def targets(self, batch: Batch) -> TopKTargets:
         """See `protocol.Teacher`."""
-        return self.ask(batch)()
+        return self.ask(batch, [f"row {i}" for i in batch.row_id_B])()
 
     def sample(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling
@@ -74,6 +76,7 @@ class HttpTeacher:
                 int(seed),
                 self.chat.stop_ids,
                 self._top_k,
+                self._template_kwargs,
             )
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
@@ -87,10 +90,10 @@ class HttpTeacher:
         """Waits for what is on its way."""
         self.pool.close()
 
-    def _score_request(self, batch: Batch, row: int) -> ScoreRequest:
+    def _score_request(self, batch: Batch, row: int, name: str) -> ScoreRequest:
         ids = batch.teacher_tokens_BT[row][batch.teacher_mask_BT[row]]
         at = batch.teacher_at_BN[row][batch.target_mask_BN[row]]
-        return ScoreRequest(f"row {batch.row_id_B[row]}", ids, at, self._top_k)
+        return ScoreRequest(name, ids, at, self._top_k)
 
     def _no_targets(self) -> KeptTopK:
         none = np.zeros(0, np.float32)

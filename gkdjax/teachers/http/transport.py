@@ -57,6 +57,7 @@ class Transport:
     Attributes:
       root: the address without "/v1", to which paths are appended.
       retries: attempts so far that were not the first of their request.
+      outages: of the failed ones, those after which another server may answer.
     """
 
     def __init__(self, api_base: str, api_key_env: str, limits: Limits, *, trust_env: bool):
@@ -73,6 +74,7 @@ class Transport:
         """
         self.root = session.root_of(api_base)
         self.retries = 0
+        self.outages = 0
         self._limits = limits
         self._key = session.read_key(api_key_env)
         self._session = session.open_session(self._key, trust_env=trust_env)
@@ -91,10 +93,16 @@ class Transport:
 
     def get(self, path: str) -> dict | list:
         """As `post`, without a body."""
-        return self._ask(_Question("GET", path, None, _GET_BYTES), splittable=False)
+        return self._ask(_Question("GET", path, None, _GET_BYTES))
 
     def post(
-        self, path: str, body: dict, *, max_bytes: int, splittable: bool = False
+        self,
+        path: str,
+        body: dict,
+        *,
+        max_bytes: int,
+        splittable: bool = False,
+        once: bool = False,
     ) -> dict | list:
         """Asks until there is an answer, waiting longer each time.
 
@@ -106,6 +114,7 @@ class Transport:
           body: anything JSON can hold.
           max_bytes: of the answer.
           splittable: the caller can ask for less at once; see `RepeatedServerError`.
+          once: a single attempt, of a route that the server need not have.
 
         Raises:
           TeacherRefused: any other status, which would come again.
@@ -114,18 +123,21 @@ class Transport:
           RepeatedServerError: if `splittable`: the same 5xx answer twice in a row.
         """
         data = json.dumps(body, allow_nan=False).encode()
-        return self._ask(_Question("POST", path, data, max_bytes), splittable=splittable)
+        question = _Question("POST", path, data, max_bytes)
+        return self._ask(question, splittable=splittable, once=once)
 
     def close(self) -> None:
         """Closes the connections; whoever still waits to ask again gives up."""
         self._closed.set()
         self._session.close()
 
-    def _ask(self, question: "_Question", *, splittable: bool) -> dict | list:
+    def _ask(
+        self, question: "_Question", *, splittable: bool = False, once: bool = False
+    ) -> dict | list:
         deadline = time.monotonic() + self._limits.deadline_s
         result = retries.persist(
             lambda: self._attempt(question, deadline),
-            max_retries=self._limits.max_retries,
+            max_retries=0 if once else self._limits.max_retries,
             deadline_s=self._limits.deadline_s,
             end_at_same=splittable,
             closed=self._closed,
@@ -142,6 +154,7 @@ class Transport:
     def _count(self, failed: Failed, seconds: float) -> None:
         with self._lock:
             self.retries += 1
+            self.outages += failed.server_error is not None or not failed.answered
         logging.log_every_n_seconds(
             logging.WARNING, "%s: %s; trying again in %.1f s", 60, self.root, failed.reason, seconds
         )
@@ -193,6 +206,7 @@ class Transport:
         if reply.status in _AGAIN or (reply.status >= 500 and reply.status not in _NEVER):
             return Failed(
                 f"status {reply.status}: {self._quoted(reply.text, 300)}",
+                answered=True,
                 least_wait_s=retries.retry_after(reply.headers.get("Retry-After")),
                 server_error=(reply.status, reply.body) if reply.status >= 500 else None,
             )
@@ -218,6 +232,8 @@ class Transport:
         try:
             return strict_json.parse(reply.body, wrong)
         except strict_json.NotJson:
+            if question.data is None:  # it is no server of this API: another time it is none either
+                raise wrong(f"is no JSON: {reply.text}") from None
             return Failed(f"no JSON: {self._quoted(reply.text, 200)}", WrongAnswer)
 
     def _where(self, question: "_Question") -> str:

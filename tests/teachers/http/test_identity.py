@@ -50,9 +50,29 @@ def test_what_one_answer_leaves_out_is_in_its_tail():
 
 def test_probes_of_other_texts_prove_nothing():
     probe = answer(100)
-    assert not same_teacher(probe, dataclasses.replace(probe, target_ids=probe.target_ids + 1))
-    assert not same_teacher(probe, answer(100, n=3))
+    assert not same_teacher(probe, answer(101, n=3))
     assert not same_teacher(answer(1, n=0), answer(1, n=0))
+    fewer = dataclasses.replace(
+        probe, top_ids=probe.top_ids[:, :-1], top_logprobs=probe.top_logprobs[:, :-1]
+    )
+    assert not same_teacher(probe, fewer)
+
+
+def test_greedy_answers_are_compared_up_to_where_they_part():
+    probe, other = answer(100), answer(101)
+    parted = probe.target_ids.copy()
+    parted[2] += 1
+
+    def after(rows: int):
+        """Of the same weights in so many rows, and of others in the rest."""
+        mixed = {
+            name: np.concatenate([getattr(probe, name)[:rows], getattr(other, name)[rows:]])
+            for name in ("top_ids", "top_logprobs", "tail_logprob")
+        }
+        return dataclasses.replace(probe, target_ids=parted, **mixed)
+
+    assert same_teacher(probe, after(3)) and same_teacher(after(3), probe)
+    assert not same_teacher(probe, after(2))  # what is to follow the same two tokens differs
 
 
 def test_fingerprints_differ():

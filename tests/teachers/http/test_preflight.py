@@ -10,6 +10,7 @@ from fake_teacher import LOGPROBS, MODEL, VOCAB, FakeTeacher
 
 from gkdjax.data.chat import load_chat
 from gkdjax.errors import TeacherRefused, UserError
+from gkdjax.sampler import Sampling
 from gkdjax.teachers.http import preflight
 from gkdjax.teachers.http.connect import DIALECTS
 from gkdjax.teachers.http.preflight import examine
@@ -36,6 +37,7 @@ def examined(handler, chat, backend="vllm", *, model="", top_k=5, vocab_size=VOC
                 chat,
                 vocab_size,
                 top_k,
+                Sampling(20, temperature=0.8, top_p=0.9),
                 must_score=backend != "openai",
             )
         return found, server.requests
@@ -81,7 +83,7 @@ def test_a_server_that_only_writes(chat, lies, dialect, reason):
     assert (server.findings.dialect, server.findings.scores) == (dialect, False)
     assert reason in server.findings.limits
     assert server.findings.limits
-    assert server.probe.top_logprobs.shape == (1, 5)
+    assert server.probe.top_logprobs.shape == (8, 5)
     assert server.findings.tokenizer == "not compared: the server has no /tokenize"
 
 
@@ -155,6 +157,47 @@ class Cooler(FakeTeacher):
 
 def test_another_temperature(chat):
     refused(Cooler(), chat, "temperature 1")
+
+
+class Processed(FakeTeacher):
+    """Tells the logprobs that it draws with; greedy answers have raw ones."""
+
+    def _choice(self, index, ids, body):
+        raw, temperature = self.logprob_table, body.get("temperature") or 1.0
+        if "prompt_logprobs" not in body:
+            logits = raw / temperature
+            norm = np.log(np.exp(logits).sum(axis=1, keepdims=True))
+            self.logprob_table = logits - norm
+        choice = super()._choice(index, ids, body)
+        self.logprob_table = raw
+        return choice
+
+
+def test_logprobs_after_temperature_are_not_those_before(chat):
+    refused(Processed(), chat, "trajectory.temperature=0.8", "raw_logprobs")
+    server, _ = examined(Processed(by_text=True), chat, "openai")
+    assert server.findings.dialect == "chat"  # that route tells raw ones
+
+
+def test_a_route_that_is_not_for_everybody_may_fail_as_it_likes(chat):
+    teacher = FakeTeacher()
+    for reply in (
+        Reply(status=500),
+        Reply(b"<html>"),
+        Reply({"tokens": []}),  # llama-server's, where it does not find the text
+        Reply(silent=True),
+    ):
+
+        def without(request, reply=reply):
+            return reply if request.path == "/tokenize" else teacher(request)
+
+        server, requests = examined(without, chat)
+        assert "not compared" in server.findings.tokenizer
+        assert sum(request.path == "/tokenize" for request in requests) == 2
+
+
+def test_an_address_of_something_else(chat):
+    refused(script(Reply(b"<html>welcome")), chat, "<html>welcome", "config.teacher.api_base")
 
 
 def test_another_tokenizer(chat):

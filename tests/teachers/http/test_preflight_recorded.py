@@ -7,6 +7,7 @@ import pytest
 from recorded_answers import VOCAB_SIZE, byte_level, load, texts
 
 from gkdjax.errors import WrongAnswer
+from gkdjax.sampler import Sampling
 from gkdjax.teachers.http import openai, preflight, vllm
 from gkdjax.teachers.http.answers import Answer
 
@@ -22,9 +23,9 @@ class Replay:
     def get(self, path):
         return {"data": [{"id": "qwen3-tiny"}]}
 
-    def post(self, path, body, *, max_bytes):
+    def post(self, path, body, *, max_bytes, once=False):
         if path == "/tokenize":
-            raise WrongAnswer("no such route")
+            return {"tokens": []}  # as llama-server answers to a text in another field
         return self.echoed if "echo" in body else self.written
 
 
@@ -52,6 +53,7 @@ def test_llama_server_ignores_echo_and_may_only_write():
 
     top_k = len(written["choices"][0]["logprobs"]["content"][0]["top_logprobs"])
     examined = {"chat": RecordedChat(ids), "vocab_size": VOCAB_SIZE, "top_k": top_k}
+    examined["sampling"] = Sampling(8, temperature=0.8, top_p=0.9)
     dialects = {"completions": completions}
     server = preflight.examine(replay, "", dialects, **examined, must_score=False)
     assert not server.findings.scores

@@ -176,7 +176,7 @@ def test_teachers_are_recognised(tmp_path):
     with AnswerStore(tmp_path / "store") as again:
         assert len(again.teachers()) == 4
         others = again.others(BIG.model, BIG.tokenizer)
-        assert [known.fingerprint for known in others] == [newer.fingerprint, BIG.fingerprint]
+        assert [known.fingerprint for known in others] == [BIG.fingerprint, newer.fingerprint]
         found = again.recognise(BIG.model, BIG.tokenizer, noisy(BIG.probe, 0.01))
         assert dataclasses.replace(found, probe=BIG.probe) == BIG
         assert same(found.probe, BIG.probe)
