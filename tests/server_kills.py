@@ -30,8 +30,8 @@ from server_runs import rows_asked
 from gkdjax.progress import table
 from gkdjax.sampler import Sampling
 from gkdjax.teachers.http.answers import SampleRequest, ScoreRequest
-from gkdjax.teachers.http.identity import KnownTeacher
-from gkdjax.teachers.http.store import AnswerStore, sample_key, score_key
+from gkdjax.teachers.http.storage.identity import KnownTeacher
+from gkdjax.teachers.http.storage.store import AnswerStore, sample_key, score_key
 
 KEY = "canary-0815-sesame-0815"
 _PREFLIGHT = 4  # requests

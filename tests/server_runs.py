@@ -9,9 +9,9 @@ from fake_server import Reply, Request
 from fake_teacher import FakeTeacher
 from small_runs import small
 
-from gkdjax.teachers.http import payload
 from gkdjax.teachers.http.preflight import PROBE
-from gkdjax.teachers.http.store import AnswerStore
+from gkdjax.teachers.http.storage import payload
+from gkdjax.teachers.http.storage.store import AnswerStore
 
 MIXED_ROWS = [{"prompt": f"ask {i}"} for i in range(4)]
 MIXED_ROWS += [{"prompt": f"tell {i}", "response": f"yes {i}"} for i in range(4)]

@@ -5,10 +5,10 @@ import hashlib
 
 import numpy as np
 
-from gkdjax.teachers.http import payload
 from gkdjax.teachers.http.answers import Answer
-from gkdjax.teachers.http.identity import KnownTeacher, fingerprint_of
-from gkdjax.teachers.http.store import AnswerStore
+from gkdjax.teachers.http.storage import payload
+from gkdjax.teachers.http.storage.identity import KnownTeacher, fingerprint_of
+from gkdjax.teachers.http.storage.store import AnswerStore
 
 
 def answer(seed: int, n: int = 4, top_k: int = 5) -> Answer:

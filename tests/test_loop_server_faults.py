@@ -16,7 +16,7 @@ from small_runs import losses_hex, metrics
 
 from gkdjax import config, loop, rows_of_run, training_text
 from gkdjax.errors import GkdjaxError, TeacherRefused, TeacherUnreachable, WrongAnswer
-from gkdjax.teachers.http import retries
+from gkdjax.teachers.http.wire import retries
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

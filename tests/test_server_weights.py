@@ -8,7 +8,8 @@ from small_runs import losses_hex
 
 from gkdjax import loop
 from gkdjax.errors import TeacherRefused, UserError
-from gkdjax.teachers.http import pool, retries
+from gkdjax.teachers.http import pool
+from gkdjax.teachers.http.wire import retries
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -35,12 +35,12 @@ from gkdjax.benchmarks.worker import peak_bytes
 from gkdjax.progress import table
 from gkdjax.teachers.http.answers import Answer
 from gkdjax.teachers.http.connect import declared
-from gkdjax.teachers.http.identity import KnownTeacher
+from gkdjax.teachers.http.dialects.vllm import PromptLogprobs
 from gkdjax.teachers.http.pool import Pool
-from gkdjax.teachers.http.store import AnswerStore
+from gkdjax.teachers.http.storage.identity import KnownTeacher
+from gkdjax.teachers.http.storage.store import AnswerStore
 from gkdjax.teachers.http.teacher import HttpTeacher
-from gkdjax.teachers.http.transport import Limits, Transport
-from gkdjax.teachers.http.vllm import PromptLogprobs
+from gkdjax.teachers.http.wire.transport import Limits, Transport
 from gkdjax.train_step import init_state, make_train_step
 from gkdjax.training_text import Drawn
 from gkdjax.types import Batch, TrainState

@@ -27,9 +27,9 @@ from gkdjax.losses import TopKLogprobs, topk_forward_kl
 from gkdjax.progress import table
 from gkdjax.teachers.http import connect, preflight
 from gkdjax.teachers.http.answers import Answer, ScoreRequest
-from gkdjax.teachers.http.dialect import Call
+from gkdjax.teachers.http.dialects.dialect import Call
 from gkdjax.teachers.http.preflight import Server
-from gkdjax.teachers.http.transport import Limits, Transport
+from gkdjax.teachers.http.wire.transport import Limits, Transport
 
 flags.adopt_module_key_flags(command_line)
 _LOCAL = flags.DEFINE_string("local", None, "A directory or hub id of the teacher's own weights.")

@@ -17,7 +17,7 @@ import numpy as np
 
 from gkdjax.errors import GkdjaxError, UserError
 from gkdjax.progress import table
-from gkdjax.teachers.http.store import AnswerStore, Holding, Stored
+from gkdjax.teachers.http.storage.store import AnswerStore, Holding, Stored
 
 _ROWS = 256  # of a row group; all of them are in memory at once
 _HEADER = (

@@ -13,7 +13,7 @@ from gkdjax.losses import TopKLogprobs
 from gkdjax.sampler import Sampling, sample
 from gkdjax.teachers.flax import FlaxTeacher
 from gkdjax.teachers.protocol import Teacher
-from gkdjax.types import DenseTargets, TopKTargets
+from gkdjax.types import DenseTargets, Prompt, TopKTargets
 
 # Untied and capped, so that a forgotten table or cap shows.
 DECODER, PARAMS = builders.small_model(
@@ -113,7 +113,8 @@ def test_top_k_targets_are_the_best_of_the_dense_ones(top_k, temperature):
 def test_it_writes_with_its_own_weights_and_stop_ids():
     prompts = [np.array([5, 9, 4], np.int32), np.array([8], np.int32)]
     sampling = Sampling(6, temperature=1.5, top_p=0.9)
-    got = teacher().sample(prompts, range(2), sampling)
+    asked = [Prompt("a row", ids, ()) for ids in prompts]
+    got = teacher().sample(asked, range(2), sampling)
     shapes = {"batch_size": 4, "lengths": (6,)}
     wanted = sample(DECODER, PARAMS, prompts, range(2), sampling, stop_ids=STOPS, **shapes)
     assert [t.ids.tolist() for t in got] == [t.ids.tolist() for t in wanted]

@@ -9,7 +9,7 @@ from small_runs import losses_hex, small
 
 from gkdjax import config, loop
 from gkdjax.errors import UserError
-from gkdjax.teachers.http.store import AnswerStore
+from gkdjax.teachers.http.storage.store import AnswerStore
 from gkdjax.tools import cache_teacher
 
 

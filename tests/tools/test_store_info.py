@@ -11,9 +11,9 @@ import pyarrow.parquet
 import pytest
 from stored_answers import BIG, answer, filled, items, key, teacher
 
-from gkdjax.teachers.http import payload, store
 from gkdjax.teachers.http.answers import lost_sample
-from gkdjax.teachers.http.store import AnswerStore
+from gkdjax.teachers.http.storage import payload, store
+from gkdjax.teachers.http.storage.store import AnswerStore
 from gkdjax.tools import store_info
 
 

@@ -14,14 +14,15 @@ from gkdjax.config import Teacher
 from gkdjax.data.chat import Chat
 from gkdjax.errors import UserError
 from gkdjax.sampler import Sampling
-from gkdjax.teachers.http import openai, payload, sglang, vllm
-from gkdjax.teachers.http.dialect import Dialect
-from gkdjax.teachers.http.identity import KnownTeacher, fingerprint_of, same_teacher
+from gkdjax.teachers.http.dialects import openai, sglang, vllm
+from gkdjax.teachers.http.dialects.dialect import Dialect
 from gkdjax.teachers.http.pool import Pool
 from gkdjax.teachers.http.preflight import Findings, Server, examine, probe_again
-from gkdjax.teachers.http.store import AnswerStore
+from gkdjax.teachers.http.storage import payload
+from gkdjax.teachers.http.storage.identity import KnownTeacher, fingerprint_of, same_teacher
+from gkdjax.teachers.http.storage.store import AnswerStore
 from gkdjax.teachers.http.teacher import HttpTeacher
-from gkdjax.teachers.http.transport import Limits, Transport
+from gkdjax.teachers.http.wire.transport import Limits, Transport
 from gkdjax.teachers.protocol import Capabilities
 
 _BEGUN_WITH = "teacher.json"  # in the run's directory

@@ -14,10 +14,10 @@ import numpy as np
 
 from gkdjax.errors import GkdjaxError, Preempted, TeacherRefused, UserError
 from gkdjax.teachers.http.answers import Answer, SampleRequest, ScoreRequest
-from gkdjax.teachers.http.dialect import Dialect
-from gkdjax.teachers.http.identity import KnownTeacher, same_teacher
-from gkdjax.teachers.http.store import AnswerStore, sample_key, score_key
-from gkdjax.teachers.http.transport import RepeatedServerError, Transport
+from gkdjax.teachers.http.dialects.dialect import Dialect
+from gkdjax.teachers.http.storage.identity import KnownTeacher, same_teacher
+from gkdjax.teachers.http.storage.store import AnswerStore, sample_key, score_key
+from gkdjax.teachers.http.wire.transport import RepeatedServerError, Transport
 
 # Of one request: a server that keeps the logprobs of a prompt needs 6 bytes a token and id.
 REQUEST_TOKENS = 4096

@@ -14,9 +14,9 @@ from gkdjax.data.chat import Chat
 from gkdjax.errors import TeacherRefused, TeacherUnreachable, UserError, WrongAnswer
 from gkdjax.sampler import Sampling
 from gkdjax.teachers.http.answers import Answer, SampleRequest, ScoreRequest
-from gkdjax.teachers.http.dialect import Dialect
-from gkdjax.teachers.http.identity import MOST_DRIFT, drift
-from gkdjax.teachers.http.transport import Transport
+from gkdjax.teachers.http.dialects.dialect import Dialect
+from gkdjax.teachers.http.storage.identity import MOST_DRIFT, drift
+from gkdjax.teachers.http.wire.transport import Transport
 from gkdjax.types import Message
 
 PROBE = (

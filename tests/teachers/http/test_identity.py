@@ -7,10 +7,10 @@ import pytest
 from stored_answers import answer, noisy
 
 from gkdjax.sampler import Sampling
-from gkdjax.teachers.http import payload
 from gkdjax.teachers.http.answers import Answer, SampleRequest, ScoreRequest
-from gkdjax.teachers.http.identity import KnownTeacher, fingerprint_of, same_teacher
-from gkdjax.teachers.http.store import sample_key, score_key
+from gkdjax.teachers.http.storage import payload
+from gkdjax.teachers.http.storage.identity import KnownTeacher, fingerprint_of, same_teacher
+from gkdjax.teachers.http.storage.store import sample_key, score_key
 from gkdjax.types import Message
 
 

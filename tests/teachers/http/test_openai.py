@@ -17,7 +17,7 @@ from text_answers import IDS, chat, classic, completions, content, gemma, gemma_
 
 from gkdjax.errors import WrongAnswer
 from gkdjax.sampler import Sampling
-from gkdjax.teachers.http import openai, sglang, vllm
+from gkdjax.teachers.http.dialects import openai, sglang, vllm
 
 
 @pytest.mark.parametrize("server", ["vllm", "sgl"])

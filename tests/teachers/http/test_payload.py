@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from gkdjax.teachers.http import payload
 from gkdjax.teachers.http.answers import Answer, lost_sample
+from gkdjax.teachers.http.storage import payload
 
 ARRAYS = ("target_ids", "target_logprob", "top_ids", "top_logprobs", "tail_logprob")
 

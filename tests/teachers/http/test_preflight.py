@@ -14,7 +14,7 @@ from gkdjax.sampler import Sampling
 from gkdjax.teachers.http import preflight
 from gkdjax.teachers.http.connect import DIALECTS
 from gkdjax.teachers.http.preflight import examine
-from gkdjax.teachers.http.transport import Limits, Transport
+from gkdjax.teachers.http.wire.transport import Limits, Transport
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ from recorded_answers import VOCAB_SIZE, byte_level, load, texts
 
 from gkdjax.errors import WrongAnswer
 from gkdjax.sampler import Sampling
-from gkdjax.teachers.http import openai, preflight, vllm
+from gkdjax.teachers.http import preflight
 from gkdjax.teachers.http.answers import Answer
+from gkdjax.teachers.http.dialects import openai, vllm
 
 
 @dataclasses.dataclass

@@ -20,7 +20,7 @@ from recorded_answers import (
 
 from gkdjax.errors import UserError, WrongAnswer
 from gkdjax.sampler import Sampling
-from gkdjax.teachers.http import sglang, vllm
+from gkdjax.teachers.http.dialects import sglang, vllm
 
 MODELS = ("qwen3-tiny", "gemma3-tiny")
 GENERATE = sglang.Generate("m", VOCAB_SIZE)

@@ -22,8 +22,8 @@ from stored_answers import (
 )
 
 from gkdjax.errors import UserError
-from gkdjax.teachers.http import payload, store
-from gkdjax.teachers.http.store import AnswerStore
+from gkdjax.teachers.http.storage import payload, store
+from gkdjax.teachers.http.storage.store import AnswerStore
 
 
 def test_what_was_put_is_there_when_it_is_opened_again(tmp_path):

@@ -12,8 +12,8 @@ import pytest
 from stored_answers import BIG, answer, assert_holds, filled, items, key, same
 
 from gkdjax.errors import UserError
-from gkdjax.teachers.http import database
-from gkdjax.teachers.http.store import AnswerStore
+from gkdjax.teachers.http.storage import database
+from gkdjax.teachers.http.storage.store import AnswerStore
 
 KILLED = """
 import os, signal, sqlite3, sys

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gkdjax.errors import UserError
-from gkdjax.teachers.http.token_map import TokenMap
+from gkdjax.teachers.http.dialects.token_map import TokenMap
 
 BYTE_TOKEN = re.compile("<0x..>")
 SPECIAL = ("<eos>", "<turn|>")

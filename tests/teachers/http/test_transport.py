@@ -9,8 +9,8 @@ import pytest
 from fake_server import FakeServer, Reply, script
 
 from gkdjax.errors import TeacherRefused, TeacherUnreachable, WrongAnswer
-from gkdjax.teachers.http import retries
-from gkdjax.teachers.http.transport import Limits, RepeatedServerError, Transport
+from gkdjax.teachers.http.wire import retries
+from gkdjax.teachers.http.wire.transport import Limits, RepeatedServerError, Transport
 
 GOOD = Reply({"fine": True})
 PATIENT = Limits(timeout_s=10.0, deadline_s=1000.0, max_retries=3)

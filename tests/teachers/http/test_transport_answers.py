@@ -6,8 +6,8 @@ import pytest
 from fake_server import FakeServer, Reply, script
 
 from gkdjax.errors import TeacherRefused, WrongAnswer
-from gkdjax.teachers.http import strict_json
-from gkdjax.teachers.http.transport import Limits, Transport
+from gkdjax.teachers.http.wire import strict_json
+from gkdjax.teachers.http.wire.transport import Limits, Transport
 
 
 def answered(reply: Reply, max_bytes: int = 1000):

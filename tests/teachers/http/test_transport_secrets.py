@@ -10,8 +10,8 @@ import pytest
 from fake_server import FakeServer, Reply, script
 
 from gkdjax.errors import GkdjaxError, TeacherRefused, TeacherUnreachable, UserError
-from gkdjax.teachers.http import retries
-from gkdjax.teachers.http.transport import Limits, Transport
+from gkdjax.teachers.http.wire import retries
+from gkdjax.teachers.http.wire.transport import Limits, Transport
 
 KEY = "sk-canary-0123456789abcdef"
 LIMITS = Limits(timeout_s=10.0, deadline_s=100.0, max_retries=1)

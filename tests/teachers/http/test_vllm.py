@@ -18,7 +18,7 @@ from recorded_answers import (
 
 from gkdjax.errors import UserError, WrongAnswer
 from gkdjax.sampler import Sampling
-from gkdjax.teachers.http import vllm
+from gkdjax.teachers.http.dialects import vllm
 
 MODELS = ("qwen3-tiny", "gemma3-tiny")
 PLP = vllm.PromptLogprobs("m", VOCAB_SIZE)

@@ -19,7 +19,7 @@ from recorded_answers import (
 )
 
 from gkdjax.errors import WrongAnswer
-from gkdjax.teachers.http import vllm
+from gkdjax.teachers.http.dialects import vllm
 
 PLP = vllm.PromptLogprobs("m", VOCAB_SIZE)
 ECHO = vllm.EchoLogprobs("m", VOCAB_SIZE)

@@ -12,9 +12,9 @@ import urllib3
 from absl import logging
 
 from gkdjax.errors import TeacherRefused, TeacherUnreachable, WrongAnswer
-from gkdjax.teachers.http import replies, retries, session, strict_json
-from gkdjax.teachers.http.replies import Reply
-from gkdjax.teachers.http.retries import Failed
+from gkdjax.teachers.http.wire import replies, retries, session, strict_json
+from gkdjax.teachers.http.wire.replies import Reply
+from gkdjax.teachers.http.wire.retries import Failed
 
 _GET_BYTES = 2**24  # the list of a hosted server's models is long
 _ERROR_BYTES = 2**16  # of an error's body; more is not read

@@ -3,10 +3,17 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gkdjax.teachers.http import dialect
 from gkdjax.teachers.http.answers import Answer, SampleRequest, ScoreRequest, collect
-from gkdjax.teachers.http.fields import Field, opened
-from gkdjax.teachers.http.said import Key, Said, check_counts, check_read, check_written, position
+from gkdjax.teachers.http.dialects import dialect
+from gkdjax.teachers.http.dialects.fields import Field, opened
+from gkdjax.teachers.http.dialects.said import (
+    Key,
+    Said,
+    check_counts,
+    check_read,
+    check_written,
+    position,
+)
 
 PATH = "/v1/completions"
 _UNCOUNTED = 4  # tokens of a prompt, at most

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from gkdjax.errors import UserError
-from gkdjax.teachers.http import dialect
 from gkdjax.teachers.http.answers import Answer, SampleRequest, ScoreRequest, collect, lost_sample
-from gkdjax.teachers.http.fields import Field, opened
-from gkdjax.teachers.http.said import (
+from gkdjax.teachers.http.dialects import dialect
+from gkdjax.teachers.http.dialects.fields import Field, opened
+from gkdjax.teachers.http.dialects.said import (
     Said,
     check_counts,
     check_read,

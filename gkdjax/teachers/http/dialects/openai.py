@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 import transformers
 
-from gkdjax.teachers.http import completions, dialect
 from gkdjax.teachers.http.answers import Answer, SampleRequest, ScoreRequest, lost_sample
-from gkdjax.teachers.http.fields import Field, opened
-from gkdjax.teachers.http.said import Key, Said, check_counts, id_in, is_lost, response
-from gkdjax.teachers.http.token_map import TokenMap
+from gkdjax.teachers.http.dialects import completions, dialect
+from gkdjax.teachers.http.dialects.fields import Field, opened
+from gkdjax.teachers.http.dialects.said import Key, Said, check_counts, id_in, is_lost, response
+from gkdjax.teachers.http.dialects.token_map import TokenMap
 
 
 @dataclasses.dataclass(frozen=True)

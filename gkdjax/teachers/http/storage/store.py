@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from gkdjax.errors import UserError
-from gkdjax.teachers.http import payload
 from gkdjax.teachers.http.answers import Answer, SampleRequest, ScoreRequest
-from gkdjax.teachers.http.database import Database
-from gkdjax.teachers.http.identity import KnownTeacher, same_teacher
+from gkdjax.teachers.http.storage import payload
+from gkdjax.teachers.http.storage.database import Database
+from gkdjax.teachers.http.storage.identity import KnownTeacher, same_teacher
 
 _VERSION = 1
 _SCHEMA = (

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from gkdjax.errors import WrongAnswer
 from gkdjax.teachers.http.answers import Answer, Position, SampleRequest, collect, lost_sample
-from gkdjax.teachers.http.fields import Field
+from gkdjax.teachers.http.dialects.fields import Field
 
 Key = int | bytes | str
 
