@@ -100,7 +100,9 @@ def connected(
     workdir.mkdir(exist_ok=True)
     with contextlib.ExitStack() as connections:
         rows = rows_of_run.read(c, workdir, None, connections)
-        c = dataclasses.replace(c, teacher=dataclasses.replace(c.teacher, adapter=adapter))
+        # Of a server's config it would be exact, and not the server's K tokens.
+        here = dataclasses.replace(c.teacher, adapter=adapter, backend="local-toggle")
+        c = dataclasses.replace(c, teacher=here)
         in_process = models_of_run.InProcess(c, workdir, rows.lengths, rows.mesh, rows.vocab_size)
         own = models_of_run.load(c, rows.sources.student, "float32", rows.mesh)
         yield rows, in_process.config_teacher(rows.sources, own)

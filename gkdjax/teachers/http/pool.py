@@ -129,8 +129,8 @@ class Pool:
 
     def _result(self, future: concurrent.futures.Future) -> _Answers:
         while not self.stopped.is_set():
-            with contextlib.suppress(TimeoutError):
-                return future.result(timeout=_LOOK_UP_S)
+            if concurrent.futures.wait([future], timeout=_LOOK_UP_S).done:
+                return future.result()
         raise Preempted("stopped by SIGTERM while a teacher's answer was on its way")
 
     def _buy(self, part: _Part) -> _Answers:
