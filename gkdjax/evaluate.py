@@ -14,12 +14,13 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 from gkdjax import losses, progress, scoring
 from gkdjax.asking import ask
 from gkdjax.config import Config
-from gkdjax.data import pipeline, shapes
+from gkdjax.data import pipeline, row_lengths, shapes
 from gkdjax.data.chat import Chat
 from gkdjax.data.targets import TargetRules
 from gkdjax.data.views import ViewRules
@@ -71,6 +72,12 @@ class Evaluation:
         self._shared_vocab = shared_vocab
         self._greedy = Sampling(config.eval.max_new_tokens, temperature=0.0, top_p=1.0)
         self._prompts = functools.cache(rules.prompts)  # (student's, teacher's) of an example
+        if self._held_out and not teacher.capabilities.on_policy:
+            logging.warning(
+                "the distance on the student's own text is not measured: the teacher cannot read it"
+                " (%s)",
+                teacher.capabilities.limits,
+            )
         longest = config.data.max_length
         for example in (*questions, *held_out):
             _check_fits(example, max(map(len, self._prompts(example))), longest)
@@ -82,12 +89,15 @@ class Evaluation:
 
     def ask_teacher(self) -> None:
         """Has the teacher write all that it will be asked for, and forgets it."""
-        if self._held_out:
-            self._teacher_writes(self._held_out)
-        if self._questions and self._held_out is not self._questions:
-            self._teacher_writes(self._questions)
+        asked = [*self._held_out]
+        if self._held_out is not self._questions:
+            asked += self._questions
         if self._teacher.capabilities.samples:
-            self._teacher_writes(self._shown)
+            asked += self._shown
+        rows, shown = self._config.eval.batch_size, self._config.log.progress_bar
+        with progress.bar(len(asked), "evaluation", shown=shown) as bar:
+            for start in range(0, len(asked), rows):
+                bar.update(len(self._teacher_writes(asked[start : start + rows])))
 
     def before(self, base: Reader) -> dict:
         """Asks base and teacher -> {condition, "abilities" or "samples": what was found}."""
@@ -193,7 +203,15 @@ class Evaluation:
             Prompt(example.name, self._prompts(example)[1], example.prefix + example.turns)
             for example in examples
         ]
-        return self._teacher.sample(prompts, [0] * len(prompts), self._greedy)
+        written = self._teacher.sample(prompts, [0] * len(prompts), self._greedy)
+        unread = [e.name for e, t in zip(examples, written, strict=True) if not len(t.ids)]
+        if unread:
+            logging.warning(
+                "evaluation: %d of the teacher's answers have no token, or one that is no id here;"
+                " they are wrong answers, and no distance is taken on them: %s",
+                *(len(unread), row_lengths.some(unread)),
+            )
+        return written
 
     def _teacher_to_itself(self) -> float:
         """Measured where the teacher is in this process: not 0 if a view or a shift were wrong.

@@ -5,7 +5,7 @@ from fake_server import FakeServer
 from fake_teacher import FakeTeacher
 from server_runs import MIXED_ROWS, config_for
 
-from gkdjax import assemble, loop
+from gkdjax import loop
 from gkdjax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -19,14 +19,15 @@ class Unreadable(FakeTeacher):
 
     def _chat(self, body):
         reply = super()._chat(body)
-        if body["temperature"] and body["seed"] % 2:
+        told = body["messages"][-1]["content"]
+        if told == "held 2" or (body["temperature"] and body["seed"] % 2):
             drawn = reply.body["choices"][0]["logprobs"]["content"]
             for token in drawn[:1]:
                 token["token"] = "\ufffd"
         return reply
 
 
-def test_it_learns_from_the_servers_own_text(student, tmp_path, capsys):
+def test_it_learns_from_the_servers_own_text(student, tmp_path, capsys, caplog):
     with FakeServer(Unreadable(by_text=True, completions=False)) as server:
         held_out = [{"prompt": "held"}, {"prompt": "held 2"}]
         c = config_for(student, server.base, **CHAT, eval__held_out=held_out)
@@ -35,9 +36,13 @@ def test_it_learns_from_the_servers_own_text(student, tmp_path, capsys):
     line = results["held_out"]["after"]
     assert {name.partition("/")[0] for name in line} == {"step", "teacher_text"}
     assert "teacher's text, after" in capsys.readouterr().out
+    assert "the student's own text is not measured" in caplog.text
+    # An answer of the evaluation is not drawn again, but what it is left out of is told.
+    assert "1 of the teacher's answers have no token" in caplog.text
+    assert "eval.held_out:1" in caplog.text
     # Refused, counted and written again; every row has a response in the end.
-    assert results["teacher"]["lost"] > 0
-    assert results["rows"]["train"]["refused_responses"] >= results["teacher"]["lost"]
+    lost = results["teacher"]["lost"] - 1  # one is the evaluation's
+    assert results["rows"]["train"]["refused_responses"] >= lost > 0
     assert results["rows"]["train"]["dropped"] == []
 
 
@@ -55,7 +60,7 @@ def test_it_learns_from_the_servers_own_text(student, tmp_path, capsys):
 def test_what_it_would_have_to_score_is_refused_at_once(
     student, tmp_path, monkeypatch, changes, told
 ):
-    monkeypatch.setattr(assemble, "assemble", None)  # nothing is loaded before
+    monkeypatch.setattr(loop, "assemble", None)  # nothing is loaded before
     with FakeServer(FakeTeacher(by_text=True, completions=False)) as server:
         c = config_for(student, server.base, **CHAT | changes)
         with pytest.raises(UserError, match=f"wanted of .*{told}") as caught:

@@ -210,6 +210,11 @@ def _compare_tokenizers(transport: Transport, model: str, chat: Chat) -> str:
                 " teacher's own in config.teacher.tokenizer; it has to be the student's as well"
             )
         return f"the same {len(ours)} ids for a text"
+    logging.warning(
+        "%s has no /tokenize: its tokenizer is taken to be that of %s",
+        transport.root,
+        chat.directory,
+    )
     return "not compared: the server has no /tokenize"
 
 
@@ -265,6 +270,11 @@ def _check_drawn(
                 " raw_logprobs), or draw at temperature 1 with top_p=1 and top_k=None"
             )
         return
+    logging.warning(
+        "%s: none of %d answers, drawn as the run is going to draw, has a token; whether their"
+        " logprobs are raw is not known",
+        *(transport.root, _DRAWS),
+    )
 
 
 def _check_count(answer: Answer, top_k: int) -> None:
