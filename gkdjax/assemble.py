@@ -17,7 +17,6 @@ from gkdjax.feed import Feed
 from gkdjax.models.decoder import Decoder
 from gkdjax.models_of_run import InProcess
 from gkdjax.rows_of_run import Rows
-from gkdjax.sampler import Sampling
 from gkdjax.teachers import toggle
 from gkdjax.teachers.flax import FlaxTeacher
 from gkdjax.teachers.protocol import Teacher
@@ -42,7 +41,6 @@ class Run:
     anchor_feeds: dict[str, Feed]  # by name, see `config.anchor_sets`
     anchor_teacher: Teacher | None
     evaluation: Evaluation
-    sampling: Sampling
     keeps_base: bool  # somebody reads the base during training
     prompts_by_prefix: list[list[np.ndarray]]  # the teacher's
     shared_vocab: int  # ids below it have a row in the student's embedding and in the teacher's
@@ -94,7 +92,6 @@ def assemble(rows: Rows, workdir: pathlib.Path) -> Run:
         anchor_feeds=rows.anchor_feeds,
         anchor_teacher=anchor_teacher,
         evaluation=rows.evaluation(teacher, shared_vocab),
-        sampling=models_of_run.sampling(config),
         keeps_base=keeps_base,
         prompts_by_prefix=rows.prompts_by_prefix,
         shared_vocab=shared_vocab,

@@ -13,7 +13,8 @@ from gkdjax.config import Config
 from gkdjax.curriculum import Curriculum, needs_teacher_text
 from gkdjax.feed import Feed
 from gkdjax.rows_of_run import Rows
-from gkdjax.teachers.http.pool import Request, missing_error
+from gkdjax.teachers.http.answers import Request
+from gkdjax.teachers.http.pool import missing_error
 from gkdjax.teachers.http.teacher import HttpTeacher
 
 _BATCHES = 4  # that are under way

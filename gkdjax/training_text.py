@@ -154,7 +154,7 @@ class TrainingText:
                 student_params(parts.frozen, state.trainable),
                 prompts,
                 row_seeds,
-                parts.sampling,
+                models_of_run.sampling(parts.config),
                 stop_ids=parts.chat.stop_ids,
                 batch_size=parts.config.train.batch_size,
                 lengths=(prompt_length,),

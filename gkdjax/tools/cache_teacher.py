@@ -19,8 +19,7 @@ from gkdjax.config import Config
 from gkdjax.config_checks import SERVERS
 from gkdjax.errors import UserError
 from gkdjax.progress import table
-from gkdjax.teachers.http.answers import SampleRequest
-from gkdjax.teachers.http.pool import Request
+from gkdjax.teachers.http.answers import Request, SampleRequest
 
 flags.adopt_module_key_flags(command_line)
 _ESTIMATE = flags.DEFINE_bool("estimate", False, "Say what it takes, and buy nothing.")

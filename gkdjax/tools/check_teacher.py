@@ -26,8 +26,8 @@ from gkdjax.hf import hub, model_config, pretrained
 from gkdjax.losses import TopKLogprobs, topk_forward_kl
 from gkdjax.progress import table
 from gkdjax.teachers.http import connect, preflight
-from gkdjax.teachers.http.answers import Answer, ScoreRequest
-from gkdjax.teachers.http.dialects.dialect import Call
+from gkdjax.teachers.http.answers import Answer
+from gkdjax.teachers.http.exchange import exchange
 from gkdjax.teachers.http.preflight import Server
 from gkdjax.teachers.http.wire.transport import Limits, Transport
 
@@ -97,29 +97,23 @@ def _abilities(server: Server, backend: str) -> Iterator[Row]:
 
 
 def _speed(transport: Transport, server: Server, chat: Chat, concurrency: int) -> Iterator[Row]:
-    ids, k, dialect = preflight.probe_ids(chat), server.findings.top_k, server.dialect
+    ids, k = preflight.probe_ids(chat), server.findings.top_k
 
     def write(number: int) -> int:
         request = preflight.sample_request(chat, np.roll(ids, number), k, _WRITTEN_TOKENS)
-        answer = dialect.read_sample(_post(transport, dialect.sample(request)), request)
+        (answer,) = exchange(transport, server.dialect, [request])
         return len(answer.target_ids)
 
     def score(number: int) -> int:
         moved = np.roll(ids, number)  # another text each time, which no cache has
-        at = np.arange(len(ids) - 1, dtype=np.int32)
-        request = ScoreRequest(preflight.NAME, moved, at, k)
-        dialect.read_scores(_post(transport, dialect.score([request])), [request])
-        return len(at)
+        (answer,) = exchange(transport, server.dialect, [preflight.score_request(moved, k)])
+        return len(answer.target_ids)
 
     kinds = {"writing": write} | ({"scoring": score} if server.findings.scores else {})
     for name, ask in kinds.items():
         one, many = _latency(ask), _throughput(ask, concurrency)
         yield f"{name}, one request", f"{1000 * one:.0f} ms (median of {_ROUNDS})"
         yield f"{name}, {concurrency} at a time", f"{many:,.0f} tokens/s"
-
-
-def _post(transport: Transport, call: Call) -> dict | list:
-    return transport.post(call.path, call.body, max_bytes=call.max_bytes)
 
 
 def _latency(ask: Callable[[int], int]) -> float:

@@ -47,6 +47,9 @@ class SampleRequest:
     template_kwargs: dict = dataclasses.field(default_factory=dict)  # beside the messages
 
 
+Request = ScoreRequest | SampleRequest
+
+
 @dataclasses.dataclass(frozen=True)
 class Answer:
     """To either request: the target tokens and what the teacher says about them.

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from gkdjax.data import row_lengths
 from gkdjax.errors import GkdjaxError, Preempted, TeacherRefused, UserError
-from gkdjax.teachers.http.answers import Answer, SampleRequest, ScoreRequest
+from gkdjax.teachers.http.answers import Answer, Request, SampleRequest, ScoreRequest
 from gkdjax.teachers.http.dialects.dialect import Dialect
+from gkdjax.teachers.http.exchange import exchange
 from gkdjax.teachers.http.storage.identity import KnownTeacher, same_teacher
 from gkdjax.teachers.http.storage.store import AnswerStore, sample_key, score_key
 from gkdjax.teachers.http.wire.transport import RepeatedServerError, Transport
@@ -25,7 +27,6 @@ REQUEST_TOKENS = 4096
 _LOOK_UP_S = 0.2  # how often whoever waits looks whether it is to stop
 _PROBE_EVERY = 256  # requests; and after each outage: somebody else may answer there now
 
-Request = ScoreRequest | SampleRequest
 _Part = dict[str, Request]  # key -> what is asked
 _Answers = dict[str, Answer]
 
@@ -136,7 +137,7 @@ class Pool:
     def _buy(self, part: _Part) -> _Answers:
         requests = list(part.values())
         try:
-            answers = self._asked_of_server(requests)
+            answers = exchange(self._transport, self._dialect, requests)
         except (RepeatedServerError, TeacherRefused) as error:
             if len(part) == 1:
                 raise _about(requests[0], error) from None
@@ -169,16 +170,6 @@ class Pool:
                 )
             self._outages, self._since_probe = outages, 0
 
-    def _asked_of_server(self, requests: list[Request]) -> list[Answer]:
-        scored = isinstance(requests[0], ScoreRequest)
-        call = self._dialect.score(requests) if scored else self._dialect.sample(requests[0])
-        said = self._transport.post(
-            call.path, call.body, max_bytes=call.max_bytes, splittable=len(requests) > 1
-        )
-        if scored:
-            return self._dialect.read_scores(said, requests)
-        return [self._dialect.read_sample(said, requests[0])]
-
     def _miss(self, rest: _Part) -> _Answers:
         if self._missing is None:
             raise missing_error(list(rest.values()))
@@ -203,11 +194,10 @@ class Pool:
 def missing_error(requests: Sequence[Request]) -> UserError:
     """That these are not in the store, though there is nothing but the store."""
     names = list(dict.fromkeys(request.name for request in requests))
-    some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
     return UserError(
         f"config.teacher.offline: the store lacks the answers to {len(requests)} requests, of"
-        f" {some}. Fill it with python -m gkdjax.tools.cache_teacher and the same config, or set"
-        " config.teacher.offline=False"
+        f" {row_lengths.some(names)}. Fill it with python -m gkdjax.tools.cache_teacher and the"
+        " same config, or set config.teacher.offline=False"
     )
 
 

@@ -5,16 +5,17 @@ answer by one position, ignores `echo` or `logprobs`, or has another tokenizer d
 """
 
 import dataclasses
-import difflib
 
 import numpy as np
 from absl import logging
 
 from gkdjax.data.chat import Chat
-from gkdjax.errors import TeacherRefused, TeacherUnreachable, UserError, WrongAnswer
+from gkdjax.errors import TeacherRefused, UserError, WrongAnswer
 from gkdjax.sampler import Sampling
+from gkdjax.teachers.http import served
 from gkdjax.teachers.http.answers import Answer, SampleRequest, ScoreRequest
 from gkdjax.teachers.http.dialects.dialect import Dialect
+from gkdjax.teachers.http.exchange import exchange
 from gkdjax.teachers.http.storage.identity import MOST_DRIFT, drift
 from gkdjax.teachers.http.wire.transport import Transport
 from gkdjax.types import Message
@@ -95,8 +96,8 @@ def examine(
       UserError: it cannot be used, or not for this; with the reasons.
       TeacherUnreachable: it does not answer.
     """
-    model, context_length = _model(transport, api_model)
-    compared = _compare_tokenizers(transport, model, chat)
+    model, context_length = served.model_of(transport, api_model)
+    compared = served.compare_tokenizers(transport, model, chat, PROBE)
     ids = probe_ids(chat)
     own_text, reasons = None, []
     for name, make in dialects.items():
@@ -125,15 +126,10 @@ def examine(
 
 def probe_again(transport: Transport, server: Server, chat: Chat) -> Answer:
     """What the server says now where it said `server.probe`."""
-    dialect, ids, top_k = server.dialect, probe_ids(chat), server.findings.top_k
+    ids, top_k = probe_ids(chat), server.findings.top_k
     if not server.findings.scores:
-        return _write(transport, dialect, chat, ids, top_k)
-    at = np.arange(len(ids) - 1, dtype=np.int32)
-    request = ScoreRequest(NAME, ids, at, top_k)
-    call = dialect.score([request])
-    (scored,) = dialect.read_scores(
-        transport.post(call.path, call.body, max_bytes=call.max_bytes), [request]
-    )
+        return _write(transport, server.dialect, chat, ids, top_k)
+    (scored,) = exchange(transport, server.dialect, [score_request(ids, top_k)])
     return scored
 
 
@@ -149,73 +145,9 @@ def sample_request(chat: Chat, ids: np.ndarray, top_k: int, tokens: int) -> Samp
     return SampleRequest(NAME, ids, messages, sampling, 0, chat.stop_ids, top_k)
 
 
-def _model(transport: Transport, api_model: str) -> tuple[str, int | None]:
-    """(the model's name, tokens of its context or None)."""
-    try:
-        listed = transport.get("/v1/models")
-    except TeacherRefused:
-        if api_model:
-            return api_model, None  # not every host lists its models
-        raise
-    except WrongAnswer as error:
-        raise UserError(
-            f"{error}; is that a server of this API? See config.teacher.api_base"
-        ) from None
-    entries = listed.get("data") if isinstance(listed, dict) else None
-    entries = [e for e in entries or () if isinstance(e, dict) and isinstance(e.get("id"), str)]
-    names = [entry["id"] for entry in entries]
-    if not api_model and len(names) != 1:
-        raise UserError(
-            f"{transport.root} has the models {names}; name one in config.teacher.api_model"
-        )
-    name = api_model or names[0]
-    if names and name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-        raise UserError(
-            f"config.teacher.api_model = {name!r}: {transport.root} does not have it; did you mean"
-            f" {near[0]!r}?"
-        )
-    length = next((e.get("max_model_len") for e in entries if e["id"] == name), None)
-    # One token is always written, and has to find room.
-    return name, length - 1 if type(length) is int else None
-
-
-def _compare_tokenizers(transport: Transport, model: str, chat: Chat) -> str:
-    """How it was done, for people.
-
-    Raises:
-      UserError: the server writes other ids for the same text.
-    """
-    ours = chat.tokenizer(PROBE, add_special_tokens=False)["input_ids"]
-    for body in (
-        {"model": model, "prompt": PROBE, "add_special_tokens": False},
-        {"content": PROBE, "add_special": False},
-    ):
-        try:
-            said = transport.post("/tokenize", body, max_bytes=2**20, once=True)
-        except (TeacherRefused, TeacherUnreachable, WrongAnswer):
-            continue
-        theirs = said.get("tokens") if isinstance(said, dict) else None
-        # An empty list: the text stood in a field that this server does not read.
-        if not theirs or not isinstance(theirs, list) or not all(type(i) is int for i in theirs):
-            continue
-        if theirs != ours:
-            at = next(
-                (i for i, pair in enumerate(zip(ours, theirs, strict=False)) if len({*pair}) > 1),
-                min(len(ours), len(theirs)),
-            )
-            raise UserError(
-                f"the tokenizer of {model} is not that of {chat.directory}: of one text the token"
-                f" {at} is {theirs[at : at + 1]} there and {ours[at : at + 1]} here. Name the"
-                " teacher's own in config.teacher.tokenizer; it has to be the student's as well"
-            )
-        return f"the same {len(ours)} ids for a text"
-    logging.warning(
-        "%s has no /tokenize: its tokenizer is taken to be that of %s",
-        transport.root,
-        chat.directory,
-    )
-    return "not compared: the server has no /tokenize"
+def score_request(ids: np.ndarray, top_k: int) -> ScoreRequest:
+    """Every token of `ids` that any other stands before."""
+    return ScoreRequest(NAME, ids, np.arange(len(ids) - 1, dtype=np.int32), top_k)
 
 
 def _write(
@@ -223,9 +155,7 @@ def _write(
 ) -> Answer:
     """A greedy answer; every token of it must be the most probable one where it stands."""
     request = sample_request(chat, ids, top_k, _WRITTEN_TOKENS)
-    call = dialect.sample(request)
-    said = transport.post(call.path, call.body, max_bytes=call.max_bytes)
-    answer = dialect.read_sample(said, request)
+    (answer,) = exchange(transport, dialect, [request])
     if answer.lost:
         raise WrongAnswer(
             f"{NAME}: it wrote nothing, or a token that is none of {chat.directory}; in that case"
@@ -254,9 +184,7 @@ def _check_drawn(
     sampling = dataclasses.replace(sampling, max_new_tokens=_WRITTEN_TOKENS)
     for seed in range(_DRAWS):
         request = dataclasses.replace(request, sampling=sampling, seed=seed)
-        call = dialect.sample(request)
-        said = transport.post(call.path, call.body, max_bytes=call.max_bytes)
-        drawn = dialect.read_sample(said, request)
+        (drawn,) = exchange(transport, dialect, [request])
         if drawn.lost:  # or it ended at once, without a word
             continue
         # The first token of both follows the same text.
@@ -291,10 +219,7 @@ def _score_again(
 ) -> tuple[Answer, float]:
     """(every position of the probe and the answer to it, median difference in nats)."""
     whole = np.concatenate([ids, written.target_ids])
-    request = ScoreRequest(NAME, whole, np.arange(len(whole) - 1, dtype=np.int32), top_k)
-    call = dialect.score([request])
-    said = transport.post(call.path, call.body, max_bytes=call.max_bytes)
-    (scored,) = dialect.read_scores(said, [request])
+    (scored,) = exchange(transport, dialect, [score_request(whole, top_k)])
     _check_count(scored, top_k)
     again = scored.rows(slice(len(ids) - 1, None))
     apart = np.abs(again.target_logprob - written.target_logprob)

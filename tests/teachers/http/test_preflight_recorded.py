@@ -24,7 +24,7 @@ class Replay:
     def get(self, path):
         return {"data": [{"id": "qwen3-tiny"}]}
 
-    def post(self, path, body, *, max_bytes, once=False):
+    def post(self, path, body, *, max_bytes, once=False, splittable=False):
         if path == "/tokenize":
             return {"tokens": []}  # as llama-server answers to a text in another field
         return self.echoed if "echo" in body else self.written
