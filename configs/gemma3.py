@@ -63,7 +63,7 @@ def get_config(mode: str = ""):
     c.train.accumulation = 4  # 8 rows at once: one for each chip of a v5e-8
     c.train.remat = True
     c.train.export = "both"
-    c.eval.held_out = str(HERE / "held_out.jsonl")
+    c.eval.prompts = str(HERE / "held_out.jsonl")
     c.eval.every_steps = 50
     c.eval.max_new_tokens = 128
     c.eval.batch_size = 32
@@ -87,7 +87,7 @@ def _make_tiny(c):
     # A token a character: the teacher reads 300 of the prefix.
     c.data.train = _rows("prompts.jsonl", 8)
     c.anchor.data = _rows("anchor.jsonl", 8)
-    c.eval.held_out = _rows("held_out.jsonl", 4)
+    c.eval.prompts = _rows("held_out.jsonl", 4)
     c.data.bucket_lengths = (8, 128, 512)
     c.gkd.chunk_size = 128
     c.trajectory.per_prompt = 1

@@ -54,8 +54,9 @@ def get_config():
     c.eval.retention = {
         "reverse": str(QUICKSTART / "retention/reverse.jsonl"),
         "sort": str(QUICKSTART / "retention/sort.jsonl"),
+        "other keys": str(QUICKSTART / "retention/other_keys.jsonl"),
     }
-    c.eval.other_prefixes = str(QUICKSTART / "retention/other_keys.jsonl")
+    c.eval.match = "exact"
     c.eval.max_new_tokens = 12
     c.eval.batch_size = 256
     c.eval.every_steps = 50

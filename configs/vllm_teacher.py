@@ -46,7 +46,6 @@ def get_config(mode: str = ""):
         c.eval.rows = 64
         c.eval.questions = _first_rows(c.eval.questions, 64)
         c.eval.retention = {}
-        c.eval.other_prefixes = None
         c.data.train = _first_rows(c.data.train, 256)
         return c
     c.student.model = "google/gemma-3-1b-it"

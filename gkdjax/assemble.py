@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from gkdjax import lora, models_of_run, seeds, sharding
 from gkdjax.config import Config
 from gkdjax.data.chat import Chat
-from gkdjax.evaluate import Evaluation
+from gkdjax.evaluation.evaluate import Evaluation
+from gkdjax.examples_of_run import Examples
 from gkdjax.feed import Feed
 from gkdjax.models.decoder import Decoder
 from gkdjax.models_of_run import InProcess
@@ -31,6 +32,7 @@ class Run:
     config: Config
     mesh: Mesh
     directory: pathlib.Path  # of the student, its source
+    examples: Examples
     chat: Chat
     decoder: Decoder
     base: dict | None  # the untrained student; None once a full fine-tuning needs it no more
@@ -39,6 +41,7 @@ class Run:
     teacher: Teacher
     feed: Feed
     anchor_feeds: dict[str, Feed]  # by name, see `config.anchor_sets`
+    validation: Feed | None  # rows whose loss is measured
     anchor_teacher: Teacher | None
     evaluation: Evaluation
     keeps_base: bool  # somebody reads the base during training
@@ -73,15 +76,24 @@ def assemble(rows: Rows, workdir: pathlib.Path) -> Run:
         anchor_teacher = teacher
         if config.anchor.towards == "base":
             anchor_teacher = in_process.teacher(decoder, base, sources.chat, "the student's base")
+    untrained = None
+    if rows.examples.side_effects:
+        untrained = in_process.exact_teacher(decoder, base, sources.chat, "the untrained student")
     full = config.student.adapter == "none"
-    keeps_base = rows.toggles or (rows.anchor_feeds and config.anchor.towards == "base")
+    readers = {
+        "the teacher": rows.toggles,
+        "the anchor": rows.anchor_feeds and config.anchor.towards == "base",
+        "the evaluation of side effects": untrained is not None,
+    }
+    keeps_base = any(readers.values())
     if full and keeps_base:
-        reader = "the teacher" if rows.toggles else "the anchor"
+        reader = next(name for name, reads in readers.items() if reads)
         toggle.announce_second_copy(sum(x.nbytes for x in jax.tree.leaves(frozen)), reader)
     return Run(
         config=config,
         mesh=mesh,
         directory=sources.student,
+        examples=rows.examples,
         chat=sources.chat,
         decoder=decoder,
         base=base,
@@ -90,8 +102,9 @@ def assemble(rows: Rows, workdir: pathlib.Path) -> Run:
         teacher=teacher,
         feed=rows.feed,
         anchor_feeds=rows.anchor_feeds,
+        validation=rows.validation,
         anchor_teacher=anchor_teacher,
-        evaluation=rows.evaluation(teacher, shared_vocab),
+        evaluation=rows.evaluation(teacher, shared_vocab, untrained),
         keeps_base=keeps_base,
         prompts_by_prefix=rows.prompts_by_prefix,
         shared_vocab=shared_vocab,

@@ -4,6 +4,7 @@ import contextlib
 import pathlib
 import shutil
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,8 +25,18 @@ class Checkpoints:
     every leaf: Orbax restores a flipped bit without a word.
     """
 
-    def __init__(self, workdir: pathlib.Path, keep: int):
-        policy = ocp.checkpoint_managers.LatestN(keep)
+    def __init__(self, workdir: pathlib.Path, keep: int, forever: Sequence[int] = ()):
+        """Opens the directory.
+
+        Args:
+          workdir: of the run.
+          keep: so many of the newest.
+          forever: steps that are never removed.
+        """
+        policies = ocp.checkpoint_managers
+        policy = policies.AnyPreservationPolicy(
+            [policies.LatestN(keep), policies.CustomSteps(list(forever))]
+        )
         self._directory = workdir / "checkpoints"
         # A killed save's directory would stay until its step is saved again, if ever. Orbax can
         # remove it as well, but in a thread that outlives an early exit, with a traceback.

@@ -151,6 +151,8 @@ class Data:
 
     # A .json, .jsonl or .parquet file, a dataset as "org/name:train[:500]", or the rows themselves.
     train: str | tuple[dict, ...] = ""
+    # More such rows, whose loss is measured; or the share of data.train that is taken out for it.
+    validation: float | str | tuple[dict, ...] | None = None
     max_length: int = 2048  # tokens of the longer view, response included
     # Or "truncate-right": the response loses its end; "truncate-left": the row its oldest messages;
     # "truncate-prefix": the teacher's prefix its oldest messages.
@@ -190,12 +192,18 @@ class Eval:
     """What is asked before, after, and on the way."""
 
     questions: str | tuple[dict, ...] | None = None  # rows with an answer
-    held_out: str | tuple[dict, ...] | None = None  # prompts for divergences; None: the questions
-    retention: dict[str, str] = dataclasses.field(default_factory=dict)  # ability -> file
-    other_prefixes: str | None = None  # questions that bring prefixes of their own
+    heldout: str | tuple[dict, ...] | None = None  # more of them, asked before and after alone
+    # What is right: "keywords", any of the answers in the lower-cased text; "exact"; or "regex".
+    match: str = "keywords"
+    prompts: str | tuple[dict, ...] | None = None  # for divergences; None: the questions
+    retention: dict[str, str | tuple[dict, ...]] = dataclasses.field(default_factory=dict)
+    # Unrelated prompts: how far the student moves on them; None: the prompts of the retention sets.
+    side_effects: str | tuple[dict, ...] | None = None
+    other_prefix: tuple[dict, ...] = ()  # messages: the trained student is asked under them, too
     max_new_tokens: int = 100
     batch_size: int = 64
     every_steps: int | None = None  # how often on the way; None: only before and after
+    at_steps: tuple[int, ...] = ()  # and after these
     rows: int = 256  # prompts asked on the way
 
 
@@ -205,6 +213,7 @@ class Checkpoint:
 
     every_steps: int = 100
     keep: int = 2
+    keep_evaluated: bool = False  # states that were measured on the way are saved, and stay
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ SERVERS = ("vllm", "sglang", "openai")
 # How a server is reached, which changes nothing of what it says.
 REACH_KEYS = ("api_base", "api_key_env", "concurrency", "timeout_s", "deadline_s", "max_retries")
 REACH_KEYS += ("store", "offline", "trust_env")
+MATCHES = ("keywords", "exact", "regex")
 PREFIX_KEYS = ("prefix_messages", "prefix_file", "system_prompt_file", "corpus")
 
 
@@ -26,6 +27,7 @@ def check(config) -> None:
         _check_anchor,
         _check_context,
         _check_text,
+        _check_eval,
         _check_training,
     ):
         check_section(config)
@@ -211,6 +213,14 @@ def _check_anchor_sets(anchor) -> None:
         _require(weight > 0, ".".join(filter(None, ("anchor.weight", name))), weight, "must be > 0")
 
 
+def _check_messages(key: str, messages: tuple[dict, ...]) -> None:
+    for message in messages:
+        fits = set(message) == {"role", "content"} and all(
+            isinstance(value, str) for value in message.values()
+        )
+        _require(fits, key, message, "each message is {'role': str, 'content': str}")
+
+
 def _check_context(config) -> None:
     context = config.context
     given = [key for key in PREFIX_KEYS if getattr(context, key)]
@@ -220,12 +230,8 @@ def _check_context(config) -> None:
     if context.history_as_prefix and given:
         advice = f"every row has the prefix of context.{given[0]} then; leave one of the two out"
         _require(False, "context.history_as_prefix", True, advice)
-    for message in context.prefix_messages:
-        fits = set(message) == {"role", "content"} and all(
-            isinstance(value, str) for value in message.values()
-        )
-        advice = "each message is {'role': str, 'content': str}"
-        _require(fits, "context.prefix_messages", message, advice)
+    _check_messages("context.prefix_messages", context.prefix_messages)
+    _check_messages("eval.other_prefix", config.eval.other_prefix)
     template = context.corpus_template
     advice = "has no {corpus}, where the documents are to stand"
     _require("{corpus}" in template, "context.corpus_template", template, advice)
@@ -249,12 +255,6 @@ def _check_text(config) -> None:
     _at_least(config, 0, "trajectory.temperature")
     _at_least(config, 1, "trajectory.per_prompt", "trajectory.max_new_tokens")
     _at_least(config, 0, "trajectory.max_refills")
-    _at_least(config, 1, "eval.max_new_tokens", "eval.batch_size", "eval.rows")
-    if config.eval.every_steps is not None:
-        _at_least(config, 1, "eval.every_steps")
-        asked = config.eval.questions is not None or config.eval.held_out is not None
-        advice = "nothing to measure on: set eval.questions or eval.held_out"
-        _require(asked, "eval.every_steps", config.eval.every_steps, advice)
     top_p = config.trajectory.top_p
     _require(0 < top_p <= 1, "trajectory.top_p", top_p, "must be in (0, 1]")
     _at_least_or_none(config, 1, "trajectory.top_k")
@@ -264,6 +264,33 @@ def _check_text(config) -> None:
     _at_least(config, 2, "data.max_length")
     for length in config.data.bucket_lengths:
         _require(length >= 1, "data.bucket_lengths", length, "must be at least 1")
+    share = config.data.validation
+    if isinstance(share, float):
+        _require(0 < share < 1, "data.validation", share, "a share of data.train is in (0, 1)")
+    _require(share != "", "data.validation", "", "name a file or a dataset, or set it to None")
+
+
+def _check_eval(config) -> None:
+    asked = config.eval
+    _at_least(config, 1, "eval.max_new_tokens", "eval.batch_size", "eval.rows")
+    _choice("eval.match", asked.match, MATCHES)
+    _at_least_or_none(config, 1, "eval.every_steps")
+    for step in asked.at_steps:
+        _require(step >= 0, "eval.at_steps", step, "must be at least 0")
+    measured = (asked.questions, asked.prompts, config.data.validation)
+    measured += (asked.side_effects, asked.retention or None)
+    for key in ("every_steps", "at_steps"):
+        value = getattr(asked, key)
+        advice = "nothing to measure on: set eval.questions, eval.prompts or data.validation"
+        _require(not value or measured != (None,) * 5, f"eval.{key}", value, advice)
+    if asked.other_prefix:
+        advice = "it is read before the questions: set eval.questions or eval.prompts"
+        given = asked.questions is not None or asked.prompts is not None
+        _require(given, "eval.other_prefix", asked.other_prefix, advice)
+    scheduled = asked.every_steps is not None or asked.at_steps
+    advice = "nothing is measured on the way: set eval.every_steps or eval.at_steps"
+    keep = config.checkpoint.keep_evaluated
+    _require(scheduled or not keep, "checkpoint.keep_evaluated", keep, advice)
 
 
 def _check_training(config) -> None:

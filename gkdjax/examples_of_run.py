@@ -2,12 +2,17 @@
 
 import collections
 import dataclasses
+import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from absl import logging
+
+from gkdjax import seeds
 from gkdjax.config import Config, anchor_sets
 from gkdjax.data.history import history_as_prefix
 from gkdjax.data.prefixes import read_prefix
+from gkdjax.data.row_lengths import some
 from gkdjax.data.sources import read_examples
 from gkdjax.errors import UserError
 from gkdjax.types import Example, Message
@@ -17,10 +22,13 @@ class Examples(NamedTuple):
     """All of them read and checked, before any tokenizer has seen them."""
 
     train: list[Example]
+    validation: list[Example]  # as those that are trained; or []
     anchors: dict[str, list[Example]]  # by name, see `config.anchor_sets`
     questions: list[Example]  # of the baked task, with answers; or []
-    held_out: list[Example]  # prompts for divergences, or []
+    heldout: list[Example]  # more of them, asked before and after alone; or []
+    prompts: list[Example]  # for divergences: the questions, if there are no others; or []
     abilities: dict[str, list[Example]]  # name -> questions that are asked as they stand
+    side_effects: list[Example]  # unrelated prompts, as they stand; or []
 
 
 def read(config: Config) -> Examples:
@@ -30,18 +38,100 @@ def read(config: Config) -> Examples:
       UserError: naming the file or key, the row, the field, and what is wrong with it.
     """
     prefix = read_prefix(config.context)
-    train = read_examples(config.data.train, "data.train")
-    if config.context.history_as_prefix:
-        train = history_as_prefix(train, "data.train")
-    train = _with_prefix(train, prefix)
+    train, validation = _train_and_validation(config, prefix)
     _check_roles(config, train)
+    questions = _questions(config, "questions", prefix)
+    heldout = _questions(config, "heldout", prefix)
+    _check_apart(heldout, train, questions)
+    prompts = _baked(config, config.eval.prompts, "eval.prompts", prefix)
+    baked = {prefix, *(row.prefix for row in (*train, *questions, *heldout, *prompts))} - {()}
+    abilities = _abilities(config, baked, train)
     return Examples(
         train=train,
-        anchors=_anchors(config, prefix, train),
-        questions=_baked(config, config.eval.questions, "eval.questions", prefix),
-        held_out=_baked(config, config.eval.held_out, "eval.held_out", prefix),
-        abilities=_abilities(config),
+        validation=validation,
+        anchors=_anchors(config, baked, train),
+        questions=questions,
+        heldout=heldout,
+        prompts=prompts or questions,
+        abilities=abilities,
+        side_effects=_side_effects(config, abilities, baked, train),
     )
+
+
+def fingerprints(examples: Examples) -> dict[str, dict[str, int]]:
+    """What makes runs comparable: of each set that is asked, {"rows", "crc32" of their content}."""
+    sets = {
+        "questions": examples.questions,
+        "heldout": examples.heldout,
+        "prompts": examples.prompts,
+        "validation": examples.validation,
+        "side effects": examples.side_effects,
+    } | {f"retention, {name}": rows for name, rows in examples.abilities.items()}
+    return {
+        name: {"rows": len(rows), "crc32": zlib.crc32(repr([_content(r) for r in rows]).encode())}
+        for name, rows in sets.items()
+        if rows
+    }
+
+
+def _content(row: Example) -> tuple:
+    """Without its name: the same rows may stand in another file."""
+    return tuple(map(tuple, row.prefix)), tuple(map(tuple, row.turns)), row.response, row.expected
+
+
+def _train_and_validation(
+    config: Config, prefix: tuple[Message, ...]
+) -> tuple[list[Example], list[Example]]:
+    """Conversations stay whole: what is said in one is not in the other's history."""
+    train = read_examples(config.data.train, "data.train")
+    validation = config.data.validation
+    if isinstance(validation, float):
+        train, held = _split(train, validation)
+    elif validation is not None:
+        held = read_examples(validation, "data.validation")
+    else:
+        held = []
+    train = _with_history(config, train, "data.train", prefix)
+    if not held:
+        return train, []
+    held = _with_history(config, held, "data.validation", prefix)
+    trained = {(row.prefix, row.turns) for row in train}
+    both = [row.name for row in held if (row.prefix, row.turns) in trained]
+    if both:
+        logging.warning(
+            "data.validation: %d rows ask what a row of data.train asks, so their loss says little:"
+            " %s",
+            *(len(both), some(both)),
+        )
+    return train, held
+
+
+def _split(rows: list[Example], share: float) -> tuple[list[Example], list[Example]]:
+    """(the rest, about `share` of the rows), both in order; at least one row each.
+
+    Whatever the seed of the run is: runs with other seeds are compared on the same rows.
+    """
+    if len(rows) < 2:
+        raise UserError(
+            f"config.data.validation = {share}: data.train has a single row, which cannot be"
+            " divided; name rows of their own"
+        )
+    count = min(max(round(share * len(rows)), 1), len(rows) - 1)
+    drawn = seeds.generator(0, "data.validation").permutation(len(rows))
+    held = set(drawn[:count].tolist())
+    parts: tuple[list[Example], list[Example]] = ([], [])
+    for place, row in enumerate(rows):
+        parts[place in held].append(row)
+    logging.info("data.validation: %d of the %d rows of data.train", count, len(rows))
+    return parts
+
+
+def _with_history(
+    config: Config, rows: list[Example], key: str, prefix: tuple[Message, ...]
+) -> list[Example]:
+    if config.context.history_as_prefix:
+        rows = history_as_prefix(rows, key)
+    return _with_prefix(rows, prefix)
 
 
 def _check_roles(config: Config, train: Sequence[Example]) -> None:
@@ -66,52 +156,92 @@ def _with_prefix(examples: Sequence[Example], prefix: tuple[Message, ...]) -> li
     return [dataclasses.replace(e, prefix=e.prefix or prefix) for e in examples]
 
 
-def _anchors(
-    config: Config, prefix: tuple[Message, ...], train: Sequence[Example]
-) -> dict[str, list[Example]]:
-    baked = {prefix, *(example.prefix for example in train)} - {()}
-    trained = {example.turns for example in train}
+def _anchors(config: Config, baked: set, train: Sequence[Example]) -> dict[str, list[Example]]:
     return {
-        each.name: _anchor(read_examples(each.data, each.key), baked, trained)
+        each.name: _unrelated(read_examples(each.data, each.key), baked, train, "an anchor row")
         for each in anchor_sets(config.anchor)
     }
 
 
-def _anchor(examples: Sequence[Example], baked: set, trained: set) -> list[Example]:
-    """Anchor rows: both views read all of a row, its own prefix included."""
+_WHY_NOT = {
+    "an anchor row": "the anchor would hold the student back from learning it",
+    "a question of a retention set": "what it shows would not be kept, but baked; it belongs into"
+    " eval.questions",
+    "a prompt for side effects": "that the student changes there is what is wanted",
+}
+
+
+def _unrelated(
+    examples: Sequence[Example], baked: set, train: Sequence[Example], what: str
+) -> list[Example]:
+    """Rows beside the task: both views read all of a row, its own prefix included."""
+    trained = {example.turns for example in train}
     rows = []
     for row in examples:
         conversation = (*row.prefix, *row.turns)
         if any(conversation[:length] in baked for length in range(1, len(conversation) + 1)):
             raise UserError(
-                f"{row.name}: an anchor row carries the prefix that is being baked; the anchor"
-                " would hold the student back from learning it. Remove the row"
+                f"{row.name}: {what} carries the prefix that is being baked; {_WHY_NOT[what]}."
+                " Remove the row"
             )
         if conversation in trained:
             raise UserError(
-                f"{row.name}: an anchor row is a row of data.train as well; the two losses would"
-                " pull against each other. Remove it from one of them"
+                f"{row.name}: {what} is a row of data.train as well, which changes the student"
+                " there. Remove it from one of them"
             )
         rows.append(dataclasses.replace(row, prefix=(), turns=conversation))
     return rows
 
 
-def _questions(source: str | tuple[dict, ...] | None, key: str) -> list[Example]:
-    return [] if source is None else read_examples(source, key, questions=True)
+def _questions(config: Config, name: str, prefix: tuple[Message, ...]) -> list[Example]:
+    key = f"eval.{name}"
+    return _answered(_baked(config, getattr(config.eval, name), key, prefix))
+
+
+def _answered(rows: list[Example]) -> list[Example]:
+    for row in rows:
+        if row.expected is None:
+            raise UserError(
+                f"{row.name}: a question for the evaluation needs an 'answer': a string, or a list"
+                " of strings any of which is right. Prompts without answers are eval.prompts"
+            )
+    return rows
+
+
+def _check_apart(heldout: list[Example], train: list[Example], asked: list[Example]) -> None:
+    """Raises UserError for a held-out question that is not held out."""
+    for rows, where in ((train, "data.train"), (asked, "eval.questions")):
+        there = {(row.prefix, row.turns): row.name for row in rows}
+        for row in heldout:
+            if (row.prefix, row.turns) in there:
+                raise UserError(
+                    f"{row.name}: a question of eval.heldout is a row of {where} as well"
+                    f" ({there[row.prefix, row.turns]}); remove it from one of them"
+                )
 
 
 def _baked(config: Config, source, key: str, prefix: tuple[Message, ...]) -> list[Example]:
-    rows = _questions(source, key)
-    if rows and config.context.history_as_prefix:
+    if source is None:
+        return []
+    rows = read_examples(source, key, match=config.eval.match)
+    if config.context.history_as_prefix:
         rows = history_as_prefix(rows, key, last_only=True)
     return _with_prefix(rows, prefix)
 
 
-def _abilities(config: Config) -> dict[str, list[Example]]:
-    found = {
-        name: _questions(path, f"eval.retention.{name}")
-        for name, path in config.eval.retention.items()
-    }
-    if config.eval.other_prefixes is not None:
-        found["other_prefixes"] = _questions(config.eval.other_prefixes, "eval.other_prefixes")
+def _abilities(config: Config, baked: set, train: Sequence[Example]) -> dict[str, list[Example]]:
+    found, what = {}, "a question of a retention set"
+    for name, source in config.eval.retention.items():
+        rows = read_examples(source, f"eval.retention.{name}", match=config.eval.match)
+        found[name] = _unrelated(_answered(rows), baked, train, what)
     return found
+
+
+def _side_effects(
+    config: Config, abilities: dict[str, list[Example]], baked: set, train: Sequence[Example]
+) -> list[Example]:
+    what, source = "a prompt for side effects", config.eval.side_effects
+    if source is None:
+        return [row for rows in abilities.values() for row in rows]
+    rows = read_examples(source, "eval.side_effects", match=config.eval.match)
+    return _unrelated(rows, baked, train, what)

@@ -54,7 +54,7 @@ class Feed:
         # Tokens of the teacher's prompt up to where its first target is predicted.
         self._untargeted = {e.row_id: len(rules.before_targets(e)) for e in examples}
         # Of the off-policy batches: with the first responses, and as they are at the moment.
-        self._first_pairs: list[ViewPair] = []
+        self.first_pairs: list[ViewPair] = []
         self._pairs: list[ViewPair] = []
         self._first_shapes: Sequence[shapes.Shape] = ()
         self._shapes: Sequence[shapes.Shape] = ()
@@ -125,10 +125,10 @@ class Feed:
                 self.fates[fate.value].append(row[0].name)
             if pair is not None:
                 kept.append(row)
-                self._first_pairs.append(pair)
+                self.first_pairs.append(pair)
         texts = [self.rules.teacher_chat.decode(w.trajectory.ids) for w in written.values()][:1]
         self._take_rows(kept)
-        self._pairs = list(self._first_pairs)
+        self._pairs = list(self.first_pairs)
         self._report_fates(texts)
         self._choose_first_shapes()
         by_chance = self._padding_of_views()
@@ -162,7 +162,7 @@ class Feed:
         rows = sorted({int(i) for s in steps for i in self.batch_rows(s)})
         rows = [i for i in rows if self._examples[i][0].response is None]
         written = self._teacher_text(path, rows, step, teacher, None, **how)
-        self._pairs = list(self._first_pairs)
+        self._pairs = list(self.first_pairs)
         first_stays = 0
         for i, one in written.items():
             pair, _ = self._pair(self._examples[i][0], one.trajectory)
@@ -227,7 +227,7 @@ class Feed:
         """CRC-32 of all that batches are made of before the first step."""
         parts = [example.name.encode() for example, _ in self._examples]
         parts += [ids.tobytes() for both in self._prompts.values() for ids in both]
-        views_of = (view for pair in self._first_pairs for view in (pair.student, pair.teacher))
+        views_of = (view for pair in self.first_pairs for view in (pair.student, pair.teacher))
         parts += [array.tobytes() for view in views_of for array in (view.ids, view.at)]
         return functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
 
@@ -309,7 +309,7 @@ class Feed:
         prefixes = (self._prefixes[example.row_id] for example, _ in rows)
         groups = np.asarray([number[prefix] for prefix in prefixes])
         if by_length:
-            lengths = [len(p.student.ids) + len(p.teacher.ids) for p in self._first_pairs]
+            lengths = [len(p.student.ids) + len(p.teacher.ids) for p in self.first_pairs]
             groups = groups * shapes.MOST + pipeline.length_buckets(lengths)
         self._order = pipeline.RowOrder(self._seed, self._purpose, self._batch_size, groups)
 

@@ -47,7 +47,9 @@ def fill(rows: Rows, teacher: HttpTeacher, workdir: pathlib.Path, steps: int) ->
         for name, feed in rows.anchor_feeds.items():
             training_text.prepare(config, name, feed, teacher, workdir, vocab_size)
             _score(feed, name, range(steps), teacher, rows)
-    rows.evaluation(teacher, vocab_size).ask_teacher()
+    if rows.validation is not None:
+        training_text.prepare(config, "validation", rows.validation, teacher, workdir, vocab_size)
+    rows.evaluation(teacher, vocab_size, untrained=None).ask_teacher()
 
 
 def missing(

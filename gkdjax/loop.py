@@ -13,6 +13,7 @@ from absl import logging
 from ml_collections import config_dict
 
 from gkdjax import (
+    examples_of_run,
     fill_store,
     lora,
     models_of_run,
@@ -27,12 +28,12 @@ from gkdjax import workdir as workdirs
 from gkdjax.ahead import Ahead
 from gkdjax.assemble import Run, assemble, initial_state
 from gkdjax.checkpoint import Checkpoints
-from gkdjax.config import Config, parse
+from gkdjax.config import Config, Eval, parse
 from gkdjax.errors import Preempted, TeacherUnreachable, UserError, WrongAnswer
+from gkdjax.evaluation.scoring import Reader
 from gkdjax.hf import export
-from gkdjax.metrics import MetricsWriter, read_lines
+from gkdjax.metrics import MetricsWriter, read_lines, write_lines
 from gkdjax.record import Recorder
-from gkdjax.scoring import Reader
 from gkdjax.teachers.http.teacher import HttpTeacher
 from gkdjax.teachers.protocol import Teacher
 from gkdjax.train_step import make_train_step
@@ -99,10 +100,15 @@ def _run(parts: Run, workdir: pathlib.Path, began: float) -> dict:
         base.prefixes.learn(parts.prompts_by_prefix)  # it is asked what it says with the prefix
         with _told_if_the_teacher_fails("No step was made yet; the same command goes on"):
             before = parts.evaluation.before(base)
+        before["task"] = examples_of_run.fingerprints(parts.examples)
         workdirs.write_json(workdir / "before.json", before)
+    write_lines(workdir / "answers.jsonl", before["answers"])
     state, training = _train(parts, workdir)
     with _told_if_the_teacher_fails("All steps are made and saved; the same command goes on"):
-        after = parts.evaluation.after(_reader(parts, state))
+        student = _reader(parts, state, parts.config.teacher.prefix_bytes)
+        student.prefixes.learn(parts.prompts_by_prefix)
+        after = parts.evaluation.after(student)
+    write_lines(workdir / "answers.jsonl", before["answers"] + after["answers"])
     training["exports"] = _export(parts, state, workdir)
     report.draw(workdir)
     training["seconds"] = time.monotonic() - began
@@ -120,7 +126,9 @@ def _train(parts: Run, workdir: pathlib.Path) -> tuple[TrainState, dict]:
     optimizer = optim.optimizer(config.optim, steps)
     schedule = optim.schedule(config.optim, steps)
     step_function = make_train_step(parts.decoder, optimizer, schedule, config, parts.mesh)
-    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+    measured = measured_steps(config.eval, steps)
+    kept = measured if config.checkpoint.keep_evaluated else set()
+    checkpoints = Checkpoints(workdir, config.checkpoint.keep, sorted(kept))
     state = initial_state(parts, optimizer)
     restored = checkpoints.restore(state)
     if restored is not None:
@@ -135,7 +143,7 @@ def _train(parts: Run, workdir: pathlib.Path) -> tuple[TrainState, dict]:
     with (
         contextlib.closing(checkpoints),
         contextlib.closing(Recorder(workdir, first, steps, config.log)) as record,
-        contextlib.closing(Schedule(parts, workdir, first, steps)) as evaluate,
+        contextlib.closing(Schedule(parts, workdir, first, measured)) as evaluate,
         _stop_signal() as stop,
     ):
         if isinstance(parts.teacher, HttpTeacher):
@@ -151,7 +159,8 @@ def _train(parts: Run, workdir: pathlib.Path) -> tuple[TrainState, dict]:
             counts = drawn.counts | {"tokens": tokens, "batch_crc32": _crc32(drawn.batch)}
             record.dispatched(step, sums, drawn.divergence, counts)
             last = step + 1 == steps
-            if last or stop.is_set() or (step + 1) % config.checkpoint.every_steps == 0:
+            due = (step + 1) % config.checkpoint.every_steps == 0 or step + 1 in kept
+            if last or due or stop.is_set():
                 record.read()  # a state is saved only once its own numbers are known to be finite
                 checkpoints.save(state)
             if stop.is_set() and not last:
@@ -170,39 +179,54 @@ def _train(parts: Run, workdir: pathlib.Path) -> tuple[TrainState, dict]:
     }
 
 
-class Schedule:
-    """Evaluates before the first step, every `eval.every_steps` and after the last."""
+def measured_steps(c: Eval, steps: int) -> set[int]:
+    """Numbers of steps done at which the student is measured: the first, the last, and between."""
+    past = sorted(step for step in c.at_steps if step > steps)
+    if past:
+        logging.warning("eval.at_steps: the run has %d steps and never gets to %s", steps, past)
+    every = range(0, steps, c.every_steps) if c.every_steps else ()
+    return {0, steps, *every, *c.at_steps} - set(past)
 
-    def __init__(self, parts: Run, workdir: pathlib.Path, first_step: int, steps: int):
-        self._parts, self._steps = parts, steps
-        path = workdir / "eval.jsonl"
+
+class Schedule:
+    """Evaluates before the first step, at the steps of the schedule and after the last."""
+
+    def __init__(self, parts: Run, workdir: pathlib.Path, first_step: int, measured: set[int]):
+        self._parts, self._measured = parts, measured
         # A line is written before its step's checkpoint may be: after a restart it stands.
-        tensorboard = parts.config.log.tensorboard
-        self._writer = MetricsWriter(path, first_step + 1, tensorboard, group="eval/")
-        self._done = {line["step"] for line in read_lines(path)}
+        first, tensorboard = first_step + 1, parts.config.log.tensorboard
+        self._samples = MetricsWriter(workdir / "samples.jsonl", first, tensorboard=False)
+        self._done = _steps(workdir / "samples.jsonl")  # written last
+        self._written = _steps(workdir / "eval.jsonl")
+        self._writer = MetricsWriter(workdir / "eval.jsonl", first, tensorboard, group="eval/")
 
     def if_due(self, step: int, state: TrainState, record: Recorder) -> None:
         """Measures the state that `step` steps have made, if that is to be and was not done yet."""
-        every = self._parts.config.eval.every_steps
-        due = step in (0, self._steps) or (every is not None and step % every == 0)
-        if not due or step in self._done:
+        if step not in self._measured or step in self._done:
             return
         record.read()
-        found = self._parts.evaluation.on_the_way(_reader(self._parts, state))
-        if found:
+        student = _reader(self._parts, state, prefix_bytes=0)
+        found = self._parts.evaluation.on_the_way(student)
+        if found and step not in self._written:
             self._writer.write(step, found)
+        self._samples.write(step, {"answers": self._parts.evaluation.samples(student)})
         record.restart_clock()
 
     def close(self) -> None:
         self._writer.close()
+        self._samples.close()
 
 
-def _reader(parts: Run, state: TrainState) -> Reader:
+def _steps(path: pathlib.Path) -> set[int]:
+    return {line["step"] for line in read_lines(path)}
+
+
+def _reader(parts: Run, state: TrainState, prefix_bytes: int) -> Reader:
     """The student as it would be exported now; merged, so that the base's programs serve again."""
     params = state.trainable
     if parts.frozen is not None:
         params = lora.merge(parts.frozen, state.trainable)
-    return Reader.of(parts.decoder, params, parts.chat, prefix_bytes=0)
+    return Reader.of(parts.decoder, params, parts.chat, prefix_bytes)
 
 
 def _crc32(batch: Batch) -> int:

@@ -6,6 +6,7 @@ way, with the number of steps done before it.
 
 import json
 import pathlib
+from collections.abc import Sequence
 
 from tensorboardX import SummaryWriter
 
@@ -32,7 +33,7 @@ class MetricsWriter:
                 filename_suffix=f".{path.stem}",
             )
 
-    def write(self, step: int, values: dict[str, float | int | str]) -> None:
+    def write(self, step: int, values: dict) -> None:
         """Writes the numbers of step `step`; a name holds one type for good."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
@@ -50,6 +51,13 @@ class MetricsWriter:
 def read_lines(path: pathlib.Path) -> list[dict]:
     """All lines of such a file, in order; [] if there is none."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_lines(path: pathlib.Path, lines: Sequence[dict]) -> None:
+    """A whole file of such lines, or none."""
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    part.replace(path)
 
 
 def _drop_from(path: pathlib.Path, step: int) -> None:

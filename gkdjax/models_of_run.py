@@ -205,6 +205,7 @@ class InProcess:
         return self.teacher(decoder, params, sources.teacher_chat, description)
 
     def teacher(self, decoder: Decoder, params: dict, chat: Chat, description: str) -> FlaxTeacher:
+        """As the config wants teachers, with its best K tokens or the whole vocabulary."""
         k, shared = self.config.teacher.top_k, min(self.vocab_size, decoder.spec.vocab_size)
         if self.config.teacher.backend in SERVERS:
             k = None  # its K is the server's; whoever is in this process is exact
@@ -212,6 +213,15 @@ class InProcess:
             raise UserError(
                 f"config.teacher.top_k = {k}: the vocabulary has {shared} tokens; None takes all"
             )
+        return self._made(decoder, params, chat, description, k)
+
+    def exact_teacher(
+        self, decoder: Decoder, params: dict, chat: Chat, description: str
+    ) -> FlaxTeacher:
+        """With the whole vocabulary, whatever the config says of its teacher."""
+        return self._made(decoder, params, chat, description, None)
+
+    def _made(self, decoder, params, chat, description: str, k: int | None) -> FlaxTeacher:
         return FlaxTeacher(
             decoder,
             params,

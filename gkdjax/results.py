@@ -4,7 +4,7 @@ import importlib.metadata
 import pathlib
 import platform
 
-from gkdjax.evaluate import recovery
+from gkdjax.evaluation.evaluate import recovery
 from gkdjax.losses import Agreement
 from gkdjax.progress import table
 
@@ -26,8 +26,8 @@ def collect(before: dict, on_the_way: list[dict], after: dict, rows: dict, train
     results |= {name: after[name] for name in CONDITIONS if name in after}
     if on_the_way:
         results["held_out"] = {"before": on_the_way[0], "after": on_the_way[-1]}
-    if "student" in results and "exact_match" in results["student"]:
-        exact = {name: results[name]["exact_match"] for name in CONDITIONS}
+    if "student" in results and "accuracy" in results["student"]:
+        exact = {name: results[name]["accuracy"] for name in CONDITIONS}
         results["recovery"] = recovery(exact["base"], exact["prompted_teacher"], exact["student"])
     abilities = {
         name: {"before": before["abilities"][name], "after": after["abilities"][name]}
@@ -50,7 +50,7 @@ def render(results: dict, workdir: pathlib.Path) -> str:
     """The tables that are printed at the end."""
     parts = [_rows_table(results["rows"])]
     if "student" in results:
-        measures = {"exact_match": ("exact match", "{:.1%}")}
+        measures = {"accuracy": ("accuracy", "{:.1%}")}
         measures |= {"forward_kl": ("KL to prompted teacher", "{:.4f}")}
         shown = [name for name in measures if name in results["student"]]
         header = ["held-out prompts", *(measures[name][0] for name in shown)]

@@ -11,6 +11,7 @@ import math
 import pathlib
 
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 from gkdjax import examples_of_run, models_of_run, sharding
@@ -23,7 +24,7 @@ from gkdjax.data.history import answers_apart
 from gkdjax.data.targets import TargetRules
 from gkdjax.data.views import ViewRules
 from gkdjax.errors import UserError
-from gkdjax.evaluate import Evaluation
+from gkdjax.evaluation.evaluate import Evaluation
 from gkdjax.examples_of_run import Examples
 from gkdjax.feed import Feed
 from gkdjax.hf import model_config
@@ -34,7 +35,7 @@ from gkdjax.teachers.http import connect
 from gkdjax.teachers.http.teacher import HttpTeacher
 from gkdjax.teachers.protocol import Capabilities, Needs, Teacher, refusals
 from gkdjax.trajectories.rules import ResponseRules
-from gkdjax.types import Example
+from gkdjax.types import Example, Message
 
 _MOST_PADDING = 0.2  # of either view; with more, rows of data.train share batches by length
 
@@ -51,6 +52,7 @@ class Rows:
     examples: Examples
     feed: Feed
     anchor_feeds: dict[str, Feed]  # by name, see `config.anchor_sets`
+    validation: Feed | None  # rows whose loss is measured
     teacher: Teacher | None  # None: its weights are to be loaded
     vocab_size: int  # of the student
     toggles: bool  # it is the student's own base
@@ -58,13 +60,25 @@ class Rows:
     @functools.cached_property
     def prompts_by_prefix(self) -> list[list[np.ndarray]]:
         """What the teacher reads, see `Feed.prompts_by_prefix`."""
-        asked = [*self.examples.questions, *self.examples.held_out]
-        return self.feed.prompts_by_prefix(asked)
+        examples = self.examples
+        asked = dict.fromkeys((*examples.questions, *examples.heldout, *examples.prompts))
+        return self.feed.prompts_by_prefix(list(asked))
 
-    def evaluation(self, teacher: Teacher, shared_vocab: int) -> Evaluation:
-        """With this teacher, and of these ids."""
-        of_run = self.rules, teacher, self.examples, self.lengths, self.mesh, shared_vocab
-        return Evaluation(self.config, *of_run)
+    def evaluation(
+        self, teacher: Teacher, shared_vocab: int, untrained: FlaxTeacher | None
+    ) -> Evaluation:
+        """With this teacher, of these ids; see `Evaluation` for the student as it was."""
+        return Evaluation(
+            self.config,
+            self.rules,
+            teacher,
+            self.examples,
+            self.validation,
+            self.lengths,
+            self.mesh,
+            shared_vocab,
+            untrained,
+        )
 
 
 def read(
@@ -109,7 +123,7 @@ def read(
     toggles = teacher is None and backend == "local-toggle"
     rules = _view_rules(config, sources.chat, sources.teacher_chat)
     contexts = _contexts(config, sources, teacher)
-    asked, limit = _asked(examples), config.eval.max_new_tokens
+    asked, limit = _asked(config, examples), config.eval.max_new_tokens
     row_lengths.require_contexts(asked, rules, limit, contexts)
     rows = config.train.batch_size
     feed = _feed(config, "data.train", examples.train, rules, rows, contexts)
@@ -122,7 +136,8 @@ def read(
     anchor_feeds = _anchor_feeds(config, examples, rules, sources, contexts)
     name = teacher.description if teacher is not None else config.teacher.backend
     can = teacher.capabilities if teacher is not None else FlaxTeacher.capabilities
-    _check_capabilities(config, can, name, feed, anchor_feeds)
+    validation = _validation_feed(config, examples, rules, contexts, can)
+    _check_capabilities(config, can, name, _needs(config, feed, anchor_feeds, validation))
     return Rows(
         config=config,
         mesh=mesh,
@@ -132,6 +147,7 @@ def read(
         examples=examples._replace(train=feed.rows()),
         feed=feed,
         anchor_feeds=anchor_feeds,
+        validation=validation,
         teacher=teacher,
         vocab_size=vocab_size,
         toggles=toggles,
@@ -184,11 +200,12 @@ def _contexts(config: Config, sources: Sources, teacher: Teacher | None) -> dict
     return found | {f"the teacher ({config.teacher.model})": length}
 
 
-def _asked(examples: Examples) -> list[Example]:
+def _asked(config: Config, examples: Examples) -> list[Example]:
     """All questions of the evaluation, as they are asked."""
-    abilities = itertools.chain.from_iterable(examples.abilities.values())
-    whole = [dataclasses.replace(e, prefix=(), turns=e.prefix + e.turns) for e in abilities]
-    asked = (*examples.questions, *examples.held_out, *whole)
+    asked = [*dict.fromkeys((*examples.questions, *examples.heldout, *examples.prompts))]
+    other = tuple(Message(**message) for message in config.eval.other_prefix)
+    asked += [dataclasses.replace(e, prefix=(), turns=other + e.turns) for e in asked if other]
+    asked += itertools.chain(*examples.abilities.values(), examples.side_effects)
     return [dataclasses.replace(example, response=None) for example in asked]
 
 
@@ -199,6 +216,7 @@ def _feed(
     rules: ViewRules,
     batch_size: int,
     contexts: dict[str, int | None],
+    per_prompt: int | None = None,
 ) -> Feed:
     c = config.trajectory
     if not all(chat.earlier_answers for chat in (rules.student_chat, rules.teacher_chat)):
@@ -209,7 +227,7 @@ def _feed(
         examples,
         rules,
         ResponseRules(rules.targets, c.max_refills, c.max_new_tokens),
-        per_prompt=c.per_prompt,
+        per_prompt=per_prompt or c.per_prompt,
         # Rows of one length may be of one kind of task; an anchor's batch is to hold of every kind.
         most_padding=_MOST_PADDING if key == "data.train" else 1.0,
         batch_size=batch_size,
@@ -256,22 +274,41 @@ def _anchor_feeds(
     }
 
 
-def _check_capabilities(
-    config: Config, can: Capabilities, name: str, feed: Feed, anchor_feeds: dict[str, Feed]
-) -> None:
+def _validation_feed(
+    config: Config,
+    examples: Examples,
+    rules: ViewRules,
+    contexts: dict[str, int | None],
+    can: Capabilities,
+) -> Feed | None:
+    """The first `eval.rows` of them; None if there are none, or the teacher cannot read them."""
+    rows, most = examples.validation, config.eval.rows
+    if not rows:
+        return None
+    if len(rows) > most:
+        logging.info("data.validation: the first %d of %d rows (eval.rows)", most, len(rows))
+    batch = config.eval.batch_size
+    feed = _feed(config, "data.validation", rows[:most], rules, batch, contexts, per_prompt=1)
+    return None if feed.needs_scores() and not can.scores else feed
+
+
+def _check_capabilities(config: Config, can: Capabilities, name: str, needs: Needs) -> None:
     reasons = refusals(
         can,
         top_k=config.teacher.top_k,
         temperature=config.gkd.temperature,
         tail=config.gkd.tail,
-        needs=_needs(config, feed, anchor_feeds),
+        needs=needs,
     )
     if reasons:
         raise UserError(f"this teacher ({name}) cannot do it: {'; '.join(reasons)}")
 
 
-def _needs(config: Config, feed: Feed, anchor_feeds: dict[str, Feed]) -> Needs:
-    asked = config.eval.questions is not None or config.eval.held_out is not None
+def _needs(
+    config: Config, feed: Feed, anchor_feeds: dict[str, Feed], validation: Feed | None
+) -> Needs:
+    sets = config.eval.questions, config.eval.heldout, config.eval.prompts
+    asked = sets != (None,) * 3 or (validation is not None and validation.needs_responses())
     writes, on_policy = needs_teacher_text(config.gkd), config.gkd.on_policy_fraction > 0
     texts = ["what the student writes"] if on_policy else []
     if writes and feed.needs_scores():

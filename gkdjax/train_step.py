@@ -69,6 +69,11 @@ def weighted_divergence(
     )
 
 
+def token_weights(mask_BN: jax.Array, reduction: str) -> jax.Array:
+    """What each target counts: `gkd.reduction`."""
+    return mask_BN if reduction == "token" else losses.example_weights(mask_BN)
+
+
 def make_train_step(
     decoder: Decoder,
     optimizer: optax.GradientTransformation,
@@ -101,21 +106,20 @@ def make_train_step(
             unembedding_table(spec, params),
             spec.final_softcap,
             targets,
-            token_weights(batch),
+            token_weights(batch.target_mask_BN, gkd.reduction),
             divergence,
             gkd,
             mesh,
         )
         return summed
 
-    def token_weights(batch: Batch) -> jax.Array:
-        mask_BN = batch.target_mask_BN
-        return mask_BN if gkd.reduction == "token" else losses.example_weights(mask_BN)
-
     def step(state: TrainState, frozen, batch, targets, anchors, *, divergence: str):
         parts = {"loss": (batch, targets)} | anchors
         kinds = dict.fromkeys(parts, anchor_config.divergence) | {"loss": divergence}
-        weight = {name: losses.masked_count(token_weights(of)) for name, (of, _) in parts.items()}
+        weight = {
+            name: losses.masked_count(token_weights(of.target_mask_BN, gkd.reduction))
+            for name, (of, _) in parts.items()
+        }
         step_key = jax.random.fold_in(seed_key, state.step)
 
         def objective(trainable, micro):

@@ -35,7 +35,8 @@ class Drawn(NamedTuple):
 
 def feeds(parts: Run) -> dict[str, Feed]:
     """All streams of rows, by name."""
-    return {"train": parts.feed, **parts.anchor_feeds}
+    own = {} if parts.validation is None else {"validation": parts.validation}
+    return {"train": parts.feed, **own, **parts.anchor_feeds}
 
 
 def write_first(parts: Run, workdir: pathlib.Path) -> None:
@@ -46,7 +47,7 @@ def write_first(parts: Run, workdir: pathlib.Path) -> None:
     """
     _check_use(parts)
     for name, feed in feeds(parts).items():
-        teacher = parts.teacher if name == "train" else parts.anchor_teacher
+        teacher = parts.anchor_teacher if name in parts.anchor_feeds else parts.teacher
         if name != "train" or needs_teacher_text(parts.config.gkd):
             prepare(parts.config, name, feed, teacher, workdir, parts.shared_vocab)
 

@@ -32,6 +32,13 @@ class Prompt(NamedTuple):
     messages: tuple[Message, ...]  # what the teacher's view was rendered from
 
 
+class Expected(NamedTuple):
+    """What a question expects; see `gkdjax.data.answers`."""
+
+    match: str  # "keywords", "exact" or "regex"
+    any_of: tuple[str, ...]  # any of them is right; at least one
+
+
 @dataclasses.dataclass(frozen=True)
 class Example:
     """One row of data, before any model's tokenizer has seen it."""
@@ -41,7 +48,7 @@ class Example:
     prefix: tuple[Message, ...]  # what only the teacher reads; () if there is nothing
     turns: tuple[Message, ...]  # what both read, at least one message
     response: str | None  # the last assistant message, or None: somebody has to write it
-    answer: str | None  # what an exact-match question expects, or None
+    expected: Expected | None  # of a question for the evaluation, or None
     given: int = 0  # so many of the first turns are no targets, whoever said them
 
 

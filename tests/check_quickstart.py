@@ -10,12 +10,11 @@ def shortfalls(results: dict) -> list[str]:
     found = []
     if results["recovery"] < 0.98:
         found.append(f"recovery is {results['recovery']:.3f}, less than 0.98")
-    if results["base"]["exact_match"] > 0.01:
+    if results["base"]["accuracy"] > 0.01:
         found.append("the base knows the key already: nothing is shown")
     if results["student"]["forward_kl"] >= 0.1 * results["base"]["forward_kl"]:
         found.append("the student's distance to the prompted teacher has hardly fallen")
-    kept = {**results["retention"], "other prefixes": results["other_prefixes"]}
-    for name, share in kept.items():
+    for name, share in results["retention"].items():
         if share["after"] < share["before"] - 0.025:
             found.append(f"{name} fell from {share['before']:.3f} to {share['after']:.3f}")
     return found

@@ -35,7 +35,7 @@ FLOORS = {
         *("hf/peft_config", "prefix_store", "sampler", "drawing", "teachers/"),
     ),
     4: (
-        *("train_step", "evaluate", "checkpoint", "hf/export", "trajectories/", "curriculum"),
+        *("train_step", "evaluation/", "checkpoint", "hf/export", "trajectories/", "curriculum"),
         *(
             "feed",
             "fates",
@@ -49,7 +49,7 @@ FLOORS = {
             "rows_of_run",
             "examples_of_run",
         ),
-        *("results", "workdir", "scoring", "report", "record"),
+        *("results", "workdir", "report", "record"),
     ),
     5: ("loop",),
     6: ("main", "command_line", "tools/", "benchmarks/"),

@@ -81,7 +81,7 @@ def test_a_conversation_bakes_its_own_history(student, tmp_path):
     source.write_text("\n".join(json.dumps({"messages": talk}) for talk in talks))
     c = small(student, context__prefix_messages=(), context__history_as_prefix=True)
     c.data.train, c.data.max_length, c.data.bucket_lengths = str(source), 128, (64, 128)
-    c.eval.held_out = [{"messages": _talk("ff", "gg", "hh")}]
+    c.eval.prompts = [{"messages": _talk("ff", "gg", "hh")}]
     results = loop.run(c, tmp_path / "run")
     written = read_lines(tmp_path / "run" / "trajectories_train.jsonl")
     assert [line["row"] for line in written] == [f"x.jsonl:{i}[5]" for i in (1, 2, 3)]

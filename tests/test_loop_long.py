@@ -78,7 +78,7 @@ def test_parts_of_data_are_learnt_and_rows_without_any_dropped(student, tmp_path
     rows = [_talk("ask", "no", "ask", "yes it is"), _talk("ask", "no")]
     c = small(student, data__train=rows * 2, train__steps=2)
     c.context.target_content_pattern, c.context.target_span = "yes", "match"
-    c.eval.held_out = [{"prompt": "tell"}]  # what is written to it never says yes
+    c.eval.prompts = [{"prompt": "tell"}]  # what is written to it never says yes
     results = loop.run(c, tmp_path)
     assert results["rows"]["train"]["unmatched"] == ["data.train:1", "data.train:3"]
     assert [line["targets"] for line in metrics(tmp_path)] == [4 * 3] * 2
@@ -91,7 +91,7 @@ def test_every_answer_is_learnt_where_the_template_treats_the_last_one_apart(tmp
     talk = _talk("ask", "no", "ask", "yes!", "ask")
     c = small(model, data__train=[talk, _talk("ask", "no")], train__steps=1, train__batch_size=4)
     c.data.max_length, c.data.bucket_lengths = 128, (64, 128)
-    c.eval.held_out = [talk]
+    c.eval.prompts = [talk]
     c.anchor.data, c.anchor.batch_size = [_talk("other", "so", "other", "so")], 4
     results = loop.run(c, tmp_path / "run")
     assert results["rows"]["train"]["dropped"] == []

@@ -69,9 +69,10 @@ def test_the_schedule_measures_start_steps_and_end(measured):
     results, workdir = measured
     lines = read_lines(workdir / "eval.jsonl")
     assert [line["step"] for line in lines] == [0, 2, 4, 5]
-    expected = {"step", "exact_match"}
+    expected = {"step", "accuracy"}
     texts = ("teacher", "student")
     expected |= {f"{text}_text/{field}" for text in texts for field in Agreement._fields}
+    expected |= {f"{text}_text/perplexity" for text in texts}
     for line in lines:
         assert set(line) == expected
         for text in texts:
@@ -91,10 +92,10 @@ def test_the_report_is_drawn(measured):
 
 
 def test_prompts_without_an_answer_are_measured_too(student, tmp_path, capsys):
-    c = small(student, eval__held_out=[{"prompt": f"tell {i}"} for i in range(3)])
+    c = small(student, eval__prompts=[{"prompt": f"tell {i}"} for i in range(3)])
     results = loop.run(c, tmp_path)
     assert [line["step"] for line in read_lines(tmp_path / "eval.jsonl")] == [0, 4]
-    assert "exact_match" not in results["student"] and "recovery" not in results
+    assert "accuracy" not in results["student"] and "recovery" not in results
     assert results["student"]["forward_kl"] != results["base"]["forward_kl"] > 1e-3
     # Teacher and student are one model: before training it differs by its prefix alone.
     assert results["prompted_base"]["forward_kl"] == pytest.approx(0.0, abs=1e-5)

@@ -67,8 +67,8 @@ def test_before_training_the_student_answers_with_its_starting_adapter(student, 
     held_out = [{"prompt": "ask 1"}, {"prompt": "ask 7"}]
     found = []
     for name, c in {
-        "adapter": starting_from(student, start, train__steps=1, eval__held_out=held_out),
-        "merged": small(str(merged), train__steps=1, eval__held_out=held_out),
+        "adapter": starting_from(student, start, train__steps=1, eval__prompts=held_out),
+        "merged": small(str(merged), train__steps=1, eval__prompts=held_out),
     }.items():
         c.teacher.backend, c.teacher.model = "flax", student
         results = loop.run(c, tmp_path / name)

@@ -17,7 +17,7 @@ def test_a_prefix_read_once_teaches_the_same(student, tmp_path, monkeypatch):
     c = small(student, train__steps=3)
     c.context.prefix_messages = [{"role": "system", "content": "be brief, but be right"}]
     c.data.train = [*({"prompt": f"ask {i}"} for i in range(5)), {"prompt": "ask", "response": "x"}]
-    c.eval.held_out = [{"prompt": "ask 8"}, {"prompt": "ask 9"}]
+    c.eval.prompts = [{"prompt": "ask 8"}, {"prompt": "ask 9"}]
     found, results = {}, {}
     for name, least in (("each row", 10**6), ("once", 16)):
         monkeypatch.setattr(prefix_store, "LEAST_TOKENS", least)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 HELD_OUT = [{"prompt": "held"}, {"prompt": "held 2"}]
 ANCHOR = [{"prompt": "other", "response": "fine"}, {"prompt": "thing"}]
 ANCHORED = {"anchor__data": ANCHOR, "anchor__towards": "teacher", "anchor__batch_size": 4}
-ON_POLICY = {"gkd__on_policy_fraction": 0.5, "eval__held_out": HELD_OUT, "train__steps": 6}
+ON_POLICY = {"gkd__on_policy_fraction": 0.5, "eval__prompts": HELD_OUT, "train__steps": 6}
 
 
 @dataclasses.dataclass

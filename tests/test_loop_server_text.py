@@ -30,7 +30,7 @@ class Unreadable(FakeTeacher):
 def test_it_learns_from_the_servers_own_text(student, tmp_path, capsys, caplog):
     with FakeServer(Unreadable(by_text=True, completions=False)) as server:
         held_out = [{"prompt": "held"}, {"prompt": "held 2"}]
-        c = config_for(student, server.base, **CHAT, eval__held_out=held_out)
+        c = config_for(student, server.base, **CHAT, eval__prompts=held_out)
         c.trajectory.max_refills = 20
         results = loop.run(c, tmp_path)
     line = results["held_out"]["after"]
@@ -39,7 +39,7 @@ def test_it_learns_from_the_servers_own_text(student, tmp_path, capsys, caplog):
     assert "the student's own text is not measured" in caplog.text
     # An answer of the evaluation is not drawn again, but what it is left out of is told.
     assert "1 of the teacher's answers have no token" in caplog.text
-    assert "eval.held_out:1" in caplog.text
+    assert "eval.prompts:1" in caplog.text
     # Refused, counted and written again; every row has a response in the end.
     lost = results["teacher"]["lost"] - 1  # one is the evaluation's
     assert results["rows"]["train"]["refused_responses"] >= lost > 0

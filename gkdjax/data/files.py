@@ -22,6 +22,7 @@ from gkdjax.errors import UserError
 LIST_NAMES = (
     *("pairs", "data", "samples", "completions", "training_samples", "training_prompts"),
     *("prompts", "questions", "conversations"),
+    *("evaluation_samples", "test_samples", "qa_pairs"),
 )
 _SUFFIXES = (".json", ".jsonl", ".parquet")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

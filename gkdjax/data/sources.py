@@ -9,7 +9,8 @@ A row has, under names that data sets use (null counts as absent):
    `response`, `completion`, `output`, `target`, and in training rows `answer`. Without one,
    somebody writes it.
 3. `prefix_messages`, a list as above: its own prefix. An empty list counts as absent.
-4. In questions for the evaluation, `answer`: the exact answer.
+4. In questions for the evaluation, one of `answer`, `expected`, `target`: what is right, a string
+   or a list of strings any of which is; and `match`, if it is not `eval.match`.
 
 There is no precedence among names for the same thing: a row with two of them is refused with the
 question which one is meant. Rows of one source may differ.
@@ -19,19 +20,24 @@ import collections
 
 from absl import logging
 
+from gkdjax.config_checks import MATCHES
+from gkdjax.data.answers import check_patterns
 from gkdjax.data.fields import kind, messages, text
 from gkdjax.data.files import read_rows
 from gkdjax.errors import UserError
-from gkdjax.types import Example, Message
+from gkdjax.types import Example, Expected, Message
 
 _PROMPTS = ("prompt", "user_message", "input", "question", "instruction", "text")
 _CHATS = ("messages", "turns", "conversations")
 _RESPONSES = ("response", "completion", "output", "target")
+_ANSWERS = ("answer", "expected", "target")
 _COLUMNS = (*_PROMPTS, *_CHATS, *_RESPONSES, "answer", "prefix_messages")
+_RESPONSES_TO_QUESTIONS = tuple(name for name in _RESPONSES if name not in _ANSWERS)
+_QUESTION_COLUMNS = (*dict.fromkeys((*_COLUMNS, *_ANSWERS)), "match")
 
 
 def read_examples(
-    source: str | tuple[dict, ...], key: str, *, questions: bool = False
+    source: str | tuple[dict, ...], key: str, *, match: str | None = None
 ) -> list[Example]:
     """All rows of `source`, in order, as this module's description has them.
 
@@ -41,7 +47,8 @@ def read_examples(
     Args:
       source: a file, a dataset (see `gkdjax.data.files`), or the rows themselves.
       key: where the config has it, as "data.train"; it names the rows that have no file.
-      questions: for the evaluation: `answer` is the exact answer, and no response.
+      match: of questions for the evaluation, how answers are looked at unless a row says it: what
+        is expected of them is no response. None: rows to train on.
 
     Raises:
       UserError: naming the file or key, the line or row, the field, and what is wrong with it.
@@ -51,7 +58,7 @@ def read_examples(
     shapes: collections.Counter[str] = collections.Counter()
     examples = []
     for name, row in read_rows(source, key):
-        example, shape = _example(row, name, len(examples), questions, unread)
+        example, shape = _example(row, name, len(examples), match, unread)
         examples.append(example)
         shapes[shape] += 1
     if not examples:
@@ -65,16 +72,18 @@ def read_examples(
 
 
 def _example(
-    row: object, name: str, row_id: int, questions: bool, unread: set[str]
+    row: object, name: str, row_id: int, match: str | None, unread: set[str]
 ) -> tuple[Example, str]:
     """-> the Example, and for people what it was made of."""
     if not isinstance(row, dict):
         raise UserError(f"{name}: a row must be an object with columns, not {kind(row)}")
-    unread.update(str(column) for column in row if column not in _COLUMNS)
-    given = {c: row[c] for c in _COLUMNS if c in row and row[c] is not None}
+    columns = _COLUMNS if match is None else _QUESTION_COLUMNS
+    unread.update(str(column) for column in row if column not in columns)
+    given = {c: row[c] for c in columns if c in row and row[c] is not None}
     turns = _turns(given, name, unread)
-    answer = text(given["answer"], f"{name}: answer") if "answer" in given else None
-    response = _response(given, turns, name, questions)
+    expected = None if match is None else _expected(given, match, name)
+    responses = (*_RESPONSES, "answer") if match is None else _RESPONSES_TO_QUESTIONS
+    response = _response({c: given[c] for c in responses if c in given}, turns, name)
     shape = ", ".join(given)
     if turns[-1].role == "assistant":
         *turns, _ = turns
@@ -84,15 +93,27 @@ def _example(
     prefix: tuple[Message, ...] = ()
     if "prefix_messages" in given:
         prefix = messages(given["prefix_messages"], f"{name}: prefix_messages", unread)
-    example = Example(
-        name=name,
-        row_id=row_id,
-        prefix=prefix,
-        turns=tuple(turns),
-        response=response,
-        answer=answer if questions else None,
-    )
-    return example, shape
+    return Example(name, row_id, prefix, tuple(turns), response, expected), shape
+
+
+def _expected(given: dict, match: str, name: str) -> Expected | None:
+    found = [column for column in _ANSWERS if column in given]
+    if len(found) > 1:
+        raise UserError(f"{name}: which is the answer, {' or '.join(found)}? Keep one column")
+    if "match" in given:
+        match = given["match"]
+    if match not in MATCHES:
+        raise UserError(f"{name}: match = {match!r}: it is one of {', '.join(MATCHES)}")
+    if not found:
+        return None
+    where, listed = f"{name}: {found[0]}", given[found[0]]
+    if not isinstance(listed, list | tuple):
+        listed = [listed]
+    if not listed:
+        raise UserError(f"{where} is an empty list; name at least one answer that is right")
+    expected = Expected(match, tuple(text(value, where) for value in listed))
+    check_patterns(expected, where)
+    return expected
 
 
 def _turns(given: dict, name: str, unread: set[str]) -> tuple[Message, ...]:
@@ -111,9 +132,8 @@ def _turns(given: dict, name: str, unread: set[str]) -> tuple[Message, ...]:
     return turns
 
 
-def _response(given: dict, turns: tuple[Message, ...], name: str, questions: bool) -> str | None:
-    columns = _RESPONSES if questions else (*_RESPONSES, "answer")
-    found = {column: given[column] for column in columns if column in given}
+def _response(found: dict, turns: tuple[Message, ...], name: str) -> str | None:
+    """Of the columns that hold one, and the last message."""
     if len(found) > 1:
         raise UserError(f"{name}: which is the response, {' or '.join(found)}? Keep one column")
     written = None

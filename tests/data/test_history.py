@@ -10,7 +10,7 @@ from gkdjax.data.history import answers_apart, history_as_prefix
 from gkdjax.data.sources import read_examples
 from gkdjax.data.targets import TargetRules
 from gkdjax.errors import UserError
-from gkdjax.types import Example, Message
+from gkdjax.types import Example, Expected, Message
 
 _ROLES = {"s": "system", "u": "user", "a": "assistant"}
 
@@ -69,9 +69,9 @@ def test_names_ids_and_answers(caplog):
     assert [r.getMessage() for r in caplog.records] == [
         "data.train: 3 rows, as 5 turns with their history"
     ]
-    asked = [dataclasses.replace(row, answer="yes") for row in rows]
+    asked = [dataclasses.replace(row, expected=Expected("exact", ("yes",))) for row in rows]
     (first, second, third) = history_as_prefix(asked, "eval.questions", last_only=True)
-    assert (first.answer, second.answer, third.answer) == ("yes",) * 3
+    assert {one.expected.any_of for one in (first, second, third)} == {("yes",)}
     assert (second.name, second.row_id) == ("data.train:1[5]", 1)
 
 

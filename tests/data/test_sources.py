@@ -8,7 +8,7 @@ import pytest
 from gkdjax.data.files import LIST_NAMES
 from gkdjax.data.sources import read_examples
 from gkdjax.errors import UserError
-from gkdjax.types import Example, Message
+from gkdjax.types import Example, Expected, Message
 
 _ASKED = (Message("user", "hi"),)
 
@@ -217,18 +217,48 @@ def test_a_conversation_has_many_names_and_two_forms(column):
     assert first.response is second.response is None
 
 
-def test_an_answer_is_exact_in_questions_and_a_response_in_training():
+def test_an_answer_is_what_is_expected_in_questions_and_a_response_in_training():
     row = {"question": "hi", "answer": "yo"}
-    assert read_examples((row,), "eval.questions", questions=True) == [
-        Example("eval.questions:0", 0, (), _ASKED, None, "yo")
+    assert read_examples((row,), "eval.questions", match="exact") == [
+        Example("eval.questions:0", 0, (), _ASKED, None, Expected("exact", ("yo",)))
     ]
     both = row | {"response": "well, yo"}
-    (example,) = read_examples((both,), "eval.questions", questions=True)
-    assert (example.response, example.answer) == ("well, yo", "yo")
-    with pytest.raises(
-        UserError, match=r"eval\.questions:0: which is the response, output or targ"
-    ):
-        read_examples((row | {"output": "a", "target": "b"},), "eval.questions", questions=True)
+    (example,) = read_examples((both,), "eval.questions", match="exact")
+    assert (example.response, example.expected.any_of) == ("well, yo", ("yo",))
+
+
+@pytest.mark.parametrize("column", ["answer", "expected", "target"])
+def test_questions_take_one_answer_or_several_and_a_row_may_say_how_it_is_looked_at(column):
+    rows = (
+        {"question": "hi", column: "yo"},
+        {"question": "hi", column: ["yo", "hey"], "match": "exact"},
+        {"question": "hi", column: "^y", "match": "regex"},
+        {"question": "hi", column: None, "match": None, "output": "yo"},
+    )
+    examples = read_examples(rows, "eval.questions", match="keywords")
+    assert [e.expected for e in examples] == [
+        Expected("keywords", ("yo",)),
+        Expected("exact", ("yo", "hey")),
+        Expected("regex", ("^y",)),
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"answer": "a", "target": "b"}, "which is the answer, answer or target"),
+        ({"answer": []}, "answer is an empty list; name at least one"),
+        ({"answer": ["a", 3]}, "answer must be a string, not a number"),
+        ({"expected": " "}, "expected is nothing but white space"),
+        ({"answer": "a", "match": "fuzzy"}, "match = 'fuzzy': it is one of keywords, exact, regex"),
+        ({"answer": "(", "match": "regex"}, r"answer: '\(' is no regular expression: missing \)"),
+        ({"answer": "a", "output": "b", "response": "c"}, "which is the response, response or out"),
+    ],
+)
+def test_answers_that_cannot_be_meant_are_refused(row, told):
+    with pytest.raises(UserError, match=rf"^eval\.questions:0: {told}"):
+        read_examples(({"question": "hi", **row},), "eval.questions", match="exact")
 
 
 def test_line_breaks_emoji_and_white_space_at_the_ends_stay_as_they_are():

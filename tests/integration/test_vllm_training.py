@@ -36,7 +36,7 @@ def config(student, **changes):
     c.data.train += [{"prompt": f"say {i}", "response": "so be it"} for i in range(2)]
     c.anchor.data, c.anchor.towards = [{"prompt": f"other {i}"} for i in range(4)], "teacher"
     c.anchor.batch_size = 4
-    c.eval.held_out = [{"prompt": f"why {i}"} for i in range(4)]
+    c.eval.prompts = [{"prompt": f"why {i}"} for i in range(4)]
     c.train.steps, c.train.export = 8, "both"
     for key, value in changes.items():
         section, _, name = key.partition("__")

@@ -23,7 +23,7 @@ def job(student: str, base: str, **changes):
     c.anchor.data = [{"prompt": "other", "response": "no"}, {"prompt": "more"}]
     c.anchor.towards = "teacher"
     c.anchor.batch_size = 4
-    c.eval.held_out = [{"prompt": f"q {i}"} for i in range(3)]
+    c.eval.prompts = [{"prompt": f"q {i}"} for i in range(3)]
     for key, value in changes.items():
         section, _, name = key.partition("__")
         c[section][name] = value

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -55,29 +56,37 @@ class Scored:
 
 def mean_agreement(
     reader: Reader, scored: Scored, view: str, gkd: Gkd, mesh: Mesh
-) -> losses.Agreement:
-    """Means over all target tokens, as Python floats, at `gkd.temperature`.
+) -> dict[str, float]:
+    """Means over all target tokens: those of `losses.Agreement` by name, and "perplexity".
+
+    The divergences are taken at `gkd.temperature`. The perplexity, exp(-mean log q(token)), is the
+    reader's own of the text, at temperature 1, whatever the teacher says.
 
     Args:
+      reader: q.
+      scored: the text and the teacher, p.
       view: "student" or "teacher": what of each text's prompt the reader sees.
+      gkd: of the config.
+      mesh: of the run.
     """
-    total, count = np.zeros(len(losses.Agreement._fields)), 0.0
+    names = (*losses.Agreement._fields, "perplexity")
+    total, count = np.zeros(len(names)), 0.0
     for batch, targets in scored.batches:
-        hidden_BND = _hidden(reader, batch, view, mesh)
-        sums, tokens = _agreement_sums(
-            hidden_BND,
+        sums, tokens = _sums(
+            predicting(reader, batch, view, mesh),
             unembedding_table(reader.decoder.spec, reader.params),
             reader.decoder.spec.final_softcap,
             targets,
-            sharding.shard_rows(mesh, batch.target_mask_BN),
+            *sharding.shard_rows(mesh, (batch.target_ids_BN, batch.target_mask_BN)),
             gkd,
             mesh,
         )
         total, count = total + np.asarray(sums, np.float64), count + float(tokens)
-    return losses.Agreement(*(total / count).tolist())
+    means = dict(zip(names, (total / count).tolist(), strict=True))
+    return means | {"perplexity": math.exp(means["perplexity"])}
 
 
-def _hidden(reader: Reader, batch: Batch, view: str, mesh: Mesh):
+def predicting(reader: Reader, batch: Batch, view: str, mesh: Mesh):
     """[B,N,D] at the positions that predict the targets."""
     if view == "teacher":
         return reader.prefixes.predicting_hidden(batch, mesh)
@@ -85,41 +94,73 @@ def _hidden(reader: Reader, batch: Batch, view: str, mesh: Mesh):
     return predicting_hidden(reader.decoder, reader.params, *sharding.shard_rows(mesh, read))
 
 
+def own_perplexity(scored: Scored) -> dict[str, float]:
+    """The teacher's, exp(-mean log p(token)), by name; {} where it said it of no token alone."""
+    total, count = 0.0, 0
+    for batch, targets in scored.batches:
+        if isinstance(targets, DenseTargets):
+            return {}
+        logprob_BN = np.asarray(targets.target_logprob_BN, np.float64)
+        total += logprob_BN[batch.target_mask_BN].sum()
+        count += int(batch.target_mask_BN.sum())
+    return {"perplexity": math.exp(-total / count)}
+
+
 @functools.partial(jax.jit, static_argnames=("softcap", "gkd", "mesh"))
-def _agreement_sums(hidden_BND, unembedding_VD, softcap, targets, mask_BN, gkd: Gkd, mesh: Mesh):
-    found = fused_agreement(hidden_BND, unembedding_VD, softcap, targets, mask_BN, gkd, mesh)
-    sums = [losses.masked_sum(each_BN, mask_BN) for each_BN in found]
+def _sums(hidden_BND, table_VD, softcap, targets, ids_BN, mask_BN, gkd: Gkd, mesh: Mesh):
+    """(of each measure, over the tokens of the mask; their number); the last one is -log q."""
+    found = fused_agreement(hidden_BND, table_VD, softcap, targets, ids_BN, mask_BN, gkd, mesh)
+    agreement, surprise_BN = found
+    sums = [losses.masked_sum(each_BN, mask_BN) for each_BN in (*agreement, surprise_BN)]
     return jnp.stack(sums), losses.masked_count(mask_BN)
 
 
 def fused_agreement(
-    hidden_BND, unembedding_VD, softcap, targets: TeacherTargets, mask_BN, gkd: Gkd, mesh: Mesh
-) -> losses.Agreement:
-    """`losses.Agreement` of [B,N] arrays, chunk by chunk; 0 where the mask is False."""
+    hidden_BND,
+    unembedding_VD,
+    softcap,
+    targets: TeacherTargets,
+    ids_BN,
+    mask_BN,
+    gkd: Gkd,
+    mesh: Mesh,
+) -> tuple[losses.Agreement, jax.Array]:
+    """`losses.Agreement` and -log q(ids) of [B,N] arrays, chunk by chunk; 0 outside the mask."""
     student, temperature = Head(softcap, 1.0), gkd.temperature
     if isinstance(targets, DenseTargets):
         shared = min(unembedding_VD.shape[0], targets.unembedding_VE.shape[0])
         tables = unembedding_VD[:shared], targets.unembedding_VE[:shared]
         teacher, k = Head(targets.softcap, 1.0), min(_MASS_TOP_K, shared)
 
-        def compare(hidden, other, tables):
-            sides = student.logits(hidden, tables[0]), teacher.logits(other, tables[1])
-            return losses.dense_agreement(*sides, k, temperature=temperature)
+        def compare(hidden, other, ids, tables):
+            logits = student.logits(hidden, tables[0])
+            agreement = losses.dense_agreement(
+                logits, teacher.logits(other, tables[1]), k, temperature=temperature
+            )
+            return agreement, _surprise(logits, ids)
 
         per_token = targets.hidden_BNE
     else:
 
-        def compare(hidden, topk, table):
+        def compare(hidden, topk, ids, table):
             logits = student.logits(hidden, table)
-            return losses.topk_agreement(logits, topk, tail=gkd.tail, temperature=temperature)
+            agreement = losses.topk_agreement(logits, topk, tail=gkd.tail, temperature=temperature)
+            return agreement, _surprise(logits, ids)
 
         per_token, tables = targets.topk, unembedding_VD
     _, found = over_chunks(
         lambda nothing, chunk, tables: (nothing, compare(*chunk, tables)),
         (),
-        (hidden_BND, per_token),
+        (hidden_BND, per_token, ids_BN),
         tables,
         mask_BN,
         Chunks.of_memory(gkd.chunk_size, _ARRAYS, mesh),
     )
     return found
+
+
+def _surprise(logits_CV: jax.Array, ids_C: jax.Array) -> jax.Array:
+    """-log q of each token's id, at temperature 1."""
+    logits_CV = logits_CV.astype(jnp.float32)
+    of_id_C = jnp.take_along_axis(logits_CV, ids_C[:, None], axis=-1)[:, 0]
+    return jax.nn.logsumexp(logits_CV, axis=-1) - of_id_C

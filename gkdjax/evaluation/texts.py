@@ -1,0 +1,195 @@
+"""Texts that are compared: prompts, responses to them, and what a teacher says of each token."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from gkdjax.asking import ask
+from gkdjax.config import Config
+from gkdjax.data import pipeline, row_lengths, shapes
+from gkdjax.data.targets import TargetRules
+from gkdjax.data.views import ViewRules
+from gkdjax.errors import UserError
+from gkdjax.evaluation.scoring import Scored
+from gkdjax.sampler import Sampling
+from gkdjax.teachers.protocol import Teacher
+from gkdjax.types import Example, Message, Prompt, Trajectory, View, ViewPair
+
+
+class Texts:
+    """Responses to one set of prompts, greedy ones by the teacher, or whoever writes them."""
+
+    def __init__(
+        self,
+        config: Config,
+        rules: ViewRules,
+        teacher: Teacher,
+        examples: Sequence[Example],
+        mesh: Mesh,
+    ):
+        """Renders every prompt once.
+
+        Args:
+          config: the run's.
+          rules: how a prompt becomes a teacher's and a student's view.
+          teacher: reads the responses after its own view of the prompt.
+          examples: the prompts; of a conversation only the answer to its end is compared.
+          mesh: of the run.
+        """
+        # Text is compared from its beginning to its end, whatever part of it is learnt.
+        self._rules = dataclasses.replace(rules, targets=TargetRules(("assistant",)))
+        self.examples, self.teacher = examples, teacher
+        self._rows, self._mesh = config.eval.batch_size, mesh
+        self._allowed_lengths = config.data.bucket_lengths
+        self.greedy = Sampling(config.eval.max_new_tokens, temperature=0.0, top_p=1.0)
+        self.prompts = functools.cache(self._rules.prompts)  # (student's, teacher's) of an example
+
+    @functools.cached_property
+    def teachers(self) -> list[Trajectory]:
+        """The teacher's response to each prompt."""
+        return self.written_by_teacher(self.examples)
+
+    @functools.cached_property
+    def teacher_text(self) -> Scored:
+        """The same, with what the teacher says of them."""
+        return self.score(self.teachers)
+
+    def written_by_teacher(self, examples: Sequence[Example]) -> list[Trajectory]:
+        """The teacher's greedy responses, also to prompts that are not of this set."""
+        prompts = [
+            Prompt(example.name, self.prompts(example)[1], example.prefix + example.turns)
+            for example in examples
+        ]
+        written = self.teacher.sample(prompts, [0] * len(prompts), self.greedy)
+        unread = [e.name for e, t in zip(examples, written, strict=True) if not len(t.ids)]
+        if unread:
+            logging.warning(
+                "evaluation: %d of the teacher's answers have no token, or one that is no id here;"
+                " they are wrong answers, and no distance is taken on them: %s",
+                *(len(unread), row_lengths.some(unread)),
+            )
+        return written
+
+    def score(self, written: Sequence[Trajectory]) -> Scored:
+        """What the teacher says of responses to the first prompts of the set."""
+        pairs = [self._pair(*both) for both in zip(self.examples, written, strict=False)]
+        if not any(len(pair.target_ids) for pair in pairs):
+            raise UserError("none of the responses for the evaluation has a token to compare")
+        return self._scored(pairs, self._shapes)
+
+    def under_prefix(self, prefix: tuple[Message, ...]) -> Scored:
+        """`teacher_text`, but the student reads another prefix before each prompt."""
+        pairs = [
+            self._under(prefix, example, text)
+            for example, text in zip(self.examples, self.teachers, strict=True)
+        ]
+        longest = max(pipeline.shape_of(pair).student for pair in pairs)
+        longest = shapes.round_up(longest, self._allowed_lengths)
+        batches = []
+        for part, (batch, targets) in zip(
+            in_batches(pairs, self._rows), self.teacher_text.batches, strict=True
+        ):
+            T, N = batch.teacher_tokens_BT.shape[1], batch.target_ids_BN.shape[1]
+            shape = pipeline.BatchShape(longest, T, N)
+            under = pipeline.pad(_filled(part, self._rows), shape, self._rules.student_chat.pad_id)
+            mask_BN = batch.target_mask_BN & under.target_mask_BN
+            batches.append((dataclasses.replace(under, target_mask_BN=mask_BN), targets))
+        return Scored(batches, self._rows)
+
+    def _under(self, prefix: tuple[Message, ...], example: Example, text: Trajectory) -> ViewPair:
+        """As `_pair`, with the student's view under the prefix; a longer one may hold less text."""
+        pair, rules = self._pair(example, text), self._rules
+        other = dataclasses.replace(example, prefix=prefix)
+        student = self._pair(other, text, dataclasses.replace(rules, retained=len(prefix))).student
+        n = min(len(student.at), len(pair.target_ids))
+        return dataclasses.replace(
+            pair,
+            student=View(student.ids, student.at[:n]),
+            teacher=View(pair.teacher.ids, pair.teacher.at[:n]),
+            target_ids=pair.target_ids[:n],
+        )
+
+    @functools.cached_property
+    def _shapes(self) -> list[pipeline.BatchShape]:
+        """Of each batch of prompts, with room for the longest text that may be written.
+
+        So they are the same for every text at every time, and compile once.
+        """
+        longest = Trajectory(np.zeros(self.greedy.max_new_tokens, np.int32), finished=False)
+        pairs = [self._pair(example, longest) for example in self.examples]
+        return batch_shapes(pairs, self._rows, self._allowed_lengths)
+
+    def _scored(self, pairs: Sequence[ViewPair], shapes_: Sequence[pipeline.BatchShape]) -> Scored:
+        pad_id = self._rules.student_chat.pad_id
+        return score(pairs, shapes_, self.teacher, self._rows, pad_id, self._mesh)
+
+    def _pair(
+        self, example: Example, trajectory: Trajectory, rules: ViewRules | None = None
+    ) -> ViewPair:
+        rules = rules or self._rules
+        if len(trajectory.ids) == 0:
+            return self._blank(example, trajectory)
+        example = dataclasses.replace(example, given=len(example.turns))
+        return rules.pair(example, trajectory, too_long="truncate-right")[0]
+
+    def _blank(self, example: Example, trajectory: Trajectory) -> ViewPair:
+        """Of a response that a server could not tell in tokens of ours: nothing is compared."""
+        none = np.zeros(0, np.int32)
+        student, teacher = (View(prompt, none) for prompt in self.prompts(example))
+        return ViewPair(example.name, example.row_id, student, teacher, none, trajectory.kept)
+
+
+def score(
+    pairs: Sequence[ViewPair],
+    shapes_: Sequence[pipeline.BatchShape],
+    teacher: Teacher,
+    rows: int,
+    pad_id: int,
+    mesh: Mesh,
+) -> Scored:
+    """What a teacher says of the targets of view pairs.
+
+    Args:
+      pairs: in order.
+      shapes_: of each batch of them, from `batch_shapes`.
+      teacher: any; one that works elsewhere is asked for all batches before the first is waited
+        for.
+      rows: of a batch.
+      pad_id: of the tokenizer.
+      mesh: of the run.
+    """
+    batches = []
+    for part, shape in zip(in_batches(pairs, rows), shapes_, strict=False):
+        filled = _filled(part, rows)
+        batch = pipeline.pad(filled, shape, pad_id)
+        real_B1 = np.arange(rows)[:, None] < len(part)
+        batch = dataclasses.replace(batch, target_mask_BN=batch.target_mask_BN & real_B1)
+        kept = pipeline.kept_targets(filled, shape.targets)
+        names = [pair.name for pair in filled]
+        batches.append((batch, ask(teacher, batch, names, kept, mesh)))
+    return Scored([(batch, targets()) for batch, targets in batches], rows)
+
+
+def batch_shapes(
+    pairs: Sequence[ViewPair], rows: int, allowed_lengths: Sequence[int]
+) -> list[pipeline.BatchShape]:
+    """Of few different ones, that of each batch."""
+    needs = [
+        shapes.longest([pipeline.shape_of(pair) for pair in part])
+        for part in in_batches(pairs, rows)
+    ]
+    chain = shapes.choose(needs, allowed_lengths)
+    return [pipeline.BatchShape(*shapes.smallest(chain, need)) for need in needs]
+
+
+def in_batches(rows: Sequence, size: int) -> list[Sequence]:
+    """In order; the last one may be smaller."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _filled(part: Sequence[ViewPair], rows: int) -> list[ViewPair]:
+    return [*part, *[part[-1]] * (rows - len(part))]
