@@ -24,6 +24,8 @@ def collect(before: dict, on_the_way: list[dict], after: dict, rows: dict, train
     """
     results = {name: before[name] for name in CONDITIONS if name in before}
     results |= {name: after[name] for name in CONDITIONS if name in after}
+    results |= {name: after[name] for name in ("reprompted_student", "prefix_cost", "side_effects") if name in after}
+    results["unavailable"] = before["unavailable"]
     if on_the_way:
         results["held_out"] = {"before": on_the_way[0], "after": on_the_way[-1]}
     if "student" in results and "accuracy" in results["student"]:

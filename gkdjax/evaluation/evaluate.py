@@ -16,6 +16,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 from gkdjax import progress
@@ -84,6 +85,8 @@ class Evaluation:
         views = map(self._texts.prompts, self._asked)
         self._baked = any(not np.array_equal(bare, whole) for bare, whole in views)
         self._unavailable = unavailable(config, teacher, examples, self._baked, self._validation)
+        for measure, why in self._unavailable.items():
+            logging.info("not measured: %s (%s)", measure, why)
         self._check_lengths()
         shown = (*self._asked, *examples.train)
         fitting = (e for e in shown if self._longest_view(e) < config.data.max_length)
