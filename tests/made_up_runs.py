@@ -77,7 +77,7 @@ def before() -> dict:
     return {
         **{name: condition(place) for place, name in enumerate(CONDITIONS[:3])},
         "abilities": {"sort": 0.99, "reverse": 0.5},
-        "samples": {"question": QUESTIONS} | {name: said(name) for name in CONDITIONS[:3]},
+        "samples": {"question": [*QUESTIONS]} | {name: said(name) for name in CONDITIONS[:3]},
         "task": TASK,
         "unavailable": {"distance on the student's own text": why},
         "counts": SETS,

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 from gkdjax.results.content import CONDITIONS
 from gkdjax.results.tables import Table, counted_share, plain
-from gkdjax.results.words import visible
 
 _HANDFUL = 4  # questions of each kind
 
@@ -63,8 +62,7 @@ def by_step(samples: Sequence[dict], questions: Sequence[str]) -> list[Table]:
     for place in range(count):
         said = [(s["step"], s["answers"][place]) for s in samples if place < len(s["answers"])]
         title = questions[place] if place < len(questions) else f"question {place + 1}"
-        rows = [(label, visible(text)) for label, text in _merged(said)]
-        found.append(Table(visible(title), ("step", "answer"), rows, prose=True))
+        found.append(Table(title, ("step", "answer"), _merged(said), prose=True))
     return found
 
 
@@ -88,9 +86,9 @@ def _of_set(name: str, records: Sequence[dict]) -> AnswerSet:
     judged = [of for of in asked.values() if judge in of]
     wrong, right = ([of for of in judged if of[judge]["right"] is kind] for kind in (False, True))
     return AnswerSet(
-        name=visible(plain(name)),
+        name=plain(name),
         counts=_counts(name, asked, there),
-        judge=visible(plain(judge)),
+        judge=plain(judge),
         wrong=[_question(of) for of in wrong[:_HANDFUL]],
         right=[_question(of) for of in right[:_HANDFUL]],
     )
@@ -103,15 +101,13 @@ def _counts(name: str, asked: dict, there: Sequence[str]) -> Table:
         right, count = sum(marks), len(marks)
         counts = f"{right:,}", f"{count - right:,}", counted_share(right / count, count)
         rows.append((plain(who), *counts))
-    return Table(visible(plain(name)), ("condition", "right", "wrong", "share right"), rows)
+    return Table(plain(name), ("condition", "right", "wrong", "share right"), rows)
 
 
 def _question(of: dict[str, dict]) -> Question:
     first = next(iter(of.values()))
     answers = [
-        Answer(plain(who), visible(of[who]["answer"]), of[who]["right"])
-        for who in CONDITIONS
-        if who in of
+        Answer(plain(who), of[who]["answer"], of[who]["right"]) for who in CONDITIONS if who in of
     ]
-    expected = " or ".join(visible(str(each)) for each in first["expected"])
-    return Question(visible(first["name"]), visible(first["question"]), expected, answers)
+    expected = " or ".join(map(str, first["expected"]))
+    return Question(first["name"], first["question"], expected, answers)

@@ -1,7 +1,7 @@
 """report.html: all that there is to see of a run, in one file that asks nothing of a network.
 
-The text of models and of data is hostile until shown otherwise: jinja escapes every word of it,
-`results.words` makes visible what would not be seen, and the page forbids itself all scripts.
+The text of models and of data is hostile until shown otherwise: the template makes every word of it
+visible and escapes it, and the page forbids itself all scripts.
 """
 
 import io
@@ -50,40 +50,37 @@ def write_html(workdir: pathlib.Path, path: pathlib.Path | None = None) -> pathl
 
 def render(run: RunFiles) -> str:
     """The page as text."""
-    loader = jinja2.FileSystemLoader(ASSETS / "report")
-    undefined = jinja2.StrictUndefined
     environment = jinja2.Environment(
-        loader=loader, undefined=undefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(ASSETS / "report"),
+        undefined=jinja2.StrictUndefined,
+        autoescape=True,
+        finalize=_safe,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters |= {"shown": _shown, "file_text": _file_text, "plain": tables.plain}
-    found, train = run.found, run.config
+    environment.filters["shown"] = lambda text: cut(text, _LONGEST)
+    found = run.found
     samples = found.get("samples") or {}
+    drawn = panels.panels(run.metrics, run.evaluations) if run.metrics or run.evaluations else []
     return environment.get_template("page.html.jinja").render(
         run=run,
-        name=_file_text(run.directory.resolve().name),
-        student=_file_text(train["student"].get("model") or "not named"),
+        name=run.directory.resolve().name,
         headlines=_headlines(found),
-        curves=[(panel.title, _svg(panel)) for panel in panels.panels(run.metrics, run.evaluations)]
-        if run.metrics or run.evaluations
-        else [],
+        curves=[(panel.title, _svg(panel)) for panel in drawn],
         tables=tables.tables(found),
         samples=tables.side_by_side(samples),
         by_step=answers.by_step(run.samples, samples.get("question") or ()),
         answer_sets=answers.of_sets(run.answers),
         trajectories=run_files.excerpts(run.directory),
         chosen=settings.unlike_defaults(run.config),
-        config=_file_text(json.dumps(run.config, indent=2, ensure_ascii=False)),
+        config=json.dumps(run.config, indent=2, ensure_ascii=False),
         versions=found.get("versions") or {},
     )
 
 
-def _shown(text: str) -> str:
-    """Of a model: visible already."""
-    return cut(text, _LONGEST)
-
-
-def _file_text(text) -> str:
-    return visible(str(text))
+def _safe(value):
+    """What the template shows of a value, before it escapes it; drawings are safe already."""
+    return value if isinstance(value, markupsafe.Markup) else visible(str(value))
 
 
 def _headlines(found: dict) -> list[tuple[str, str, str]]:
@@ -101,7 +98,7 @@ def _headlines(found: dict) -> list[tuple[str, str, str]]:
     changes = {k: of["after"] - of["before"] for k, of in (found.get("retention") or {}).items()}
     if changes:
         worst = min(changes, key=changes.__getitem__)
-        made.append(("kept abilities", f"{changes[worst]:+.1%}", f"the worst: {visible(worst)}"))
+        made.append(("kept abilities", f"{changes[worst]:+.1%}", f"the worst: {worst}"))
     if found.get("prefix_cost"):
         saved = found["prefix_cost"]["tokens_saved"]
         made.append(("tokens saved", f"{saved:,.1f}", "a prompt, on average"))

@@ -24,7 +24,7 @@ from gkdjax.results.words import visible
 
 _NAME = "compare.png"
 _PANEL = (6, 3.2)  # inches
-_MARKERS, _DASHES = "osD^vPX*", ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+_MARKERS, _DASHES = "osD^vPX", ("-", "--", "-.", ":")
 _COLORS = BLUE, ORANGE, BLACK
 # What is measured alike in every run, by the key of its lines.
 _CURVES = {
@@ -132,7 +132,7 @@ def _differing_keys(runs: dict[str, RunFiles]) -> list[tuple[str, ...]]:
 
 
 def _look(place: int) -> Look:
-    """No two alike among the first forty; the colours only help."""
+    """No two alike among the first 28; the colours only help."""
     marker, dashes = (of[place % len(of)] for of in (_MARKERS, _DASHES))
     return Look(dashes, marker, _COLORS[place % len(_COLORS)])
 
