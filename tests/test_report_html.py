@@ -375,4 +375,4 @@ def test_config_values_that_differ_never_look_alike():
     shown = settings.flat({"section": {str(i): value for i, value in enumerate(values)}})
     assert len({*shown.values()}) == len(values)
     assert max(map(len, shown.values())) < 64
-    assert shown["section.2"].startswith("1 rows (crc32 ") and shown["section.4"] == "null"
+    assert shown["section.2"].startswith("a list of 1 (crc32 ") and shown["section.4"] == "null"

@@ -35,5 +35,5 @@ def _short(value) -> str:
     shown = visible(" ".join(text.split()))
     if len(shown) <= _LONGEST and shown == text:
         return shown
-    what = f"{len(value)} rows" if isinstance(value, list) else f"{shown[:40]}..."
+    what = f"a list of {len(value)}" if isinstance(value, list) else f"{shown[:40]}..."
     return f"{what} (crc32 {zlib.crc32(text.encode(errors='surrogatepass')):08x})"

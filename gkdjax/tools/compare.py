@@ -118,7 +118,7 @@ def _asked(task: dict) -> dict[str, str]:
     found = {name: repr(rows) for name, rows in task.items()}
     if "questions" in found:
         found.setdefault("prompts", found["questions"])
-    kept = [rows for name, rows in found.items() if name.startswith("retention.")]
+    kept = sorted(f"{name} {rows}" for name, rows in found.items() if name.startswith("retention."))
     if kept:
         found.setdefault("side_effects", " ".join(kept))
     return found

@@ -168,6 +168,13 @@ def test_measures_of_one_name_that_were_taken_on_other_rows(tmp_path, capsys, on
     assert told in capsys.readouterr().err
 
 
+def test_the_order_of_abilities_is_no_difference(tmp_path):
+    more = task(retention__more=OTHER)
+    back = {"task": dict(reversed(more["task"].items()))}
+    paths = [made.write_finished(tmp_path / n, of) for n, of in (("a", more), ("b", back))]
+    assert list(compare.read(paths)) == ["a", "b"]
+
+
 def test_a_run_alone(tmp_path):
     a = made.write_finished(tmp_path / "a")
     assert run(a) == 0
