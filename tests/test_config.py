@@ -93,6 +93,7 @@ def test_an_unset_model_or_data_is_asked_for():
         ("checkpoint.keep", 0, "at least 1"),
         ("checkpoint.keep_evaluated", True, "set eval.every_steps or eval.at_steps"),
         ("eval.retention", ["x.jsonl"], "must be"),
+        ("eval.retention", {"heldout": "x.jsonl"}, "the name of another set"),
         ("eval.match", "keyword", "did you mean 'keywords'"),
         ("eval.every_steps", 0, "at least 1, or None"),
         ("eval.at_steps", [5, -1], "at least 0"),

@@ -154,7 +154,7 @@ def test_runs_are_comparable_by_what_is_asked_and_not_by_where_it_stands(tmp_pat
         task(eval__questions=q) for q in (rows("q", answer="x"), str(tmp_path / "q.json"))
     )
     assert here == there and here["questions"]["rows"] == 1
-    assert set(here) == {"questions", "prompts"}
+    assert set(here) == {"questions"}
     for changes in (
         {"eval__questions": rows("q", answer="z")},
         {"eval__questions": rows("q", answer="x", match="exact")},
@@ -165,4 +165,8 @@ def test_runs_are_comparable_by_what_is_asked_and_not_by_where_it_stands(tmp_pat
     more = task(
         eval__questions=rows("q", answer="x"), eval__retention={"sort": rows("r", answer="y")}
     )
-    assert set(more) == {"questions", "prompts", "side effects", "retention, sort"}
+    assert set(more) == {"questions", "retention.sort"}
+    other = {"eval__prompts": rows("p"), "eval__side_effects": rows("s")}
+    assert set(task(**other, data__validation=rows("v"))) == {
+        *("prompts", "side_effects", "validation")
+    }

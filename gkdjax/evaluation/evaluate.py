@@ -279,9 +279,3 @@ class Evaluation:
 
     def _agreement(self, reader: Reader, scored: Scored, view: str) -> dict[str, float]:
         return scoring.mean_agreement(reader, scored, view, self._config.gkd, self._mesh)
-
-
-def recovery(base: float, prompted_teacher: float, student: float) -> float | None:
-    """(student - base) / (prompted_teacher - base); None where the prefix changes nothing."""
-    gap = prompted_teacher - base
-    return None if gap == 0 else (student - base) / gap
