@@ -33,6 +33,7 @@ from gkdjax.errors import Preempted, TeacherUnreachable, UserError, WrongAnswer
 from gkdjax.evaluation.scoring import Reader
 from gkdjax.hf import export
 from gkdjax.metrics import MetricsWriter, read_lines, write_lines
+from gkdjax.planning import room
 from gkdjax.record import Recorder
 from gkdjax.results import content
 from gkdjax.teachers.http.teacher import HttpTeacher
@@ -83,6 +84,7 @@ def run(
         if teacher is None and config.teacher.offline:
             steps = rows_of_run.total_steps(config, len(rows.feed))
             fill_store.require_filled(config, workdir, rows.teacher, steps)
+        room.require(rows)
         found = _run(assemble(rows, workdir), workdir, began)
     print(results.render(found, workdir))
     workdirs.write_json(workdir / "results.json", found)
