@@ -3,9 +3,9 @@
 A run lays out data-parallel: each device holds all weights (`held`, `lower_bound`) and its share of
 the rows (the phases). A layout that cuts weights would divide the former alone.
 
-Upper bounds where the data decide: every row is as long as the longest that is allowed. Left out: the
-second state that a run has for a moment when it continues from a checkpoint; a `teacher.adapter`; what
-devices exchange gradients through; an export, which is made on the host; what XLA copies for speed.
+Upper bounds where the data decide: every row is as long as the longest that is allowed. Left out:
+the second state that a run has for a moment when it continues from a checkpoint; a
+`teacher.adapter`; what devices exchange gradients through; what XLA copies for speed.
 """
 
 import math
@@ -57,15 +57,16 @@ def training_step(setup: Setup) -> Parts:
     """The largest moment of an optimizer step: the head, the backward pass or the update."""
     c, trainable = setup.config, _trainable(setup)
     shared = {"batches and teacher's targets": _targets(setup)}
-    # XLA reads all parts (the batch and each anchor) forward before it goes back through any.
+    # XLA reads all parts (the batch and each anchor) forward before it goes back through any, and
+    # the loops that go back through them share no memory.
     passes = [
         activations.kept(_pass(setup, rows // c.train.accumulation), c.train.remat)
         for rows, _ in _training_rows(setup)
     ]
     kept = {"activations": sum(each.all_layers for each in passes), "tables": _tables(setup)}
     carried = trainable if c.train.accumulation > 1 else 0
-    one_layer = max(each.one_layer + each.largest for each in passes)
-    one_layer += _layer_weights(setup.student.spec, c.student.compute_dtype)
+    weights = _layer_weights(setup.student.spec, c.student.compute_dtype)
+    one_layer = sum(each.one_layer + each.largest + weights for each in passes)
     moments = (
         kept | {"head": _head(setup), "gradients": carried},
         kept | {"one layer's backward pass": one_layer, "gradients": carried + trainable},
