@@ -25,16 +25,7 @@ def require(rows: Rows) -> None:
     limit = memory_limit(rows.mesh.devices.flat)
     if limit is None:
         return
-    sources = rows.sources
-    loads = rows.teacher is None and sources.teacher is not None
-    setup = Setup(
-        rows.config,
-        read_weights(sources.student),
-        read_weights(sources.teacher) if loads else None,
-        rows.toggles,
-        rows.mesh.shape["data"],
-    )
-    planned = plan.make(setup)
+    planned = plan.make(setup_of(rows))
     if planned.least > limit:
         raise UserError(
             f"this run cannot fit: its weights and their optimizer alone take"
@@ -48,6 +39,19 @@ def require(rows: Rows) -> None:
             size(limit),
             text.memory(planned),
         )
+
+
+def setup_of(rows: Rows) -> Setup:
+    """With the weights that the run is about to load."""
+    sources = rows.sources
+    loads = rows.teacher is None and sources.teacher is not None
+    return Setup(
+        rows.config,
+        read_weights(sources.student),
+        read_weights(sources.teacher) if loads else None,
+        rows.toggles,
+        rows.mesh.shape["data"],
+    )
 
 
 def memory_limit(devices: Iterable[jax.Device]) -> int | None:
