@@ -104,6 +104,7 @@ def _run(parts: Run, workdir: pathlib.Path, began: float) -> dict:
         base.prefixes.learn(parts.prompts_by_prefix)  # it is asked what it says with the prefix
         with _told_if_the_teacher_fails("No step was made yet; the same command goes on"):
             before = parts.evaluation.before(base)
+        del base  # or a full fine-tuning would hold the untrained parameters to its end
         before["task"] = examples_of_run.fingerprints(parts.examples)
         workdirs.write_json(workdir / "before.json", before)
     write_lines(workdir / "answers.jsonl", before["answers"])
