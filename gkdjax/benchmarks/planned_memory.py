@@ -1,4 +1,4 @@
-"""The planner's training step beside XLA's own account of it: compiled on a CPU, never run.
+"""The planner's programs beside XLA's own account of them: compiled on a CPU, never run.
 
     JAX_PLATFORMS=cpu python -m gkdjax.benchmarks.planned_memory
 
@@ -21,6 +21,7 @@ from gkdjax.models.spec import DecoderSpec
 from gkdjax.planning import bytes_of
 from gkdjax.planning.activations import adapters
 from gkdjax.planning.models import Setup, Weights
+from gkdjax.prefix_store import predicting_hidden
 from gkdjax.progress import size, table
 from gkdjax.train_step import init_state, make_train_step
 from gkdjax.types import Batch, DenseTargets, TeacherTargets, TopKTargets
@@ -62,14 +63,20 @@ CASES = (
         _ANCHOR | {"train.batch_size": 16, "data.max_length": 64, "teacher.top_k": 64},
     ),
 )
+READINGS = ((8, 256), (4, 1024), (32, 64))  # rows, positions: of the teacher's forward pass
 
 
 def main() -> None:
     rows = []
     for case in CASES:
         planned, measured = compare(case)
-        rows.append([case.name, size(planned), size(measured), f"{planned / measured - 1:+.1%}"])
-    print(table(["training step", "planned", "XLA", "difference"], rows, widest=60))
+        name = f"step: {case.name}"
+        rows.append([name, size(planned), size(measured), f"{planned / measured - 1:+.1%}"])
+    for rows_at_once, length in READINGS:
+        planned, measured = compare_reading(rows_at_once, length)
+        name = f"teacher's forward pass, {rows_at_once} x {length:,}"
+        rows.append([name, size(planned), size(measured), f"{planned / measured - 1:+.1%}"])
+    print(table(["program", "planned", "XLA", "difference"], rows, widest=60))
 
 
 def compare(case: Case) -> tuple[int, int]:
@@ -84,6 +91,23 @@ def compare(case: Case) -> tuple[int, int]:
     found = compiled(c, student, teacher).memory_analysis()
     measured = found.argument_size_in_bytes + found.temp_size_in_bytes
     return planned, measured + found.output_size_in_bytes - found.alias_size_in_bytes
+
+
+def compare_reading(rows: int, length: int) -> tuple[int, int]:
+    """(bytes that the planner has, bytes that XLA has) of what a forward pass needs for itself."""
+    c = configured(Case("", 4096, {"train.batch_size": rows, "data.max_length": length}))
+    spec = decoder_spec(TEACHERS["small"], 4096)
+    setup = Setup(c, Weights.of(spec, "float32"), Weights.of(spec, "float32"), False, 1)
+    read = _batch(rows, length)
+    program = predicting_hidden.lower(
+        Decoder(spec),
+        abstract_params(spec, jnp.float32),
+        read.teacher_tokens_BT,
+        read.teacher_mask_BT,
+        read.teacher_at_BN,
+    )
+    measured = program.compile().memory_analysis().temp_size_in_bytes
+    return bytes_of.teacher_forward(setup)["one layer's pass"], measured
 
 
 def configured(case: Case) -> config.Config:

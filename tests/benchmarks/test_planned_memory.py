@@ -4,13 +4,19 @@ import pytest
 from readme_commands import README
 
 from gkdjax.benchmarks import planned_memory
-from gkdjax.benchmarks.planned_memory import CASES
+from gkdjax.benchmarks.planned_memory import CASES, READINGS
 
 
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_training_step_takes_what_was_planned(case):
     planned, measured = planned_memory.compare(case)
+    assert planned == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(("rows", "length"), READINGS)
+def test_a_forward_pass_takes_what_was_planned(rows, length):
+    planned, measured = planned_memory.compare_reading(rows, length)
     assert planned == pytest.approx(measured, rel=0.15)
 
 
