@@ -15,8 +15,8 @@ Meant for one GPU of 24 GB. Run time and result: unknown, this mode has not been
 
     python -m gkdjax.main --config=configs/corpus_knowledge.py:tiny
 
-The same on a random model of 512 tokens, made on the spot in `runs/tiny_models`, with the first two
-documents. TINY
+The same on a random model of 512 tokens, made on the spot in `runs/tiny_models`, with the first
+document alone. TINY
 """
 
 import pathlib
@@ -68,6 +68,6 @@ def get_config(mode: str = ""):
     ]
     c.eval.every_steps = 50
     if tiny:
-        c.context.corpus = tiny_mode.first_lines(c.context.corpus, 2)
+        c.context.corpus = tiny_mode.first_lines(c.context.corpus, 1)
         tiny_mode.shrink(c)
     return c

@@ -46,7 +46,9 @@ def is_asked(mode: str, file: str) -> bool:
     return mode == "tiny"
 
 
-def shrink(c, *, vocab_size: int = 512) -> None:
+def shrink(
+    c, *, vocab_size: int = 512, steps: int = 16, learning_rate: float = 5e-3
+) -> None:
     """Other models in `runs/tiny_models`, and less of everything; what is done stays the same.
 
     Configs that share the sizes here share most of their compiled programs, too.
@@ -54,6 +56,8 @@ def shrink(c, *, vocab_size: int = 512) -> None:
     Args:
       c: a config's ConfigDict, with rows or .jsonl files for all of its data; it is changed.
       vocab_size: of the models, see `make_tiny`.
+      steps: of the run, which evaluates in the middle, too; a warm-up lasts till there.
+      learning_rate: at which such models learn.
     """
     c.student.model = _model("student", vocab_size, width=64, layers=2, seed=2)
     if c.teacher.backend == "flax":
@@ -64,18 +68,18 @@ def shrink(c, *, vocab_size: int = 512) -> None:
     for key, count in _ROWS.items():
         section, name = key.split(".")
         c[section][name] = first_rows(c[section][name], count)
-    c.data.max_length = 1024
-    c.data.bucket_lengths = (16, 192, 512, 1024)
+    c.data.max_length = 512
+    c.data.bucket_lengths = (16, 256, 512)
     c.trajectory.per_prompt = 1
     c.trajectory.max_new_tokens = c.eval.max_new_tokens = 12
-    c.gkd.on_policy_warmup_steps = min(c.gkd.on_policy_warmup_steps, 6)
-    c.optim.learning_rate = 1e-2
+    c.gkd.on_policy_warmup_steps = min(c.gkd.on_policy_warmup_steps, steps // 2)
+    c.optim.learning_rate = learning_rate
     c.train.epochs = None
-    c.train.steps = 12
+    c.train.steps = steps
     c.train.batch_size = c.anchor.batch_size = c.eval.batch_size = 8
     c.train.accumulation = min(c.train.accumulation, 2)
     c.train.remat = False
-    c.eval.every_steps = 6
+    c.eval.every_steps = steps // 2
     c.eval.at_steps = ()
 
 
