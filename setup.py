@@ -35,7 +35,15 @@ setuptools.setup(
         "transformers>=5",
     ],
     extras_require={
-        "test": ["datasets>=4", "hypothesis", "peft", "pytest", "ruff", "torch==2.13.0"],
+        "test": [
+            "datasets>=4",
+            "hypothesis",
+            "peft",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "torch==2.13.0",
+        ],
         "tpu": ["jax[tpu]"],
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],

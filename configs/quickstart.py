@@ -57,6 +57,8 @@ def get_config():
         "other keys": str(QUICKSTART / "retention/other_keys.jsonl"),
     }
     c.eval.match = "exact"
+    with (QUICKSTART / "retention/other_keys.jsonl").open() as others:
+        c.eval.other_prefix = json.loads(next(others))["prefix_messages"]
     c.eval.max_new_tokens = 12
     c.eval.batch_size = 256
     c.eval.every_steps = 50

@@ -283,6 +283,9 @@ def _check_eval(config) -> None:
         value = getattr(asked, key)
         advice = "nothing to measure on: set eval.questions, eval.prompts or data.validation"
         _require(not value or measured != (None,) * 5, f"eval.{key}", value, advice)
+    for name in asked.retention:
+        advice = "that is the name of another set in the results; choose another"
+        _require(name not in ("questions", "heldout"), "eval.retention", name, advice)
     if asked.other_prefix:
         advice = "it is read before the questions: set eval.questions or eval.prompts"
         given = asked.questions is not None or asked.prompts is not None

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -63,10 +64,12 @@ def fingerprints(examples: Examples) -> dict[str, dict[str, int]]:
     sets = {
         "questions": examples.questions,
         "heldout": examples.heldout,
-        "prompts": examples.prompts,
+        "prompts": [] if examples.prompts is examples.questions else examples.prompts,
         "validation": examples.validation,
-        "side effects": examples.side_effects,
-    } | {f"retention, {name}": rows for name, rows in examples.abilities.items()}
+        "side_effects": examples.side_effects,
+    } | {f"retention.{name}": rows for name, rows in examples.abilities.items()}
+    if examples.side_effects == list(itertools.chain(*examples.abilities.values())):
+        del sets["side_effects"]
     return {
         name: {"rows": len(rows), "crc32": zlib.crc32(repr([_content(r) for r in rows]).encode())}
         for name, rows in sets.items()

@@ -34,6 +34,7 @@ from gkdjax.evaluation.scoring import Reader
 from gkdjax.hf import export
 from gkdjax.metrics import MetricsWriter, read_lines, write_lines
 from gkdjax.record import Recorder
+from gkdjax.results import content
 from gkdjax.teachers.http.teacher import HttpTeacher
 from gkdjax.teachers.protocol import Teacher
 from gkdjax.train_step import make_train_step
@@ -85,6 +86,7 @@ def run(
         found = _run(assemble(rows, workdir), workdir, began)
     print(results.render(found, workdir))
     workdirs.write_json(workdir / "results.json", found)
+    report.write_html(workdir)
     return found
 
 
@@ -169,14 +171,7 @@ def _train(parts: Run, workdir: pathlib.Path) -> tuple[TrainState, dict]:
         checkpoints.wait()
         with _told_if_the_teacher_fails("All steps are made and saved; the same command goes on"):
             evaluate.if_due(steps, state, record)
-    metrics = read_lines(workdir / "metrics.jsonl")
-    return state, {
-        "steps": steps,
-        "tokens": sum(line["tokens"] for line in metrics),
-        "on_policy_steps": sum(line["on_policy_rows"] > 0 for line in metrics),
-        "compilations": sum(line["compilations"] for line in metrics),
-        "loss": metrics[-1]["loss"],
-    }
+    return state, content.training(read_lines(workdir / "metrics.jsonl"))
 
 
 def measured_steps(c: Eval, steps: int) -> set[int]:

@@ -12,8 +12,13 @@ def bar(total: int, what: str, *, start: int = 0, shown: bool = True) -> tqdm:
     return tqdm(total=total, initial=start, desc=what, disable=not shown, dynamic_ncols=True)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], widest: int = _WIDEST_CELL) -> str:
-    """Columns padded with blanks: the first to the left, the others to the right.
+def table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    widest: int = _WIDEST_CELL,
+    left: int = 1,
+) -> str:
+    """Columns padded with blanks: the first `left` to the left, the others to the right.
 
     Each cell stands on one line, cut at `widest` characters.
     """
@@ -21,8 +26,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], widest: int = _W
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
 
     def padded(line):
-        cells = [line[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        pairs = list(zip(line, widths, strict=True))
+        cells = [cell.ljust(width) for cell, width in pairs[:left]]
+        cells += [cell.rjust(width) for cell, width in pairs[left:]]
         return "  ".join(cells).rstrip()
 
     ruled = [padded(lines[0]), "  ".join("-" * width for width in widths)]

@@ -91,7 +91,22 @@ def test_an_unset_model_or_data_is_asked_for():
         ("anchor.weight", {"chat": 1.0}, "a single set, whose weight is a number"),
         ("gkd.reduction", "mean", "token, example"),
         ("checkpoint.keep", 0, "at least 1"),
+        ("checkpoint.keep_evaluated", True, "set eval.every_steps or eval.at_steps"),
         ("eval.retention", ["x.jsonl"], "must be"),
+        ("eval.retention", {"heldout": "x.jsonl"}, "the name of another set"),
+        ("eval.match", "keyword", "did you mean 'keywords'"),
+        ("eval.every_steps", 0, "at least 1, or None"),
+        ("eval.at_steps", [5, -1], "at least 0"),
+        ("eval.at_steps", [5], "nothing to measure on"),
+        ("eval.other_prefix", [{"role": "system"}], "each message is"),
+        (
+            "eval.other_prefix",
+            [{"role": "a", "content": "b"}],
+            "set eval.questions or eval.prompts",
+        ),
+        ("data.validation", 1.0, "a share of data.train is in"),
+        ("data.validation", 0, "a share of data.train is in"),
+        ("data.validation", "", "name a file or a dataset"),
     ],
 )
 def test_a_bad_value_is_named_with_what_would_be_right(key, value, told):

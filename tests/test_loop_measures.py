@@ -100,7 +100,7 @@ def test_prompts_without_an_answer_are_measured_too(student, tmp_path, capsys):
     # Teacher and student are one model: before training it differs by its prefix alone.
     assert results["prompted_base"]["forward_kl"] == pytest.approx(0.0, abs=1e-5)
     printed = capsys.readouterr().out
-    assert "KL to prompted teacher" in printed and "exact match" not in printed
+    assert "Distance to the prompted teacher" in printed and "Right answers" not in printed
     assert "acceptance rate" in printed
 
 

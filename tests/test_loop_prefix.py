@@ -23,13 +23,17 @@ def test_a_prefix_read_once_teaches_the_same(student, tmp_path, monkeypatch):
         monkeypatch.setattr(prefix_store, "LEAST_TOKENS", least)
         results[name] = loop.run(c, tmp_path / name)
         found[name] = [line["loss"] for line in metrics(tmp_path / name)]
-        assert len(reads) == (0 if name == "each row" else 2)  # by the teacher, and by the base
+        # By the teacher, the student before and after training, and where its cost is measured.
+        assert len(reads) == (0 if name == "each row" else 4)
+        assert ("with_kept" in results[name]["prefix_cost"]["seconds"]) == (name == "once")
     # <bos><start_of_turn>user, a line break, the prefix, two line breaks, and "ask" of all rows
     assert set(reads) == {(1, round_up(1 + 1 + 5 + len("be brief, but be right") + 2 + 3, ()))}
     np.testing.assert_allclose(found["once"], found["each row"], rtol=1e-4)
-    for who in ("base", "prompted_base", "student"):
+    for who in ("base", "prompted_base", "student", "reprompted_student"):
         kl = [results[name][who]["forward_kl"] for name in found]
         assert kl[0] == pytest.approx(kl[1], rel=1e-3, abs=1e-6)
+    told = [results[name]["prefix_cost"]["tokens_saved"] for name in found]
+    assert told == [2 + len("be brief, but be right")] * 2
 
 
 def test_rows_of_one_prefix_share_batches_and_those_of_several_are_read_for_each(

@@ -36,7 +36,8 @@ def test_it_learns_from_the_servers_own_text(student, tmp_path, capsys, caplog):
     line = results["held_out"]["after"]
     assert {name.partition("/")[0] for name in line} == {"step", "teacher_text"}
     assert "teacher's text, after" in capsys.readouterr().out
-    assert "the student's own text is not measured" in caplog.text
+    why = results["unavailable"]["distance on the student's own text"]
+    assert why.endswith("cannot read it (/v1/chat/completions takes no token ids and scores none)")
     # An answer of the evaluation is not drawn again, but what it is left out of is told.
     assert "1 of the teacher's answers have no token" in caplog.text
     assert "eval.prompts:1" in caplog.text

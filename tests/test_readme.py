@@ -45,7 +45,7 @@ def test_the_library_entry_is_spelt_as_it_is():
 
 
 def test_every_key_of_the_config_stands_in_the_table():
-    table = TEXT.split("### The config")[1].split("### What is measured")[0]
+    table = TEXT.split("### The config")[1].split("### Did it work?")[0]
     for section, cls in typing.get_type_hints(config.Config).items():
         for field in dataclasses.fields(cls):
             name = "student.lora" if (section, field.name) == ("student", "lora") else field.name

@@ -5,7 +5,6 @@ from gkdjax.evaluation.validation import Validation
 from gkdjax.examples_of_run import Examples
 from gkdjax.teachers.protocol import Teacher
 
-
 _OF_THE_REST = {
     "bucket": "with the rest as one, KL is a lower bound and acceptance an upper one",
     "renormalize": "what is outside of them counts for nothing (gkd.tail = 'renormalize')",

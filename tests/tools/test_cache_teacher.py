@@ -23,7 +23,9 @@ def job(student: str, base: str, **changes):
     c.anchor.data = [{"prompt": "other", "response": "no"}, {"prompt": "more"}]
     c.anchor.towards = "teacher"
     c.anchor.batch_size = 4
+    c.data.validation = [{"prompt": "checked"}, {"prompt": "read", "response": "so be it"}]
     c.eval.prompts = [{"prompt": f"q {i}"} for i in range(3)]
+    c.eval.heldout = [{"prompt": f"h {i}", "answer": "x"} for i in range(2)]
     for key, value in changes.items():
         section, _, name = key.partition("__")
         c[section][name] = value
@@ -67,6 +69,8 @@ def test_a_run_after_it_needs_no_server(student, server, tmp_path, capsys):
     results = loop.run(c, run)
     assert results["teacher"]["bought"] == 0
     assert len(server.requests) == asked
+    assert results["held_out"]["after"]["validation/loss"] > 0
+    assert "heldout_accuracy" in results["prompted_teacher"]
     server.start()
     loop.run(job(student, server.base), tmp_path / "online")
     assert losses_hex(run) == losses_hex(tmp_path / "online")
@@ -75,6 +79,7 @@ def test_a_run_after_it_needs_no_server(student, server, tmp_path, capsys):
 def test_nothing_is_bought_that_the_run_would_not_ask_for(student, server, tmp_path):
     rows = [{"prompt": f"told {i}", "response": "so it is"} for i in range(40)]
     c = job(student, server.base, data__train=rows, train__steps=2, anchor__data=None)
+    c.data.validation = None
     c.trajectory.refresh_every_steps = None
     fill(c, tmp_path / "run")
     results = loop.run(c, tmp_path / "run")

@@ -1,0 +1,104 @@
+"""Means over tokens, against float64 NumPy with all logits at once."""
+
+import dataclasses
+
+import builders
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gkdjax import losses, sharding
+from gkdjax.config import Gkd
+from gkdjax.evaluation import scoring
+from gkdjax.evaluation.scoring import Reader, Scored
+from gkdjax.losses import top_k_logprobs
+from gkdjax.types import TopKTargets
+from tests.losses.numpy_reference import kl, log_softmax
+
+MESH = sharding.data_mesh()
+BATCH = builders.batch((4, 2, 1, 3))
+MASK = np.asarray(BATCH.target_mask_BN)
+
+
+@pytest.fixture(scope="module")
+def reader() -> Reader:
+    decoder, params = builders.small_model()
+    return Reader.of(decoder, params, None, prefix_bytes=0)
+
+
+@pytest.fixture(scope="module")
+def log_q(reader) -> dict:
+    """View -> the student's log-probabilities [B,N,V] in float64."""
+    found = {}
+    for view in ("student", "teacher"):
+        hidden = scoring.predicting(reader, BATCH, view, MESH)
+        table = reader.params["embedding"]
+        found[view] = log_softmax(builders.logits(hidden, table, reader.decoder.spec.final_softcap))
+    return found
+
+
+TARGETS = builders.dense_targets(BATCH)
+LOG_P = log_softmax(builders.teacher_logits(TARGETS))
+
+
+def mean(values_BN) -> float:
+    return values_BN[MASK].mean()
+
+
+@pytest.mark.parametrize("view", ["student", "teacher"])
+def test_dense_means_are_those_of_the_whole_vocabulary(reader, log_q, view):
+    scored = Scored([(BATCH, TARGETS)], rows=4)
+    found = scoring.mean_agreement(reader, scored, view, Gkd(chunk_size=7), MESH)
+    q = log_q[view]
+    own = np.take_along_axis(q, BATCH.target_ids_BN[..., None], -1)[..., 0]
+    expected = {
+        "forward_kl": mean(kl(LOG_P, q)),
+        "reverse_kl": mean(kl(q, LOG_P)),
+        "top1_agreement": mean((LOG_P.argmax(-1) == q.argmax(-1)).astype(float)),
+        "acceptance_rate": mean(np.minimum(np.exp(LOG_P), np.exp(q)).sum(-1)),
+        "perplexity": np.exp(-mean(own)),
+    }
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=2e-5), name
+    assert set(found) == {*losses.Agreement._fields, "perplexity"}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_perplexity_is_the_students_own_whatever_the_teacher_and_its_temperature(
+    reader, log_q, temperature
+):
+    top_k = top_k_logprobs(builders.teacher_logits(TARGETS), 5, temperature)
+    some = TopKTargets(top_k, jnp.zeros(top_k.ids.shape[:2]))
+    gkd = Gkd(chunk_size=7, temperature=temperature, tail="renormalize")
+    found = scoring.mean_agreement(reader, Scored([(BATCH, some)], 4), "student", gkd, MESH)
+    own = np.take_along_axis(log_q["student"], BATCH.target_ids_BN[..., None], -1)[..., 0]
+    assert found["perplexity"] == pytest.approx(np.exp(-mean(own)), rel=2e-5)
+
+
+def test_rows_that_fill_a_batch_count_for_nothing(reader):
+    gkd = Gkd(chunk_size=7)
+    whole = Scored([(BATCH, TARGETS)] * 2, rows=4)
+    first = whole.first(5)
+    assert [int(b.target_mask_BN.any(1).sum()) for b, _ in first.batches] == [4, 1]
+    found = scoring.mean_agreement(reader, first, "student", gkd, MESH)
+    one = dataclasses.replace(BATCH, target_mask_BN=MASK & (np.arange(4)[:, None] < 1))
+    by_hand = [
+        scoring.mean_agreement(reader, Scored([(b, TARGETS)], 4), "student", gkd, MESH)
+        for b in (BATCH, one)
+    ]
+    weights = np.asarray([MASK.sum(), MASK[0].sum()])
+    for name in ("forward_kl", "acceptance_rate"):
+        values = np.asarray([part[name] for part in by_hand])
+        assert found[name] == pytest.approx((values * weights).sum() / weights.sum(), rel=1e-6)
+    logs = np.log([part["perplexity"] for part in by_hand])  # of tokens, not of batches
+    expected = np.exp((logs * weights).sum() / weights.sum())
+    assert found["perplexity"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_teachers_own_perplexity_is_what_it_said_of_its_tokens():
+    topk = top_k_logprobs(builders.teacher_logits(TARGETS), 3)
+    said = np.take_along_axis(LOG_P, BATCH.target_ids_BN[..., None], -1)[..., 0]
+    scored = Scored([(BATCH, TopKTargets(topk, jnp.asarray(said, jnp.float32)))], 4)
+    found = scoring.own_perplexity(scored)
+    assert found == {"perplexity": pytest.approx(np.exp(-mean(said)), rel=1e-6)}
+    assert scoring.own_perplexity(Scored([(BATCH, TARGETS)], 4)) == {}

@@ -1,0 +1,172 @@
+"""Which rows are trained, held back and asked, and which sets must not meet."""
+
+import logging
+
+import pytest
+from small_runs import PREFIX, small
+
+from gkdjax import config, examples_of_run
+from gkdjax.errors import UserError
+
+OTHER = [{"role": "system", "content": "be long"}]
+
+
+def read(**changes):
+    return examples_of_run.read(config.parse(small("student", **changes)))
+
+
+def rows(*prompts, **more):
+    return [{"prompt": prompt, **more} for prompt in prompts]
+
+
+def asked(examples) -> list[str]:
+    return [example.turns[-1].content for example in examples]
+
+
+def test_a_share_of_the_rows_is_taken_out_for_validation_and_stays_the_same():
+    whole = asked(read().train)
+    found = [read(data__validation=0.34, train__seed=seed) for seed in (0, 1)]
+    for examples in found:
+        assert len(examples.validation) == 2
+        assert sorted(asked(examples.train) + asked(examples.validation)) == sorted(whole)
+        assert asked(examples.train) == [p for p in whole if p in asked(examples.train)]
+        assert {e.prefix[0].content for e in examples.validation} == {"be brief"}
+    # Whatever the seed: so that runs can be compared.
+    assert asked(found[0].validation) == asked(found[1].validation)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.99])
+def test_each_side_of_the_share_has_a_row(share):
+    examples = read(data__validation=share)
+    assert min(len(examples.train), len(examples.validation)) == 1
+
+
+def test_a_conversation_is_not_divided_between_training_and_validation():
+    talks = [
+        {
+            "messages": [
+                {"role": r, "content": f"{i}{j}"} for j, r in enumerate(("user", "assistant") * 2)
+            ]
+        }
+        for i in range(6)
+    ]
+    examples = read(
+        data__train=talks,
+        data__validation=0.5,
+        context__prefix_messages=(),
+        context__history_as_prefix=True,
+    )
+    of_train, of_validation = (
+        {row.turns[0].content[0] for row in side} for side in (examples.train, examples.validation)
+    )
+    assert len(of_train) == len(of_validation) == 3 and not of_train & of_validation
+    assert len(examples.validation) == 6  # two turns each, with their history
+
+
+def test_validation_rows_that_are_trained_are_told(caplog):
+    caplog.set_level(logging.WARNING, "absl")
+    read(data__validation=rows("new"))
+    assert caplog.text == ""
+    examples = read(data__validation=rows("ask 3", "new"))
+    assert "data.validation: 1 rows ask what a row of data.train asks" in caplog.text
+    assert "data.validation:0" in caplog.text
+    assert asked(examples.validation) == ["ask 3", "new"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"data__train": rows("one"), "data__validation": 0.5},
+            r"data\.validation = 0\.5: data\.train has a single row",
+        ),
+        ({"eval__questions": rows("q")}, r"eval\.questions:0: .* needs an 'answer'.*eval\.prompts"),
+        ({"eval__heldout": rows("q")}, r"eval\.heldout:0: .* needs an 'answer'"),
+        (
+            {"eval__retention": {"sort": rows("q")}},
+            r"eval\.retention\.sort:0: .* needs an 'answer'",
+        ),
+        (
+            {"eval__heldout": rows("new", "ask 2", answer="x")},
+            r"eval\.heldout:1: .* is a row of data\.train as well \(data\.train:2\)",
+        ),
+        (
+            {
+                "eval__questions": rows("q", answer="x"),
+                "eval__heldout": rows("q", answer="y"),
+            },
+            r"eval\.heldout:0: .* is a row of eval\.questions as well \(eval\.questions:0\)",
+        ),
+        (
+            {"eval__retention": {"sort": rows("q", answer="x", prefix_messages=PREFIX)}},
+            r"eval\.retention\.sort:0: a question of a retention set carries the prefix",
+        ),
+        (
+            {
+                "eval__retention": {
+                    "sort": [
+                        {"messages": [*PREFIX, {"role": "user", "content": "q"}], "answer": "x"}
+                    ]
+                }
+            },
+            r"eval\.retention\.sort:0: a question of a retention set carries the prefix",
+        ),
+        (
+            {"eval__retention": {"sort": rows("ask 1", answer="x")}},
+            r"eval\.retention\.sort:0: .* is a row of data\.train as well",
+        ),
+        (
+            {"eval__side_effects": rows("q", prefix_messages=PREFIX)},
+            r"eval\.side_effects:0: a prompt for side effects carries the prefix",
+        ),
+    ],
+)
+def test_sets_that_do_not_measure_what_they_are_for_are_refused(changes, told):
+    with pytest.raises(UserError, match=told):
+        read(**changes)
+
+
+def test_the_prefix_of_a_single_row_is_baked_too():
+    trained = [{"prompt": "a", "prefix_messages": OTHER}, {"prompt": "b"}]
+    retention = {"sort": rows("q", answer="x", prefix_messages=OTHER)}
+    assert read(eval__retention=retention).abilities["sort"][0].prefix == ()
+    with pytest.raises(UserError, match="carries the prefix that is being baked"):
+        read(data__train=trained, eval__retention=retention)
+
+
+def test_what_is_not_named_is_taken_from_what_is():
+    questions, retention = rows("q", answer="x"), rows("r", answer="y", prefix_messages=OTHER)
+    examples = read(eval__questions=questions, eval__retention={"sort": retention})
+    assert examples.prompts is examples.questions
+    assert asked(examples.side_effects) == ["r"]
+    assert [turn.content for turn in examples.side_effects[0].turns] == ["be long", "r"]
+    examples = read(eval__prompts=rows("p"), eval__side_effects=rows("s"))
+    assert (asked(examples.prompts), asked(examples.side_effects)) == (["p"], ["s"])
+    assert examples.prompts[0].expected is None
+
+
+def test_runs_are_comparable_by_what_is_asked_and_not_by_where_it_stands(tmp_path):
+    def task(**changes):
+        return examples_of_run.fingerprints(read(**changes))
+
+    (tmp_path / "q.json").write_text('[{"prompt": "q", "answer": "x"}]')
+    here, there = (
+        task(eval__questions=q) for q in (rows("q", answer="x"), str(tmp_path / "q.json"))
+    )
+    assert here == there and here["questions"]["rows"] == 1
+    assert set(here) == {"questions"}
+    for changes in (
+        {"eval__questions": rows("q", answer="z")},
+        {"eval__questions": rows("q", answer="x", match="exact")},
+        {"eval__questions": rows("other", answer="x")},
+        {"context__prefix_messages": OTHER},
+    ):
+        assert task(**{"eval__questions": rows("q", answer="x")} | changes) != here
+    more = task(
+        eval__questions=rows("q", answer="x"), eval__retention={"sort": rows("r", answer="y")}
+    )
+    assert set(more) == {"questions", "retention.sort"}
+    other = {"eval__prompts": rows("p"), "eval__side_effects": rows("s")}
+    assert set(task(**other, data__validation=rows("v"))) == {
+        *("prompts", "side_effects", "validation")
+    }
