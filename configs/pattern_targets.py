@@ -62,5 +62,5 @@ def get_config(mode: str = ""):
     c.eval.every_steps = 28
     if tiny:
         c.data.train, c.data.validation = tiny_mode.split_rows(c.data.validation, 14)
-        tiny_mode.shrink(c, steps=40, learning_rate=3e-3)
+        tiny_mode.shrink(c, steps=32, learning_rate=3e-3)
     return c

@@ -78,7 +78,6 @@ def shrink(
     c.train.steps = steps
     c.train.batch_size = c.anchor.batch_size = c.eval.batch_size = 8
     c.train.accumulation = min(c.train.accumulation, 2)
-    c.train.remat = False
     c.eval.every_steps = steps // 2
     c.eval.at_steps = ()
 
