@@ -7,14 +7,14 @@ student learns to answer so without it: 100 steps of forward KL on the teacher's
 generalized JSD, half of them on its own text. Its anchor are other tasks, half of them under other
 system messages, which it must keep obeying. Asked is how many of 32 answers have that last line.
 
-Both models are gated: see the README. Sized for one GPU of
-24 GB or more, or a v5e-8. Run time and result: unknown, this mode has not been run yet.
+Both models are gated: see the README. Sized for one GPU of 24 GB or more, or a v5e-8. Run time and
+result: unknown, this mode has not been run yet.
 
     python -m gkdjax.main --config=configs/gemma3.py:tiny
 
 The same on random models of 262,144 tokens, made on the spot in `runs/tiny_models`: it tries the
-plumbing, and the answers are noise. Expected, on 2 CPU cores: one minute, most of it compilation;
-the first five steps take the loss from 0.77 to 0.44 nats a token.
+plumbing, and the answers are noise. Expected, on 2 CPU cores: 80 seconds, most of them compilation;
+the first five steps take the loss from 0.89 to 0.45 nats a token.
 """
 
 import json

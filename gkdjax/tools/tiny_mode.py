@@ -46,9 +46,7 @@ def is_asked(mode: str, file: str) -> bool:
     return mode == "tiny"
 
 
-def shrink(
-    c, *, vocab_size: int = 512, steps: int = 16, learning_rate: float = 5e-3
-) -> None:
+def shrink(c, *, vocab_size: int = 512, steps: int = 16, learning_rate: float = 5e-3) -> None:
     """Other models in `runs/tiny_models`, and less of everything; what is done stays the same.
 
     Configs that share the sizes here share most of their compiled programs, too.
@@ -83,7 +81,7 @@ def shrink(
 
 
 def first_rows(source, count: int):
-    """The first `count` rows of a .jsonl file, or of rows; of each, where there are several by name.
+    """The first `count` rows of a .jsonl file, or of rows; of several by name, those of each.
 
     What is no such source, as None, comes back as it is.
     """
