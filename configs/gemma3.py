@@ -5,30 +5,29 @@
 The teacher reads `gemma3/prefix.json` (short plain answers that end with a line "Check: ..."); the
 student learns to answer so without it: 100 steps of forward KL on the teacher's text, then 100 of a
 generalized JSD, half of them on its own text. Its anchor are other tasks, half of them under other
-system messages, which it must keep obeying.
+system messages, which it must keep obeying. Asked is how many of 32 answers have that last line.
 
-Both models are gated: see the README. Sized for one GPU of
-24 GB or more, or a v5e-8. Run time and result: unknown, this mode has not been run yet.
+Both models are gated: see the README. Sized for one GPU of 24 GB or more, or a v5e-8. Run time and
+result: unknown, this mode has not been run yet.
 
     python -m gkdjax.main --config=configs/gemma3.py:tiny
 
 The same on random models of 262,144 tokens, made on the spot in `runs/tiny_models`: it tries the
-plumbing, and the answers are noise. Expected, on 2 CPU cores: one minute, most of it compilation;
-the first five steps take the loss from 0.77 to 0.44 nats a token.
+plumbing, and the answers are noise. Expected, on 2 CPU cores: 80 seconds, most of them compilation;
+the first five steps take the loss from 0.89 to 0.45 nats a token.
 """
 
 import json
 import pathlib
 
 from gkdjax import config
+from gkdjax.tools import tiny_mode
 
 HERE = pathlib.Path(__file__).parent / "gemma3"
-MODES = ("", "tiny")
 
 
 def get_config(mode: str = ""):
-    if mode not in MODES:
-        raise ValueError(f"mode {mode!r}: write configs/gemma3.py, or configs/gemma3.py:tiny")
+    tiny = tiny_mode.is_asked(mode, __file__)
     c = config.default()
     c.teacher.backend = "flax"
     c.teacher.model = "google/gemma-3-1b-it"
@@ -63,46 +62,24 @@ def get_config(mode: str = ""):
     c.train.accumulation = 4  # 8 rows at once: one for each chip of a v5e-8
     c.train.remat = True
     c.train.export = "both"
-    c.eval.prompts = str(HERE / "held_out.jsonl")
+    c.eval.questions = str(HERE / "held_out.jsonl")
+    c.eval.match = "regex"
+    c.eval.retention = {"facts": str(HERE.parent / "general/facts.jsonl")}
+    c.eval.other_prefix = [{"role": "system", "content": "Answer with a single word."}]
     c.eval.every_steps = 50
     c.eval.max_new_tokens = 128
     c.eval.batch_size = 32
-    if mode == "tiny":
+    if tiny:
         _make_tiny(c)
     return c
 
 
 def _make_tiny(c):
-    """Other models, and less of everything; what is done stays the same."""
-    from gkdjax.tools.make_tiny import make_tiny  # slow to import, and the full mode needs it not
-
-    models = pathlib.Path("runs/tiny_models")
-    c.teacher.model, c.student.model = str(models / "teacher"), str(models / "student")
-    make_tiny(c.teacher.model, width=96, layers=3, vocab_size=262_144, seed=1)
-    make_tiny(c.student.model, width=64, layers=2, vocab_size=262_144, seed=2)
-    c.student.compute_dtype = "float32"
-    c.student.lora.rank = 8
-    c.student.lora.alpha = 16.0
-
-    # A token a character: the teacher reads 300 of the prefix.
-    c.data.train = _rows("prompts.jsonl", 8)
-    c.anchor.data = _rows("anchor.jsonl", 8)
-    c.eval.prompts = _rows("held_out.jsonl", 4)
+    """A vocabulary of Gemma's size, and so fewer and shorter rows than other tiny modes."""
+    tiny_mode.shrink(c, vocab_size=262_144, steps=10, learning_rate=1e-2)
+    c.data.train = tiny_mode.first_rows(c.data.train, 8)
+    c.eval.questions = tiny_mode.first_rows(c.eval.questions, 4)
     c.data.bucket_lengths = (8, 128, 512)
     c.gkd.chunk_size = 128
-    c.trajectory.per_prompt = 1
-    c.trajectory.max_new_tokens = 8
-    c.gkd.on_policy_warmup_steps = 5
-    c.optim.learning_rate = 1e-2
-    c.train.steps = 10
-    c.train.batch_size = 8
-    c.train.accumulation = 2
-    c.anchor.batch_size = 8
-    c.eval.every_steps = 5
-    c.eval.max_new_tokens = 8
+    c.trajectory.max_new_tokens = c.eval.max_new_tokens = 8
     c.eval.batch_size = 4
-
-
-def _rows(name: str, count: int) -> list[dict]:
-    lines = (HERE / name).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines[:count]]

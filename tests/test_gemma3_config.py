@@ -75,7 +75,7 @@ def test_the_tiny_mode_is_ready_before_jax_is_loaded(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(PATH.parents[1])}
     subprocess.run([sys.executable, "-c", code + check], check=True, cwd=tmp_path, env=environment)
     made = sorted(path.name for path in (tmp_path / "runs/tiny_models").iterdir())
-    assert made == ["student", "teacher"]
+    assert made == ["student-262144", "teacher-262144"]
 
 
 def test_the_tiny_mode_runs_from_end_to_end(monkeypatch, tmp_path):
@@ -84,6 +84,7 @@ def test_the_tiny_mode_runs_from_end_to_end(monkeypatch, tmp_path):
     c.gkd.on_policy_warmup_steps = 0  # one divergence, one compilation less
     c.gkd.on_policy_fraction = 0.6  # of the three steps: the second, with seed 0
     c.train.steps = 3
+    c.eval.retention, c.eval.other_prefix = {}, ()  # nor what test_examples.py measures
     c.log.tensorboard = c.log.progress_bar = False
     workdir = pathlib.Path("runs/gemma3-tiny")
     results = loop.run(c, workdir)
