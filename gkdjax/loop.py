@@ -33,6 +33,7 @@ from gkdjax.errors import Preempted, TeacherUnreachable, UserError, WrongAnswer
 from gkdjax.evaluation.scoring import Reader
 from gkdjax.hf import export
 from gkdjax.metrics import MetricsWriter, read_lines, write_lines
+from gkdjax.planning import room
 from gkdjax.record import Recorder
 from gkdjax.results import content
 from gkdjax.teachers.http.teacher import HttpTeacher
@@ -83,6 +84,7 @@ def run(
         if teacher is None and config.teacher.offline:
             steps = rows_of_run.total_steps(config, len(rows.feed))
             fill_store.require_filled(config, workdir, rows.teacher, steps)
+        room.require(rows)
         found = _run(assemble(rows, workdir), workdir, began)
     print(results.render(found, workdir))
     workdirs.write_json(workdir / "results.json", found)
@@ -102,6 +104,7 @@ def _run(parts: Run, workdir: pathlib.Path, began: float) -> dict:
         base.prefixes.learn(parts.prompts_by_prefix)  # it is asked what it says with the prefix
         with _told_if_the_teacher_fails("No step was made yet; the same command goes on"):
             before = parts.evaluation.before(base)
+        del base  # or a full fine-tuning would hold the untrained parameters to its end
         before["task"] = examples_of_run.fingerprints(parts.examples)
         workdirs.write_json(workdir / "before.json", before)
     write_lines(workdir / "answers.jsonl", before["answers"])

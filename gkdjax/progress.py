@@ -35,6 +35,14 @@ def table(
     return "\n".join(ruled + [padded(line) for line in lines[1:]])
 
 
+def size(count: int) -> str:
+    """Bytes as people read them: 512 bytes, 1.50 MB, 16.00 GB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:,} bytes" if unit == "bytes" else f"{count:.2f} {unit}"
+        count /= 1000
+
+
 def _cell(text: str, widest: int) -> str:
     text = " ".join(text.split())
     return text if len(text) <= widest else text[: widest - 3] + "..."

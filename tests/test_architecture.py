@@ -49,7 +49,7 @@ FLOORS = {
             "rows_of_run",
             "examples_of_run",
         ),
-        *("results/", "workdir", "report/", "record"),
+        *("results/", "workdir", "report/", "record", "planning/"),
     ),
     5: ("loop",),
     6: ("main", "command_line", "tools/", "benchmarks/"),

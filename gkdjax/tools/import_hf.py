@@ -18,6 +18,7 @@ from gkdjax.hf import hub, model_config
 from gkdjax.hf.leaves import check_tensors, source_names
 from gkdjax.hf.tensor_files import TensorFiles
 from gkdjax.models.spec import DecoderSpec, RopeSpec, param_shapes
+from gkdjax.progress import size
 
 Row = tuple[str, str]  # what, how much
 
@@ -81,17 +82,10 @@ def _weights(spec: DecoderSpec, files: TensorFiles, known: dict) -> Iterator[Row
     own, others = ([n for n in files.names if (n in known) == mine] for mine in (True, False))
     shares = ", ".join(f"{name} ({n:,} numbers)" for name, n in dtypes.most_common() if n)
     yield "dtype", dtypes.most_common(1)[0][0] if shares.count("(") == 1 else shares
-    yield "tensors", f"{len(own)}, {_bytes(sum(sizes[name] for name in own))}, all accounted for"
+    yield "tensors", f"{len(own)}, {size(sum(sizes[name] for name in own))}, all accounted for"
     if others:
-        size = _bytes(sum(sizes[name] for name in others))
-        yield "not of the text", f"{len(others)} tensors, {size}: not read, exported as they are"
-
-
-def _bytes(count: int) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:,} bytes" if unit == "bytes" else f"{count:.2f} {unit}"
-        count /= 1000
+        of_them = size(sum(sizes[name] for name in others))
+        yield "not of the text", f"{len(others)} tensors, {of_them}: not read, exported as they are"
 
 
 def _tokenizer(spec: DecoderSpec, chat: Chat) -> Iterator[Row]:

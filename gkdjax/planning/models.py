@@ -1,0 +1,151 @@
+"""The models of a run, by config.json and the headers of tensor files if there are any."""
+
+import collections
+import dataclasses
+import math
+import pathlib
+
+import ml_dtypes
+import numpy as np
+
+from gkdjax import lora
+from gkdjax.config import Config
+from gkdjax.data import shapes
+from gkdjax.errors import UserError
+from gkdjax.hf import hub, model_config
+from gkdjax.hf.leaves import source_names
+from gkdjax.hf.tensor_files import TensorFiles
+from gkdjax.models.spec import DecoderSpec, param_shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A model's parameters in a checkpoint."""
+
+    spec: DecoderSpec
+    stored_dtype: str  # of most of them
+    stored_bytes: int
+
+    @classmethod
+    def of(cls, spec: DecoderSpec, dtype: str) -> "Weights":
+        return cls(spec, dtype, num_parameters(spec) * itemsize(dtype))
+
+    def dtype(self, wanted: str | None) -> str:
+        """In memory; None: the checkpoint's."""
+        return wanted or self.stored_dtype
+
+    def nbytes(self, wanted: str | None) -> int:
+        """In memory; None: in the checkpoint's dtypes."""
+        if wanted is None:
+            return self.stored_bytes
+        return num_parameters(self.spec) * itemsize(wanted)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What is planned: a run on some devices, of which each holds all weights."""
+
+    config: Config
+    student: Weights
+    teacher: Weights | None  # of its own in this process; None: there is no such one
+    toggles: bool  # the teacher is the student's base
+    devices: int
+
+    @property
+    def full(self) -> bool:
+        """All parameters are trained."""
+        return self.config.student.adapter == "none"
+
+    @property
+    def rules(self) -> lora.LoraRules | None:
+        c = self.config.student.lora
+        if self.full:
+            return None
+        return lora.LoraRules(c.rank, c.alpha, c.dropout, c.targets)
+
+    @property
+    def in_process(self) -> Weights | None:
+        """Whoever teaches in this process; None: a server does."""
+        return self.student if self.toggles else self.teacher
+
+    @property
+    def keeps_base(self) -> bool:
+        """Somebody reads the untrained student during the training; see `assemble`."""
+        c = self.config
+        anchored = c.anchor.data is not None and c.anchor.towards == "base"
+        compared = c.eval.side_effects is not None or bool(c.eval.retention)
+        return self.toggles or anchored or compared
+
+    def rows(self, key: str) -> int:
+        """Of one device, of all rows of a batch: "train", "anchor" or "eval"."""
+        return getattr(self.config, key).batch_size // self.devices
+
+    @property
+    def length(self) -> int:
+        """Positions of the longest row, padded."""
+        c = self.config.data
+        return max(c.bucket_lengths) if c.bucket_lengths else shapes.round_up(c.max_length, ())
+
+
+def read(config: Config, devices: int) -> Setup:
+    """Reads what is known of the models; of the hub's, what is small.
+
+    Raises:
+      UserError: a model that cannot be had, or a config.json that cannot be read.
+    """
+
+    def stored(name: str) -> Weights:
+        return read_weights(hub.local_directory(name, weights=False))
+
+    if not config.student.model:
+        raise UserError("config.student.model is empty: there is nothing to plan")
+    teacher = stored(config.teacher.model) if config.teacher.backend == "flax" else None
+    toggles = config.teacher.backend == "local-toggle"
+    return Setup(config, stored(config.student.model), teacher, toggles, devices)
+
+
+def read_weights(directory: pathlib.Path) -> Weights:
+    """By the headers of the tensor files; without any, in the dtype that config.json names.
+
+    Raises:
+      UserError: as `model_config.load_spec`, and what is wrong with the files.
+    """
+    config, spec = model_config.load_config(directory), model_config.load_spec(directory)
+    if not any(pathlib.Path(directory).glob("*.safetensors")):
+        return Weights.of(spec, _named_dtype(directory, config))
+    files = TensorFiles(directory)
+    _, known = source_names(files, spec, config["model_type"])
+    total, counts, seen = 0, collections.Counter(), set()
+    for name, place in known.items():
+        if place in seen:  # the file of a tied model may hold the table twice; it is read once
+            continue
+        seen.add(place)
+        count, dtype = math.prod(files.shape(name)), files.dtype(name)
+        total += count * dtype.itemsize
+        counts[dtype.name] += count
+    return Weights(spec, counts.most_common(1)[0][0], total)
+
+
+def num_parameters(spec: DecoderSpec) -> int:
+    return sum(map(math.prod, param_shapes(spec).values()))
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one number."""
+    return np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
+
+
+def _named_dtype(directory: pathlib.Path, config: dict) -> str:
+    """Newer configs say "dtype", older ones "torch_dtype"; without either it is float32."""
+    text = config.get("text_config") or {}
+    for part in (config, text):
+        for key in ("dtype", "torch_dtype"):
+            if part.get(key):
+                return _known_dtype(directory, key, part[key])
+    return "float32"
+
+
+def _known_dtype(directory: pathlib.Path, key: str, name: str) -> str:
+    if name not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"{directory}/config.json: {key} {name!r} is not supported")
+    return name

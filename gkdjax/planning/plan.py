@@ -1,0 +1,56 @@
+"""What a run takes on each device, and whether that fits."""
+
+import dataclasses
+
+import jax
+
+from gkdjax import sharding
+from gkdjax.config import rows_at_once
+from gkdjax.planning import bytes_of
+from gkdjax.planning.bytes_of import Parts, total
+from gkdjax.planning.models import Setup
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes on one device."""
+
+    held: Parts  # from the first step to the last
+    phases: dict[str, Parts]  # what each adds while it lasts; they do not overlap
+    lower_bound: Parts  # there for certain, whatever the rows are
+
+    @property
+    def largest_phase(self) -> str:
+        return max(self.phases, key=lambda name: total(self.phases[name]))
+
+    @property
+    def peak(self) -> int:
+        return max(total(self.held) + total(self.phases[self.largest_phase]), self.least)
+
+    @property
+    def least(self) -> int:
+        return total(self.lower_bound)
+
+
+def make(setup: Setup) -> Plan:
+    """Traces the student, without weights.
+
+    Raises:
+      UserError: the devices cannot share the rows, or adapters that fit no kernel.
+    """
+    check_rows(setup)
+    phases = {
+        "training step": bytes_of.training_step(setup),
+        "teacher's forward pass": bytes_of.teacher_forward(setup),
+        "writing of training text": bytes_of.sampling(setup),
+        "evaluation": bytes_of.evaluation(setup),
+    }
+    phases = {name: parts for name, parts in phases.items() if parts}
+    return Plan(bytes_of.held(setup), phases, bytes_of.lower_bound(setup))
+
+
+def check_rows(setup: Setup) -> None:
+    """Raises UserError, as the run does, if the devices cannot share the rows."""
+    mesh = jax.sharding.AbstractMesh((setup.devices, 1, 1), sharding.AXES)
+    for key, rows in rows_at_once(setup.config).items():
+        sharding.check_rows(mesh, key, rows)

@@ -1,0 +1,66 @@
+"""Says what a run takes on each device, and whether it fits, before anything is loaded.
+
+    python -m gkdjax.tools.plan_memory --config=configs/gemma3.py --chips=1xH200,v5e-8
+
+Of the models it reads config.json, and the headers of tensor files that are there. The training
+step's bytes were compared with XLA's own account (`gkdjax.benchmarks.planned_memory`); what is left
+out is named in `gkdjax.planning.bytes_of`, and seconds are rough (`gkdjax.planning.flops`).
+"""
+
+import json
+import os
+import pathlib
+
+from absl import flags
+
+from gkdjax import command_line, config
+
+flags.adopt_module_key_flags(command_line)
+_CHIPS = flags.DEFINE_list(
+    "chips", ["cpu"], "Devices: 1xH200, 8xH100, 1xB200, v5e-8, v5p-32, v6e-8, tpu7x-32, cpu."
+)
+_JSON = flags.DEFINE_string("json", None, "Where the plans are written to, too.")
+
+
+def main(parsed: config.Config, workdir: pathlib.Path) -> None:
+    """The plan of a config on each of --chips."""
+    del workdir
+    os.environ["JAX_PLATFORMS"] = "cpu"  # shapes alone: an accelerator is left to who needs it
+    from gkdjax.planning import chips, models
+
+    named = [chips.named(name) for name in _CHIPS.value]
+    found = [_show(models.read(parsed, devices.count), devices) for devices in named]
+    if _JSON.value is not None:
+        pathlib.Path(_JSON.value).write_text(json.dumps(found, indent=2) + "\n")
+
+
+def _show(setup, devices) -> dict:
+    """Prints the plan on these devices -> what the JSON file has of it."""
+    from gkdjax.planning import advice, flops, plan, text
+
+    planned, limit = plan.make(setup), devices.chip.usable_bytes
+    fits = None if limit is None else planned.peak <= limit
+    changes = [] if fits is not False else advice.changes(setup, limit)
+    print(f"{devices.name}: {devices.count} devices; each holds all weights, and they share rows")
+    print(text.memory(planned), "", text.work(setup, devices), "", sep="\n")
+    print(text.verdict(planned, devices))
+    if fits is False:
+        print(text.advice(changes))
+    work = flops.step(setup)
+    return {
+        "chips": devices.name,
+        "devices": devices.count,
+        "held": planned.held,
+        "phases": planned.phases,
+        "lower_bound": planned.lower_bound,
+        "peak_bytes": planned.peak,
+        "usable_bytes": limit,
+        "fits": fits,
+        "changes": [change._asdict() for change in changes],
+        "flops": {part.name: part.flops for part in work},
+        "seconds": {part.name: flops.seconds(part, setup, devices.chip) for part in work},
+    }
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,107 @@
+"""Bytes that can be counted by hand. The training step as a whole: tests/benchmarks."""
+
+import dataclasses
+
+import pytest
+from planning_setups import STUDENT, TEACHER, setup
+
+from gkdjax.planning import bytes_of
+from gkdjax.planning.bytes_of import held, kv_bytes, lower_bound, total
+
+
+def test_lora_holds_a_frozen_base_and_the_optimizer_of_the_adapters():
+    of = setup(dtype="bfloat16", student__compute_dtype="bfloat16")
+    # All seven kernels of six layers, rank 64: (in + out) * 64 numbers each.
+    ends = (256 + 256) + 2 * (256 + 64) + (256 + 256) + 3 * (256 + 1024)
+    adapters = 6 * 64 * ends * 4
+    found = held(of)
+    assert found["adapters"] == adapters and found["optimizer state"] == 2 * adapters
+    assert found["student, frozen"] == parameters() * 2
+    assert "teacher" not in found  # it is the base
+    assert lower_bound(of)["student, as loaded"] == parameters() * 2
+
+
+def parameters() -> int:
+    """Of the student: kernels, norms, table."""
+    kernels = 256 * 256 * 2 + 256 * 64 * 2 + 3 * 256 * 1024
+    norms = 4 * 256 + 2 * 64
+    return 6 * (kernels + norms) + 256 + 4096 * 256
+
+
+def test_full_fine_tuning_holds_masters_and_a_copy_only_for_who_reads_it():
+    of = setup("bfloat16", student__adapter="none", teacher__backend="flax")
+    found = held(of)
+    assert found["student, float32"] == parameters() * 4
+    assert found["optimizer state"] == parameters() * 8
+    assert "student, frozen second copy" not in found
+    toggling = held(setup("bfloat16", student__adapter="none"))
+    assert toggling["student, frozen second copy"] == parameters() * 2
+    anchored = {"anchor__data": [{"prompt": "?"}], "teacher__backend": "flax"}
+    found = held(setup("bfloat16", student__adapter="none", **anchored))
+    assert found["student, frozen second copy"] == parameters() * 2
+    found = held(setup("bfloat16", student__adapter="none", anchor__towards="teacher", **anchored))
+    assert "student, frozen second copy" not in found
+
+
+def test_the_masters_begin_beside_what_was_loaded():
+    of = setup("bfloat16", student__adapter="none", teacher__backend="flax")
+    assert total(lower_bound(of)) == parameters() * (2 + 4 + 8) + of.teacher.nbytes(None)
+
+
+def test_dtypes_of_the_config_win_over_the_checkpoints():
+    changes = {"student__dtype": "bfloat16", "teacher__dtype": "bfloat16"}
+    of = setup("float32", teacher__backend="flax", **changes)
+    assert lower_bound(of)["student, as loaded"] == parameters() * 2
+    assert lower_bound(of)["teacher"] * 2 == of.teacher.nbytes(None)
+
+
+def test_keys_and_values_of_local_layers_are_as_many_as_the_window():
+    assert kv_bytes(STUDENT, 100, "float32") == 2 * 64 * 6 * 100 * 4
+    assert kv_bytes(STUDENT, 1000, "bfloat16") == 2 * 64 * (1 * 1000 + 5 * 512) * 2
+    assert kv_bytes(dataclasses.replace(TEACHER, window=None), 9, "float32") == 2 * 64 * 12 * 9 * 4
+
+
+def test_a_prefix_of_all_rows_is_one_and_rows_of_their_own_have_the_limit():
+    one = held(setup(teacher__prefix_bytes=10**9))["teacher's prefixes, at most"]
+    assert one == kv_bytes(STUDENT, 128, "float32")
+    own = setup(teacher__prefix_bytes=10**9, context__prefix_messages=())
+    assert held(own)["teacher's prefixes, at most"] == 10**9
+
+
+def test_a_server_takes_no_memory_here():
+    changes = {"teacher__backend": "vllm", "teacher__api_base": "http://127.0.0.1:1/v1"}
+    of = setup(**changes)
+    assert not any("teacher" in part for part in held(of))
+    assert bytes_of.teacher_forward(of) == {} and bytes_of.sampling(of) == {}
+    assert bytes_of.sampling(setup(gkd__on_policy_fraction=0.5, **changes)) != {}
+
+
+@pytest.mark.parametrize("phase", ["training_step", "teacher_forward", "evaluation"])
+def test_devices_share_what_grows_with_the_rows(phase):
+    """With the head's chunk and what is whole on each device left out."""
+    whole = ("head", "gradients", "student", "tables")
+
+    def size(devices):
+        found = getattr(bytes_of, phase)(setup(devices=devices, train__batch_size=8))
+        return sum(n for part, n in found.items() if not part.startswith(whole))
+
+    layer = (256 * 256 * 2 + 256 * 64 * 2 + 3 * 256 * 1024 + 4 * 256 + 2 * 64) * 4
+    assert size(4) - layer == pytest.approx((size(1) - layer) / 4, rel=0.01)
+
+
+def test_less_is_kept_with_remat_and_with_parts():
+    def activations(**changes):
+        return bytes_of.training_step(setup(train__batch_size=8, **changes))["activations"]
+
+    plain = activations()
+    assert activations(train__remat=True) < plain / 10
+    assert activations(train__accumulation=4) == pytest.approx(plain / 4, rel=0.02)
+
+
+def test_weights_of_another_dtype_than_the_products_are_cast_and_kept():
+    """A frozen kernel in bfloat16 is needed in float32 by the backward pass."""
+    same = bytes_of.training_step(setup("float32"))
+    cast = bytes_of.training_step(setup("bfloat16"))
+    kernels = 6 * (256 * 256 * 2 + 256 * 64 * 2 + 3 * 256 * 1024) * 4
+    assert cast["activations"] - same["activations"] == kernels
+    assert cast["tables"] - same["tables"] == 4096 * 256 * 4
