@@ -2,15 +2,17 @@
 
     python -m gkdjax.main --config=configs/sft_dataset.py
 
-1,000 conversations of `trl-lib/Capybara` (`pip install -e '.[datasets]'`; downloaded once). The
-targets are all of the assistant's messages, and what is learnt of each of their tokens is not the
-token, as in supervised fine-tuning, but the whole distribution of the teacher: Qwen 3 0.6B with
-`sft_dataset/system_prompt.txt` before its eyes. So the dataset gives the topics, and the prefix the
-manner. It shows less in other people's words than in the teacher's: with the loss on this text,
-look at the distance on the teacher's own (`eval.prompts`). The validation split is the dataset's.
+1,000 conversations of `HuggingFaceH4/ultrachat_200k` (`pip install -e '.[datasets]'`; downloaded
+once). The targets are all of the assistant's messages, and what is learnt of each of their tokens
+is not the token, as in supervised fine-tuning, but the whole distribution of the teacher: Qwen 3
+0.6B with `sft_dataset/system_prompt.txt` before its eyes. So the dataset gives the topics, and the
+prefix the manner. It shows less in other people's words than in the teacher's: with the loss on
+this text, look at the distance on the teacher's own (`eval.prompts`). The validation split is the
+dataset's.
 
-A dataset with two columns for the same thing, as `prompt` and `messages`, is refused: keep one
-of them. The anchor has other system messages alone: all that is asked without one is to change.
+A dataset with two columns for the same thing is refused, but for a `prompt` that says again how
+`messages` begins, as this one's. The anchor has other system messages alone: all that is asked
+without one is to change.
 
 Meant for one GPU of 24 GB. Run time and result: unknown, this mode has not been run yet.
 
@@ -38,8 +40,8 @@ def get_config(mode: str = ""):
     c.student.compute_dtype = "bfloat16"
     c.context.system_prompt_file = str(DATA / "system_prompt.txt")
 
-    c.data.train = "trl-lib/Capybara:train[:1000]"
-    c.data.validation = "trl-lib/Capybara:test[:100]"
+    c.data.train = "HuggingFaceH4/ultrachat_200k:train_sft[:1000]"
+    c.data.validation = "HuggingFaceH4/ultrachat_200k:test_sft[:100]"
     c.data.max_length = 1024
     c.data.too_long = "truncate-right"
     c.data.template_kwargs = {"enable_thinking": False}

@@ -13,7 +13,8 @@ A row has, under names that data sets use (null counts as absent):
    or a list of strings any of which is; and `match`, if it is not `eval.match`.
 
 There is no precedence among names for the same thing: a row with two of them is refused with the
-question which one is meant. Rows of one source may differ.
+question which one is meant, unless a prompt says again how the list of turns begins. Rows of one
+source may differ.
 """
 
 import collections
@@ -121,6 +122,7 @@ def _turns(given: dict, name: str, unread: set[str]) -> tuple[Message, ...]:
     found = [column for column in named if column in given]
     if not found:
         raise UserError(f"{name}: has no turns; give it one of {', '.join(named)}")
+    found = _without_repeated(found, given)
     if len(found) > 1:
         raise UserError(f"{name}: which are its turns, {' or '.join(found)}? Keep one column")
     (column,) = found
@@ -130,6 +132,16 @@ def _turns(given: dict, name: str, unread: set[str]) -> tuple[Message, ...]:
     if not turns:
         raise UserError(f"{name}: has no turns: {column} is an empty list")
     return turns
+
+
+def _without_repeated(found: list[str], given: dict) -> list[str]:
+    """Without columns that say again how the conversation begins, as in HuggingFaceH4's datasets."""
+    chats = [given[column] for column in found if column in _CHATS]
+    if len(chats) != 1 or not isinstance(chats[0], list | tuple):
+        return found
+    said = (m for m in chats[0] if isinstance(m, dict) and m.get("role") != "system")
+    first = next(said, {}).get("content")
+    return [column for column in found if column in _CHATS or given[column] != first]
 
 
 def _response(found: dict, turns: tuple[Message, ...], name: str) -> str | None:

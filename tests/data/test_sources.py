@@ -132,7 +132,7 @@ def test_a_missing_file_is_refused(tmp_path):
         ({"prompt": 3}, "prompt must be a string, not a number"),
         ({"prompt": True}, "prompt must be a string, not true or false"),
         ({"prompt": ["hi"]}, "prompt must be a string, not a list"),
-        ({"prompt": "hi", "messages": [_turn()]}, "its turns, prompt or messages. Keep one"),
+        ({"prompt": "ho", "messages": [_turn()]}, "its turns, prompt or messages. Keep one"),
         ({"turns": []}, "has no turns: turns is an empty list"),
         ({"turns": {"role": "user"}}, "turns must be a list of messages, not an object"),
         ({"turns": ["hi"]}, r"turns\[0\]: must be .*, not a string"),
@@ -202,6 +202,21 @@ def test_a_prompt_has_many_names(column):
 def test_a_response_has_many_names(column):
     (example,) = read_examples(({"prompt": "hi", column: "yo"},), "data.train")
     assert example == Example("data.train:0", 0, (), _ASKED, "yo", None)
+
+
+def test_a_prompt_that_only_repeats_how_the_conversation_begins_is_no_question():
+    talk = [_turn("system", "s"), _turn(), _turn("assistant", "yo")]
+    (example,) = read_examples(({"prompt": "hi", "messages": talk},), "data.train")
+    assert (example.turns, example.response) == ((Message("system", "s"), *_ASKED), "yo")
+    for row in (
+        {"prompt": "ho", "messages": talk},
+        {"prompt": "s", "messages": talk},
+        {"prompt": "hi", "messages": talk, "turns": talk},
+        {"prompt": "hi", "messages": "hi"},
+        {"prompt": "hi", "messages": []},
+    ):
+        with pytest.raises(UserError, match=r"^data\.train:0: which are its turns, prompt or mess"):
+            read_examples((row,), "data.train")
 
 
 @pytest.mark.parametrize("column", ["messages", "turns", "conversations"])
