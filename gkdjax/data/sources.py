@@ -135,7 +135,7 @@ def _turns(given: dict, name: str, unread: set[str]) -> tuple[Message, ...]:
 
 
 def _without_repeated(found: list[str], given: dict) -> list[str]:
-    """Without columns that say again how the conversation begins, as in HuggingFaceH4's datasets."""
+    """Without columns that say again how the conversation begins, as ultrachat_200k has one."""
     chats = [given[column] for column in found if column in _CHATS]
     if len(chats) != 1 or not isinstance(chats[0], list | tuple):
         return found
