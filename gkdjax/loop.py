@@ -194,9 +194,10 @@ class Schedule:
         # A line is written before its step's checkpoint may be: after a restart it stands.
         first, tensorboard = first_step + 1, parts.config.log.tensorboard
         self._samples = MetricsWriter(workdir / "samples.jsonl", first, tensorboard=False)
-        self._done = _steps(workdir / "samples.jsonl")  # written last
-        self._written = _steps(workdir / "eval.jsonl")
         self._writer = MetricsWriter(workdir / "eval.jsonl", first, tensorboard, group="eval/")
+        # As the writers have left them; a step's line of samples is its last.
+        self._done = _steps(workdir / "samples.jsonl")
+        self._written = _steps(workdir / "eval.jsonl")
 
     def if_due(self, step: int, state: TrainState, record: Recorder) -> None:
         """Measures the state that `step` steps have made, if that is to be and was not done yet."""

@@ -10,7 +10,7 @@ from gkdjax.data.chat import load_chat
 
 def test_rows_of_similar_length_share_batches_where_others_would_be_padding(student, caplog):
     chat, many = load_chat(student), {"rows": 160, "longest": 40, "max_length": 256}
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "absl"):
         grouped = feed_of(chat, **many)
     assert "160 rows; padded shapes" in caplog.text and "% of the student" in caplog.text
     by_chance = feed_of(chat, most_padding=1.0, **many)
