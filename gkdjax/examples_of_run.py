@@ -68,7 +68,7 @@ def fingerprints(examples: Examples) -> dict[str, dict[str, int]]:
         "validation": examples.validation,
         "side_effects": examples.side_effects,
     } | {f"retention.{name}": rows for name, rows in examples.abilities.items()}
-    if examples.side_effects == list(itertools.chain(*examples.abilities.values())):
+    if examples.side_effects == _in_turn(examples.abilities):
         del sets["side_effects"]
     return {
         name: {"rows": len(rows), "crc32": zlib.crc32(repr([_content(r) for r in rows]).encode())}
@@ -245,6 +245,12 @@ def _side_effects(
 ) -> list[Example]:
     what, source = "a prompt for side effects", config.eval.side_effects
     if source is None:
-        return [row for rows in abilities.values() for row in rows]
+        return _in_turn(abilities)
     rows = read_examples(source, "eval.side_effects", match=config.eval.match)
     return _unrelated(rows, baked, train, what)
+
+
+def _in_turn(abilities: dict[str, list[Example]]) -> list[Example]:
+    """All questions, a row of each set in turn: the first few, asked on the way, are of every set."""
+    rounds = itertools.zip_longest(*abilities.values())
+    return [row for each in rounds for row in each if row is not None]

@@ -145,6 +145,15 @@ def test_what_is_not_named_is_taken_from_what_is():
     assert examples.prompts[0].expected is None
 
 
+def test_the_first_prompts_for_side_effects_are_of_every_retention_set():
+    sets = {
+        name: rows(*(f"{name} {i}" for i in range(n)), answer="x")
+        for name, n in (("a", 3), ("b", 1))
+    }
+    examples = read(eval__retention=sets)
+    assert asked(examples.side_effects) == ["a 0", "b 0", "a 1", "a 2"]
+
+
 def test_runs_are_comparable_by_what_is_asked_and_not_by_where_it_stands(tmp_path):
     def task(**changes):
         return examples_of_run.fingerprints(read(**changes))
