@@ -251,6 +251,6 @@ def _side_effects(
 
 
 def _in_turn(abilities: dict[str, list[Example]]) -> list[Example]:
-    """All questions, a row of each set in turn: the first few, asked on the way, are of every set."""
+    """All questions, a row of each set in turn: so the first few are of every set."""
     rounds = itertools.zip_longest(*abilities.values())
     return [row for each in rounds for row in each if row is not None]

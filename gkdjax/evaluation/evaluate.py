@@ -25,10 +25,9 @@ from gkdjax.data.views import ViewRules
 from gkdjax.evaluation import prefix_cost, scoring
 from gkdjax.evaluation.answering import Answering
 from gkdjax.evaluation.availability import unavailable
-from gkdjax.evaluation.checks import check_fits
 from gkdjax.evaluation.scoring import Reader, Scored
 from gkdjax.evaluation.side_effects import SideEffects
-from gkdjax.evaluation.texts import Texts
+from gkdjax.evaluation.texts import Texts, check_fits
 from gkdjax.evaluation.validation import Validation
 from gkdjax.examples_of_run import Examples
 from gkdjax.feed import Feed
@@ -79,7 +78,9 @@ class Evaluation:
         self._texts = Texts(config, rules, teacher, examples.prompts, mesh)
         greedy = self._texts.greedy
         self._answering = Answering(config, self._chat, greedy, lengths, mesh, shared_vocab)
-        self._validation = Validation.of(validation, config, teacher, mesh)
+        self._validation = None
+        if validation is not None:
+            self._validation = Validation(validation, config, teacher, mesh)
         self._side_effects = SideEffects.of(untrained, config, rules, examples.side_effects, mesh)
         self._asked = list(dict.fromkeys(itertools.chain(examples.prompts, *self._sets.values())))
         views = map(self._texts.prompts, self._asked)

@@ -8,9 +8,8 @@ from jax.sharding import Mesh
 from gkdjax.config import Config
 from gkdjax.data.views import ViewRules
 from gkdjax.evaluation import scoring
-from gkdjax.evaluation.checks import check_fits
 from gkdjax.evaluation.scoring import Reader
-from gkdjax.evaluation.texts import Texts
+from gkdjax.evaluation.texts import Texts, check_fits
 from gkdjax.teachers.flax import FlaxTeacher
 from gkdjax.types import Example
 
@@ -57,5 +56,7 @@ class SideEffects:
           student: trained so far.
           rows: on so many prompts, the first ones; None: on all.
         """
-        text = self._texts.teacher_text.first(min(rows or 2**31, len(self._texts.examples)))
+        text = self._texts.teacher_text
+        if rows is not None:
+            text = text.first(rows)
         return scoring.mean_agreement(student, text, "student", self._config.gkd, self._mesh)

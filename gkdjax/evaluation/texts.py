@@ -186,6 +186,15 @@ def batch_shapes(
     return [pipeline.BatchShape(*shapes.smallest(chain, need)) for need in needs]
 
 
+def check_fits(question: Example, length: int, max_length: int) -> None:
+    """Raises UserError for a prompt that leaves no room for an answer."""
+    if length >= max_length:
+        raise UserError(
+            f"{question.name}: the question has {length} tokens with its prefix and leaves no room"
+            f" in data.max_length = {max_length}; raise it"
+        )
+
+
 def in_batches(rows: Sequence, size: int) -> list[Sequence]:
     """In order; the last one may be smaller."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]

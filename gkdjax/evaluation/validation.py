@@ -21,13 +21,6 @@ class Validation:
     def __init__(self, feed: Feed, config: Config, teacher: Teacher, mesh: Mesh):
         self._feed, self._config, self._teacher, self._mesh = feed, config, teacher, mesh
 
-    @classmethod
-    def of(
-        cls, feed: Feed | None, config: Config, teacher: Teacher, mesh: Mesh
-    ) -> "Validation | None":
-        """None where there are no rows that the teacher can read."""
-        return None if feed is None else cls(feed, config, teacher, mesh)
-
     def ask_teacher(self) -> None:
         """What it will say of them."""
         _ = self._scored
