@@ -73,6 +73,8 @@ def run(
     finished = workdirs.read_json(workdir / "results.json")
     if finished is not None:
         print(results.render(finished, workdir))
+        if not (workdir / "report.html").exists():  # killed between the two
+            report.write_html(workdir)
         return finished
 
     # Part of every program's identity: set here, once, for all of them.

@@ -177,8 +177,11 @@ def test_a_finished_run_shows_its_table_and_another_config_is_refused(finished, 
     assert finished["good"].returncode == 0
     said = finished["good"].stderr  # by this package, and not by the libraries under it
     assert "padded shapes" in said and "orbax" not in said
+    page = files / "runs" / "good" / "report.html"
+    whole = page.read_bytes()
+    page.unlink()  # as after a kill right before it
     again = start(Case("good", ("--config.log.progress_bar=False",), workdir="good"), files)
-    assert again.returncode == 0
+    assert again.returncode == 0 and page.read_bytes() == whole
     first, _, table = finished["good"].stdout.partition("\n")
     assert "a response ends with <end_of_turn> (5)" in first
     assert again.stdout == table and re.search(r"^steps +3$", table, re.MULTILINE)

@@ -49,6 +49,8 @@ def unavailable(
         )
     if not config.eval.other_prefix:
         found["student with another prefix"] = "none was given: set eval.other_prefix"
+    if not examples.abilities:
+        found["kept abilities"] = "no questions beside the task: set eval.retention"
     if not examples.side_effects:
         found["side effects"] = (
             "no unrelated prompts: set eval.side_effects, or eval.retention, whose prompts serve"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small_runs import PREFIX, ConstantTeacher, metrics, small
 
-from gkdjax import loop
+from gkdjax import config, loop
 from gkdjax.errors import UserError
 from gkdjax.losses import Agreement
 from gkdjax.metrics import read_lines
@@ -61,7 +61,7 @@ def test_every_condition_has_every_measure(run):
     assert teacher["perplexity"] < results["base"]["perplexity"]
 
 
-def test_the_schedule_is_the_union_of_both_keys_and_says_what_it_cannot_reach(run):
+def test_the_schedule_is_the_union_of_both_keys(run):
     _, workdir, _ = run
     lines = read_lines(workdir / "eval.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 4, 5]
@@ -74,6 +74,13 @@ def test_the_schedule_is_the_union_of_both_keys_and_says_what_it_cannot_reach(ru
     results = run[0]
     assert samples[0]["answers"] == results["samples"]["base"]
     assert samples[-1]["answers"] == results["samples"]["student"]
+
+
+def test_steps_that_the_run_never_gets_to_are_told(caplog):
+    assert loop.measured_steps(config.Eval(every_steps=2, at_steps=(1, 5)), 5) == {0, 1, 2, 4, 5}
+    assert caplog.text == ""
+    assert loop.measured_steps(config.Eval(at_steps=(1, 7)), 5) == {0, 1, 5}
+    assert "eval.at_steps: the run has 5 steps and never gets to [7]" in caplog.text
 
 
 def test_side_effects_are_nothing_before_the_first_step(run):
@@ -184,6 +191,7 @@ def test_what_is_not_there_is_told_with_what_would_bring_it(student, tmp_path):
         "accuracy on held-out questions",
         "student with the prefix, and what the prefix costs",
         "student with another prefix",
+        "kept abilities",
         "side effects",
         "validation loss",
     }
