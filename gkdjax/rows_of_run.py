@@ -11,16 +11,14 @@ import math
 import pathlib
 
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh
 
-from gkdjax import examples_of_run, models_of_run, sharding
-from gkdjax.config import Config, anchor_sets, rows_at_once
+from gkdjax import examples_of_run, feeds_of_run, models_of_run, sharding
+from gkdjax.config import Config, rows_at_once
 from gkdjax.config_checks import SERVERS
 from gkdjax.curriculum import needs_teacher_text
 from gkdjax.data import row_lengths, shapes
 from gkdjax.data.chat import Chat
-from gkdjax.data.history import answers_apart
 from gkdjax.data.targets import TargetRules
 from gkdjax.data.views import ViewRules
 from gkdjax.errors import UserError
@@ -32,12 +30,8 @@ from gkdjax.models_of_run import Sources
 from gkdjax.teachers import toggle
 from gkdjax.teachers.flax import FlaxTeacher
 from gkdjax.teachers.http import connect
-from gkdjax.teachers.http.teacher import HttpTeacher
 from gkdjax.teachers.protocol import Capabilities, Needs, Teacher, refusals
-from gkdjax.trajectories.rules import ResponseRules
 from gkdjax.types import Example, Message
-
-_MOST_PADDING = 0.2  # of either view; with more, rows of data.train share batches by length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,21 +116,21 @@ def read(
         connections.enter_context(contextlib.closing(teacher))
     toggles = teacher is None and backend == "local-toggle"
     rules = _view_rules(config, sources.chat, sources.teacher_chat)
-    contexts = _contexts(config, sources, teacher)
+    contexts = feeds_of_run.contexts_of(config, sources, teacher)
     asked, limit = _asked(config, examples), config.eval.max_new_tokens
     row_lengths.require_contexts(asked, rules, limit, contexts)
     rows = config.train.batch_size
-    feed = _feed(config, "data.train", examples.train, rules, rows, contexts)
+    feed = feeds_of_run.one_feed(config, "data.train", examples.train, rules, rows, contexts)
     if config.gkd.on_policy_fraction > 0:  # the student writes to rows with a response, too
         unanswered = [dataclasses.replace(row, response=None) for row in feed.rows()]
         limit = config.trajectory.max_new_tokens
         row_lengths.require_contexts(unanswered, rules, limit, contexts)
     if toggles and not (config.teacher.adapter or config.student.lora.start_from):
         toggle.require_longer_view(feed.views_differ())
-    anchor_feeds = _anchor_feeds(config, examples, rules, sources, contexts)
+    anchor_feeds = feeds_of_run.anchor_feeds(config, examples, rules, sources, contexts)
     name = teacher.description if teacher is not None else config.teacher.backend
     can = teacher.capabilities if teacher is not None else FlaxTeacher.capabilities
-    validation = _validation_feed(config, examples, rules, contexts, can)
+    validation = feeds_of_run.validation_feed(config, examples, rules, contexts, can)
     _check_capabilities(config, can, name, _needs(config, feed, anchor_feeds, validation))
     return Rows(
         config=config,
@@ -183,23 +177,6 @@ def _view_rules(config: Config, chat: Chat, teacher_chat: Chat) -> ViewRules:
     )
 
 
-def _contexts(config: Config, sources: Sources, teacher: Teacher | None) -> dict[str, int | None]:
-    """The student's name, and then the teacher's -> tokens that it can read at most, or None."""
-    student = model_config.load_spec(sources.student).context_length
-    found = {f"the student ({config.student.model})": student}
-    if teacher is not None:
-        length = None
-        if isinstance(teacher, FlaxTeacher):
-            length = teacher.decoder.spec.context_length
-        elif isinstance(teacher, HttpTeacher):
-            length = teacher.context_length
-        return found | {f"the teacher ({teacher.description})": length}
-    if sources.teacher is None:
-        return found | {"the teacher (the student's base)": student}
-    length = model_config.load_spec(sources.teacher).context_length
-    return found | {f"the teacher ({config.teacher.model})": length}
-
-
 def _asked(config: Config, examples: Examples) -> list[Example]:
     """All questions of the evaluation, as they are asked."""
     asked = [*dict.fromkeys((*examples.questions, *examples.heldout, *examples.prompts))]
@@ -207,89 +184,6 @@ def _asked(config: Config, examples: Examples) -> list[Example]:
     asked += [dataclasses.replace(e, prefix=(), turns=other + e.turns) for e in asked if other]
     asked += itertools.chain(*examples.abilities.values(), examples.side_effects)
     return [dataclasses.replace(example, response=None) for example in asked]
-
-
-def _feed(
-    config: Config,
-    key: str,
-    examples: list[Example],
-    rules: ViewRules,
-    batch_size: int,
-    contexts: dict[str, int | None],
-    per_prompt: int | None = None,
-) -> Feed:
-    c = config.trajectory
-    if not all(chat.earlier_answers for chat in (rules.student_chat, rules.teacher_chat)):
-        examples = answers_apart(examples, key, rules.targets)
-    row_lengths.require_room_beside_prefix(key, examples, rules, config.context)
-    feed = Feed(
-        key,
-        examples,
-        rules,
-        ResponseRules(rules.targets, c.max_refills, c.max_new_tokens),
-        per_prompt=per_prompt or c.per_prompt,
-        # Rows of one length may be of one kind of task; an anchor's batch is to hold of every kind.
-        most_padding=_MOST_PADDING if key == "data.train" else 1.0,
-        batch_size=batch_size,
-        allowed_lengths=config.data.bucket_lengths,
-        seed=config.train.seed,
-    )
-    row_lengths.require_contexts(feed.rows(), rules, c.max_new_tokens, contexts)
-    return feed
-
-
-def _anchor_rules(
-    config: Config, rules: ViewRules, teacher_chat: Chat, anchors: dict[str, list[Example]]
-) -> ViewRules:
-    roles = {"assistant"}
-    if config.anchor.tokens == "all":
-        roles |= {turn.role for rows in anchors.values() for row in rows for turn in row.turns}
-    # The pattern is for what is being taught; the anchor's text may be about anything.
-    return dataclasses.replace(
-        rules,
-        teacher_chat=teacher_chat,
-        retained=0,
-        targets=TargetRules(tuple(sorted(roles))),
-    )
-
-
-def _anchor_feeds(
-    config: Config,
-    examples: Examples,
-    rules: ViewRules,
-    sources: Sources,
-    contexts: dict[str, int | None],
-) -> dict[str, Feed]:
-    if not examples.anchors:
-        return {}
-    teacher_chat = sources.teacher_chat
-    if config.anchor.towards == "base":
-        teacher_chat = sources.chat
-        contexts = _contexts(config, dataclasses.replace(sources, teacher=None), None)
-    rules = _anchor_rules(config, rules, teacher_chat, examples.anchors)
-    rows = config.anchor.batch_size
-    return {
-        of.name: _feed(config, of.key, examples.anchors[of.name], rules, rows, contexts)
-        for of in anchor_sets(config.anchor)
-    }
-
-
-def _validation_feed(
-    config: Config,
-    examples: Examples,
-    rules: ViewRules,
-    contexts: dict[str, int | None],
-    can: Capabilities,
-) -> Feed | None:
-    """The first `eval.rows` of them; None if there are none, or the teacher cannot read them."""
-    rows, most = examples.validation, config.eval.rows
-    if not rows:
-        return None
-    if len(rows) > most:
-        logging.info("data.validation: the first %d of %d rows (eval.rows)", most, len(rows))
-    batch = config.eval.batch_size
-    feed = _feed(config, "data.validation", rows[:most], rules, batch, contexts, per_prompt=1)
-    return None if feed.needs_scores() and not can.scores else feed
 
 
 def _check_capabilities(config: Config, can: Capabilities, name: str, needs: Needs) -> None:

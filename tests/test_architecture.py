@@ -48,6 +48,7 @@ FLOORS = {
             "models_of_run",
             "rows_of_run",
             "examples_of_run",
+            "feeds_of_run",
         ),
         *("results/", "workdir", "report/", "record", "planning/"),
     ),

@@ -4,7 +4,7 @@ import factories
 import pytest
 from small_runs import ConstantTeacher, metrics, small
 
-from gkdjax import config, loop, rows_of_run
+from gkdjax import config, feeds_of_run, loop
 from gkdjax.data.chat import load_chat
 from gkdjax.data.targets import TargetRules
 from gkdjax.data.views import ViewRules
@@ -64,7 +64,7 @@ def test_an_anchor_has_targets_of_its_own(student, tokens, roles):
     c.anchor.data = [{"messages": [*talk, {"role": "assistant", "content": "42"}]}]
     c = config.parse(c)
     rules = ViewRules(chat, chat, 0, TargetRules(("user",)), 64, "drop")
-    made = rows_of_run._anchor_rules(c, rules, chat, read(c).anchors)
+    made = feeds_of_run._anchor_rules(c, rules, chat, read(c).anchors)
     assert {*made.targets.roles} == roles
 
 

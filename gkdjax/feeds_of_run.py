@@ -1,0 +1,138 @@
+"""The streams of a run's rows: to be trained, to anchor it, and to measure its loss on."""
+
+import dataclasses
+
+from absl import logging
+
+from gkdjax.config import Config, anchor_sets
+from gkdjax.data import row_lengths
+from gkdjax.data.chat import Chat
+from gkdjax.data.history import answers_apart
+from gkdjax.data.targets import TargetRules
+from gkdjax.data.views import ViewRules
+from gkdjax.examples_of_run import Examples
+from gkdjax.feed import Feed
+from gkdjax.hf import model_config
+from gkdjax.models_of_run import Sources
+from gkdjax.teachers.flax import FlaxTeacher
+from gkdjax.teachers.http.teacher import HttpTeacher
+from gkdjax.teachers.protocol import Capabilities, Teacher
+from gkdjax.trajectories.rules import ResponseRules
+from gkdjax.types import Example
+
+_MOST_PADDING = 0.2  # of either view; with more, rows of data.train share batches by length
+
+
+def contexts_of(config: Config, sources: Sources, teacher: Teacher | None) -> dict[str, int | None]:
+    """The student's name, and then the teacher's -> tokens that it can read at most, or None."""
+    student = model_config.load_spec(sources.student).context_length
+    found = {f"the student ({config.student.model})": student}
+    if teacher is not None:
+        length = None
+        if isinstance(teacher, FlaxTeacher):
+            length = teacher.decoder.spec.context_length
+        elif isinstance(teacher, HttpTeacher):
+            length = teacher.context_length
+        return found | {f"the teacher ({teacher.description})": length}
+    if sources.teacher is None:
+        return found | {"the teacher (the student's base)": student}
+    length = model_config.load_spec(sources.teacher).context_length
+    return found | {f"the teacher ({config.teacher.model})": length}
+
+
+def one_feed(
+    config: Config,
+    key: str,
+    examples: list[Example],
+    rules: ViewRules,
+    batch_size: int,
+    contexts: dict[str, int | None],
+    per_prompt: int | None = None,
+) -> Feed:
+    """One stream, with its rows as they will be read.
+
+    Args:
+      config: of the run.
+      key: of the stream, as "data.train".
+      examples: its rows.
+      rules: of its views.
+      batch_size: rows of a batch.
+      contexts: of `contexts_of`.
+      per_prompt: responses to a row without one; None: `trajectory.per_prompt`.
+
+    Raises:
+      UserError: rows that do not fit, named.
+    """
+    c = config.trajectory
+    if not all(chat.earlier_answers for chat in (rules.student_chat, rules.teacher_chat)):
+        examples = answers_apart(examples, key, rules.targets)
+    row_lengths.require_room_beside_prefix(key, examples, rules, config.context)
+    feed = Feed(
+        key,
+        examples,
+        rules,
+        ResponseRules(rules.targets, c.max_refills, c.max_new_tokens),
+        per_prompt=per_prompt or c.per_prompt,
+        # Rows of one length may be of one kind of task; an anchor's batch is to hold of every kind.
+        most_padding=_MOST_PADDING if key == "data.train" else 1.0,
+        batch_size=batch_size,
+        allowed_lengths=config.data.bucket_lengths,
+        seed=config.train.seed,
+    )
+    row_lengths.require_contexts(feed.rows(), rules, c.max_new_tokens, contexts)
+    return feed
+
+
+def _anchor_rules(
+    config: Config, rules: ViewRules, teacher_chat: Chat, anchors: dict[str, list[Example]]
+) -> ViewRules:
+    roles = {"assistant"}
+    if config.anchor.tokens == "all":
+        roles |= {turn.role for rows in anchors.values() for row in rows for turn in row.turns}
+    # The pattern is for what is being taught; the anchor's text may be about anything.
+    return dataclasses.replace(
+        rules,
+        teacher_chat=teacher_chat,
+        retained=0,
+        targets=TargetRules(tuple(sorted(roles))),
+    )
+
+
+def anchor_feeds(
+    config: Config,
+    examples: Examples,
+    rules: ViewRules,
+    sources: Sources,
+    contexts: dict[str, int | None],
+) -> dict[str, Feed]:
+    """By name, see `config.anchor_sets`; {} without an anchor. Arguments as for `one_feed`."""
+    if not examples.anchors:
+        return {}
+    teacher_chat = sources.teacher_chat
+    if config.anchor.towards == "base":
+        teacher_chat = sources.chat
+        contexts = contexts_of(config, dataclasses.replace(sources, teacher=None), None)
+    rules = _anchor_rules(config, rules, teacher_chat, examples.anchors)
+    rows = config.anchor.batch_size
+    return {
+        of.name: one_feed(config, of.key, examples.anchors[of.name], rules, rows, contexts)
+        for of in anchor_sets(config.anchor)
+    }
+
+
+def validation_feed(
+    config: Config,
+    examples: Examples,
+    rules: ViewRules,
+    contexts: dict[str, int | None],
+    can: Capabilities,
+) -> Feed | None:
+    """The first `eval.rows` of them; None if there are none, or the teacher cannot read them."""
+    rows, most = examples.validation, config.eval.rows
+    if not rows:
+        return None
+    if len(rows) > most:
+        logging.info("data.validation: the first %d of %d rows (eval.rows)", most, len(rows))
+    batch = config.eval.batch_size
+    feed = one_feed(config, "data.validation", rows[:most], rules, batch, contexts, per_prompt=1)
+    return None if feed.needs_scores() and not can.scores else feed
