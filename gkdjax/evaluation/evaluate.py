@@ -257,14 +257,13 @@ class Evaluation:
         longest = self._config.data.max_length
         for example in self._asked:
             check_fits(example, self._longest_view(example), longest)
-            if self._other:
-                check_fits(example, len(self._prompt(example, "other")), longest)
         for question in itertools.chain(*self._abilities.values()):
             prompt = self._chat.prompt_ids(question.turns, question.name)
             check_fits(question, len(prompt), longest)
 
     def _longest_view(self, example: Example) -> int:
-        return max(map(len, self._texts.prompts(example)))
+        views = ("student", "teacher", "other") if self._other else ("student", "teacher")
+        return max(len(self._prompt(example, view)) for view in views)
 
     def _prompt(self, example: Example, view: str) -> np.ndarray:
         if view == "other":

@@ -89,7 +89,7 @@ class Texts:
         ]
         longest = max(pipeline.shape_of(pair).student for pair in pairs)
         longest = shapes.round_up(longest, self._allowed_lengths)
-        batches = []
+        batches, lost = [], 0
         for part, (batch, targets) in zip(
             in_batches(pairs, self._rows), self.teacher_text.batches, strict=True
         ):
@@ -97,7 +97,14 @@ class Texts:
             shape = pipeline.BatchShape(longest, T, N)
             under = pipeline.pad(_filled(part, self._rows), shape, self._rules.student_chat.pad_id)
             mask_BN = batch.target_mask_BN & under.target_mask_BN
+            lost += int(batch.target_mask_BN.sum() - mask_BN.sum())
             batches.append((dataclasses.replace(under, target_mask_BN=mask_BN), targets))
+        if lost:
+            logging.warning(
+                "eval.other_prefix: %d tokens of the teacher's answers have no room behind it in"
+                " data.max_length, and are not compared",
+                lost,
+            )
         return Scored(batches, self._rows)
 
     def _under(self, prefix: tuple[Message, ...], example: Example, text: Trajectory) -> ViewPair:

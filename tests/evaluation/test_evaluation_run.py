@@ -225,6 +225,14 @@ def test_another_prefix_that_is_the_baked_one_measures_the_same(student, other, 
     assert samples["reprompted_student"] == samples["student_other_prefix"]
 
 
+def test_what_has_no_room_behind_another_prefix_is_told(student, tmp_path, caplog):
+    c = small(student, train__steps=1, eval__prompts=[{"prompt": "q"}], teacher__top_k=1)
+    c.eval.other_prefix = [{"role": "system", "content": "x" * 44}]  # there is room for one token
+    results = loop.run(c, tmp_path, teacher=ConstantTeacher(50, 5))
+    assert "eval.other_prefix: 1 tokens of the teacher's answers have no room" in caplog.text
+    assert results["student_other_prefix"]["forward_kl"] > 0
+
+
 def test_another_prefix_has_to_fit_too(student, tmp_path):
     c = measuring(student, eval__other_prefix=[{"role": "system", "content": "x" * 64}])
     with pytest.raises(UserError, match=r"eval\.questions:0: .*data\.max_length = 64"):
