@@ -20,7 +20,8 @@ def ask(
     """Asks what a teacher says of a batch -> a function that gives it, on the devices.
 
     Args:
-      teacher: any; one that works elsewhere begins at once.
+      teacher: any; one that works elsewhere begins at once, and each process asks it of its own
+        rows.
       batch: NumPy arrays.
       names: of its rows, for errors.
       kept: what it said of some rows when it wrote them: of those it is not asked again.
@@ -32,6 +33,9 @@ def ask(
         unknown_B1 = ~kept.known_B[:, None]
         batch = dataclasses.replace(batch, target_mask_BN=batch.target_mask_BN & unknown_B1)
     if isinstance(teacher, RemoteTeacher):
+        own_B1 = np.zeros_like(batch.target_mask_BN[:, :1])
+        own_B1[sharding.own_rows(mesh, len(own_B1))] = True
+        batch = dataclasses.replace(batch, target_mask_BN=batch.target_mask_BN & own_B1)
         wait = teacher.ask(batch, names)
         return lambda: sharding.shard_rows(mesh, _filled(np, kept, wait()))
     return lambda: _filled(jnp, kept and sharding.shard_rows(mesh, kept), teacher.targets(batch))

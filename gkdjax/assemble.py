@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from gkdjax import lora, models_of_run, seeds, sharding
+from gkdjax import lora, models_of_run, seeds
 from gkdjax.config import Config
 from gkdjax.data.chat import Chat
 from gkdjax.evaluation.evaluate import Evaluation
@@ -60,9 +60,11 @@ def assemble(rows: Rows, workdir: pathlib.Path) -> Run:
       UserError: whatever does not fit, named.
     """
     config, sources, mesh, teacher = rows.config, rows.sources, rows.mesh, rows.teacher
-    decoder, frozen = models_of_run.load(config, sources.student, config.student.dtype, mesh)
+    decoder, frozen = models_of_run.load_student(config, sources.student, mesh)
     start = models_of_run.starting_adapters(config, workdir, decoder.spec, frozen)
-    base = frozen if start is None else lora.attach(frozen, sharding.replicate(mesh, start))
+    if start is not None:
+        start = jax.device_put(start, decoder.layout.places(start))
+    base = frozen if start is None else lora.attach(frozen, start)
     in_process = InProcess(config, workdir, rows.lengths, mesh, decoder.spec.vocab_size)
     if teacher is None:
         own = (decoder, frozen) if rows.toggles else None
@@ -113,11 +115,17 @@ def assemble(rows: Rows, workdir: pathlib.Path) -> Run:
 
 def initial_state(run: Run, optimizer: optax.GradientTransformation) -> TrainState:
     """Adapters, or float32 masters of every parameter (a copy: the step donates them)."""
-    if run.frozen is None:
-        trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), run.base)
-    elif run.start is not None:
-        trainable = run.start
-    else:
-        key = jax.random.key(seeds.fold(run.config.train.seed, "lora"))
-        trainable = models_of_run.fresh_adapters(run.config, run.frozen, key)
-    return sharding.replicate(run.mesh, init_state(trainable, optimizer))
+
+    def make(base, start):
+        if run.frozen is None:
+            trainable = jax.tree.map(lambda x: x.astype(jnp.float32), base)
+        elif start is not None:
+            trainable = start
+        else:
+            key = jax.random.key(seeds.fold(run.config.train.seed, "lora"))
+            trainable = models_of_run.fresh_adapters(run.config, base, key)
+        return init_state(trainable, optimizer)
+
+    given = run.base if run.frozen is None else run.frozen, run.start
+    places = run.decoder.layout.places(jax.eval_shape(make, *given))
+    return jax.jit(make, out_shardings=places)(*given)

@@ -225,6 +225,20 @@ class Log:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mesh:
+    """How the devices share a run; of the four sizes one may be -1, what the others leave."""
+
+    data: int = -1  # rows
+    fsdp: int = 1  # rows; and weights, of which each layer's are gathered while it computes
+    tensor: int = 1  # heads, MLP width and vocabulary
+    dcn_data: int = 1  # slices that only a data-centre network joins: rows
+    # {"leaves": a regular expression of whole paths, "axes": ["fsdp", None, ...]} each: how leaves
+    # of the student, or of a teacher in this process, are cut other than by `gkdjax.layout.RULES`.
+    student_rules: tuple[dict, ...] = ()
+    teacher_rules: tuple[dict, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """All of it, checked."""
 
@@ -240,6 +254,7 @@ class Config:
     eval: Eval = dataclasses.field(default_factory=Eval)
     checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
     log: Log = dataclasses.field(default_factory=Log)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
 
 
 def default() -> config_dict.ConfigDict:

@@ -15,6 +15,7 @@ SERVERS = ("vllm", "sglang", "openai")
 REACH_KEYS = ("api_base", "api_key_env", "concurrency", "timeout_s", "deadline_s", "max_retries")
 REACH_KEYS += ("store", "offline", "trust_env")
 MATCHES = ("keywords", "exact", "regex")
+MESH_AXES = ("data", "fsdp", "tensor")
 PREFIX_KEYS = ("prefix_messages", "prefix_file", "system_prompt_file", "corpus")
 
 
@@ -29,6 +30,7 @@ def check(config) -> None:
         _check_text,
         _check_eval,
         _check_training,
+        _check_mesh,
     ):
         check_section(config)
 
@@ -317,3 +319,30 @@ def _check_training(config) -> None:
     if config.student.adapter == "none":
         advice = "without an adapter (student.adapter='none') only 'merged' can be exported"
         _require(train.export == "merged", "train.export", train.export, advice)
+
+
+def _check_mesh(config) -> None:
+    sizes = {key: getattr(config.mesh, key) for key in (*MESH_AXES, "dcn_data")}
+    for key, size in sizes.items():
+        what = "is a number of devices, or -1 for what the others leave"
+        _require(size >= 1 or size == -1, f"mesh.{key}", size, what)
+    open_axes = [key for key, size in sizes.items() if size == -1]
+    for key in open_axes[1:]:
+        _require(False, f"mesh.{key}", -1, f"mesh.{open_axes[0]} is -1 as well; one size can be")
+    advice = "a teacher that is the student's base lies as the student does: set mesh.student_rules"
+    own = not config.mesh.teacher_rules or config.teacher.backend != "local-toggle"
+    _require(own, "mesh.teacher_rules", config.mesh.teacher_rules, advice)
+    for key in ("student_rules", "teacher_rules"):
+        for rule in getattr(config.mesh, key):
+            _check_rule(f"mesh.{key}", rule)
+
+
+def _check_rule(key: str, rule: dict) -> None:
+    what = "is {'leaves': a regular expression of paths, 'axes': a list of axes or None}"
+    fits = set(rule) == {"leaves", "axes"} and isinstance(rule["leaves"], str)
+    _require(fits and isinstance(rule["axes"], list | tuple), key, rule, what)
+    _check_regex(key, rule["leaves"])
+    named = [axis for axis in rule["axes"] if axis is not None]
+    for axis in named:
+        _choice(key, axis, MESH_AXES)
+    _require(len(set(named)) == len(named), key, rule, "an axis cuts one dimension only")

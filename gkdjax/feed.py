@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from absl import logging
 
-from gkdjax import fates, seeds, sharding
+from gkdjax import fates, seeds
 from gkdjax.data import pipeline, row_lengths, shapes, views
 from gkdjax.data.views import ViewRules
 from gkdjax.prefix_store import worth_keeping
@@ -183,18 +183,16 @@ class Feed:
     def batch(self, step: int) -> tuple[Batch, pipeline.Kept | None]:
         """The off-policy batch of a step, as NumPy arrays, and what its writer kept of it.
 
-        Of several processes each gets its own rows of it, in the shape that all rows need.
+        Every process has all of its rows, and sends its devices their own.
         """
         pairs = self._batch_pairs(step)
         need = shapes.longest([pipeline.shape_of(pair) for pair in pairs])
         shape = pipeline.BatchShape(*shapes.smallest(self._shapes, need))
-        pairs = sharding.process_rows(pairs)
         return self.pad(pairs, shape), pipeline.kept_targets(pairs, shape.targets)
 
     def names(self, step: int) -> list[str]:
-        """Of the rows of a step's batch that this process has."""
-        rows = sharding.process_rows(self.batch_rows(step))
-        return [self._examples[row][0].name for row in rows]
+        """Of the rows of a step's batch."""
+        return [self._examples[row][0].name for row in self.batch_rows(step)]
 
     def example(self, row: int) -> Example:
         """The example of a row."""

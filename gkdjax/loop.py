@@ -21,7 +21,6 @@ from gkdjax import (
     report,
     results,
     rows_of_run,
-    sharding,
     training_text,
 )
 from gkdjax import workdir as workdirs
@@ -139,7 +138,7 @@ def _train(parts: Run, workdir: pathlib.Path) -> tuple[TrainState, dict]:
     state = initial_state(parts, optimizer)
     restored = checkpoints.restore(state)
     if restored is not None:
-        state = sharding.replicate(parts.mesh, restored)
+        state = jax.device_put(restored, parts.decoder.layout.places(state))
         logging.info("continuing from step %d", int(state.step))
     first = int(state.step)
     if not parts.keeps_base and parts.frozen is None:

@@ -6,9 +6,9 @@ import pathlib
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
-from gkdjax import lora, sharding
+from gkdjax import lora
 from gkdjax import workdir as workdirs
 from gkdjax.config import Config
 from gkdjax.config_checks import SERVERS
@@ -108,12 +108,15 @@ def find(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> Sour
     return Sources(student, chat, directory, teacher_chat)
 
 
-def load(
-    config: Config, directory: pathlib.Path, dtype: str | None, mesh: Mesh
-) -> tuple[Decoder, dict]:
-    """(decoder, its parameters on every device of the mesh)."""
+def load_student(config: Config, directory: pathlib.Path, mesh: Mesh) -> tuple[Decoder, dict]:
+    """(decoder, its parameters on the mesh)."""
+    return _load(config, directory, config.student.dtype, mesh, config.mesh.student_rules)
+
+
+def _load(config, directory, dtype: str | None, mesh: Mesh, rules: Sequence[dict]):
+    rules = [(rule["leaves"], PartitionSpec(*rule["axes"])) for rule in rules]
     decoder, params = pretrained.load_pretrained(
-        directory, dtype, config.student.compute_dtype, mesh
+        directory, dtype, config.student.compute_dtype, mesh, rules
     )
     return decoder.clone(remat=config.train.remat), params
 
@@ -196,11 +199,14 @@ class InProcess:
         """
         c = self.config.teacher
         description = c.model or f"{self.config.student.model}, its own adapter off"
-        decoder, params = own or load(self.config, sources.teacher, c.dtype, self.mesh)
+        decoder, params = own or _load(
+            self.config, sources.teacher, c.dtype, self.mesh, self.config.mesh.teacher_rules
+        )
         if c.adapter:
             directory = local_directory(c.adapter, self.workdir)
             adapters = peft.load_adapter(directory, decoder.spec).adapters
-            params = lora.attach(params, sharding.replicate(self.mesh, adapters))
+            adapters = jax.device_put(adapters, decoder.layout.places(adapters))
+            params = lora.attach(params, adapters)
             description += f", with the adapter {c.adapter}"
         return self.teacher(decoder, params, sources.teacher_chat, description)
 

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gkdjax import sharding
 from gkdjax.curriculum import Curriculum
 from gkdjax.data import pipeline, shapes, views
 from gkdjax.data.views import ViewRules
@@ -106,7 +105,7 @@ class StudentText:
             pairs.append(self._blank(row) if pair is None else pair)
         shape = pipeline.BatchShape(*self._shape(rows)[1:])
         refused = sum(one.refused for one in written)
-        batch = self._feed.pad(sharding.process_rows(pairs), shape)
+        batch = self._feed.pad(pairs, shape)
         truncated = fates.count(views.Fate.TRUNCATED)
         dropped = len(fates) - fates.count(views.Fate.KEPT) - truncated
         return OnPolicyBatch(batch, refused, dropped, truncated)

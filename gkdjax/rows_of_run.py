@@ -95,7 +95,8 @@ def read(
     """
     if teacher is not None and not isinstance(teacher, Teacher):
         raise UserError(f"{teacher!r} is no teacher: see gkdjax.teachers.protocol.Teacher")
-    mesh = sharding.data_mesh()
+    c = config.mesh
+    mesh = sharding.make_mesh(c.data, c.fsdp, c.tensor, c.dcn_data)
     for key, rows in rows_at_once(config).items():
         sharding.check_rows(mesh, key, rows)
     lengths = _ladder(config)

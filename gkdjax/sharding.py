@@ -1,124 +1,156 @@
-"""Where arrays lie: one mesh over the local devices, and how each of the decoder's leaves is cut.
+"""The mesh of all devices, and rows that it shares.
 
-Rows of a batch are cut over "data". Parameters are cut over "fsdp" (memory: gathered where they
-are used) and over "tensor" (a product's output or its sum is cut with them).
+Rows of a batch are cut over "data" and "fsdp". Weights are cut over "fsdp" (memory: each layer's
+are gathered while it computes) and over "tensor" (a product's output or its sum is cut with them);
+`gkdjax.layout` says which leaf how.
 """
 
 import math
-import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gkdjax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-
-# Path regex -> how such a leaf is cut; the first that matches the whole path counts. Kernels are
-# (L, in, out). A tensor-parallel pair (q, k, v, then o; gate and up, then down) is cut along what
-# lies between the two, so that one sum over "tensor" is needed after the second alone.
-RULES = (
-    (r"layers/(q|k|v|gate|up)_proj", PartitionSpec(None, "fsdp", "tensor")),
-    (r"layers/(o|down)_proj", PartitionSpec(None, "tensor", "fsdp")),
-    (r"layers/[qkv]_bias", PartitionSpec(None, "tensor")),
-    # [V, D]. Over "tensor" each device has logits of its own words; over "fsdp" a word's row is
-    # cut, not the words, so that looking tokens up needs no device to search for them.
-    (r"(un)?embedding", PartitionSpec("tensor", "fsdp")),
-    (r"(.*/)?\w+_norm", PartitionSpec()),  # too small to be worth a gather
-)
+ROW_AXES = ("data", "fsdp")
+ROWS = PartitionSpec(ROW_AXES)
+WHOLE = PartitionSpec()
 
 
-def make_mesh(fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """All local devices on the axes "data", "fsdp" and "tensor"; data has what the others leave.
-
-    Raises:
-      UserError: their number is no multiple of fsdp * tensor.
-    """
-    devices = jax.local_devices()
-    if len(devices) % (fsdp * tensor):
-        raise UserError(
-            f"a mesh of fsdp={fsdp} and tensor={tensor} needs a multiple of {fsdp * tensor}"
-            f" devices, and there are {len(devices)}"
-        )
-    shape = (len(devices) // (fsdp * tensor), fsdp, tensor)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-
-
-def data_mesh() -> Mesh:
-    """All local devices share the rows of a batch, and each holds every parameter whole."""
-    return make_mesh()
-
-
-def param_shardings(mesh: Mesh, shapes: dict[str, tuple[int, ...]]) -> dict[str, NamedSharding]:
-    """How each leaf of a decoder lies on `mesh`, by `RULES`.
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    dcn_data: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """The devices on the axes "data", "fsdp" and "tensor".
 
     Args:
-      mesh: of `make_mesh`.
-      shapes: leaf path -> shape, as `models.spec.param_shapes` has them.
+      data, fsdp, tensor: devices along each axis, within a slice.
+      dcn_data: slices (TPU), or processes where devices know of no slices, that a slower network
+        joins. They share the rows only: the axis "data" has dcn_data * data devices, of one slice
+        side by side.
+      devices: None: all, of all processes.
+      One of the four numbers may be -1: what the others leave.
 
     Raises:
-      ValueError: no rule covers a leaf.
-      UserError: an axis of the mesh does not divide the dimension that it cuts. Both are named.
+      UserError: their product is not the number of devices, or there are not dcn_data slices.
     """
-    return {path: _param_sharding(mesh, path, shape) for path, shape in shapes.items()}
+    devices = jax.devices() if devices is None else devices
+    sizes = _filled_in(
+        {"data": data, "fsdp": fsdp, "tensor": tensor, "dcn_data": dcn_data}, len(devices)
+    )
+    within = tuple(sizes[axis] for axis in AXES)
+    auto = (AxisType.Auto,) * len(AXES)
+    if sizes["dcn_data"] == 1:
+        return jax.make_mesh(within, AXES, axis_types=auto, devices=devices)
+    of_slices = all(hasattr(device, "slice_index") for device in devices)
+    places = {d.slice_index if of_slices else d.process_index for d in devices}
+    if len(places) != sizes["dcn_data"]:
+        raise UserError(
+            f"config.mesh.dcn_data = {sizes['dcn_data']}: the devices are in {len(places)}"
+            f" {'slices' if of_slices else 'processes'}; set it to that number, or to 1"
+        )
+    grid = mesh_utils.create_hybrid_device_mesh(
+        within, (sizes["dcn_data"], 1, 1), devices, process_is_granule=not of_slices
+    )
+    return Mesh(grid, AXES, axis_types=auto)
 
 
-def _param_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
-    cut = next((cut for pattern, cut in RULES if re.fullmatch(pattern, path)), None)
-    if cut is None:
-        raise ValueError(f"no sharding rule covers the leaf {path!r}")
-    for dimension, axis in enumerate(cut):
-        if axis is not None and shape[dimension] % mesh.shape[axis]:
-            raise UserError(
-                f"{path}: dimension {dimension} of {shape} cannot be cut by the"
-                f" {mesh.shape[axis]} devices of mesh axis {axis!r};"
-                f" take {axis}={math.gcd(shape[dimension], mesh.shape[axis])}"
-            )
-    # Axes of one device are left out: jit takes P("fsdp") and P() for two programs, even then.
-    named = [axis if axis is not None and mesh.shape[axis] > 1 else None for axis in cut]
-    while named and named[-1] is None:
-        named.pop()
-    return NamedSharding(mesh, PartitionSpec(*named))
+def _filled_in(sizes: dict[str, int], devices: int) -> dict[str, int]:
+    given = math.prod(size for size in sizes.values() if size != -1)
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    if open_axes and devices % given == 0:
+        return sizes | {open_axes[0]: devices // given}
+    if given == devices:
+        return sizes
+    told = " * ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1)
+    needed = f"a multiple of {given}" if open_axes else str(given)
+    raise UserError(
+        f"config.mesh: {told} needs {needed} devices, and there are {devices}; take"
+        f" {_nearest(sizes, devices)}, or -1 for one of them: what the others leave"
+    )
+
+
+def _nearest(sizes: dict[str, int], devices: int) -> str:
+    """The same mesh with as much of tensor and fsdp as the devices allow, and data for the rest."""
+    tensor = math.gcd(abs(sizes["tensor"]), devices)
+    fsdp = math.gcd(abs(sizes["fsdp"]), devices // tensor)
+    slices = math.gcd(abs(sizes["dcn_data"]), devices // tensor // fsdp)
+    data = devices // tensor // fsdp // slices
+    return f"data={data}, fsdp={fsdp}, tensor={tensor}, dcn_data={slices}"
+
+
+def row_shares(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are cut."""
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
+def head_axes(mesh: Mesh) -> dict[str, Any]:
+    """How `gkdjax.losses.fused` and `over_chunks` share the work of a head on this mesh."""
+    return {"mesh": mesh, "row_axes": ROW_AXES, "vocab_axis": "tensor"}
 
 
 def check_rows(mesh: Mesh, key: str, rows: int) -> None:
-    """Raises UserError if `rows` of config key `key` cannot be cut evenly over the data axis."""
-    devices = mesh.shape["data"]
-    if rows % devices:
+    """Raises UserError if `rows` of config key `key` cannot be cut evenly over data and fsdp."""
+    shares = row_shares(mesh)
+    if rows % shares:
         raise UserError(
-            f"config.{key}: {rows} rows at once cannot be shared by {devices} devices;"
-            f" the next number that can is {-(-rows // devices) * devices}"
+            f"config.{key}: {rows} rows at once cannot be shared by {shares} devices;"
+            f" the next number that can is {-(-rows // shares) * shares}"
         )
 
 
-def replicate(mesh: Mesh, tree):
+def replicate(mesh: Mesh, tree: Any):
     """Every leaf whole on every device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return jax.device_put(tree, NamedSharding(mesh, WHOLE))
 
 
-def process_rows(rows: Sequence) -> Sequence:
-    """Of the rows of a batch those that this process has to bring: [B] -> [B / processes].
+def own_rows(mesh: Mesh, rows: int) -> np.ndarray:
+    """The numbers of those of a batch's rows that devices of this process hold, int [n] ascending.
 
-    The processes' rows follow on each other in the order of their devices in a mesh of all of them.
+    Processes whose devices share weights along "tensor" hold the same rows.
     """
-    share, rest = divmod(len(rows), jax.process_count())
-    if rest:
-        raise UserError(
-            f"a batch of {len(rows)} rows cannot be shared by {jax.process_count()} processes;"
-            f" the next number that can is {(share + 1) * jax.process_count()}"
-        )
-    return rows[jax.process_index() * share : (jax.process_index() + 1) * share]
+    cut = NamedSharding(mesh, ROWS)
+    held = cut.addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[index] for index in held]))
 
 
-def shard_rows(mesh: Mesh, tree):
+def shard_rows(mesh: Mesh, tree: Any):
     """Every leaf cut along its first axis, the rows of a batch.
 
     Args:
-      mesh: with the devices of one process, or of all of them.
-      tree: arrays that hold the rows of this process, see `process_rows`.
+      mesh: of one process, or of all of them.
+      tree: arrays of all rows, the same on every process; each sends its devices only their own.
     """
-    cut = NamedSharding(mesh, PartitionSpec("data"))
-    if mesh.is_multi_process:
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(cut, x), tree)
-    return jax.device_put(tree, cut)
+    cut = NamedSharding(mesh, ROWS)
+    if not mesh.is_multi_process:
+        return jax.device_put(tree, cut)
+
+    def shard(x):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return jax.device_put(x, cut)
+        return jax.make_array_from_callback(np.shape(x), cut, np.asarray(x).__getitem__)
+
+    return jax.tree.map(shard, tree)
+
+
+def fetch(tree: Any):
+    """NumPy arrays, whole, on every process; called by all of them."""
+
+    def whole(x):
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return x
+        return _gather(x, NamedSharding(x.sharding.mesh, WHOLE))
+
+    return jax.device_get(jax.tree.map(whole, tree))
+
+
+def _gather(x: jax.Array, everywhere: NamedSharding) -> jax.Array:
+    return jax.jit(lambda x: x, out_shardings=everywhere)(x)

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
-from gkdjax import lora, losses
+from gkdjax import lora, losses, sharding
 from gkdjax.config import Config, Gkd, anchor_sets
 from gkdjax.models.decoder import Decoder, unembedding_table
 from gkdjax.types import Batch, DenseTargets, TeacherTargets, TrainState
@@ -51,7 +51,7 @@ def weighted_divergence(
         "temperature": gkd.temperature,
         "softcap": softcap,
         "chunk_size": gkd.chunk_size,
-        "mesh": mesh,
+        **sharding.head_axes(mesh),
     }
     if isinstance(targets, DenseTargets):
         shared = min(unembedding_VD.shape[0], targets.unembedding_VE.shape[0])
@@ -92,7 +92,8 @@ def make_train_step(
     """
     accumulation, gkd, anchor_config = config.train.accumulation, config.gkd, config.anchor
     factors = {each.name: each.weight for each in anchor_sets(anchor_config)} | {"loss": 1.0}
-    spec = decoder.spec
+    spec, whole = decoder.spec, NamedSharding(mesh, sharding.WHOLE)
+    layout = dataclasses.replace(decoder.layout, mesh=mesh)
     seed_key = jax.random.key(config.train.seed)
 
     def part_loss(params, part: Part, divergence: str) -> jax.Array:
@@ -133,13 +134,12 @@ def make_train_step(
 
         def add_micro_batch(carry, micro):
             gradient = jax.grad(objective, has_aux=True)(state.trainable, micro)
-            return jax.tree.map(jnp.add, carry, gradient), None
+            added = jax.tree.map(jnp.add, carry, gradient)
+            return jax.lax.with_sharding_constraint(added, carried), None
 
-        (grads, totals), _ = jax.lax.scan(
-            add_micro_batch,
-            (jax.tree.map(jnp.zeros_like, state.trainable), dict.fromkeys(parts, 0.0)),
-            jnp.arange(accumulation),
-        )
+        nothing = jax.tree.map(jnp.zeros_like, state.trainable), dict.fromkeys(parts, 0.0)
+        carried = layout.places(state.trainable), dict.fromkeys(parts, whole)
+        (grads, totals), _ = jax.lax.scan(add_micro_batch, nothing, jnp.arange(accumulation))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         sums = {
             "targets": losses.masked_count(batch.target_mask_BN),
@@ -151,12 +151,12 @@ def make_train_step(
         trainable = optax.apply_updates(state.trainable, updates)
         return TrainState(state.step + 1, trainable, opt_state), sums
 
-    return jax.jit(
-        step,
-        donate_argnames="state",
-        static_argnames="divergence",
-        out_shardings=NamedSharding(mesh, PartitionSpec()),
-    )
+    def placed_step(state: TrainState, *args, **kwargs):
+        state, sums = step(state, *args, **kwargs)
+        places = layout.places(state), dict.fromkeys(sums, whole)
+        return jax.lax.with_sharding_constraint((state, sums), places)
+
+    return jax.jit(placed_step, donate_argnums=0, static_argnames="divergence")
 
 
 def _micro_batch(part: Part, micro: jax.Array, accumulation: int) -> Part:

@@ -2,7 +2,8 @@
 
     python process_batches.py MODEL COORDINATOR PROCESSES INDEX OUT
 
-Writes the rows that it brings, those that its devices hold, and a sum over the rows of all.
+Writes which rows of each batch are its own, those that its devices hold, a sum over the rows of
+all, and what it fetches of them.
 """
 
 import json
@@ -10,9 +11,7 @@ import pathlib
 import sys
 
 import jax
-import numpy as np
 from feeds import feed_of
-from jax.sharding import Mesh
 
 from gkdjax import sharding
 from gkdjax.data.chat import load_chat
@@ -22,7 +21,7 @@ STEPS = 5
 
 def main(model: str, coordinator: str, processes: str, index: str, out: str) -> None:
     jax.distributed.initialize(coordinator, int(processes), int(index))
-    mesh = Mesh(np.asarray(jax.devices()), ("data",))
+    mesh = sharding.make_mesh()
     feed = feed_of(load_chat(model))
     found = []
     for step in range(STEPS):
@@ -32,10 +31,11 @@ def main(model: str, coordinator: str, processes: str, index: str, out: str) -> 
         held = [shard.data.ravel().tolist() for shard in whole.row_id_B.addressable_shards]
         found.append(
             {
-                "brought": batch.row_id_B.tolist(),
+                "own": sharding.own_rows(mesh, len(batch.row_id_B)).tolist(),
                 "held": [row for part in held for row in part],
                 "shape": whole.student_tokens_BS.shape,
                 "total": int(total),
+                "fetched": sharding.fetch(whole.row_id_B).tolist(),
             }
         )
     pathlib.Path(out).write_text(json.dumps(found))

@@ -29,7 +29,7 @@ FLOORS = {
         ),
         *("compilations", "hf", "hf/hub", "hf/tensor_files"),
     ),
-    2: ("models/", "lora", "data/"),
+    2: ("models/", "layout", "lora", "data/"),
     3: (
         *("hf/pretrained", "hf/model_config", "hf/leaves", "hf/output", "hf/peft"),
         *("hf/peft_config", "prefix_store", "sampler", "drawing", "teachers/"),

@@ -11,7 +11,7 @@ from gkdjax.losses import TopKLogprobs
 from gkdjax.teachers.protocol import Capabilities, RemoteTeacher
 from gkdjax.types import TopKTargets
 
-MESH = sharding.data_mesh()
+MESH = sharding.make_mesh()
 BATCH = builders.batch((2, 3, 1, 2))
 B, N = BATCH.target_mask_BN.shape
 K = 2

@@ -17,7 +17,7 @@ DECODER, PARAMS = builders.small_model(
 )
 RNG = np.random.default_rng(0)
 LONG, OTHER, STRANGE = (RNG.integers(3, 32, n).astype(np.int32) for n in (12, 9, 13))
-MESH = sharding.data_mesh()
+MESH = sharding.make_mesh()
 REPLICATED = sharding.replicate(MESH, PARAMS)
 NEVER = (-1,)
 

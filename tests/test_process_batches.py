@@ -8,12 +8,9 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 from feeds import feed_of
 
-from gkdjax import sharding
 from gkdjax.data.chat import load_chat
-from gkdjax.errors import UserError
 
 HERE = pathlib.Path(__file__).parent
 STEPS = 5
@@ -43,15 +40,8 @@ def test_two_processes_share_each_batch(student, tmp_path):
         whole, _ = alone.batch(step)
         found = [part[step] for part in parts]
         halves = [half.tolist() for half in np.split(whole.row_id_B, 2)]
-        assert [f["brought"] for f in found] == halves
-        assert all(f["held"] == f["brought"] for f in found)
+        assert [f["held"] for f in found] == halves
+        assert [f["own"] for f in found] == [[0, 1], [2, 3]]
+        assert all(f["fetched"] == whole.row_id_B.tolist() for f in found)
         assert all(f["shape"] == list(whole.student_tokens_BS.shape) for f in found)
         assert {f["total"] for f in found} == {int(whole.student_tokens_BS.sum())}
-
-
-def test_rows_that_processes_cannot_share_are_refused(monkeypatch):
-    monkeypatch.setattr("jax.process_count", lambda: 4)
-    with pytest.raises(UserError, match=r"6 rows .* by 4 processes; .* can is 8"):
-        sharding.process_rows(range(6))
-    monkeypatch.setattr("jax.process_index", lambda: 2)
-    assert list(sharding.process_rows(range(8))) == [4, 5]

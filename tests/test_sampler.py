@@ -274,7 +274,7 @@ def test_neighbours_batch_size_and_mesh_do_not_change_what_is_kept(model, run, w
     wanted = run(**warm)
     assert_same(run(PROMPTS[1:2], (2,), **warm), wanted[1:2])
     assert_same(run(PROMPTS[::-1], (3, 2, 1), **warm, batch_size=2)[::-1], wanted)
-    mesh = sharding.data_mesh()
+    mesh = sharding.make_mesh()
     on_all = {"params": sharding.replicate(mesh, model[1]), "mesh": mesh, "batch_size": 4}
     assert_same(run(PROMPTS * 2, (1, 2, 3) * 2, **warm, **on_all), wanted * 2)
 
@@ -300,7 +300,7 @@ def test_what_is_not_asked_for_is_neither_computed_nor_stored(written):
 
 
 def test_devices_do_not_talk_while_they_write():
-    text = program(TOP, sharding.data_mesh()).lower().compile().as_text()
+    text = program(TOP, sharding.make_mesh()).lower().compile().as_text()
     assert 'custom_call_target="TopK"' in text
     assert not [word for word in ("all-gather", "all-reduce", "all-to-all") if word in text]
 

@@ -1,36 +1,81 @@
-"""One mesh over the local devices; conftest.py makes four of them."""
+"""One mesh over all devices, and the rows that they share; conftest.py makes four of them."""
 
-import factories
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
 from gkdjax import sharding
 from gkdjax.errors import UserError
-from gkdjax.models.spec import param_shapes
 
 
 @pytest.fixture
 def mesh():
-    return sharding.data_mesh()
+    return sharding.make_mesh()
 
 
-def test_the_mesh_is_all_local_devices_in_auto_mode(mesh):
+def test_the_mesh_is_all_devices_in_auto_mode(mesh):
     assert (mesh.axis_names, mesh.size) == (("data", "fsdp", "tensor"), 4)
     assert mesh.axis_types == (jax.sharding.AxisType.Auto,) * 3
 
 
 @pytest.mark.parametrize(
-    ("fsdp", "tensor", "wanted"), [(1, 1, (4, 1, 1)), (2, 1, (2, 2, 1)), (2, 2, (1, 2, 2))]
+    ("sizes", "wanted"),
+    [
+        ({}, (4, 1, 1)),
+        ({"fsdp": 2}, (2, 2, 1)),
+        ({"fsdp": 2, "tensor": 2}, (1, 2, 2)),
+        ({"data": 2, "tensor": -1}, (2, 1, 2)),
+        ({"data": 4}, (4, 1, 1)),
+        ({"dcn_data": -1, "data": 4}, (4, 1, 1)),
+    ],
 )
-def test_the_data_axis_has_what_the_others_leave(fsdp, tensor, wanted):
-    assert sharding.make_mesh(fsdp, tensor).devices.shape == wanted
+def test_one_axis_has_what_the_others_leave(sizes, wanted):
+    assert sharding.make_mesh(**sizes).devices.shape == wanted
 
 
-def test_devices_that_cannot_be_shared_out_are_an_error():
-    with pytest.raises(UserError, match=r"fsdp=2 and tensor=3 needs a multiple of 6.* there are 4"):
-        sharding.make_mesh(fsdp=2, tensor=3)
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        (
+            {"fsdp": 2, "tensor": 3},
+            r"fsdp=2 \* tensor=3 needs a multiple of 6 devices, and there are 4; take data=2,"
+            " fsdp=2, tensor=1, dcn_data=1",
+        ),
+        ({"data": 8}, "data=8 needs 8 devices, and there are 4; take data=4,"),
+        ({"data": 1, "fsdp": 2}, "fsdp=2 needs 2 devices, and there are 4; take data=2, fsdp=2"),
+    ],
+)
+def test_sizes_that_do_not_multiply_to_the_devices_are_an_error(sizes, told):
+    with pytest.raises(UserError, match=told):
+        sharding.make_mesh(**sizes)
+
+
+class _Slices:
+    """Devices of two slices of two, as a TPU has them."""
+
+    platform = device_kind = "tpu of a test"
+
+    def __init__(self, number):
+        self.id, self.slice_index, self.process_index = number, number % 2, 0
+        self.coords, self.core_on_chip = (number // 2, 0, 0), 0
+
+    def __repr__(self):
+        return f"d{self.id}"
+
+
+def test_slices_lie_one_after_the_other_along_data(monkeypatch):
+    placed = []
+    monkeypatch.setattr(sharding, "Mesh", lambda grid, *_, **__: placed.append(grid))
+    devices = [_Slices(number) for number in range(4)]
+    sharding.make_mesh(dcn_data=2, tensor=2, data=1, devices=devices)
+    assert [[d.slice_index for d in row.flat] for row in placed[0]] == [[0, 0], [1, 1]]
+    with pytest.raises(UserError, match=r"mesh.dcn_data = 4: the devices are in 2 slices"):
+        sharding.make_mesh(dcn_data=4, devices=devices)
+
+
+def test_processes_are_the_slices_of_devices_that_have_none():
+    with pytest.raises(UserError, match=r"mesh.dcn_data = 2: the devices are in 1 processes"):
+        sharding.make_mesh(dcn_data=2)
 
 
 def test_rows_are_cut_and_parameters_are_not(mesh):
@@ -50,54 +95,17 @@ def test_rows_that_cannot_be_shared_are_refused_with_a_number_that_can(mesh, row
         sharding.check_rows(mesh, "train.batch_size", rows)
 
 
-def test_only_the_data_axis_shares_rows():
-    mesh = sharding.make_mesh(fsdp=2)
-    sharding.check_rows(mesh, "train.batch_size", 6)
+def test_data_and_fsdp_share_rows_and_tensor_does_not():
+    mesh = sharding.make_mesh(fsdp=2, tensor=2)
+    assert sharding.row_shares(mesh) == 2
     rows = sharding.shard_rows(mesh, np.arange(6))
     assert {shard.data.shape for shard in rows.addressable_shards} == {(3,)}
+    with pytest.raises(UserError, match="by 4 devices"):
+        sharding.check_rows(sharding.make_mesh(fsdp=2), "train.batch_size", 6)
 
 
-UNTIED = {"tie_word_embeddings": False}
-
-
-@pytest.mark.parametrize("family", factories.FAMILIES)
-def test_the_rules_cover_every_leaf_of_every_family(family):
-    shapes = param_shapes(factories.spec(family, **UNTIED))
-    found = sharding.param_shardings(sharding.make_mesh(2, 2), shapes)
-    assert found.keys() == shapes.keys()
-    whole = {path for path, place in found.items() if place.is_fully_replicated}
-    assert whole == {path for path in shapes if path.endswith("norm")}
-
-
-def test_what_is_cut_how():
-    shapes = param_shapes(factories.spec("qwen2", **UNTIED))
-    found = sharding.param_shardings(sharding.make_mesh(2, 2), shapes)
-    into, out = PartitionSpec(None, "fsdp", "tensor"), PartitionSpec(None, "tensor", "fsdp")
-    specs = {path: place.spec for path, place in found.items()}
-    assert specs["embedding"] == specs["unembedding"] == PartitionSpec("tensor", "fsdp")
-    assert specs["layers/k_proj"] == specs["layers/up_proj"] == into
-    assert specs["layers/o_proj"] == specs["layers/down_proj"] == out
-    assert specs["layers/v_bias"] == PartitionSpec(None, "tensor")
-    assert specs["final_norm"] == specs["layers/attn_norm"] == PartitionSpec()
-
-
-def test_a_leaf_without_a_rule_is_named():
-    with pytest.raises(ValueError, match="'layers/router'"):
-        sharding.param_shardings(sharding.make_mesh(), {"layers/router": (2, 4, 4)})
-
-
-def test_a_dimension_that_does_not_divide_is_named():
-    shapes = {"final_norm": (6,), "layers/q_proj": (2, 6, 12)}
-    sharding.param_shardings(sharding.make_mesh(fsdp=2, tensor=2), shapes)
-    wanted = r"layers/q_proj: dimension 1 of \(2, 6, 12\) .* 4 devices .*'fsdp'; take fsdp=2"
-    with pytest.raises(UserError, match=wanted):
-        sharding.param_shardings(sharding.make_mesh(fsdp=4), shapes)
-
-
-def test_axes_of_one_device_are_not_named():
-    shapes = param_shapes(factories.spec())
-    for place in sharding.param_shardings(sharding.make_mesh(), shapes).values():
-        assert place.spec == PartitionSpec()
-    found = sharding.param_shardings(sharding.make_mesh(tensor=2), shapes)
-    assert found["embedding"].spec == PartitionSpec("tensor")
-    assert found["layers/o_proj"].spec == PartitionSpec(None, "tensor")
+def test_what_is_cut_comes_back_whole(mesh):
+    rows = np.arange(24).reshape(8, 3)
+    found = sharding.fetch({"x": sharding.shard_rows(mesh, rows), "y": rows[0], "z": 3})
+    np.testing.assert_array_equal(found["x"], rows)
+    assert sharding.own_rows(mesh, 8).tolist() == list(range(8))

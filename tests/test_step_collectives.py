@@ -16,7 +16,7 @@ BATCH = builders.batch((2, 2, 1, 2, 2, 2, 1, 2))
 
 @pytest.mark.parametrize("full", [False, True])
 def test_sums_and_gradients_are_all_that_is_exchanged(full):
-    mesh, optimizer = sharding.data_mesh(), optax.sgd(1.0)
+    mesh, optimizer = sharding.make_mesh(), optax.sgd(1.0)
     assert mesh.size == 4
     decoder, params = builders.small_model()
     config = builders.config(gkd=Gkd("forward_kl"), train=Train(accumulation=2))

@@ -16,7 +16,7 @@ from gkdjax.types import TopKTargets
 from tests.losses.loss_cases import DENSE, SHORT, TOPK
 from tests.losses.numpy_reference import BETA
 
-MESH = sharding.data_mesh()
+MESH = sharding.make_mesh()
 BATCH = builders.batch((4, 2, 1, 3))
 WEIGHTS_BN = BATCH.target_mask_BN
 TARGETS = dataclasses.replace(builders.dense_targets(BATCH), softcap=4.0)

@@ -36,7 +36,7 @@ def step_function(accumulation=1, seed=0, remat=False, devices=1, reduction="tok
         anchor=Anchor(names, {"chat": 0.5, "code": 2.0}, divergence="reverse_kl"),
         train=Train(accumulation=accumulation, seed=seed),
     )
-    mesh = jax.sharding.Mesh(np.asarray(jax.local_devices()[:devices]), ("data",))
+    mesh = sharding.make_mesh(devices=jax.local_devices()[:devices])
     decoder = dataclasses.replace(DECODER, remat=remat)
     step = make_train_step(decoder, SGD, optax.constant_schedule(RATE), config, mesh)
 
@@ -275,7 +275,7 @@ def test_dropout_is_a_function_of_seed_and_step():
 def test_full_fine_tuning_is_adamw_of_every_parameter():
     optimizer_config = Optim(learning_rate=0.01, warmup_ratio=0.0, max_grad_norm=0.5)
     optimizer = optim.optimizer(optimizer_config, 10)
-    mesh = sharding.data_mesh()
+    mesh = sharding.make_mesh()
     config = builders.config(gkd=Gkd("forward_kl"), train=Train(accumulation=2))
     schedule = optim.schedule(optimizer_config, 10)
     step = make_train_step(DECODER, optimizer, schedule, config, mesh)

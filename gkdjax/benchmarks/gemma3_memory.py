@@ -54,7 +54,7 @@ def compiled(c: config.Config) -> dict:
         optimizer,
         optim.schedule(c.optim, c.train.steps),
         c,
-        sharding.data_mesh(),
+        sharding.make_mesh(),
     )
     batch = _batch(c)
     main_targets, anchor_targets = (

@@ -10,7 +10,6 @@ import typing
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
 from gkdjax import config, optim, sharding
 from gkdjax.benchmarks.case import STUDENTS, TEACHERS, decoder_spec
@@ -127,9 +126,7 @@ def compiled(c: config.Config, student: DecoderSpec, teacher: DecoderSpec):
     trainable = base if full else adapters(student, "float32", _rules(c))
     optimizer = optim.optimizer(c.optim, c.train.steps or 1)
     state = jax.eval_shape(lambda trainable: init_state(trainable, optimizer), trainable)
-    mesh = jax.make_mesh(
-        (1, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
     decoder = Decoder(student, remat=c.train.remat)
     step = make_train_step(decoder, optimizer, optim.schedule(c.optim, 1), c, mesh)
     batch = _batch(c.train.batch_size, c.data.max_length)

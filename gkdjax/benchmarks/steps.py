@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import traverse_util
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from gkdjax import config, lora, losses, optim, sharding
 from gkdjax.benchmarks.case import PLAIN, STUDENTS, TEACHERS, UNFUSED, Case, Shape, decoder_spec
@@ -75,7 +75,7 @@ def prepare(case: Case) -> Prepared:
 
 def _one_device() -> Mesh:
     """Of a machine's several devices the first: the reference step knows no other."""
-    return Mesh(np.asarray(jax.local_devices()[:1]), ("data",), axis_types=(AxisType.Auto,))
+    return sharding.make_mesh(devices=jax.local_devices()[:1])
 
 
 def make_batch(case: Case) -> Batch:

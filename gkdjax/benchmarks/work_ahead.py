@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="Of each part of a round.")
     parser.add_argument("--rounds", type=int, default=5, help="Timed.")
     a = parser.parse_args()
-    mesh = sharding.data_mesh()
+    mesh = sharding.make_mesh()
     with (
         _server(a.answer_ms / 1000, a.top_k) as base,
         tempfile.TemporaryDirectory() as directory,

@@ -127,15 +127,17 @@ def fused_agreement(
 ) -> tuple[losses.Agreement, jax.Array]:
     """`losses.Agreement` and -log q(ids) of [B,N] arrays, chunk by chunk; 0 outside the mask."""
     student, temperature = Head(softcap, 1.0), gkd.temperature
+    chunks = Chunks.of_memory(gkd.chunk_size, _ARRAYS, **sharding.head_axes(mesh))
+    join = chunks.vocabulary.join  # of a chunk's tokens each device then has all logits
     if isinstance(targets, DenseTargets):
         shared = min(unembedding_VD.shape[0], targets.unembedding_VE.shape[0])
         tables = unembedding_VD[:shared], targets.unembedding_VE[:shared]
         teacher, k = Head(targets.softcap, 1.0), min(_MASS_TOP_K, shared)
 
         def compare(hidden, other, ids, tables):
-            logits = student.logits(hidden, tables[0])
+            logits = join(student.logits(hidden, tables[0]))
             agreement = losses.dense_agreement(
-                logits, teacher.logits(other, tables[1]), k, temperature=temperature
+                logits, join(teacher.logits(other, tables[1])), k, temperature=temperature
             )
             return agreement, _surprise(logits, ids)
 
@@ -143,7 +145,7 @@ def fused_agreement(
     else:
 
         def compare(hidden, topk, ids, table):
-            logits = student.logits(hidden, table)
+            logits = join(student.logits(hidden, table))
             agreement = losses.topk_agreement(logits, topk, tail=gkd.tail, temperature=temperature)
             return agreement, _surprise(logits, ids)
 
@@ -154,7 +156,7 @@ def fused_agreement(
         (hidden_BND, per_token, ids_BN),
         tables,
         mask_BN,
-        Chunks.of_memory(gkd.chunk_size, _ARRAYS, mesh),
+        chunks,
     )
     return found
 

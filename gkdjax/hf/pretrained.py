@@ -6,16 +6,17 @@ for exactly once.
 
 import math
 import pathlib
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from gkdjax import sharding
 from gkdjax.hf import leaves
 from gkdjax.hf.leaves import source_names
 from gkdjax.hf.model_config import load_config, load_spec
 from gkdjax.hf.tensor_files import TensorFiles
+from gkdjax.layout import Layout, Rule
 from gkdjax.models.decoder import Decoder
 from gkdjax.models.spec import param_shapes
 
@@ -25,6 +26,7 @@ def load_pretrained(
     dtype: jnp.dtype | str | None = None,
     compute_dtype: jnp.dtype | str | None = None,
     mesh: Mesh | None = None,
+    rules: Sequence[Rule] = (),
 ) -> tuple[Decoder, dict]:
     """Reads a model directory -> (decoder, params).
 
@@ -35,8 +37,9 @@ def load_pretrained(
       directory: holds config.json and *.safetensors (one file, or shards, with or without index).
       dtype: of the parameters; None keeps the checkpoint's.
       compute_dtype: of the matrix products; None takes the parameters'.
-      mesh: of `sharding.make_mesh`: the leaves are cut by `sharding.RULES`, and each device's
+      mesh: of `sharding.make_mesh`: the leaves are cut by `layout.RULES`, and each device's
         part is read for itself. None: all on the default device.
+      rules: that come before those.
 
     Raises:
       UserError: no such directory, an unknown architecture, a mesh that does not divide a leaf,
@@ -44,7 +47,8 @@ def load_pretrained(
     """
     model_type, spec = load_config(directory)["model_type"], load_spec(directory)
     shapes = param_shapes(spec)
-    places = {} if mesh is None else sharding.param_shardings(mesh, shapes)
+    lies = Layout() if mesh is None else Layout.of(mesh, spec, rules)
+    places = {} if mesh is None else {path: lies.place(path, shapes[path]) for path in shapes}
     files = TensorFiles(directory)
     layout, known = source_names(files, spec, model_type)
     leaves.check_tensors(files, spec, known)
@@ -58,4 +62,4 @@ def load_pretrained(
     params = traverse_util.unflatten_dict(read, sep="/")
     stored = params["embedding"].dtype
     compute_dtype = stored if compute_dtype is None else jnp.dtype(compute_dtype)
-    return Decoder(spec, param_dtype=stored, compute_dtype=compute_dtype), params
+    return Decoder(spec, stored, compute_dtype, layout=lies), params

@@ -3,31 +3,56 @@
 Shape letters: B rows, N tokens of a row, M = B N tokens of one device, C tokens of a chunk.
 """
 
+import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from gkdjax.losses.vocabulary import Vocabulary
+
 
 class Chunks(NamedTuple):
     """How tokens are cut; hashable."""
 
     size: int  # tokens that a device computes at once; fewer if it has not so many
-    mesh: Mesh | None  # its first axis shares the rows B; None: one device has them all
+    mesh: Mesh | None  # None: one device has them all
+    row_axes: tuple[str, ...] = ()  # of the mesh: they share the rows B
+    vocab_axis: str | None = None  # of the mesh: it shares the vocabulary; None: nothing does
 
     @classmethod
-    def of_memory(cls, chunk_size: int, arrays: int, mesh: Mesh | None) -> "Chunks":
+    def of_memory(
+        cls,
+        chunk_size: int,
+        arrays: int,
+        mesh: Mesh | None,
+        row_axes: Sequence[str] | None,
+        vocab_axis: str | None,
+    ) -> "Chunks":
         """So many tokens that `arrays` arrays [tokens, V] are as large as one of [chunk_size, V].
+
+        Args:
+          mesh, row_axes, vocab_axis: as in `losses.fused_topk_divergence`.
 
         Raises:
           ValueError: chunk_size is not a whole number of at least 1.
         """
         if not isinstance(chunk_size, numbers.Integral) or chunk_size < 1:
             raise ValueError(f"chunk_size must be a whole number of at least 1, got {chunk_size!r}")
-        return cls(max(chunk_size // arrays, 1), mesh)
+        size = max(chunk_size // arrays, 1)
+        if mesh is None or mesh.size == 1:
+            return cls(size, None)
+        rows = tuple(row_axes) if row_axes is not None else mesh.axis_names[:1]
+        cut = vocab_axis is not None and mesh.shape[vocab_axis] > 1
+        return cls(size, mesh, rows, vocab_axis if cut else None)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """As `body` sees it."""
+        return Vocabulary(self.vocab_axis)
 
 
 def over_chunks(
@@ -37,6 +62,7 @@ def over_chunks(
     shared: Any,
     mask_BN: jax.Array,
     chunks: Chunks,
+    finish: Callable[[Any], Any] = lambda outputs: outputs,
 ) -> tuple[Any, Any]:
     """Runs `body` over chunks of the tokens that the mask keeps; the others cost nothing.
 
@@ -44,49 +70,65 @@ def over_chunks(
 
     As many chunks are computed as hold a token, a number known only when it runs, so reverse-mode
     differentiation cannot pass through: gradients are made in `body`. Each device puts its own
-    rows in order and computes them by itself: no token, and no logit, leaves it.
+    rows in order and computes them by itself: no token leaves it. Devices that share the vocabulary
+    have the same rows, and so run in step; `body` asks through `chunks.vocabulary`.
 
     Args:
       body: (total, chunk, shared) -> (total, outputs); `chunk` is `tokens` with leaves [C,...], all
         zero for what fills up the last one, and the outputs' leaves are [C,...].
-      total: a pytree of `jax.ShapeDtypeStruct`; what is added up begins at zero.
+      total: a pytree of `jax.ShapeDtypeStruct`; what is added up begins at zero. Along its leaves'
+        first axis lies the vocabulary, whole.
       tokens: a pytree of leaves [B,N,...].
-      shared: a pytree that all tokens need, as an unembedding.
+      shared: a pytree that all tokens need, with leaves [V,...], as an unembedding.
       mask_BN: bool.
       chunks: how to cut.
+      finish: what each device does to its outputs [B,N,...], once, after its last chunk.
 
     Returns:
       (total, added up over all devices; outputs with leaves [B,N,...], zero where the mask is
       False).
 
     Raises:
-      ValueError: rows that the mesh's first axis does not divide.
+      ValueError: rows, or a vocabulary, that the mesh's axes do not divide.
     """
 
-    def compute(tokens, shared, mask_BN):
-        return _on_one_device(body, total, tokens, shared, mask_BN, chunks.size)
+    def compute(tokens, shared, mask_BN, parts=1):
+        part = total if parts == 1 else jax.tree.map(lambda x: _part(x, parts), total)
+        added, outputs = _on_one_device(body, part, tokens, shared, mask_BN, chunks.size)
+        return added, finish(outputs)
 
     mesh = chunks.mesh
-    if mesh is None or mesh.size == 1:
+    if mesh is None:
         return compute(tokens, shared, mask_BN)
-    axis = mesh.axis_names[0]
-    if mask_BN.shape[0] % mesh.shape[axis]:
-        raise ValueError(
-            f"{mask_BN.shape[0]} rows cannot be shared by {mesh.shape[axis]} devices of {axis!r}"
-        )
+    shares = math.prod(mesh.shape[axis] for axis in chunks.row_axes)
+    parts = 1 if chunks.vocab_axis is None else mesh.shape[chunks.vocab_axis]
+    _check_divides("rows", mask_BN.shape[0], shares, *chunks.row_axes)
+    for leaf in jax.tree.leaves(shared) if parts > 1 else ():
+        _check_divides("tokens of the vocabulary", leaf.shape[0], parts, chunks.vocab_axis)
 
     def compute_and_add(*arguments):
-        added, outputs = compute(*arguments)
-        return jax.lax.psum(added, axis), outputs
+        added, outputs = compute(*arguments, parts)
+        return jax.lax.psum(added, chunks.row_axes), outputs
 
-    rows, whole = PartitionSpec(axis), PartitionSpec()
+    rows = PartitionSpec(chunks.row_axes)
+    vocabulary = PartitionSpec(*([chunks.vocab_axis] if parts > 1 else []))
     return jax.shard_map(
         compute_and_add,
         mesh=mesh,
-        in_specs=(rows, whole, rows),
-        out_specs=(whole, rows),
+        in_specs=(rows, vocabulary, rows),
+        out_specs=(vocabulary, rows),
         check_vma=False,
     )(tokens, shared, mask_BN)
+
+
+def _part(x: jax.ShapeDtypeStruct, parts: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]), x.dtype)
+
+
+def _check_divides(what: str, number: int, parts: int, *axes: str) -> None:
+    if number % parts:
+        told = " x ".join(map(repr, axes))
+        raise ValueError(f"{number} {what} cannot be shared by {parts} devices of {told}")
 
 
 def _on_one_device(body, total, tokens, shared, mask_BN, size: int):

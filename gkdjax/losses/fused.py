@@ -11,6 +11,7 @@ vocabulary, K top-k; C tokens of a chunk.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import chex
@@ -61,6 +62,8 @@ def fused_topk_divergence(
     softcap: float | None = None,
     chunk_size: int = 128,
     mesh: Mesh | None = None,
+    row_axes: Sequence[str] | None = None,
+    vocab_axis: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """sum over tokens of weight x D(p || q), q = softmax(softcapped(hidden @ unembedding.T) / T).
 
@@ -81,7 +84,11 @@ def fused_topk_divergence(
       softcap: c in c tanh(logits / c), before the temperature; None: none.
       chunk_size: about as many float32 numbers as [chunk_size, V] has are held at once, and so
         half as many tokens are computed together.
-      mesh: its first axis shares the rows B; each device cuts its own into chunks. None: no other.
+      mesh: devices that share the work. None: no others.
+      row_axes: axes of the mesh over which the rows B are cut; each device cuts its own into
+        chunks. None: the first axis.
+      vocab_axis: the axis over which the unembedding's V is cut: each device has logits of its own
+        tokens, and the devices exchange a few numbers a token. None: each has all of it.
 
     Returns:
       (float32 scalar, differentiable; float32 [B,N] nats a token, unweighted and without gradient,
@@ -89,13 +96,14 @@ def fused_topk_divergence(
 
     Raises:
       ValueError: an unknown divergence or tail; beta, temperature or chunk_size out of range; rows
-        that the mesh cannot share; teacher and hidden states that do not fit.
+        or a vocabulary that the mesh cannot share; teacher and hidden states that do not fit.
       AssertionError: ranks or dtypes do not fit.
     """
     _check_student(hidden_BND, unembedding_VD, weights_BN)
     shape = (*hidden_BND.shape[:2], unembedding_VD.shape[0])
     check_teacher(shape, teacher, tail, temperature)
-    options = _options(divergence, beta, temperature, softcap, chunk_size, mesh, tail=tail)
+    shared = (mesh, row_axes, vocab_axis)
+    options = _options(divergence, beta, temperature, softcap, chunk_size, shared, tail=tail)
     return _run(options, hidden_BND, unembedding_VD, (teacher, None), weights_BN)
 
 
@@ -113,6 +121,8 @@ def fused_dense_divergence(
     teacher_softcap: float | None = None,
     chunk_size: int = 128,
     mesh: Mesh | None = None,
+    row_axes: Sequence[str] | None = None,
+    vocab_axis: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """sum over tokens of weight x D(p || q) over the whole vocabulary of both.
 
@@ -140,8 +150,9 @@ def fused_dense_divergence(
     chex.assert_equal(unembedding_VD.shape[0], teacher_unembedding_VE.shape[0])
     chex.assert_equal(teacher_hidden_BNE.shape[2], teacher_unembedding_VE.shape[1])
     teacher_head = Head(teacher_softcap, temperature)
+    shared = (mesh, row_axes, vocab_axis)
     options = _options(
-        divergence, beta, temperature, softcap, chunk_size, mesh, teacher=teacher_head
+        divergence, beta, temperature, softcap, chunk_size, shared, teacher=teacher_head
     )
     teacher = (teacher_hidden_BNE, teacher_unembedding_VE)
     return _run(options, hidden_BND, unembedding_VD, teacher, weights_BN)
@@ -157,6 +168,8 @@ def fused_top_k(
     softcap: float | None = None,
     chunk_size: int = 128,
     mesh: Mesh | None = None,
+    row_axes: Sequence[str] | None = None,
+    vocab_axis: str | None = None,
 ) -> TopKLogprobs:
     """`top_k_logprobs` of the logits that hidden states and unembedding make, chunk by chunk.
 
@@ -178,26 +191,27 @@ def fused_top_k(
     _check_student(hidden_BND, unembedding_VD, mask_BN)
     check_temperature(temperature)
     head = Head(softcap, temperature)
+    chunks = Chunks.of_memory(chunk_size, _SEARCH_ARRAYS, mesh, row_axes, vocab_axis)
 
     def body(nothing, hidden_CD, table_VD):
-        topk = top_k_logprobs(head.logits(hidden_CD, table_VD), k)
+        logits_CV = head.logits(hidden_CD, table_VD)
+        topk = top_k_logprobs(logits_CV, k, vocabulary=chunks.vocabulary)
         return nothing, (topk.ids, topk.logprobs, topk.tail_logprob)
 
-    chunks = Chunks.of_memory(chunk_size, _SEARCH_ARRAYS, mesh)
     _, (ids, logprobs, tail) = over_chunks(body, (), hidden_BND, unembedding_VD, mask_BN, chunks)
     logprobs = jnp.where(mask_BN[..., None], logprobs, -jnp.inf)
     return jax.lax.stop_gradient(TopKLogprobs(ids, logprobs, tail, temperature))
 
 
 def _options(
-    divergence, beta, temperature, softcap, chunk_size, mesh, *, teacher=None, tail="bucket"
+    divergence, beta, temperature, softcap, chunk_size, shared, *, teacher=None, tail="bucket"
 ) -> _Options:
     check_temperature(temperature)
     chosen = Divergence(divergence, beta)
     chosen.check()
     arrays = _TOPK_ARRAYS if teacher is None else _DENSE_ARRAYS[divergence]
     head = Head(softcap, temperature)
-    chunks = Chunks.of_memory(chunk_size, arrays, mesh)
+    chunks = Chunks.of_memory(chunk_size, arrays, *shared)
     return _Options(chosen, head, teacher, tail, chunks)
 
 
@@ -260,10 +274,15 @@ def _compute(options: _Options, hidden_BND, table_VD, teacher, weights_BN, to_hi
             )
         return d_table_VD, outputs
 
+    def finish(outputs):  # each device has gone back through its own tokens of the vocabulary
+        if to_hidden:
+            outputs["d_hidden"] = options.chunks.vocabulary.add(outputs["d_hidden"])
+        return outputs
+
     d_table = jax.ShapeDtypeStruct(table_VD.shape, jnp.float32) if to_table else None
     tokens = (hidden_BND, per_token, weights_BN)
     d_table, outputs = over_chunks(
-        body, d_table, tokens, (table, teacher_table), weights_BN > 0, options.chunks
+        body, d_table, tokens, (table, teacher_table), weights_BN > 0, options.chunks, finish
     )
     if to_table:
         d_table = d_table.astype(table_VD.dtype)
@@ -274,14 +293,13 @@ def _compute(options: _Options, hidden_BND, table_VD, teacher, weights_BN, to_hi
 def _topk_chunk(options, hidden_CD, table_VD, teacher, teacher_table, weights_C):
     """-> (divergence [C], d (weight x divergence) / d (hidden @ table) [C,V])."""
     del teacher_table
-    head = options.student
+    head, vocabulary = options.student, options.chunks.vocabulary
     logits_CV = head.logits(hidden_CD, table_VD)
-    parts, outside_CV, ids_CK = split(logits_CV, teacher)
+    parts, outside_CV, places_CK = split(logits_CV, teacher, vocabulary)
+    size = vocabulary.size(logits_CV.shape[-1])
 
     def divergence(parts):
-        categories = parts_categories(
-            parts, logits_CV.shape[-1], teacher, options.tail, head.temperature
-        )
+        categories = parts_categories(parts, size, teacher, options.tail, head.temperature)
         return total(options.divergence, categories)
 
     # The rest's maximum and log-sum enter only as their sum: one gradient serves.
@@ -291,15 +309,16 @@ def _topk_chunk(options, hidden_CD, table_VD, teacher, teacher_table, weights_C)
     d_rest_C1, log_sum_C1 = slopes.rest_log_sum_1, parts.rest_log_sum_1
     share_C1 = jnp.where(log_sum_C1 == -jnp.inf, 0.0, d_rest_C1 * jnp.exp(-log_sum_C1))
     d_CV = jnp.exp(outside_CV - parts.rest_max_1) * share_C1 * head.slope(outside_CV)
-    return value_C, put(d_CV, ids_CK, d_inside_CK)
+    return value_C, put(d_CV, places_CK, d_inside_CK)
 
 
 def _dense_chunk(options, hidden_CD, table_VD, teacher_CE, teacher_table_VE, weights_C):
     """-> (divergence [C], d (weight x divergence) / d (hidden @ table) [C,V])."""
+    vocabulary = options.chunks.vocabulary
     logits_CV = options.student.logits(hidden_CD, table_VD)
     teacher_CV = options.teacher.logits(teacher_CE, teacher_table_VE)
-    max_q, log_sum_q = log_sum_exp(logits_CV)
-    max_p, log_sum_p = log_sum_exp(teacher_CV)
+    max_q, log_sum_q = log_sum_exp(logits_CV, vocabulary=vocabulary)
+    max_p, log_sum_p = log_sum_exp(teacher_CV, vocabulary=vocabulary)
     log_q_CV = (logits_CV - max_q) - log_sum_q
     log_p_CV = (teacher_CV - max_p) - log_sum_p
     everywhere = jnp.ones(log_p_CV.shape, bool)
@@ -308,6 +327,7 @@ def _dense_chunk(options, hidden_CD, table_VD, teacher_CE, teacher_table_VE, wei
         return options.divergence.terms(Categories(log_p_CV, log_q_CV, everywhere))
 
     terms_CV, u_CV = jax.jvp(terms, (log_q_CV,), (jnp.ones_like(log_q_CV),))
-    d_CV = u_CV - jnp.exp(log_q_CV) * jnp.sum(u_CV, axis=-1, keepdims=True)
+    value_C, u_C = vocabulary.add((jnp.sum(terms_CV, axis=-1), jnp.sum(u_CV, axis=-1)))
+    d_CV = u_CV - jnp.exp(log_q_CV) * u_C[..., None]
     d_CV *= options.student.slope(logits_CV) * weights_C[..., None]
-    return jnp.sum(terms_CV, axis=-1), d_CV
+    return value_C, d_CV

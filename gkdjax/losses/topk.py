@@ -13,10 +13,14 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from gkdjax.losses.vocabulary import Vocabulary
+
 TAILS = ("bucket", "renormalize")
 
 # The least probability that float32 can tell from 0 next to 1: the worth of a "1 - P" that cancels.
 EPS = float(jnp.finfo(jnp.float32).eps)
+
+_WHOLE = Vocabulary()
 
 _BLOCK = 128  # tokens whose largest is found before any are put in order
 
@@ -49,13 +53,16 @@ class Categories(NamedTuple):
     valid: jax.Array  # bool [..., C]; the rest counts for nothing, whatever it holds
 
 
-def top_k_logprobs(logits: jax.Array, k: int, temperature: float = 1.0) -> TopKLogprobs:
+def top_k_logprobs(
+    logits: jax.Array, k: int, temperature: float = 1.0, vocabulary: Vocabulary = _WHOLE
+) -> TopKLogprobs:
     """The K most probable tokens of softmax(logits / temperature), and the mass outside them.
 
     Args:
       logits: floating [..., V].
       k: how many, 1 to V; static.
       temperature: positive Python number; static.
+      vocabulary: how it is cut, where V is a part of it.
 
     Returns:
       ids int32 [..., K], best first and the lowest id first among equals; logprobs float32 [..., K]
@@ -69,15 +76,17 @@ def top_k_logprobs(logits: jax.Array, k: int, temperature: float = 1.0) -> TopKL
     """
     check_temperature(temperature)
     check_logits(logits, "logits")
-    if not 1 <= k <= logits.shape[-1]:
-        raise ValueError(f"k must be between 1 and the vocabulary's {logits.shape[-1]}, got {k}")
+    part, whole = logits.shape[-1], vocabulary.size(logits.shape[-1])
+    if not 1 <= k <= whole:
+        raise ValueError(f"k must be between 1 and the vocabulary's {whole}, got {k}")
     # float32 before top_k: on bfloat16 XLA's CPU top_k is two orders of magnitude slower.
     scaled_V = scale(logits, temperature)
-    best_K, ids_K = top_k(scaled_V, k)
+    best_K, ids_K = vocabulary.merge(*top_k(scaled_V, min(k, part)), part, k)
     # NaN stays where it is and spoils the row; and what is written depends on what was found, so
     # that the search comes first and XLA need not copy [..., V].
-    found_K = jnp.where(jnp.isnan(best_K), logits.shape[-1], ids_K)
-    parts = Parts(best_K, *log_sum_exp(put(scaled_V, found_K, -jnp.inf)))
+    found_K = jnp.where(jnp.isnan(best_K), part, vocabulary.places(ids_K, part))
+    rest_V = put(scaled_V, found_K, -jnp.inf)
+    parts = Parts(best_K, *log_sum_exp(rest_V, vocabulary=vocabulary))
     log_p_K, log_p_rest_1 = parts.log_softmax()
     return TopKLogprobs(ids_K, log_p_K, jnp.squeeze(log_p_rest_1, -1), temperature)
 
@@ -149,26 +158,27 @@ class Parts(NamedTuple):
         return (self.logits_K - max_1) - log_sum_1, rest_1 - log_sum_1
 
 
-def split(scaled_V: jax.Array, teacher: TopKLogprobs) -> tuple[Parts, jax.Array, jax.Array]:
-    """Student logits at the teacher's K tokens and the others -> (parts, outside [..., V], ids).
+def split(
+    scaled_V: jax.Array, teacher: TopKLogprobs, vocabulary: Vocabulary = _WHOLE
+) -> tuple[Parts, jax.Array, jax.Array]:
+    """Student logits at the teacher's K tokens and the others -> (parts, outside [..., V], places).
 
-    `outside` is `scaled_V` with -inf at the K; `ids` has V in place of absent ids, so that writing
-    to them writes nothing.
+    `outside` is `scaled_V` with -inf at the K; `places` has V where an id is absent, or in another
+    part of the vocabulary, so that writing there writes nothing.
     """
-    vocabulary = scaled_V.shape[-1]
+    part, whole = scaled_V.shape[-1], vocabulary.size(scaled_V.shape[-1])
     ids_K = jnp.asarray(teacher.ids).astype(jnp.int32)
     # An absent entry's id may be anything; a negative one that counts must not wrap around: out of
     # range, the look-up fills in NaN, which is seen.
     valid_K = teacher.logprobs != -jnp.inf
-    ids_K = jnp.where(ids_K < 0, vocabulary, ids_K)
-    found_K = jnp.where(valid_K, ids_K, 0)
-    ids_K = jnp.where(valid_K, ids_K, vocabulary)
-    logits_K = jnp.take_along_axis(scaled_V, found_K, axis=-1, mode="fill")
+    ids_K = jnp.where(ids_K < 0, whole, ids_K)
+    logits_K = vocabulary.look_up(scaled_V, jnp.where(valid_K, ids_K, 0))
+    places_K = jnp.where(valid_K, vocabulary.places(ids_K, part), part)
     # That the ids depend on what was looked up puts the look-up first: XLA then writes in place,
     # where it would copy [..., V] otherwise.
-    ids_K = jnp.where(jnp.isnan(logits_K), vocabulary, ids_K)
-    outside_V = put(scaled_V, ids_K, -jnp.inf)
-    return Parts(logits_K, *log_sum_exp(outside_V)), outside_V, ids_K
+    places_K = jnp.where(jnp.isnan(logits_K), part, places_K)
+    outside_V = put(scaled_V, places_K, -jnp.inf)
+    return Parts(logits_K, *log_sum_exp(outside_V, vocabulary=vocabulary)), outside_V, places_K
 
 
 def parts_categories(
@@ -203,16 +213,18 @@ def put(x_V: jax.Array, ids_K: jax.Array, values) -> jax.Array:
     return one_row(x_V, ids_K, values)
 
 
-def log_sum_exp(x_V: jax.Array, keep_V: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+def log_sum_exp(
+    x_V: jax.Array, keep_V: jax.Array | None = None, vocabulary: Vocabulary = _WHOLE
+) -> tuple[jax.Array, jax.Array]:
     """(m, s) with m + s = log(sum(exp(x))) over the kept entries, both [..., 1]; s = -inf for none.
 
     In two parts because their sum loses digits that a log-softmax needs: it is (x - m) - s.
     """
     kept_V = x_V if keep_V is None else jnp.where(keep_V, x_V, -jnp.inf)
-    max_1 = jax.lax.stop_gradient(jnp.max(kept_V, axis=-1, keepdims=True, initial=-jnp.inf))
+    max_1 = vocabulary.largest(jnp.max(kept_V, axis=-1, keepdims=True, initial=-jnp.inf))
     none_1 = max_1 == -jnp.inf
     max_1 = jnp.where(none_1, 0.0, max_1)
-    sum_1 = jnp.sum(jnp.exp(kept_V - max_1), axis=-1, keepdims=True)
+    sum_1 = vocabulary.add(jnp.sum(jnp.exp(kept_V - max_1), axis=-1, keepdims=True))
     # Twice where: log(0) would be right in the value and NaN in the gradient.
     return max_1, jnp.where(none_1, -jnp.inf, jnp.log(jnp.where(none_1, 1.0, sum_1)))
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
+from gkdjax.layout import Layout
 from gkdjax.losses.head import unembed
 from gkdjax.models.attention import attention_of
 from gkdjax.models.cache import Cache, Prefix, index_in_stack, init_cache, prefix_of, write
@@ -46,12 +47,14 @@ class Decoder(nn.Module):
       param_dtype: dtype of freshly initialised parameters (loaded ones keep their own).
       compute_dtype: dtype of the matrix products; norms, softmax and logits are float32.
       remat: recompute each layer in the backward pass instead of keeping its activations.
+      layout: how parameters and rows lie on a mesh.
     """
 
     spec: DecoderSpec
     param_dtype: jnp.dtype = jnp.float32
     compute_dtype: jnp.dtype = jnp.float32
     remat: bool = False
+    layout: Layout = Layout()
 
     def setup(self):
         spec = self.spec
@@ -128,13 +131,16 @@ class Decoder(nn.Module):
         spec = self.spec
         keep = keep or cache is not None
         scale = jnp.asarray(spec.embedding_scale, self.embedding.dtype)
-        x_BTD = (self.embedding[tokens_BT] * scale).astype(self.compute_dtype)
+        layout = self.layout
+        x_BTD = (layout.table(self.embedding)[tokens_BT] * scale).astype(self.compute_dtype)
+        x_BTD = layout.rows(x_BTD)
         attention = attention_of(spec, mask_BT, positions_BT, cache, prefix)
 
         def layer_body(x_BTD, scanned):
             layer, is_global, index = scanned
+            layer = layout.layer(layer)
             normed = _norm(spec, x_BTD, layer["attn_norm"])
-            q, k, v = _project(spec, normed, layer)
+            q, k, v = map(layout.heads, _project(spec, normed, layer))
             out_BTD, k = attention(is_global, index, q, k, v)
             out_BTD = dense(out_BTD, layer["o_proj"])
             if spec.post_norms:
@@ -143,10 +149,12 @@ class Decoder(nn.Module):
             out_BTD = gated_mlp(_norm(spec, x_BTD, layer["mlp_norm"]), layer, spec.activation)
             if spec.post_norms:
                 out_BTD = _norm(spec, out_BTD, layer["mlp_post_norm"])
-            return x_BTD + out_BTD, (k, v) if keep else None
+            return layout.rows(x_BTD + out_BTD), (k, v) if keep else None
 
         if self.remat:
             layer_body = jax.checkpoint(layer_body, prevent_cse=False)
+        elif layout.cuts_weights:
+            layer_body = jax.checkpoint(layer_body, prevent_cse=False, policy=layout.saved())
         kinds = jnp.asarray(spec.is_global_L), index_in_stack(spec)
         x_BTD, new_kv = jax.lax.scan(layer_body, x_BTD, (self.layers(), *kinds))
         return _norm(spec, x_BTD, self.final_norm), new_kv

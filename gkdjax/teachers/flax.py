@@ -124,7 +124,7 @@ def _top_k_targets(
         temperature=temperature,
         softcap=dense.softcap,
         chunk_size=chunk_size,
-        mesh=mesh,
+        **sharding.head_axes(mesh),
     )
 
     def logit(ids_BN):

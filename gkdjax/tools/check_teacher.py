@@ -137,7 +137,7 @@ def _throughput(ask: Callable[[int], int], concurrency: int) -> float:
 def _beside_local(server: Server, chat: Chat, local: str) -> Iterator[Row]:
     if not server.findings.scores:
         raise UserError("--local: there is nothing to compare; the server does not score given ids")
-    directory, mesh = hub.local_directory(local), sharding.data_mesh()
+    directory, mesh = hub.local_directory(local), sharding.make_mesh()
     decoder, params = pretrained.load_pretrained(directory, "float32", "float32", mesh)
     ids, probe = preflight.probe_ids(chat), server.probe
     tokens_1T, mask_1T = ids[None, :], np.ones((1, len(ids)), bool)

@@ -27,7 +27,7 @@ def reader() -> Reader:
 def measure(reader, **changes):
     asked = prefix_cost.Asked(PROMPTS, [np.concatenate([PREFIX, p]) for p in PROMPTS])
     how = {"new_tokens": 3, "batch_size": 4, "lengths": (8, 32), "vocab_size": 32}
-    how |= {"mesh": sharding.data_mesh(), "prefix_bytes": 2**20}
+    how |= {"mesh": sharding.make_mesh(), "prefix_bytes": 2**20}
     return prefix_cost.measure(reader, asked, **how | changes)
 
 

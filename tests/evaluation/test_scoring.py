@@ -15,7 +15,7 @@ from gkdjax.losses import top_k_logprobs
 from gkdjax.types import TopKTargets
 from tests.losses.numpy_reference import kl, log_softmax
 
-MESH = sharding.data_mesh()
+MESH = sharding.make_mesh()
 BATCH = builders.batch((4, 2, 1, 3))
 MASK = np.asarray(BATCH.target_mask_BN)
 

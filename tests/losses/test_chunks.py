@@ -16,10 +16,11 @@ def count_and_double(count, chunk, factor):
     return count + 1, (factor * chunk, chunk)
 
 
-def mesh_of(devices):
+def chunks_of(size, devices):
     if devices == 1:
-        return None
-    return Mesh(np.asarray(jax.devices()[:devices]), ("data",), axis_types=(AxisType.Auto,))
+        return Chunks(size, None)
+    mesh = Mesh(np.asarray(jax.devices()[:devices]), ("data",), axis_types=(AxisType.Auto,))
+    return Chunks(size, mesh, ("data",))
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def mesh_of(devices):
 def test_only_chunks_that_hold_a_token_are_computed(kept, devices, size, chunks):
     tokens = jnp.arange(1, 9, dtype=jnp.float32).reshape(4, 2)
     mask = np.isin(np.arange(8), kept).reshape(4, 2)
-    how = Chunks(size, mesh_of(devices))
+    how = chunks_of(size, devices)
     run = jax.jit(lambda x, m: over_chunks(count_and_double, COUNT, x, 2.0, m, how))
     count, (doubled, seen) = run(tokens, mask)
     assert count == chunks
@@ -67,5 +68,5 @@ def test_rows_that_the_devices_cannot_share_are_refused():
             jnp.ones((3, 2)),
             2.0,
             jnp.ones((3, 2), bool),
-            Chunks(2, mesh_of(2)),
+            chunks_of(2, 2),
         )

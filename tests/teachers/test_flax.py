@@ -26,7 +26,7 @@ STOPS = (7, 11)
 def teacher(
     top_k: int | None = None, temperature: float = 1.0, vocab_size: int = 32
 ) -> FlaxTeacher:
-    mesh = sharding.data_mesh()
+    mesh = sharding.make_mesh()
     return FlaxTeacher(
         *(DECODER, sharding.replicate(mesh, PARAMS)),
         *(types.SimpleNamespace(stop_ids=STOPS), "a teacher"),
