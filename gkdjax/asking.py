@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gkdjax import sharding
+from gkdjax import processes, sharding
 from gkdjax.data.pipeline import Kept
 from gkdjax.teachers.protocol import RemoteTeacher, Teacher
 from gkdjax.types import Batch, TeacherTargets
@@ -37,7 +37,7 @@ def ask(
         own_B1[sharding.own_rows(mesh, len(own_B1))] = True
         batch = dataclasses.replace(batch, target_mask_BN=batch.target_mask_BN & own_B1)
         wait = teacher.ask(batch, names)
-        return lambda: sharding.shard_rows(mesh, _filled(np, kept, wait()))
+        return lambda: sharding.shard_rows(mesh, _filled(np, kept, processes.together(wait)))
     return lambda: _filled(jnp, kept and sharding.shard_rows(mesh, kept), teacher.targets(batch))
 
 

@@ -3,16 +3,15 @@
 import contextlib
 import pathlib
 import shutil
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
-from gkdjax import tree
+from gkdjax import processes, sharding, tree
 from gkdjax.errors import UserError
 from gkdjax.types import TrainState
 
@@ -21,8 +20,10 @@ class Checkpoints:
     """Saves and restores under `workdir`/checkpoints; one directory a step.
 
     A checkpoint is {"state": the leaves by path, "meta": JSON}. The JSON holds the step, which is
-    also the position in the data (`data.pipeline.RowOrder` is a function of it), and a CRC of
-    every leaf: Orbax restores a flipped bit without a word.
+    also the position in the data (`data.pipeline.RowOrder` is a function of it), and a fingerprint
+    of every leaf: Orbax restores a flipped bit without a word. Both know nothing of the mesh.
+
+    All processes of a run have the same directory, and call every method.
     """
 
     def __init__(self, workdir: pathlib.Path, keep: int, forever: Sequence[int] = ()):
@@ -40,8 +41,10 @@ class Checkpoints:
         self._directory = workdir / "checkpoints"
         # A killed save's directory would stay until its step is saved again, if ever. Orbax can
         # remove it as well, but in a thread that outlives an early exit, with a traceback.
-        for unfinished in self._directory.glob("*.orbax-checkpoint-tmp"):
-            shutil.rmtree(unfinished)
+        if processes.leads():
+            for unfinished in self._directory.glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(unfinished)
+        processes.wait_for_all()
         self._manager = ocp.CheckpointManager(
             self._directory.absolute(),
             options=ocp.CheckpointManagerOptions(preservation_policy=policy),
@@ -53,7 +56,7 @@ class Checkpoints:
         step = int(leaves["step"])
         if step in self._manager.all_steps():
             return
-        meta = {"step": step, "crc32": {path: _crc(leaf) for path, leaf in leaves.items()}}
+        meta = {"step": step, "fingerprints": _fingerprints(leaves)}
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -64,19 +67,21 @@ class Checkpoints:
     def restore(self, like: TrainState) -> TrainState | None:
         """The newest checkpoint that is whole, with the structure of `like`; None without any.
 
-        A damaged one is named in the log and passed over for the one before it; it is put aside as
-        "<step>.damaged", because Orbax saves nothing at or before a step that it has.
+        Its leaves lie as those of `like` do, on whatever mesh they were saved. A damaged one is
+        named in the log and passed over for the one before it; it is put aside as "<step>.damaged",
+        because Orbax saves nothing at or before a step that it has.
 
         Raises:
           UserError: there are checkpoints, and none of them can be read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for tried, step in enumerate(steps):
+            state = None
             try:
                 state = self._restore_step(step, like)
             except Exception as error:  # Orbax and tensorstore raise many types for damage
                 logging.error("checkpoint %d of %s is damaged: %s", step, self._directory, error)
-            else:
+            if not processes.any_of_all(state is None):
                 self._put_aside(steps[:tried])
                 return state
         if steps:
@@ -94,16 +99,17 @@ class Checkpoints:
         self._manager.close()
 
     def _put_aside(self, steps: list[int]) -> None:
-        for step in steps:
+        for step in steps if processes.leads() else ():
             aside = self._directory / f"{step}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
             (self._directory / str(step)).rename(aside)
+        processes.wait_for_all()
         if steps:
             self._manager.reload()
 
     def _restore_step(self, step: int, like: TrainState) -> TrainState:
         expected = {
-            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             for path, leaf in _by_path(like).items()
         }
         restored = self._manager.restore(
@@ -113,7 +119,7 @@ class Checkpoints:
             ),
         )
         leaves = restored["state"]
-        _check(leaves, restored["meta"]["crc32"])
+        _check(leaves, restored["meta"]["fingerprints"])
         treedef = jax.tree.structure(like)
         return jax.tree.unflatten(treedef, [leaves[path] for path in _by_path(like)])
 
@@ -162,30 +168,53 @@ def _read_trainable(directory: pathlib.Path, like: Any) -> Any:
                 meta=ocp.args.JsonRestore(),
             ),
         )
-    crcs = restored["meta"]["crc32"]
-    saved = {path for path in crcs if path.startswith("trainable/")}
+    fingerprints = restored["meta"]["fingerprints"]
+    saved = {path for path in fingerprints if path.startswith("trainable/")}
     if saved != expected.keys():
         raise ValueError(f"its leaves are not the config's: {sorted(saved ^ expected.keys())}")
     for path, leaf in restored["state"].items():
         if leaf.shape != expected[path].shape:
             raise ValueError(f"leaf {path} is {leaf.shape}, the config's {expected[path].shape}")
-    _check(restored["state"], {path: crcs[path] for path in expected})
+    _check(restored["state"], {path: fingerprints[path] for path in expected})
     return jax.tree.unflatten(
         jax.tree.structure(like), [restored["state"][path] for path in expected]
     )
 
 
-def _check(leaves: dict[str, np.ndarray], crcs: dict[str, int]) -> None:
-    for path, crc in crcs.items():
-        if _crc(leaves[path]) != crc:
+def _check(leaves: dict[str, Any], fingerprints: dict[str, int]) -> None:
+    for path, found in _fingerprints({path: leaves[path] for path in fingerprints}).items():
+        if found != fingerprints[path]:
             raise ValueError(f"leaf {path} does not have the fingerprint it was saved with")
 
 
 def _by_path(state: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves on the host by path: plain names that outlive a change of our own classes."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(state))
+    """Leaves by path: plain names that outlive a change of our own classes."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(state)
     return {prefix + tree.path_str(path): leaf for path, leaf in flat}
 
 
-def _crc(leaf) -> int:
-    return zlib.crc32(np.ascontiguousarray(leaf).tobytes())
+def _fingerprints(leaves: dict[str, Any]) -> dict[str, int]:
+    """32 bits of each leaf, the same however it is cut over devices; none is brought to a host."""
+    return {path: int(found) for path, found in sharding.fetch(_of_devices(leaves)).items()}
+
+
+@jax.jit
+def _of_devices(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {path: _fingerprint(leaf) for path, leaf in leaves.items()}
+
+
+def _fingerprint(leaf: jax.Array) -> jax.Array:
+    """The sum, modulo 2**32, of each number's bits mixed with its place.
+
+    For a place the mix (MurmurHash3's last steps) maps different bits to different numbers, so that
+    one damaged number is always seen; more of them hide each other once in 2**32.
+    """
+    width = leaf.dtype.itemsize * 8
+    bits = jax.lax.bitcast_convert_type(leaf, f"uint{width}").astype(jnp.uint32)
+    place = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis, size in enumerate(leaf.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    mixed = bits ^ (place * jnp.uint32(0x9E3779B1))
+    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)

@@ -18,6 +18,7 @@ from gkdjax import (
     lora,
     models_of_run,
     optim,
+    processes,
     report,
     results,
     rows_of_run,
@@ -51,7 +52,8 @@ def run(
 ) -> dict:
     """Distils as the config says -> the content of results.json.
 
-    The same call on the same directory continues an interrupted run and shows a finished one.
+    The same call on the same directory continues an interrupted run and shows a finished one. Of
+    several processes (`jax.distributed`) all make it, and the leader writes and shows.
 
     Args:
       config: from a config file, or `config.parse`d already.
@@ -65,10 +67,19 @@ def run(
       TeacherUnreachable: a server stays away (4); the state is saved.
       Preempted: SIGTERM came; the state is saved (75).
     """
-    began = time.monotonic()
     config = config if isinstance(config, Config) else parse(config)
-    workdir = pathlib.Path(workdir)
+    shared = pathlib.Path(workdir)
+    with processes.own_directory(shared) as own, processes.quiet_unless_leading():
+        return _run_in(own, shared, config, teacher)
+
+
+def _run_in(
+    workdir: pathlib.Path, shared: pathlib.Path, config: Config, teacher: Teacher | None
+) -> dict:
+    """See `processes.own_directory` for the two directories."""
+    began = time.monotonic()
     workdirs.claim(workdir, config)
+    config = processes.shown_by_leader(config)
     finished = workdirs.read_json(workdir / "results.json")
     if finished is not None:
         print(results.render(finished, workdir))
@@ -81,19 +92,19 @@ def run(
         jax.default_matmul_precision(config.train.matmul_precision),
         contextlib.ExitStack() as connections,
     ):
-        rows = rows_of_run.read(config, workdir, teacher, connections)
+        rows = rows_of_run.read(config, workdir, teacher, connections, shared)
         if teacher is None and config.teacher.offline:
             steps = rows_of_run.total_steps(config, len(rows.feed))
             fill_store.require_filled(config, workdir, rows.teacher, steps)
         room.require(rows)
-        found = _run(assemble(rows, workdir), workdir, began)
+        found = _run(assemble(rows, workdir), workdir, shared, began)
     print(results.render(found, workdir))
     workdirs.write_json(workdir / "results.json", found)
     report.write_html(workdir)
     return found
 
 
-def _run(parts: Run, workdir: pathlib.Path, began: float) -> dict:
+def _run(parts: Run, workdir: pathlib.Path, shared: pathlib.Path, began: float) -> dict:
     print(f"{parts.config.student.model}: a response ends with {parts.chat.stop_tokens()}")
     with _told_if_the_teacher_fails("No step was made yet; the same command goes on"):
         training_text.write_first(parts, workdir)
@@ -109,7 +120,7 @@ def _run(parts: Run, workdir: pathlib.Path, began: float) -> dict:
         before["task"] = examples_of_run.fingerprints(parts.examples)
         workdirs.write_json(workdir / "before.json", before)
     write_lines(workdir / "answers.jsonl", before["answers"])
-    state, training = _train(parts, workdir)
+    state, training = _train(parts, workdir, shared)
     with _told_if_the_teacher_fails("All steps are made and saved; the same command goes on"):
         student = _reader(parts, state, parts.config.teacher.prefix_bytes)
         student.prefixes.learn(parts.prompts_by_prefix)
@@ -125,7 +136,7 @@ def _run(parts: Run, workdir: pathlib.Path, began: float) -> dict:
     return results.collect(before, on_the_way, after, rows, training)
 
 
-def _train(parts: Run, workdir: pathlib.Path) -> tuple[TrainState, dict]:
+def _train(parts: Run, workdir: pathlib.Path, shared: pathlib.Path) -> tuple[TrainState, dict]:
     """From the newest checkpoint, or from the start, to the last step."""
     config = parts.config
     steps = rows_of_run.total_steps(config, len(parts.feed))
@@ -134,17 +145,17 @@ def _train(parts: Run, workdir: pathlib.Path) -> tuple[TrainState, dict]:
     step_function = make_train_step(parts.decoder, optimizer, schedule, config, parts.mesh)
     measured = measured_steps(config.eval, steps)
     kept = measured if config.checkpoint.keep_evaluated else set()
-    checkpoints = Checkpoints(workdir, config.checkpoint.keep, sorted(kept))
+    checkpoints = Checkpoints(shared, config.checkpoint.keep, sorted(kept))
     state = initial_state(parts, optimizer)
     restored = checkpoints.restore(state)
     if restored is not None:
-        state = jax.device_put(restored, parts.decoder.layout.places(state))
+        state = restored
         logging.info("continuing from step %d", int(state.step))
     first = int(state.step)
     if not parts.keeps_base and parts.frozen is None:
         parts.base = None  # a full fine-tuning that nobody compares with its start
     text = training_text.TrainingText(parts, workdir, first, steps)
-    batches = Ahead(parts, text, steps)
+    batches, stopping = Ahead(parts, text, steps), processes.Stopping(parts.mesh)
 
     with (
         contextlib.closing(checkpoints),
@@ -166,10 +177,11 @@ def _train(parts: Run, workdir: pathlib.Path) -> tuple[TrainState, dict]:
             record.dispatched(step, sums, drawn.divergence, counts)
             last = step + 1 == steps
             due = (step + 1) % config.checkpoint.every_steps == 0 or step + 1 in kept
-            if last or due or stop.is_set():
+            stopped = stopping.asked(stop.is_set())
+            if last or due or stopped:
                 record.read()  # a state is saved only once its own numbers are known to be finite
                 checkpoints.save(state)
-            if stop.is_set() and not last:
+            if stopped and not last:
                 checkpoints.wait()
                 raise Preempted(f"stopped by SIGTERM, saved at step {step + 1}; run again")
         checkpoints.wait()
@@ -225,7 +237,8 @@ def _reader(parts: Run, state: TrainState, prefix_bytes: int) -> Reader:
     """The student as it would be exported now; merged, so that the base's programs serve again."""
     params = state.trainable
     if parts.frozen is not None:
-        params = lora.merge(parts.frozen, state.trainable)
+        places = parts.decoder.layout.places(parts.frozen)
+        params = jax.device_put(lora.merge(parts.frozen, state.trainable), places)
     return Reader.of(parts.decoder, params, parts.chat, prefix_bytes)
 
 

@@ -80,14 +80,16 @@ def read(
     workdir: pathlib.Path,
     teacher: Teacher | None,
     connections: contextlib.ExitStack,
+    shared: pathlib.Path | None = None,
 ) -> Rows:
     """Reads data and tokenizers, and tries the server of a teacher that has one.
 
     Args:
       config: checked by itself.
-      workdir: the run's directory.
+      workdir: the run's directory, of this process.
       teacher: instead of the config's, or None.
       connections: closes what is open to the server.
+      shared: the run's directory, of all processes; None: it is `workdir`.
 
     Raises:
       UserError: whatever does not fit, named.
@@ -111,6 +113,7 @@ def read(
             sources.teacher_chat,
             vocab_size,
             workdir,
+            shared or workdir,
             sampling=models_of_run.sampling(config),
             template_kwargs=config.data.template_kwargs,
         )

@@ -113,7 +113,7 @@ def sample(
         filled = chunk + [chunk[-1]] * (batch_size - len(chunk))
         tokens_BP, mask_BP = _left_pad([prompts[i] for i in filled], lengths)
         rows = (tokens_BP, mask_BP, np.asarray([seeds[i] for i in filled], np.uint32))
-        tokens_BN, length_B, done_B, kept = jax.device_get(
+        tokens_BN, length_B, done_B, kept = sharding.fetch(
             _generate(
                 decoder,
                 params,

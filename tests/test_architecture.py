@@ -23,6 +23,7 @@ FLOORS = {
             "config_checks",
             "config_types",
             "sharding",
+            "processes",
             "optim",
             "metrics",
             "progress",

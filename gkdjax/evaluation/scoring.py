@@ -81,7 +81,7 @@ def mean_agreement(
             gkd,
             mesh,
         )
-        total, count = total + np.asarray(sums, np.float64), count + float(tokens)
+        total, count = total + np.asarray(sharding.fetch(sums), np.float64), count + float(tokens)
     means = dict(zip(names, (total / count).tolist(), strict=True))
     return means | {"perplexity": math.exp(means["perplexity"])}
 
@@ -100,7 +100,7 @@ def own_perplexity(scored: Scored) -> dict[str, float]:
     for batch, targets in scored.batches:
         if isinstance(targets, DenseTargets):
             return {}
-        logprob_BN = np.asarray(targets.target_logprob_BN, np.float64)
+        logprob_BN = np.asarray(sharding.fetch(targets.target_logprob_BN), np.float64)
         total += logprob_BN[batch.target_mask_BN].sum()
         count += int(batch.target_mask_BN.sum())
     return {"perplexity": math.exp(-total / count)}

@@ -1,6 +1,7 @@
 """What a run hands over: a Hugging Face model directory, a PEFT adapter directory, or both.
 
-Tensors are made one at a time: a model in training is not held twice.
+Tensors are made one at a time: a model in training is not held twice. Of several processes all
+make them, because each has a part, and the leader writes them.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gkdjax import lora
+from gkdjax import lora, sharding
 from gkdjax.errors import UserError
 from gkdjax.hf import leaves, output, peft
 from gkdjax.hf.model_config import load_config
@@ -132,7 +133,7 @@ def _of_leaf(
     if layer is not None:
         leaf = _layer(path, leaf, (adapters or {}).get(path), layer)
     with np.errstate(over="ignore"):  # told below, with a name
-        tensor = np.asarray(jax.device_get(leaf)).astype(dtype)
+        tensor = np.asarray(sharding.fetch(leaf)).astype(dtype)
     if dtype == np.float16 and not np.isfinite(tensor).all():
         raise UserError(
             f"{name} holds numbers beyond 65504, the most that float16, the source's dtype, can"

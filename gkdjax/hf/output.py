@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gkdjax import processes
 from gkdjax.errors import UserError
 from gkdjax.hf.tensor_files import DTYPES
 
@@ -69,7 +70,8 @@ def whole_directory(directory: str | pathlib.Path) -> Iterator[pathlib.Path]:
 def save_tensors(tensors: dict[str, Tensor], path: pathlib.Path) -> None:
     """Writes a safetensors file; one tensor after the other is made and written.
 
-    The safetensors library would want all of them at once.
+    The safetensors library would want all of them at once. Of several processes the leader writes;
+    the others make the tensors with it, as each may have a part of them.
     """
     # The largest numbers first, so that each tensor is aligned to its own.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
@@ -89,7 +91,8 @@ def save_tensors(tensors: dict[str, Tensor], path: pathlib.Path) -> None:
             array = tensors[name].make()
             if (array.dtype, array.shape) != tensors[name][:2]:
                 raise ValueError(f"{name} was made as {array.dtype} {array.shape}")
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+            if processes.leads():
+                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
 def _to_disk(path: pathlib.Path) -> None:

@@ -9,12 +9,11 @@ import pathlib
 import re
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from gkdjax import lora
+from gkdjax import lora, sharding
 from gkdjax.errors import UserError
 from gkdjax.hf import output, peft_config
 from gkdjax.models import families
@@ -92,7 +91,7 @@ def save_adapter(
     for path, adapter in adapters.items():
         module = _module(families.module(spec).TENSORS[path], layout)
         for half, stacked in (("A", adapter.a), ("B", adapter.b)):
-            for layer, matrix in enumerate(np.asarray(jax.device_get(stacked), np.float32)):
+            for layer, matrix in enumerate(np.asarray(sharding.fetch(stacked), np.float32)):
                 name = f"base_model.model.{module.format(layer)}.lora_{half}.weight"
                 shape = matrix.shape[::-1]
                 make = functools.partial(np.transpose, matrix)

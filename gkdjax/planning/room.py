@@ -22,7 +22,7 @@ def require(rows: Rows) -> None:
     Raises:
       UserError: with the plan: the parameters with their optimizer are larger than a device.
     """
-    limit = memory_limit(rows.mesh.devices.flat)
+    limit = memory_limit(rows.mesh.local_devices)
     if limit is None:
         return
     planned = plan.make(setup_of(rows))

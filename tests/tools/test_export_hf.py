@@ -82,8 +82,8 @@ def damage(run: pathlib.Path, leaf: str) -> None:
     """What a flipped bit of the leaf comes to: it does not have its fingerprint any more."""
     path = run / "checkpoints/4/meta/metadata"
     meta = json.loads(path.read_text())
-    (damaged,) = [name for name in meta["crc32"] if name.endswith(leaf)]
-    meta["crc32"][damaged] ^= 1
+    (damaged,) = [name for name in meta["fingerprints"] if name.endswith(leaf)]
+    meta["fingerprints"][damaged] ^= 1
     path.write_text(json.dumps(meta))
 
 

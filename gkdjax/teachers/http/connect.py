@@ -8,8 +8,10 @@ import hashlib
 import json
 import pathlib
 
+import jax
 from absl import logging
 
+from gkdjax import processes
 from gkdjax.config import Teacher
 from gkdjax.data.chat import Chat
 from gkdjax.errors import UserError
@@ -18,7 +20,7 @@ from gkdjax.teachers.http.dialects import openai, sglang, vllm
 from gkdjax.teachers.http.dialects.dialect import Dialect
 from gkdjax.teachers.http.pool import Pool
 from gkdjax.teachers.http.preflight import Findings, Server, examine, probe_again
-from gkdjax.teachers.http.storage import payload
+from gkdjax.teachers.http.storage import payload, shares
 from gkdjax.teachers.http.storage.identity import KnownTeacher, fingerprint_of, same_teacher
 from gkdjax.teachers.http.storage.store import AnswerStore
 from gkdjax.teachers.http.teacher import HttpTeacher
@@ -50,30 +52,51 @@ def declared(c: Teacher) -> Capabilities:
 
 
 def connect(
-    c: Teacher,
-    chat: Chat,
-    vocab_size: int,
-    workdir: pathlib.Path,
-    *,
-    sampling: Sampling,
-    template_kwargs: dict,
+    c: Teacher, chat: Chat, vocab_size: int, workdir: pathlib.Path, shared: pathlib.Path, **how
 ) -> HttpTeacher:
     """Tries the server of a config, or, offline, finds it in the store.
+
+    Of several processes the leader is the first: what the server says differs a little from time to
+    time, and all have to know it by the same answer.
 
     Args:
       c: of a `config.parse`d config, with a backend of `DIALECTS`.
       chat: renders the teacher's view; its tokenizer is the server's, or it is refused.
       vocab_size: of the ids that student and teacher have in common.
       workdir: of the run; its teacher.json says which weights it began with.
-      sampling: as the run is going to draw.
-      template_kwargs: `data.template_kwargs`, for a server that renders the prompt itself.
+      shared: the run's directory, where the stores of all processes lie.
+      how: `sampling`, as the run is going to draw, and `template_kwargs`, `data.template_kwargs`
+        for a server that renders the prompt itself.
 
     Raises:
       UserError: the server cannot be used, is another one than the run began with, or the store
         does not know it.
       TeacherUnreachable: it does not answer.
     """
-    path = workdir / "answers.sqlite" if c.store == "" else c.store
+    path = shared / "answers.sqlite" if c.store == "" else c.store
+    if path is None:
+        return processes.together(lambda: _connect(c, chat, vocab_size, workdir, None, **how))
+
+    def open_own() -> HttpTeacher:
+        own = shares.of_process(path, jax.process_index())
+        return _connect(c, chat, vocab_size, workdir, own, **how)
+
+    processes.led(lambda: shares.gather(path))
+    leaders = processes.led(open_own)
+    processes.led(lambda: shares.spread(path))
+    return processes.together(lambda: leaders or open_own())
+
+
+def _connect(
+    c: Teacher,
+    chat: Chat,
+    vocab_size: int,
+    workdir: pathlib.Path,
+    path: pathlib.Path | None,
+    *,
+    sampling: Sampling,
+    template_kwargs: dict,
+) -> HttpTeacher:
     store = AnswerStore(path) if path is not None else None
     transport = server = None
     try:

@@ -1,14 +1,17 @@
 """A teacher behind HTTP, as the rest of the project sees it."""
 
+import base64
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from gkdjax import processes
 from gkdjax.data import pipeline
 from gkdjax.data.chat import Chat
 from gkdjax.sampler import Sampling
 from gkdjax.teachers.http.answers import Answer, SampleRequest, ScoreRequest
 from gkdjax.teachers.http.pool import Pool
+from gkdjax.teachers.http.storage import payload
 from gkdjax.teachers.protocol import Capabilities
 from gkdjax.types import Batch, KeptTopK, Prompt, TopKTargets, Trajectory
 
@@ -65,7 +68,8 @@ class HttpTeacher:
     ) -> list[Trajectory]:
         """See `protocol.Teacher`; of its text it keeps what it predicted there.
 
-        A response of which a token is no id of ours comes back without any token.
+        A response of which a token is no id of ours comes back without any token. Of several
+        processes each asks for its share, and all get all responses.
         """
         requests = [
             SampleRequest(
@@ -80,11 +84,17 @@ class HttpTeacher:
             )
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        return [_trajectory(answer) for answer in self.pool.samples(requests)()]
+
+        def ask(numbers: list[int]) -> list[Answer]:
+            return self.pool.samples([requests[number] for number in numbers])()
+
+        answers = processes.shared_out(ask, len(requests), _to_text, _from_text)
+        return [_trajectory(answer) for answer in answers]
 
     def report(self) -> dict[str, int]:
-        """What was asked and bought, for results.json."""
-        return self.pool.report()
+        """What was asked and bought by all processes, for results.json."""
+        reports = processes.exchange(self.pool.report())
+        return {name: sum(report[name] for report in reports) for name in reports[0]}
 
     def close(self) -> None:
         """Waits for what is on its way."""
@@ -99,6 +109,14 @@ class HttpTeacher:
         none = np.zeros(0, np.float32)
         no_rows = np.zeros((0, self._top_k), np.float32)
         return Answer(none.astype(np.int32), none, no_rows.astype(np.int32), no_rows, none).kept()
+
+
+def _to_text(answer: Answer) -> str:
+    return base64.b64encode(payload.encode(answer)).decode()
+
+
+def _from_text(text: str) -> Answer:
+    return payload.decode(base64.b64decode(text))
 
 
 def _trajectory(answer: Answer) -> Trajectory:

@@ -1,0 +1,42 @@
+"""One of the processes that make a small run; started by test_two_processes.py.
+
+    python run_process.py SPEC.json WORKDIR COORDINATOR PROCESSES INDEX
+
+SPEC is {"student": a model's directory, "server": an address or null, "changes": of the config}.
+All processes have two devices together. It ends as `gkdjax.main` does.
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+PROCESSES = int(sys.argv[4])
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={2 // PROCESSES}"
+
+import jax
+from server_runs import config_for
+from small_runs import small
+
+from gkdjax import loop
+from gkdjax.errors import GkdjaxError
+
+
+def main(spec: str, workdir: str, coordinator: str, processes: str, index: str) -> None:
+    if PROCESSES > 1:
+        jax.distributed.initialize(coordinator, int(processes), int(index))
+    asked = json.loads(pathlib.Path(spec).read_text())
+    if asked["server"]:
+        c = config_for(asked["student"], asked["server"], **asked["changes"])
+    else:
+        c = small(asked["student"], **asked["changes"])
+    try:
+        loop.run(c, workdir)
+    except GkdjaxError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        jax.distributed.shutdown()
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

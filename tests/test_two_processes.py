@@ -1,0 +1,168 @@
+"""Runs of two processes, with one device each, beside the same run in one process."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+import factories
+import numpy as np
+import pytest
+import safetensors.numpy
+from fake_server import FakeServer, Reply
+from fake_teacher import FakeTeacher
+from server_runs import answers_in, config_for, rows_asked
+from small_runs import metrics
+
+from gkdjax import loop
+
+HERE = pathlib.Path(__file__).parent
+HEADS = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+PROMPTS = [{"prompt": f"say {i}"} for i in range(3)]
+READ = [{"prompt": f"tell {i}", "response": f"yes {i}"} for i in range(24)]
+WRITTEN = [{"prompt": f"ask {i}"} for i in range(5)]
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory) -> str:
+    return factories.model_dir(tmp_path_factory.mktemp("student"), **HEADS)
+
+
+@dataclasses.dataclass
+class Ended:
+    """How the processes of a run ended."""
+
+    codes: list[int]
+    errors: list[str]
+
+
+@pytest.fixture
+def start(student, tmp_path):
+    """start(number of processes, directory, server, changes) -> the running processes."""
+    started = []
+
+    def run(count: int, workdir: pathlib.Path, server: str | None, **changes):
+        spec = tmp_path / f"spec-{len(started)}.json"
+        spec.write_text(json.dumps({"student": student, "server": server, "changes": changes}))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE)])
+        command = [sys.executable, HERE / "run_process.py", spec, workdir, coordinator, str(count)]
+        for index in range(count):
+            log = (tmp_path / f"log-{len(started)}").open("w+")
+            started.append(
+                (subprocess.Popen([*command, str(index)], env=environment, stderr=log), log)
+            )
+        return started[-count:]
+
+    yield run
+    for process, log in started:
+        process.kill()
+        process.wait()
+        log.close()
+
+
+def ended(running) -> Ended:
+    codes = [process.wait(timeout=400) for process, _ in running]
+    errors = []
+    for _, log in running:
+        log.seek(0)
+        errors.append(log.read())
+    return Ended(codes, errors)
+
+
+def losses_of(workdir):
+    return [line["loss"] for line in metrics(workdir)]
+
+
+def test_two_processes_make_the_run_of_one(start, tmp_path):
+    """Weights are cut over both; all that a run writes is written once, by the leader."""
+    changes = {
+        "gkd__on_policy_fraction": 0.5,
+        "anchor__data": PROMPTS + [{"prompt": "more"}],
+        "anchor__batch_size": 4,
+        "eval__prompts": PROMPTS,
+        "eval__every_steps": 2,
+        "train__export": "both",
+        "data__validation": [{"prompt": f"v {i}", "response": "ok"} for i in range(3)],
+    }
+    assert ended(start(1, tmp_path / "one", None, **changes)).codes == [0]
+    both = ended(start(2, tmp_path / "two", None, **changes, mesh__fsdp=2))
+    assert both.codes == [0, 0], both.errors
+    one, two = (sorted(p.name for p in (tmp_path / n).iterdir()) for n in ("one", "two"))
+    assert one == two
+    np.testing.assert_allclose(losses_of(tmp_path / "two"), losses_of(tmp_path / "one"), rtol=1e-5)
+    lines = [metrics(tmp_path / name) for name in ("one", "two")]
+    for key in ("step", "tokens", "batch_crc32", "on_policy_rows"):
+        assert [line[key] for line in lines[0]] == [line[key] for line in lines[1]]
+    found, expected = (
+        json.loads((tmp_path / n / "results.json").read_text()) for n in ("two", "one")
+    )
+    for condition in ("base", "student", "reprompted_student"):
+        assert found[condition] == pytest.approx(expected[condition], rel=1e-3, abs=1e-6)
+    assert found["samples"] == expected["samples"]
+    for file in ("merged/model.safetensors", "adapter/adapter_model.safetensors"):
+        a, b = (safetensors.numpy.load_file(tmp_path / name / file) for name in ("one", "two"))
+        assert a.keys() == b.keys()
+        for name, tensor in a.items():
+            np.testing.assert_allclose(b[name], tensor, atol=1e-5)
+
+
+def test_each_process_asks_its_share_and_all_stop_and_go_on_together(start, tmp_path, student):
+    """SIGTERM reaches one of them. Nothing is asked twice, not even by one process at last."""
+    teacher, running, left = FakeTeacher(), [], [20]
+
+    def stop_one(request):
+        if rows_asked([request]):
+            left[0] -= 1
+            if left[0] == 0:
+                running[1][0].send_signal(signal.SIGTERM)
+        return teacher(request)
+
+    changes = {"data__train": WRITTEN + READ, "train__steps": 12, "teacher__concurrency": 1}
+    workdir = tmp_path / "two"
+    with FakeServer(stop_one) as server:
+        running += start(2, workdir, server.base, **changes)
+        stopped = ended(running)
+        assert stopped.codes == [75, 75], stopped.errors
+        assert 0 < len(metrics(workdir)) < 12
+        again = ended(start(2, workdir, server.base, **changes))
+        assert again.codes == [0, 0], again.errors
+        asked = rows_asked(server.requests)
+        assert len(asked) == len(set(asked))
+        stores = [answers_in(workdir / name) for name in ("answers.sqlite", "answers.1.sqlite")]
+        assert all(len(store) > 5 for store in stores)
+        for name in ("results.json", "metrics.jsonl", "trajectories_train.jsonl", "rows.json"):
+            (workdir / name).rename(tmp_path / name)
+        (workdir / "checkpoints").rename(tmp_path / "checkpoints")
+        loop.run(config_for(student, server.base, **changes), workdir)
+        assert rows_asked(server.requests) == asked
+    together = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").open()]
+    np.testing.assert_allclose(losses_of(workdir), together, rtol=1e-5)
+    text = (tmp_path / "trajectories_train.jsonl").read_text()
+    assert (workdir / "trajectories_train.jsonl").read_text() == text
+
+
+def test_a_server_that_fails_one_process_ends_both(start, tmp_path):
+    """The rows of one step are never answered: only one process asks for that row."""
+    teacher = FakeTeacher()
+    row = str(factories.tokenizer()("tell 17")["input_ids"][1:])[1:-1]
+
+    def deaf_to_one(request):
+        return Reply(silent=True) if row in str(request.body) else teacher(request)
+
+    changes = {"data__train": READ, "train__steps": 6, "teacher__concurrency": 1}
+    changes |= {"teacher__deadline_s": 4.0, "teacher__max_retries": 2, "checkpoint__every_steps": 9}
+    with FakeServer(deaf_to_one) as server:
+        both = ended(start(2, tmp_path / "run", server.base, **changes))
+    assert both.codes == [4, 4], both.errors
+    made = len(metrics(tmp_path / "run"))
+    assert 0 < made < 6
+    assert (tmp_path / "run" / "checkpoints" / str(made)).exists()
+    assert sum("TeacherUnreachable: process" in error for error in both.errors) == 1
