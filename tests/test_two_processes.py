@@ -42,7 +42,7 @@ class Ended:
 
 @pytest.fixture
 def start(student, tmp_path):
-    """start(number of processes, directory, server, changes) -> the running processes."""
+    """start(number of processes, directory or one of each, server, changes) -> the processes."""
     started = []
 
     def run(count: int, workdir: pathlib.Path, server: str | None, **changes):
@@ -53,12 +53,12 @@ def start(student, tmp_path):
             coordinator = f"127.0.0.1:{free.getsockname()[1]}"
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
         environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE)])
-        command = [sys.executable, HERE / "run_process.py", spec, workdir, coordinator, str(count)]
+        script = [sys.executable, HERE / "run_process.py", spec]
         for index in range(count):
+            own = workdir if isinstance(workdir, pathlib.Path) else workdir[index]
+            command = [*script, own, coordinator, str(count), str(index)]
             log = (tmp_path / f"log-{len(started)}").open("w+")
-            started.append(
-                (subprocess.Popen([*command, str(index)], env=environment, stderr=log), log)
-            )
+            started.append((subprocess.Popen(command, env=environment, stderr=log), log))
         return started[-count:]
 
     yield run
@@ -166,3 +166,9 @@ def test_a_server_that_fails_one_process_ends_both(start, tmp_path):
     assert 0 < made < 6
     assert (tmp_path / "run" / "checkpoints" / str(made)).exists()
     assert sum("TeacherUnreachable: process" in error for error in both.errors) == 1
+
+
+def test_directories_that_are_not_the_same_are_refused(start, tmp_path):
+    both = ended(start(2, [tmp_path / "a", tmp_path / "b"], None))
+    assert both.codes == [2, 2], both.errors
+    assert all("processes [1] do not see" in error for error in both.errors)
