@@ -1,10 +1,10 @@
 """What one device sends to others for an optimizer step, by kind, and in how many seconds.
 
 Estimates: of n devices in a ring, each sends (n - 1) / n of an array for a gather or a
-reduce-scatter, and twice that for an all-reduce. The time that a message takes however short it is
-does not count, and nothing is hidden behind computing.
+reduce-scatter, and twice that for an all-reduce. Nothing is hidden behind computing.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from gkdjax.planning import flops, parts
@@ -12,40 +12,38 @@ from gkdjax.planning.chips import Chip
 from gkdjax.planning.models import Setup, itemsize
 from gkdjax.planning.shards import Shard
 
+LATENCY = 1e-5  # seconds of a message, however short: a round number
+
 
 class Exchange(NamedTuple):
     """One kind."""
 
     name: str
     bytes_sent: float
+    messages: float
     between_slices: bool = False  # over the data-centre network
 
 
 def step(setup: Setup) -> list[Exchange]:
-    """Of an optimizer step; on-policy text by its share of the steps. Empty kinds are left out."""
-    shard, accumulation = setup.of_student, setup.config.train.accumulation
-    found = [*_over_data(setup, accumulation * parts.trained(setup))]
-    # Forward, backward, and the gradients on their way back; for the batch and for each anchor.
-    once = 2 * _weights(setup, shard) + parts.trained(setup, gathered=True)
-    weights = accumulation * len(parts.training_rows(setup)) * once
-    activations = _training_states(setup)
-    for rows, teacher in parts.training_rows(setup):
-        if teacher is not None:
-            weights += _weights(setup, teacher)
-            activations += _states(setup, teacher, rows * setup.length)
-    share = setup.config.gkd.on_policy_fraction
-    tokens = setup.rows("train") * (setup.length + setup.config.trajectory.max_new_tokens)
-    weights += share * _weights(setup, shard)
-    activations += share * _states(setup, shard, tokens)
-    found.append(Exchange("weights, over fsdp", _ring(shard.fsdp) * weights))
-    found.append(Exchange("activations, over tensor", 2 * _ring(shard.tensor) * activations))
-    return [each for each in found if each.bytes_sent]
+    """Of an optimizer step; on-policy text by its share of the steps."""
+    pieces = *_over_data(setup), *_over_fsdp(setup), *_over_tensor(setup)
+    found: dict[str, Exchange] = {}
+    for each in pieces:
+        if each.name in found:
+            before = found[each.name]
+            sent = before.bytes_sent + each.bytes_sent
+            each = before._replace(bytes_sent=sent, messages=before.messages + each.messages)
+        if each.bytes_sent:
+            found[each.name] = each
+    return [*found.values()]
 
 
 def seconds(exchange: Exchange, chip: Chip) -> float | None:
     """None of a chip whose numbers are unknown."""
     speed = chip.network_bytes_per_s if exchange.between_slices else chip.link_bytes_per_s
-    return None if speed is None else exchange.bytes_sent / (speed * flops.BANDWIDTH)
+    if speed is None:
+        return None
+    return exchange.bytes_sent / (speed * flops.BANDWIDTH) + exchange.messages * LATENCY
 
 
 def whole_step(setup: Setup, chip: Chip) -> float | None:
@@ -60,32 +58,56 @@ def _ring(devices: int) -> float:
     return (devices - 1) / devices
 
 
-def _over_data(setup: Setup, gradients: int) -> list[Exchange]:
+def _over_data(setup: Setup) -> Iterator[Exchange]:
     """Within each slice first, so that its devices share what the slices tell each other."""
-    within = setup.mesh.shape["data"] // setup.slices
+    times = setup.config.train.accumulation  # each part of the batch has its own gradients
+    gradients, within = times * parts.trained(setup), setup.mesh.shape["data"] // setup.slices
+    yield Exchange("gradients, over data", 2 * _ring(within) * gradients, times)
     across = 2 * _ring(setup.slices) * gradients / within
-    return [
-        Exchange("gradients, over data", 2 * _ring(within) * gradients),
-        Exchange("gradients, over slices", across, between_slices=True),
-    ]
+    yield Exchange("gradients, over slices", across, times, between_slices=True)
 
 
-def _weights(setup: Setup, shard: Shard) -> int:
-    """Bytes of a model once it is gathered: all of it, one layer after the other."""
-    return shard.gathered * itemsize(parts.dtype_of(setup, shard))
+def _over_fsdp(setup: Setup) -> Iterator[Exchange]:
+    """Weights, gathered layer by layer, and gradients on their way back."""
+    shard = setup.of_student
+
+    def gathers(of: Shard, times: float) -> Exchange:
+        whole = of.gathered * itemsize(parts.dtype_of(setup, of))
+        messages = times * of.spec.num_layers
+        return Exchange("weights, over fsdp", _ring(of.fsdp) * times * whole, messages)
+
+    rows = parts.training_rows(setup)
+    passes = setup.config.train.accumulation * len(rows)
+    yield gathers(shard, 2 * passes)
+    gradients = _ring(shard.fsdp) * passes * parts.trained(setup, gathered=True)
+    yield Exchange("gradients, over fsdp", gradients, passes * shard.spec.num_layers)
+    for _, teacher in rows:
+        if teacher is not None:
+            yield gathers(teacher, 1)
+    yield gathers(shard, setup.config.gkd.on_policy_fraction)
 
 
-def _states(setup: Setup, shard: Shard, tokens: int) -> int:
-    """Bytes of the sums that end attention and MLP of each layer, and the looking up of tokens."""
-    size = itemsize(setup.config.student.compute_dtype)
-    return tokens * shard.spec.width * size * (2 * shard.spec.num_layers + 1)
+def _over_tensor(setup: Setup) -> Iterator[Exchange]:
+    """The sums that end attention and MLP of each layer, that of looking tokens up, the head's."""
+    c, shard, new = setup.config, setup.of_student, setup.config.trajectory.max_new_tokens
+    size = itemsize(c.student.compute_dtype)
+
+    def sums(of: Shard, tokens: float, each: float, messages: float) -> Exchange:
+        sent = 2 * _ring(of.tensor) * tokens * of.spec.width * size * each
+        return Exchange("activations, over tensor", sent, messages)
+
+    for rows, teacher in parts.training_rows(setup):
+        # Forward, backward, and forward once more where layers are recomputed.
+        passes = (2 + int(c.train.remat)) * _sums(shard)
+        tokens = rows * setup.length
+        yield sums(shard, tokens, passes, passes * c.train.accumulation)
+        yield sums(shard, rows * min(setup.length, new), 1, c.train.accumulation)
+        if teacher is not None:
+            yield sums(teacher, tokens, _sums(teacher), _sums(teacher))
+    share, each = c.gkd.on_policy_fraction, _sums(shard)
+    tokens = setup.rows("train") * (setup.length + new)
+    yield sums(shard, share * tokens, each, share * (1 + new) * each)
 
 
-def _training_states(setup: Setup) -> int:
-    """Forward, backward, and forward once more where layers are recomputed; then the head's."""
-    c, shard = setup.config, setup.of_student
-    rows = sum(rows for rows, _ in parts.training_rows(setup))
-    passes = 2 + int(c.train.remat)
-    targets = min(setup.length, c.trajectory.max_new_tokens)
-    head = rows * targets * shard.spec.width * itemsize(c.student.compute_dtype)
-    return passes * _states(setup, shard, rows * setup.length) + head
+def _sums(shard: Shard) -> int:
+    return 2 * shard.spec.num_layers + 1
