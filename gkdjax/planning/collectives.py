@@ -60,35 +60,51 @@ def _ring(devices: int) -> float:
 
 def _over_data(setup: Setup) -> Iterator[Exchange]:
     """Within each slice first, so that its devices share what the slices tell each other."""
-    times = setup.config.train.accumulation  # each part of the batch has its own gradients
-    gradients, within = times * parts.trained(setup), setup.mesh.shape["data"] // setup.slices
-    yield Exchange("gradients, over data", 2 * _ring(within) * gradients, times)
+    shard, within = setup.of_student, setup.mesh.shape["data"] // setup.slices
+    times = _passes(setup)
+    gradients = times * (parts.trained(setup) + _looked_up(setup) // shard.fsdp)
+    messages = times * shard.spec.num_layers
+    yield Exchange("gradients, over data", 2 * _ring(within) * gradients, messages)
     across = 2 * _ring(setup.slices) * gradients / within
-    yield Exchange("gradients, over slices", across, times, between_slices=True)
+    yield Exchange("gradients, over slices", across, messages, between_slices=True)
+
+
+def _passes(setup: Setup) -> int:
+    """Backward passes: each has its own gradients, which are added up layer by layer."""
+    return setup.config.train.accumulation * len(parts.training_rows(setup))
+
+
+def _looked_up(setup: Setup) -> int:
+    """Bytes of a tied table's second gradient: the head's and the look-up's are sent apart."""
+    spec = setup.student.spec
+    return 4 * setup.of_student.table if setup.full and spec.tied_embedding else 0
 
 
 def _over_fsdp(setup: Setup) -> Iterator[Exchange]:
     """Weights, gathered layer by layer, and gradients on their way back."""
-    shard = setup.of_student
+    shard, passes = setup.of_student, _passes(setup)
 
-    def gathers(of: Shard, times: float) -> Exchange:
-        whole = of.gathered * itemsize(parts.dtype_of(setup, of))
-        messages = times * of.spec.num_layers
-        return Exchange("weights, over fsdp", _ring(of.fsdp) * times * whole, messages)
+    def gathers(of: Shard, numbers: float, times: float) -> Exchange:
+        sent = _ring(of.fsdp) * times * numbers * itemsize(parts.dtype_of(setup, of))
+        return Exchange("weights, over fsdp", sent, times * of.spec.num_layers)
 
-    rows = parts.training_rows(setup)
-    passes = setup.config.train.accumulation * len(rows)
-    yield gathers(shard, 2 * passes)
-    gradients = _ring(shard.fsdp) * passes * parts.trained(setup, gathered=True)
-    yield Exchange("gradients, over fsdp", gradients, passes * shard.spec.num_layers)
-    for _, teacher in rows:
+    yield gathers(shard, shard.gathered, passes)
+    yield gathers(shard, shard.spec.num_layers * shard.layer, passes)  # tables are kept
+    gradients = passes * (parts.trained(setup, gathered=True) + _looked_up(setup))
+    messages = passes * shard.spec.num_layers
+    yield Exchange("gradients, over fsdp", _ring(shard.fsdp) * gradients, messages)
+    for _, teacher in parts.training_rows(setup):
         if teacher is not None:
-            yield gathers(teacher, 1)
-    yield gathers(shard, setup.config.gkd.on_policy_fraction)
+            yield gathers(teacher, teacher.gathered, 1)
+    yield gathers(shard, shard.gathered, setup.config.gkd.on_policy_fraction)
 
 
 def _over_tensor(setup: Setup) -> Iterator[Exchange]:
-    """The sums that end attention and MLP of each layer, that of looking tokens up, the head's."""
+    """The sums that end attention and MLP of each layer, that of looking tokens up, the head's.
+
+    Backward, gradients to the same states are added before they are sent, as accelerators'
+    compilers do; XLA's CPU backend sends those of q, k, v, gate and up apart.
+    """
     c, shard, new = setup.config, setup.of_student, setup.config.trajectory.max_new_tokens
     size = itemsize(c.student.compute_dtype)
 
