@@ -111,3 +111,15 @@ def test_weights_of_another_dtype_than_the_products_are_cast_and_kept():
     kernels = 6 * (256 * 256 * 2 + 256 * 64 * 2 + 3 * 256 * 1024) * 4
     assert cast["activations"] - same["activations"] == kernels
     assert cast["tables"] - same["tables"] == 4096 * 256 * 4
+
+
+def test_a_recomputed_layer_holds_random_words_and_what_dropout_left():
+    def one_layer(dropout):
+        of = setup(train__batch_size=8, train__remat=True)
+        object.__setattr__(of.config.student.lora, "dropout", dropout)
+        return bytes_of.training_step(of)["one layer's backward pass"]
+
+    inputs = 5 * 256 + 4 * 64 + 1024
+    # Two words and a bool for each; q, k and v read one array without it, and gate and up another.
+    expected = 8 * 128 * (9 * inputs + 3 * 256 * 4)
+    assert one_layer(0.5) - one_layer(0.0) == expected
