@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 from absl import logging
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from gkdjax import tree
@@ -47,8 +46,6 @@ _KV_WHOLE: tuple[Rule, ...] = (
     (r"(.*/)?layers/[kv]_proj/b", PartitionSpec()),
     (r"(.*/)?layers/[kv]_bias", PartitionSpec()),
 )
-
-_GATHERED = "weights gathered over fsdp"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +146,7 @@ class Layout:
                 return leaf
             cut = next(cut for rule, cut in self.rules if re.fullmatch(rule, f"layers/{path}"))
             kept = PartitionSpec(*(None if axis == "fsdp" else axis for axis in cut[1:]))
-            return checkpoint_name(self._constrain(leaf, kept), _GATHERED)
+            return self._constrain(leaf, kept)
 
         return tree.map_with_path(gather, leaves)
 
@@ -158,10 +155,6 @@ class Layout:
         if not self.cuts_weights:
             return table_VD
         return self._constrain(table_VD, PartitionSpec("tensor"))
-
-    def saved(self):
-        """A policy for `jax.checkpoint`: all is kept for the backward pass but gathered weights."""
-        return jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
 
     def _row_axes(self, rows: int):
         """A single row, as a prefix that is read once, lies whole on every device."""
@@ -196,3 +189,12 @@ def _warn_of_whole_heads(tensor: int, num_kv_heads: int) -> None:
         " products",
         *(tensor, num_kv_heads, tensor),
     )
+
+
+def all_but_gathered_weights(primitive, *_, **__) -> bool:
+    """A policy for `jax.checkpoint`: what a layer keeps for its backward pass.
+
+    Weights are gathered by a sharding constraint, and may be cast after it. Of activations too, the
+    results of both are made again from what is kept: that costs next to nothing.
+    """
+    return primitive.name not in ("sharding_constraint", "convert_element_type")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from gkdjax import drawing, sharding
 from gkdjax.losses import top_k_logprobs
@@ -181,11 +181,21 @@ def _generate(
     """Everything that may change between calls is an argument: no stale constant is compiled in."""
     generate = functools.partial(_generate_rows, decoder, top_k, max_new_tokens, keep, vocab_size)
     if mesh is not None:
-        # Each device loops for its own rows, until they are done. Left to the partitioner, every
-        # step would ask all devices for that, and top_k gather the logits of all rows.
-        cut, whole = PartitionSpec("data"), PartitionSpec()
+        # Devices that share rows loop for their own, until they are done. Left to the partitioner,
+        # every step would ask all devices for that, and top_k gather the logits of all rows. What
+        # "fsdp" cuts is gathered once: each new token reads every weight. "tensor" is left to the
+        # partitioner, or where it cuts nothing, is one axis less for it to look at.
+        axes = set(mesh.axis_names)
+        if mesh.shape["tensor"] > 1:
+            axes -= {"tensor"}
+        cut, whole = sharding.ROWS, sharding.WHOLE
         generate = jax.shard_map(
-            generate, mesh=mesh, in_specs=(whole, cut, whole, whole), out_specs=cut, check_vma=False
+            generate,
+            mesh=mesh,
+            in_specs=(whole, cut, whole, whole),
+            out_specs=cut,
+            axis_names=axes,
+            check_vma=False,
         )
     return generate(params, rows, (stop_ids, temperature, top_p), prefix)
 

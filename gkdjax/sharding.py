@@ -75,7 +75,7 @@ def mesh_sizes(sizes: dict[str, int], devices: int) -> dict[str, int]:
         return sizes | {open_axes[0]: devices // given}
     if given == devices:
         return sizes
-    told = " * ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1)
+    told = " * ".join(f"{axis}={size}" for axis, size in sizes.items() if size not in (1, -1))
     needed = f"a multiple of {given}" if open_axes else str(given)
     raise UserError(
         f"config.mesh: {told} needs {needed} devices, and there are {devices}; take"

@@ -11,7 +11,8 @@ from gkdjax.errors import UserError
 def claim(workdir: pathlib.Path, config: config_lib.Config) -> None:
     """Writes the config into a new directory, or checks that it is the one written there.
 
-    How a teacher's server is reached may change: not what it is, see `teachers.http.connect`.
+    How a teacher's server is reached may change (not what it is, see `teachers.http.connect`), and
+    so may the mesh.
 
     Raises:
       UserError: the directory belongs to another config; every key that differs is named.
@@ -67,9 +68,9 @@ def write_json(path: pathlib.Path, value: dict) -> None:
 
 
 def _lasting(raw: dict) -> dict:
-    """What makes a run another one."""
+    """What makes a run another one; on other devices it is the same."""
     teacher = {key: v for key, v in raw["teacher"].items() if key not in REACH_KEYS}
-    return raw | {"teacher": teacher}
+    return raw | {"teacher": teacher, "mesh": None}
 
 
 def _differences(mine, theirs, key: str):

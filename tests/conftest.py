@@ -6,8 +6,8 @@ import shutil
 import tempfile
 
 # Runs in this process and in others compile the same small programs again and again: each is
-# compiled once by each of pytest's workers. JAX does not write its cache in one go, and a worker
-# that read what another was writing died of it: so each has its own directory.
+# compiled once by each of pytest's workers. JAX does not write its cache in one go, so that no
+# worker may read what another is writing: each has its own directory.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ or "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gkdjax-programs-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

@@ -107,6 +107,13 @@ def test_an_unset_model_or_data_is_asked_for():
         ("data.validation", 1.0, "a share of data.train is in"),
         ("data.validation", 0, "a share of data.train is in"),
         ("data.validation", "", "name a file or a dataset"),
+        ("mesh.fsdp", 0, "a number of devices, or -1"),
+        ("mesh.tensor", -1, r"mesh\.data is -1 as well"),
+        ("mesh.teacher_rules", [{"leaves": ".*", "axes": []}], r"set mesh\.student_rules"),
+        ("mesh.student_rules", [{"leaves": "("}], r"is \{'leaves'"),
+        ("mesh.student_rules", [{"leaves": "(", "axes": []}], "no regular expression"),
+        ("mesh.student_rules", [{"leaves": "a", "axes": ["fdsp"]}], "did you mean 'fsdp'"),
+        ("mesh.student_rules", [{"leaves": "a", "axes": ["fsdp"] * 2}], "cuts one dimension"),
     ],
 )
 def test_a_bad_value_is_named_with_what_would_be_right(key, value, told):

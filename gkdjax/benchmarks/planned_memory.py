@@ -69,10 +69,12 @@ CASES = (
 _REMAT = {"train.batch_size": 16, "data.max_length": 512, "train.remat": True}
 _PARTS = {"train.batch_size": 32, "train.accumulation": 2, "data.max_length": 128}
 SHARDED = (
-    Case("LoRA, dense, remat", 4096, _REMAT, (1, 8, 1)),
+    Case("LoRA, dense", 4096, _ROWS | {"train.batch_size": 8}, (1, 8, 1)),
     Case("LoRA, dense, remat", 4096, _REMAT, (2, 2, 2)),
     Case("full, top k, accumulation", 4096, _FULL | _PARTS | {"teacher.top_k": 64}, (1, 1, 8)),
     Case("LoRA, dense, remat", 4096, _REMAT, (1, 1, 8)),
+    Case("full, top k, accumulation", 4096, _FULL | _PARTS | {"teacher.top_k": 64}, (1, 8, 1)),
+    Case("LoRA, dense, remat", 4096, _REMAT, (1, 8, 1)),
     Case("full, dense, large vocabulary", 131_072, _FULL | _ROWS, (1, 2, 4)),
 )
 READINGS = ((8, 256), (4, 1024), (32, 64))  # rows, positions: of the teacher's forward pass

@@ -106,9 +106,11 @@ def over_chunks(
     for leaf in jax.tree.leaves(shared) if parts > 1 else ():
         _check_divides("tokens of the vocabulary", leaf.shape[0], parts, chunks.vocab_axis)
 
+    others = tuple(axis for axis in chunks.row_axes if mesh.shape[axis] > 1)
+
     def compute_and_add(*arguments):
         added, outputs = compute(*arguments, parts)
-        return jax.lax.psum(added, chunks.row_axes), outputs
+        return jax.lax.psum(added, others) if others else added, outputs
 
     rows = PartitionSpec(chunks.row_axes)
     vocabulary = PartitionSpec(*([chunks.vocab_axis] if parts > 1 else []))

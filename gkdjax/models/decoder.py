@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from gkdjax.layout import Layout
+from gkdjax.layout import Layout, all_but_gathered_weights
 from gkdjax.losses.head import unembed
 from gkdjax.models.attention import attention_of
 from gkdjax.models.cache import Cache, Prefix, index_in_stack, init_cache, prefix_of, write
@@ -154,7 +154,9 @@ class Decoder(nn.Module):
         if self.remat:
             layer_body = jax.checkpoint(layer_body, prevent_cse=False)
         elif layout.cuts_weights:
-            layer_body = jax.checkpoint(layer_body, prevent_cse=False, policy=layout.saved())
+            layer_body = jax.checkpoint(
+                layer_body, prevent_cse=False, policy=all_but_gathered_weights
+            )
         kinds = jnp.asarray(spec.is_global_L), index_in_stack(spec)
         x_BTD, new_kv = jax.lax.scan(layer_body, x_BTD, (self.layers(), *kinds))
         return _norm(spec, x_BTD, self.final_norm), new_kv

@@ -1,0 +1,122 @@
+"""A training step and some text on meshes of eight devices; started by test_meshes.py.
+
+    python mesh_steps.py OUT
+
+Writes OUT/MESH-WHAT.npz (sums, gradients, text), .txt (the compiled step) and .json (its memory).
+"""
+
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import dataclasses
+import json
+import pathlib
+
+import builders
+import jax
+import numpy as np
+import optax
+
+from gkdjax import sharding
+from gkdjax.config import Gkd, Train
+from gkdjax.layout import Layout
+from gkdjax.sampler import Keep, Sampling, sample
+from gkdjax.train_step import init_state, make_train_step
+from gkdjax.tree import path_str
+from gkdjax.types import TopKTargets
+
+MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8))
+V, D, L, K = 512, 32, 3, 4
+MODEL = {
+    "vocab_size": V,
+    "hidden_size": D,
+    "num_hidden_layers": L,
+    "layer_types": ["full_attention"] * L,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 80,
+}
+BATCH = builders.batch((6, 2, 1, 5, 6, 3, 1, 4), vocab=V)
+CASES = ("lora", "full")  # the one has a dense teacher, the other the best K tokens
+RATE = 2.0**10  # so large that what the parameters were is lost in it, and the gradient is not
+SAMPLING = Sampling(max_new_tokens=6, temperature=0.9, top_p=0.8, top_k=None)
+
+
+def main(out: str) -> None:
+    for sizes in MESHES:
+        mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
+        decoder, params = builders.small_model(**MODEL)
+        params = jax.tree.map(np.array, params)  # the step takes its state for itself
+        layout = Layout.of(mesh, decoder.spec)
+        decoder = decoder.clone(layout=layout)
+        name = pathlib.Path(out, "x".join(map(str, sizes)))
+        for case in CASES:
+            _step(decoder, params, case == "lora", mesh, f"{name}-{case}")
+        _text(decoder, jax.device_put(params, layout.places(params)), mesh, f"{name}-text")
+
+
+def _step(decoder, params, adapted: bool, mesh, name: str) -> None:
+    """One step of plain gradient descent: what changes is the gradient."""
+    optimizer, layout = optax.sgd(RATE), decoder.layout
+    kind = "mixed" if adapted else "generalized_jsd"
+    config = builders.config(gkd=Gkd(kind, jsd_beta=0.3, chunk_size=8), train=Train())
+    step = make_train_step(decoder, optimizer, optax.constant_schedule(1.0), config, mesh)
+    adapters = jax.tree.map(np.array, builders.adapters(decoder))
+    frozen, trainable = (params, adapters) if adapted else (None, params)
+    state = init_state(trainable, optimizer)
+    state, frozen = jax.device_put((state, frozen), (layout.places(state), layout.places(frozen)))
+    arguments = state, frozen, sharding.shard_rows(mesh, BATCH), _targets(layout, adapted), {}
+    compiled = step.lower(*arguments, divergence=kind).compile()
+    memory = compiled.memory_analysis()
+    sizes = {"arguments": memory.argument_size_in_bytes, "temp": memory.temp_size_in_bytes}
+    pathlib.Path(name + ".json").write_text(json.dumps(sizes))
+    pathlib.Path(name + ".txt").write_text(compiled.as_text())
+    new, sums = compiled(*arguments)
+    changed = jax.tree.map(np.subtract, trainable, jax.device_get(new.trainable))
+    flat, _ = jax.tree_util.tree_flatten_with_path(changed)
+    gradients = {path_str(path): leaf / RATE for path, leaf in flat}
+    np.savez(name + ".npz", **gradients, **{f"sum:{k}": v for k, v in sums.items()})
+
+
+def _targets(layout: Layout, dense: bool):
+    targets = builders.dense_targets(BATCH, vocab=V, width=16)
+    if dense:
+        return dataclasses.replace(
+            targets,
+            hidden_BNE=sharding.shard_rows(layout.mesh, targets.hidden_BNE),
+            unembedding_VE=jax.device_put(
+                targets.unembedding_VE, layout.place("embedding", (V, 16))
+            ),
+        )
+    topk = jax.jit(builders.top_k_logprobs, static_argnums=1)(builders.teacher_logits(targets), K)
+    return sharding.shard_rows(layout.mesh, TopKTargets(topk, topk.logprobs[..., 0]))
+
+
+def _text(decoder, params, mesh, name: str) -> None:
+    rng = np.random.default_rng(2)
+    prompts = [rng.integers(3, V, length).astype(np.int32) for length in (3, 5, 4, 7, 2, 3, 6, 4)]
+    written = sample(
+        decoder,
+        params,
+        prompts,
+        range(8),
+        SAMPLING,
+        stop_ids=(1, 2),
+        batch_size=8,
+        lengths=(8,),
+        mesh=mesh,
+        keep=Keep(K, 1.0),
+    )
+    kept = [one.kept for one in written]
+    np.savez(
+        name + ".npz",
+        ids=np.concatenate([one.ids for one in written]),
+        top_ids=np.concatenate([each.topk.ids for each in kept]),
+        logprobs=np.concatenate([each.topk.logprobs for each in kept]),
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
