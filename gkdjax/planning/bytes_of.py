@@ -10,7 +10,7 @@ the second state that a run has for a moment when it continues from a checkpoint
 """
 
 from gkdjax.planning import activations, parts, texts
-from gkdjax.planning.models import Setup
+from gkdjax.planning.models import Setup, itemsize
 from gkdjax.planning.parts import Parts, total
 
 
@@ -51,7 +51,8 @@ def training_step(setup: Setup) -> Parts:
         activations.kept(_pass(setup, rows // c.train.accumulation), c.train.remat)
         for rows, _ in parts.training_rows(setup)
     ]
-    kept = {"activations": sum(each.all_layers for each in passes), "tables": _tables(setup)}
+    all_layers = sum(each.all_layers - _cast_again(setup) for each in passes)
+    kept = {"activations": all_layers, "tables": _tables(setup)}
     carried = trainable if c.train.accumulation > 1 else 0
     weights = parts.layer_weights(setup, setup.of_student)
     one_layer = sum(each.one_layer + each.largest + weights for each in passes)
@@ -87,6 +88,18 @@ def _pass(setup: Setup, rows: int) -> activations.Pass:
         rows,
         setup.length,
     )
+
+
+def _cast_again(setup: Setup) -> int:
+    """Kernels in the compute dtype, which a mesh that cuts weights does not keep for the way back.
+
+    See `layout.all_but_gathered_weights`.
+    """
+    shard, compute = setup.of_student, setup.config.student.compute_dtype
+    none = setup.config.train.remat or parts.student_dtype(setup) == compute
+    if none or not shard.layout.cuts_weights:
+        return 0
+    return shard.kernels * itemsize(compute)
 
 
 def _tables(setup: Setup) -> int:

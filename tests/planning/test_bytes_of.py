@@ -113,6 +113,16 @@ def test_weights_of_another_dtype_than_the_products_are_cast_and_kept():
     assert cast["tables"] - same["tables"] == 4096 * 256 * 4
 
 
+def test_casts_of_weights_that_the_mesh_cuts_are_made_again():
+    def activations(dtype, **mesh):
+        of = setup(dtype, devices=4, train__batch_size=8, **mesh)
+        return bytes_of.training_step(of)["activations"]
+
+    kernels = 6 * (256 * 256 * 2 + 256 * 64 * 2 + 3 * 256 * 1024) * 4
+    assert activations("bfloat16") - activations("float32") == kernels
+    assert activations("bfloat16", mesh__fsdp=4) == activations("float32", mesh__fsdp=4)
+
+
 def test_a_recomputed_layer_holds_random_words_and_what_dropout_left():
     def one_layer(dropout):
         of = setup(train__batch_size=8, train__remat=True)
