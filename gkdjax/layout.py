@@ -56,13 +56,21 @@ class Layout:
     rules: tuple[Rule, ...] = RULES
 
     @classmethod
-    def of(cls, mesh: Mesh | AbstractMesh, spec: DecoderSpec, own: Sequence[Rule] = ()) -> "Layout":
+    def of(
+        cls,
+        mesh: Mesh | AbstractMesh,
+        spec: DecoderSpec,
+        own: Sequence[Rule] = (),
+        *,
+        warn: bool = True,
+    ) -> "Layout":
         """For a model's heads.
 
         Args:
           mesh: of `sharding.make_mesh`.
           spec: of the model.
           own: rules that come before `RULES`.
+          warn: of heads of keys and values that are kept whole; not for who tries many meshes.
 
         Raises:
           UserError: the devices along "tensor" do not divide the query heads.
@@ -74,12 +82,8 @@ class Layout:
                 f" devices of mesh axis 'tensor'; take tensor={math.gcd(spec.num_heads, tensor)}"
             )
         if spec.num_kv_heads % tensor:
-            logging.warning(
-                "mesh.tensor=%d does not divide the %d heads of keys and values: each device"
-                " computes and keeps them all, where an even share would be 1/%d of the cache and"
-                " of the k and v products",
-                *(tensor, spec.num_kv_heads, tensor),
-            )
+            if warn:
+                _warn_of_whole_heads(tensor, spec.num_kv_heads)
             rules = (*own, *_KV_WHOLE, *RULES)
         return cls(mesh, rules)
 
@@ -176,6 +180,15 @@ class Layout:
         while named and named[-1] is None:
             named.pop()
         return PartitionSpec(*named)
+
+
+def _warn_of_whole_heads(tensor: int, num_kv_heads: int) -> None:
+    logging.warning(
+        "mesh.tensor=%d does not divide the %d heads of keys and values: each device computes and"
+        " keeps them all, where an even share would be 1/%d of the cache and of the k and v"
+        " products",
+        *(tensor, num_kv_heads, tensor),
+    )
 
 
 def all_but_gathered_weights(primitive, *_, **__) -> bool:

@@ -43,7 +43,7 @@ def make_mesh(
       UserError: their product is not the number of devices, or there are not dcn_data slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = _filled_in(
+    sizes = mesh_sizes(
         {"data": data, "fsdp": fsdp, "tensor": tensor, "dcn_data": dcn_data}, len(devices)
     )
     within = tuple(sizes[axis] for axis in AXES)
@@ -63,7 +63,12 @@ def make_mesh(
     return Mesh(grid, AXES, axis_types=auto)
 
 
-def _filled_in(sizes: dict[str, int], devices: int) -> dict[str, int]:
+def mesh_sizes(sizes: dict[str, int], devices: int) -> dict[str, int]:
+    """The four numbers of `make_mesh` with the one that is -1 filled in.
+
+    Raises:
+      UserError: their product is not the number of devices.
+    """
     given = math.prod(size for size in sizes.values() if size != -1)
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     if open_axes and devices % given == 0:

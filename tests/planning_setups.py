@@ -2,7 +2,7 @@
 
 from gkdjax import config
 from gkdjax.benchmarks.case import STUDENTS, TEACHERS, decoder_spec
-from gkdjax.planning.models import Setup, Weights
+from gkdjax.planning.models import Setup, Weights, mesh_of
 
 STUDENT = decoder_spec(STUDENTS["small"], 4096)
 TEACHER = decoder_spec(TEACHERS["small"], 4096)
@@ -21,4 +21,5 @@ def setup(dtype: str = "float32", devices: int = 1, **changes) -> Setup:
         c.teacher.model = "none"
     teacher = Weights.of(TEACHER, dtype) if c.teacher.backend == "flax" else None
     toggles = c.teacher.backend == "local-toggle"
-    return Setup(config.parse(c), Weights.of(STUDENT, dtype), teacher, toggles, devices)
+    parsed, student = config.parse(c), Weights.of(STUDENT, dtype)
+    return Setup(parsed, student, teacher, toggles, mesh_of(parsed, devices))

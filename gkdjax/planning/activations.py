@@ -57,13 +57,13 @@ def kept(of: Pass, remat: bool) -> Kept:
     largest = max(whole.layers) // of.spec.num_layers
     if not remat:
         return Kept(sum(whole.layers) + whole.rest, 0, largest)
-    one_layer = sum(whole.layers) // of.spec.num_layers
     less = _residuals(of, True)
-    return Kept(sum(less.layers) + less.rest, one_layer, largest)
+    return Kept(sum(less.layers) + less.rest, whole.one_layer + _random_words(of), largest)
 
 
 class _Residuals(NamedTuple):
     layers: list[int]  # bytes of each array that has an axis for the layers
+    one_layer: int  # bytes of what one layer adds to them, if nothing is copied there
     rest: int
 
 
@@ -92,7 +92,34 @@ def _residuals(of: Pass, remat: bool) -> _Residuals:
             layers.append(_nbytes(aval))
         else:
             rest += _nbytes(aval)
-    return _Residuals(layers, rest)
+    return _Residuals(layers, _within_a_layer(jaxpr, left), rest)
+
+
+# What gives an array another shape or name, and no memory of its own.
+_SAME_MEMORY = ("reshape", "squeeze", "name", "reduce_precision")
+
+
+def _within_a_layer(jaxpr, left: set) -> int:
+    """Bytes of the distinct arrays of a loop's body that become part of what is left."""
+    found = set()
+    for loop in (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"):
+        body = loop.params["jaxpr"].jaxpr
+        made_by = {out: eqn for eqn in body.eqns for out in eqn.outvars}
+        for outside, inside in zip(loop.outvars, body.outvars, strict=True):
+            if outside not in left or isinstance(inside, Literal):
+                continue
+            while inside in made_by and made_by[inside].primitive.name in _SAME_MEMORY:
+                inside = made_by[inside].invars[0]
+            found.add(inside)
+    return sum(_nbytes(variable.aval) for variable in found)
+
+
+def _random_words(of: Pass) -> int:
+    """Two of 32 bits for each number that dropout may drop; XLA keeps them, and not the mask."""
+    if of.rules is None or of.rules.dropout == 0:
+        return 0
+    inputs = sum(a.a.shape[1] for a in adapters(of.spec, of.dtype, of.rules).values())
+    return 8 * of.rows * of.length * inputs
 
 
 def _nbytes(aval) -> int:

@@ -7,43 +7,50 @@ from typing import NamedTuple
 
 from gkdjax.errors import UserError
 from gkdjax.planning import plan
-from gkdjax.planning.models import Setup
+from gkdjax.planning.meshes import Candidate, says_nothing
+from gkdjax.planning.models import Setup, on_mesh
+from gkdjax.sharding import row_shares
 
 _MOST = 3
+_MESH = {"mesh.data", "mesh.fsdp", "mesh.tensor"}
 
 
 class Change(NamedTuple):
     """One change of a config, made alone."""
 
-    key: str
-    value: int | str | bool
+    settings: dict[str, int | str | bool]  # by key; several of a mesh alone
     saves: int  # bytes of the peak on one device
 
 
-def changes(setup: Setup, limit: int) -> list[Change]:
+def changes(setup: Setup, limit: int, best: Candidate | None) -> list[Change]:
     """At most three, the largest saving first, and only those that save something.
 
     Of a number that can be lowered step by step, the first step with which the run fits, or the
-    last one.
+    last one. A config that says nothing of a mesh is told the best one first.
 
     Args:
       setup: that does not fit.
       limit: bytes of one device.
+      best: the mesh on which it fits, or None.
     """
-    before, found = plan.make(setup).peak, []
+    before, found, first = plan.make(setup).peak, [], []
+    if best is not None and says_nothing(setup.config.mesh):
+        first = [Change(best.settings, before - best.peak)]
     for key, values in _candidates(setup):
-        best = None
+        last = None
         for value in values:
             try:
                 peak = plan.make(_changed(setup, key, value)).peak
-            except UserError:  # the devices cannot share such rows
+            except UserError:  # the devices cannot share such rows or weights
                 continue
-            best = Change(key, value, before - peak)
+            last = Change({key: value}, before - peak)
             if peak <= limit:
                 break
-        if best is not None and best.saves > 0:
-            found.append(best)
-    return sorted(found, key=lambda change: -change.saves)[:_MOST]
+        if last is not None and last.saves > 0:
+            found.append(last)
+    if first:  # or the same would be said twice
+        found = [each for each in found if not each.settings.keys() & _MESH]
+    return [*first, *sorted(found, key=lambda change: -change.saves)][:_MOST]
 
 
 def _candidates(setup: Setup) -> Iterator[tuple[str, list]]:
@@ -57,13 +64,15 @@ def _candidates(setup: Setup) -> Iterator[tuple[str, list]]:
         yield "student.compute_dtype", ["bfloat16"]
     if not setup.full and setup.student.dtype(c.student.dtype) == "float32":
         yield "student.dtype", ["bfloat16"]
-    if setup.in_process is not None:
+    if setup.of_teacher is not None:
         yield "teacher.backend", ["vllm"]
     if setup.teacher is not None and setup.teacher.dtype(c.teacher.dtype) == "float32":
         yield "teacher.dtype", ["bfloat16"]
     yield "gkd.chunk_size", _halvings(c.gkd.chunk_size, 64)
-    yield "eval.batch_size", _halvings(c.eval.batch_size, setup.devices)
+    yield "eval.batch_size", _halvings(c.eval.batch_size, row_shares(setup.mesh))
     yield "teacher.prefix_bytes", [0] if c.teacher.prefix_bytes else []
+    for axis in ("fsdp", "tensor"):
+        yield f"mesh.{axis}", _doublings(setup.mesh.shape[axis], setup.mesh.size)
 
 
 def _more_parts(setup: Setup) -> list[int]:
@@ -83,8 +92,17 @@ def _halvings(number: int, least: int) -> list[int]:
     return found
 
 
+def _doublings(number: int, most: int) -> list[int]:
+    found = []
+    while (number := 2 * number) <= most:
+        found.append(number)
+    return found
+
+
 def _changed(setup: Setup, key: str, value) -> Setup:
     section, _, name = key.partition(".")
+    if section == "mesh":
+        return on_mesh(setup, **{name: value})
     part = dataclasses.replace(getattr(setup.config, section), **{name: value})
     config = dataclasses.replace(setup.config, **{section: part})
     if key != "teacher.backend":

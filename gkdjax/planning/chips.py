@@ -1,4 +1,9 @@
-"""What accelerators have, as their makers say, and what several of them are called."""
+"""What accelerators have, and what several of them are called.
+
+All numbers are their makers' peaks. The interconnect's is what a device sends, half of what makers
+give for both directions together (ICI of a TPU, NVLink of a GPU); devices beyond one NVLink domain
+count as if they were in it. For the data-centre network, 25 GB/s for each host are assumed.
+"""
 
 import re
 from typing import NamedTuple
@@ -16,6 +21,8 @@ class Chip(NamedTuple):
     hbm_bytes: int | None  # None: unknown, as of a CPU
     bf16_flops: float | None  # a second, at its peak
     hbm_bytes_per_s: float | None
+    link_bytes_per_s: float | None  # sent to the other devices of a slice
+    network_bytes_per_s: float | None  # its share of what a host sends to other slices
 
     @property
     def usable_bytes(self) -> int | None:
@@ -30,23 +37,35 @@ class Devices(NamedTuple):
     count: int
 
 
-def _chip(name: str, tflops: float, gigabytes: int, gigabytes_per_s: int) -> Chip:
-    return Chip(name, gigabytes * 10**9, tflops * 1e12, gigabytes_per_s * 1e9)
+_HOST_BYTES_PER_S = 25e9
+
+
+def _chip(name: str, tflops: float, *gigabytes: float, host: int = 8) -> Chip:
+    """`gigabytes` of memory, and each second to memory and to other devices; devices of a host."""
+    memory, memory_per_s, link_per_s = gigabytes
+    return Chip(
+        name,
+        round(memory * 1e9),
+        tflops * 1e12,
+        memory_per_s * 1e9,
+        link_per_s * 1e9,
+        _HOST_BYTES_PER_S / host,
+    )
 
 
 _GPUS = {
-    "H100": _chip("H100", 989, 80, 3350),
-    "H200": _chip("H200", 989, 141, 4800),
-    "B200": _chip("B200", 2250, 180, 8000),
-    "cpu": Chip("cpu", None, None, None),
+    "H100": _chip("H100", 989, 80, 3350, 450),
+    "H200": _chip("H200", 989, 141, 4800, 450),
+    "B200": _chip("B200", 2250, 180, 8000, 900),
+    "cpu": Chip("cpu", None, None, None, None, None),
 }
 # Name -> (chip, devices for each number in the slice's name). A v5p or TPU7x name counts two to a
 # chip, and a TPU7x chip is two JAX devices.
 _TPUS = {
-    "v5e": (_chip("TPU v5e", 197, 16, 819), 1.0),
-    "v5p": (_chip("TPU v5p", 459, 95, 2765), 0.5),
-    "v6e": (_chip("TPU v6e", 918, 32, 1638), 1.0),
-    "tpu7x": (_chip("half a TPU7x", 2307 / 2, 96, 3690), 1.0),
+    "v5e": (_chip("TPU v5e", 197, 16, 819, 200), 1.0),
+    "v5p": (_chip("TPU v5p", 459, 95, 2765, 600, host=4), 0.5),
+    "v6e": (_chip("TPU v6e", 918, 32, 1638, 400), 1.0),
+    "tpu7x": (_chip("half a TPU7x", 2307 / 2, 96, 3690, 300), 1.0),
 }
 
 

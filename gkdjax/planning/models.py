@@ -2,20 +2,25 @@
 
 import collections
 import dataclasses
+import functools
 import math
 import pathlib
+from collections.abc import Sequence
 
 import ml_dtypes
 import numpy as np
+from jax.sharding import AbstractMesh, PartitionSpec
 
-from gkdjax import lora
+from gkdjax import lora, sharding
 from gkdjax.config import Config
 from gkdjax.data import shapes
 from gkdjax.errors import UserError
 from gkdjax.hf import hub, model_config
 from gkdjax.hf.leaves import source_names
 from gkdjax.hf.tensor_files import TensorFiles
+from gkdjax.layout import Layout
 from gkdjax.models.spec import DecoderSpec, param_shapes
+from gkdjax.planning.shards import Shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +45,20 @@ class Weights:
             return self.stored_bytes
         return num_parameters(self.spec) * itemsize(wanted)
 
+    def nbytes_of(self, shard: Shard, wanted: str | None) -> int:
+        """Of one device's part; where the checkpoint has several dtypes, of their mean."""
+        return self.nbytes(wanted) * shard.held // num_parameters(self.spec)
+
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What is planned: a run on some devices, of which each holds all weights."""
+    """What is planned: a run on a mesh of devices."""
 
     config: Config
     student: Weights
     teacher: Weights | None  # of its own in this process; None: there is no such one
     toggles: bool  # the teacher is the student's base
-    devices: int
+    mesh: AbstractMesh  # as `mesh_of` has it
 
     @property
     def full(self) -> bool:
@@ -68,6 +77,27 @@ class Setup:
         """Whoever teaches in this process; None: a server does."""
         return self.student if self.toggles else self.teacher
 
+    @functools.cached_property
+    def of_student(self) -> Shard:
+        """What one device has of the student; UserError where the mesh does not divide it."""
+        return self._shard(self.student.spec, self.config.mesh.student_rules)
+
+    @functools.cached_property
+    def of_teacher(self) -> Shard | None:
+        """And of whoever teaches in this process."""
+        if self.toggles or self.teacher is None:
+            return self.of_student if self.toggles else None
+        return self._shard(self.teacher.spec, self.config.mesh.teacher_rules)
+
+    def _shard(self, spec: DecoderSpec, rules: Sequence[dict]) -> Shard:
+        own = tuple((rule["leaves"], PartitionSpec(*rule["axes"])) for rule in rules)
+        return Shard(spec, Layout.of(self.mesh, spec, own, warn=False))
+
+    @property
+    def slices(self) -> int:
+        """Parts of the mesh that only a data-centre network joins."""
+        return _sizes(self.config, self.mesh.size)["dcn_data"]
+
     @property
     def keeps_base(self) -> bool:
         """Somebody reads the untrained student during the training; see `assemble`."""
@@ -78,7 +108,7 @@ class Setup:
 
     def rows(self, key: str) -> int:
         """Of one device, of all rows of a batch: "train", "anchor" or "eval"."""
-        return getattr(self.config, key).batch_size // self.devices
+        return getattr(self.config, key).batch_size // sharding.row_shares(self.mesh)
 
     @property
     def length(self) -> int:
@@ -91,7 +121,8 @@ def read(config: Config, devices: int) -> Setup:
     """Reads what is known of the models; of the hub's, what is small.
 
     Raises:
-      UserError: a model that cannot be had, or a config.json that cannot be read.
+      UserError: a model that cannot be had, a config.json that cannot be read, or a mesh that so
+        many devices do not make.
     """
 
     def stored(name: str) -> Weights:
@@ -101,7 +132,35 @@ def read(config: Config, devices: int) -> Setup:
         raise UserError("config.student.model is empty: there is nothing to plan")
     teacher = stored(config.teacher.model) if config.teacher.backend == "flax" else None
     toggles = config.teacher.backend == "local-toggle"
-    return Setup(config, stored(config.student.model), teacher, toggles, devices)
+    mesh = mesh_of(config, devices)
+    return Setup(config, stored(config.student.model), teacher, toggles, mesh)
+
+
+def mesh_of(config: Config, devices: int) -> AbstractMesh:
+    """The run's mesh on so many devices.
+
+    Raises:
+      UserError: as `sharding.make_mesh`, but for the slices, which nobody can count here.
+    """
+    sizes = _sizes(config, devices)
+    shape = sizes["dcn_data"] * sizes["data"], sizes["fsdp"], sizes["tensor"]
+    return AbstractMesh(shape, sharding.AXES)
+
+
+def on_mesh(setup: Setup, **sizes: int) -> Setup:
+    """The same run on a mesh of other sizes of the same devices.
+
+    Raises:
+      UserError: as `mesh_of`.
+    """
+    mesh = dataclasses.replace(setup.config.mesh, **sizes)
+    config = dataclasses.replace(setup.config, mesh=mesh)
+    return dataclasses.replace(setup, config=config, mesh=mesh_of(config, setup.mesh.size))
+
+
+def _sizes(config: Config, devices: int) -> dict[str, int]:
+    axes = (*sharding.AXES, "dcn_data")
+    return sharding.mesh_sizes({axis: getattr(config.mesh, axis) for axis in axes}, devices)
 
 
 def read_weights(directory: pathlib.Path) -> Weights:

@@ -2,13 +2,11 @@
 
 import dataclasses
 
-import jax
-
 from gkdjax import sharding
 from gkdjax.config import rows_at_once
-from gkdjax.planning import bytes_of
-from gkdjax.planning.bytes_of import Parts, total
+from gkdjax.planning import bytes_of, texts
 from gkdjax.planning.models import Setup
+from gkdjax.planning.parts import Parts, total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +34,14 @@ def make(setup: Setup) -> Plan:
     """Traces the student, without weights.
 
     Raises:
-      UserError: the devices cannot share the rows, or adapters that fit no kernel.
+      UserError: the mesh does not divide the rows or the weights, or adapters that fit no kernel.
     """
     check_rows(setup)
     phases = {
         "training step": bytes_of.training_step(setup),
         "teacher's forward pass": bytes_of.teacher_forward(setup),
-        "writing of training text": bytes_of.sampling(setup),
-        "evaluation": bytes_of.evaluation(setup),
+        "writing of training text": texts.sampling(setup),
+        "evaluation": texts.evaluation(setup),
     }
     phases = {name: parts for name, parts in phases.items() if parts}
     return Plan(bytes_of.held(setup), phases, bytes_of.lower_bound(setup))
@@ -51,6 +49,5 @@ def make(setup: Setup) -> Plan:
 
 def check_rows(setup: Setup) -> None:
     """Raises UserError, as the run does, if the devices cannot share the rows."""
-    mesh = jax.sharding.AbstractMesh((setup.devices, 1, 1), sharding.AXES)
     for key, rows in rows_at_once(setup.config).items():
-        sharding.check_rows(mesh, key, rows)
+        sharding.check_rows(setup.mesh, key, rows)

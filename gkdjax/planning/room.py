@@ -50,7 +50,7 @@ def setup_of(rows: Rows) -> Setup:
         read_weights(sources.student),
         read_weights(sources.teacher) if loads else None,
         rows.toggles,
-        rows.mesh.shape["data"],
+        rows.mesh.abstract_mesh,
     )
 
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
-from gkdjax.planning import flops
+from gkdjax.planning import collectives, flops
 from gkdjax.planning.advice import Change
-from gkdjax.planning.bytes_of import total
 from gkdjax.planning.chips import RESERVE, Devices
+from gkdjax.planning.meshes import Choice
 from gkdjax.planning.models import Setup
+from gkdjax.planning.parts import total
 from gkdjax.planning.plan import Plan
 from gkdjax.progress import size, table
 
@@ -41,23 +42,55 @@ def advice(changes: Sequence[Change]) -> str:
     """What to change, largest saving first."""
     if not changes:
         return "No single change of the config saves any of the peak: take larger devices."
-    rows = [[f"--config.{c.key}={c.value}", size(c.saves)] for c in changes]
+    rows = [[_flags(c.settings), size(c.saves)] for c in changes]
     return table(["change, each by itself", "saves"], rows, _WIDEST)
 
 
+def mesh(setup: Setup) -> str:
+    """How the devices share the run, in one line."""
+    told = ", ".join(f"{axis}={number}" for axis, number in setup.mesh.shape.items())
+    slices = f", in {setup.slices} slices" if setup.slices > 1 else ""
+    return f"{setup.mesh.size} devices on a mesh of {told}{slices}"
+
+
+def best_mesh(choice: Choice) -> str:
+    """The mesh to take, and how many there were to choose from."""
+    told = f"{choice.fitting} of {choice.tried} meshes of these devices fit"
+    told += "".join(f"; {count} do not divide {what}" for what, count in choice.refused.items())
+    best = choice.best
+    if best is None:
+        return f"best mesh: none; {told}"
+    how = _flags(best.settings) or "this one"
+    return (
+        f"best mesh: {how}: {best.seconds:.3g} seconds a step, {size(best.peak)} on each device;"
+        f" {told}"
+    )
+
+
+def _flags(settings: dict) -> str:
+    return " ".join(f"--config.{key}={value}" for key, value in settings.items())
+
+
 def work(setup: Setup, devices: Devices) -> str:
-    """FLOPs and seconds of a step, by part."""
-    parts = flops.step(setup)
-    whole = flops.Work("all", sum(w.flops for w in parts), sum(w.bytes_read for w in parts))
-    rows = [[w.name, f"{w.flops / 1e12:.3g}", _seconds(w, setup, devices)] for w in (*parts, whole)]
+    """FLOPs, bytes that are sent, and seconds of a step, by part."""
+    chip = devices.chip
+    rows = [
+        [part.name, f"{part.flops / 1e12:.3g}", "", _seconds(flops.seconds(part, setup, chip))]
+        for part in flops.step(setup)
+    ]
+    rows += [
+        [each.name, "", size(round(each.bytes_sent)), _seconds(collectives.seconds(each, chip))]
+        for each in collectives.step(setup)
+    ]
+    whole = sum(part.flops for part in flops.step(setup)) / 1e12
+    rows.append(["all", f"{whole:.3g}", "", _seconds(collectives.whole_step(setup, chip))])
     how = (
         f"Estimates of one device's share, all rows as long as allowed, at {flops.UTILISATION:.0%}"
         f" of the bfloat16 peak (half of that for float32) and {flops.BANDWIDTH:.0%} of the"
-        " memory's bandwidth."
+        " memory's and the interconnect's bandwidth."
     )
-    return table(["an optimizer step", "TFLOP", "seconds"], rows, _WIDEST) + "\n" + how
+    return table(["an optimizer step", "TFLOP", "sent", "seconds"], rows, _WIDEST) + "\n" + how
 
 
-def _seconds(part: flops.Work, setup: Setup, devices: Devices) -> str:
-    found = flops.seconds(part, setup, devices.chip)
+def _seconds(found: float | None) -> str:
     return "?" if found is None else f"{found:.3g}"

@@ -36,29 +36,37 @@ def main(parsed: config.Config, workdir: pathlib.Path) -> None:
 
 def _show(setup, devices) -> dict:
     """Prints the plan on these devices -> what the JSON file has of it."""
-    from gkdjax.planning import advice, flops, plan, text
+    from gkdjax.planning import advice, collectives, flops, meshes, plan, text
 
     planned, limit = plan.make(setup), devices.chip.usable_bytes
     fits = None if limit is None else planned.peak <= limit
-    changes = [] if fits is not False else advice.changes(setup, limit)
-    print(f"{devices.name}: {devices.count} devices; each holds all weights, and they share rows")
+    choice = None if limit is None else meshes.choose(setup, devices.chip)
+    changes = [] if fits is not False else advice.changes(setup, limit, choice.best)
+    print(f"{devices.name}: {text.mesh(setup)}")
     print(text.memory(planned), "", text.work(setup, devices), "", sep="\n")
     print(text.verdict(planned, devices))
+    if choice is not None:
+        print(text.best_mesh(choice))
     if fits is False:
         print(text.advice(changes))
-    work = flops.step(setup)
+    work, sent = flops.step(setup), collectives.step(setup)
+    seconds = {part.name: flops.seconds(part, setup, devices.chip) for part in work}
     return {
         "chips": devices.name,
         "devices": devices.count,
+        "mesh": dict(setup.mesh.shape),
         "held": planned.held,
         "phases": planned.phases,
         "lower_bound": planned.lower_bound,
         "peak_bytes": planned.peak,
         "usable_bytes": limit,
         "fits": fits,
+        "best_mesh": choice and choice.best and choice.best._asdict(),
         "changes": [change._asdict() for change in changes],
         "flops": {part.name: part.flops for part in work},
-        "seconds": {part.name: flops.seconds(part, setup, devices.chip) for part in work},
+        "bytes_sent": {each.name: each.bytes_sent for each in sent},
+        "seconds": seconds | {each.name: collectives.seconds(each, devices.chip) for each in sent},
+        "seconds_per_step": collectives.whole_step(setup, devices.chip),
     }
 
 

@@ -3,10 +3,12 @@
 import dataclasses
 
 import pytest
-from planning_setups import STUDENT, TEACHER, setup
+from planning_setups import TEACHER, setup
 
-from gkdjax.planning import bytes_of
-from gkdjax.planning.bytes_of import held, kv_bytes, lower_bound, total
+from gkdjax.planning import bytes_of, texts
+from gkdjax.planning.bytes_of import held, lower_bound
+from gkdjax.planning.parts import total
+from gkdjax.planning.texts import kv_bytes
 
 
 def test_lora_holds_a_frozen_base_and_the_optimizer_of_the_adapters():
@@ -56,14 +58,16 @@ def test_dtypes_of_the_config_win_over_the_checkpoints():
 
 
 def test_keys_and_values_of_local_layers_are_as_many_as_the_window():
-    assert kv_bytes(STUDENT, 100, "float32") == 2 * 64 * 6 * 100 * 4
-    assert kv_bytes(STUDENT, 1000, "bfloat16") == 2 * 64 * (1 * 1000 + 5 * 512) * 2
-    assert kv_bytes(dataclasses.replace(TEACHER, window=None), 9, "float32") == 2 * 64 * 12 * 9 * 4
+    bfloat16 = setup(student__compute_dtype="bfloat16")
+    assert kv_bytes(setup(), setup().of_student, 100) == 2 * 64 * 6 * 100 * 4
+    assert kv_bytes(bfloat16, bfloat16.of_student, 1000) == 2 * 64 * (1 * 1000 + 5 * 512) * 2
+    whole = dataclasses.replace(setup().of_student, spec=dataclasses.replace(TEACHER, window=None))
+    assert kv_bytes(setup(), whole, 9) == 2 * 64 * 12 * 9 * 4
 
 
 def test_a_prefix_of_all_rows_is_one_and_rows_of_their_own_have_the_limit():
     one = held(setup(teacher__prefix_bytes=10**9))["teacher's prefixes, at most"]
-    assert one == kv_bytes(STUDENT, 128, "float32")
+    assert one == kv_bytes(setup(), setup().of_student, 128)
     own = setup(teacher__prefix_bytes=10**9, context__prefix_messages=())
     assert held(own)["teacher's prefixes, at most"] == 10**9
 
@@ -72,17 +76,19 @@ def test_a_server_takes_no_memory_here():
     changes = {"teacher__backend": "vllm", "teacher__api_base": "http://127.0.0.1:1/v1"}
     of = setup(**changes)
     assert not any("teacher" in part for part in held(of))
-    assert bytes_of.teacher_forward(of) == {} and bytes_of.sampling(of) == {}
-    assert bytes_of.sampling(setup(gkd__on_policy_fraction=0.5, **changes)) != {}
+    assert bytes_of.teacher_forward(of) == {} and texts.sampling(of) == {}
+    assert texts.sampling(setup(gkd__on_policy_fraction=0.5, **changes)) != {}
 
 
-@pytest.mark.parametrize("phase", ["training_step", "teacher_forward", "evaluation"])
+@pytest.mark.parametrize(
+    "phase", [bytes_of.training_step, bytes_of.teacher_forward, texts.evaluation]
+)
 def test_devices_share_what_grows_with_the_rows(phase):
     """With the head's chunk and what is whole on each device left out."""
     whole = ("head", "gradients", "student", "tables")
 
     def size(devices):
-        found = getattr(bytes_of, phase)(setup(devices=devices, train__batch_size=8))
+        found = phase(setup(devices=devices, train__batch_size=8))
         return sum(n for part, n in found.items() if not part.startswith(whole))
 
     layer = (256 * 256 * 2 + 256 * 64 * 2 + 3 * 256 * 1024 + 4 * 256 + 2 * 64) * 4
@@ -105,3 +111,25 @@ def test_weights_of_another_dtype_than_the_products_are_cast_and_kept():
     kernels = 6 * (256 * 256 * 2 + 256 * 64 * 2 + 3 * 256 * 1024) * 4
     assert cast["activations"] - same["activations"] == kernels
     assert cast["tables"] - same["tables"] == 4096 * 256 * 4
+
+
+def test_casts_of_weights_that_the_mesh_cuts_are_made_again():
+    def activations(dtype, **mesh):
+        of = setup(dtype, devices=4, train__batch_size=8, **mesh)
+        return bytes_of.training_step(of)["activations"]
+
+    kernels = 6 * (256 * 256 * 2 + 256 * 64 * 2 + 3 * 256 * 1024) * 4
+    assert activations("bfloat16") - activations("float32") == kernels
+    assert activations("bfloat16", mesh__fsdp=4) == activations("float32", mesh__fsdp=4)
+
+
+def test_a_recomputed_layer_holds_random_words_and_what_dropout_left():
+    def one_layer(dropout):
+        of = setup(train__batch_size=8, train__remat=True)
+        object.__setattr__(of.config.student.lora, "dropout", dropout)
+        return bytes_of.training_step(of)["one layer's backward pass"]
+
+    inputs = 5 * 256 + 4 * 64 + 1024
+    # Two words and a bool for each; q, k and v read one array without it, and gate and up another.
+    expected = 8 * 128 * (9 * inputs + 3 * 256 * 4)
+    assert one_layer(0.5) - one_layer(0.0) == expected

@@ -47,6 +47,14 @@ def test_devices_share_the_work():
         assert part.flops == pytest.approx(whole.flops / 4)
 
 
+def test_devices_along_tensor_share_it_too_but_for_keys_and_values():
+    one, four = (flops.step(setup(devices=n, mesh__tensor=n)) for n in (1, 4))
+    student, part = one[0].flops, four[0].flops
+    keys = 2 * TOKENS * 6 * 256 * 64 * 2
+    assert part == (student - keys) / 4 + keys
+    assert four[-1].name == "head" and four[-1].flops == one[-1].flops / 4
+
+
 def test_writing_is_as_slow_as_the_weights_are_read():
     changes = {"gkd__on_policy_fraction": 0.5, "train__batch_size": 1}
     of = setup("bfloat16", student__compute_dtype="bfloat16", **changes)

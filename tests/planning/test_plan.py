@@ -5,7 +5,7 @@ from planning_setups import setup
 
 from gkdjax.errors import UserError
 from gkdjax.planning import advice, plan
-from gkdjax.planning.bytes_of import total
+from gkdjax.planning.parts import total
 
 
 def test_phases_do_not_add_up():
@@ -32,19 +32,23 @@ def test_adapters_that_fit_no_kernel_are_refused():
 def test_a_change_saves_what_the_peak_loses():
     of = setup(train__batch_size=16)
     before = plan.make(of).peak
-    found = advice.changes(of, limit=0)
+    found = advice.changes(of, limit=0, best=None)
     assert 0 < len(found) <= 3
     assert [c.saves for c in found] == sorted((c.saves for c in found), reverse=True)
-    best = {c.key: c for c in found}["train.remat"]
-    assert best.value is True
-    assert best.saves == before - plan.make(setup(train__batch_size=16, train__remat=True)).peak
+    remat = next(c for c in found if c.settings == {"train.remat": True})
+    assert remat.saves == before - plan.make(setup(train__batch_size=16, train__remat=True)).peak
+
+
+def settings(of, limit) -> dict:
+    """Of all changes, in their order."""
+    changes = advice.changes(of, limit, best=None)
+    return {key: value for change in changes for key, value in change.settings.items()}
 
 
 def test_a_number_is_lowered_no_further_than_it_must_be():
     of = setup(train__batch_size=16)
     limit = plan.make(setup(train__batch_size=16, train__accumulation=4)).peak
-    parts = {c.key: c.value for c in advice.changes(of, limit)}["train.accumulation"]
-    assert parts == 4
+    assert settings(of, limit)["train.accumulation"] == 4
 
 
 def test_what_is_done_already_or_saves_nothing_is_not_proposed():
@@ -60,10 +64,10 @@ def test_what_is_done_already_or_saves_nothing_is_not_proposed():
         eval__batch_size=1,
         gkd__chunk_size=1,
     )
-    assert {c.key for c in advice.changes(of, 0)} <= {"student.adapter", "student.compute_dtype"}
-    assert advice.changes(of, 0)[0].key == "student.adapter"
+    assert settings(of, 0).keys() <= {"student.adapter", "student.compute_dtype"}
+    assert next(iter(settings(of, 0))) == "student.adapter"
 
 
 def test_an_anchor_is_cut_in_as_many_parts_as_the_batch():
     of = setup(train__batch_size=16, anchor__data=[{"prompt": "?"}], anchor__batch_size=6)
-    assert {c.key: c.value for c in advice.changes(of, 0)}["train.accumulation"] == 2
+    assert settings(of, 0)["train.accumulation"] == 2

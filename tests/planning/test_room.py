@@ -61,16 +61,18 @@ def test_what_may_not_fit_is_a_warning(student, tmp_path, monkeypatch, caplog):
         room.require(rows)
 
 
+@pytest.mark.parametrize("mesh", [{}, {"mesh__fsdp": 2, "mesh__tensor": 2}])
 @pytest.mark.parametrize("adapter", ["lora", "none"])
 def test_the_lower_bound_is_what_is_there_when_the_first_step_begins(
-    adapter, student, other, tmp_path
+    adapter, mesh, student, other, tmp_path
 ):
-    """Counted from the arrays themselves: base, teacher, state."""
-    c = small(student, teacher__backend="flax", teacher__model=other, student__adapter=adapter)
+    """Counted from one device's part of the arrays themselves: base, teacher, state."""
+    models = {"teacher__backend": "flax", "teacher__model": other, "student__adapter": adapter}
+    c = small(student, **models, **mesh)
     rows = read(c, tmp_path / "run")
     least = plan.make(room.setup_of(rows)).least
     parts = assemble.assemble(rows, tmp_path / "run")
     state = assemble.initial_state(parts, optim.optimizer(rows.config.optim, 1))
     trees = (parts.base, parts.teacher.params, state.trainable, state.opt_state)
-    there = sum(x.nbytes for x in jax.tree.leaves(trees))
+    there = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(trees))
     assert least <= there < least + 100  # counters of the optimizer

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from readme_commands import README, command
 
 QUICKSTART = "--config=configs/quickstart.py"
@@ -33,6 +34,20 @@ def test_the_readmes_command_says_what_fits(tmp_path):
     assert v5e["peak_bytes"] == sum(v5e["held"].values()) + most < v5e["usable_bytes"]
     assert v5e["peak_bytes"] == h100["peak_bytes"] and v5e["seconds"] != h100["seconds"]
     assert all(seconds > 0 for seconds in v5e["seconds"].values())
+    assert v5e["seconds_per_step"] == pytest.approx(sum(v5e["seconds"].values()))
+    assert v5e["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert v5e["best_mesh"]["peak"] == v5e["peak_bytes"] and not v5e["best_mesh"]["settings"]
+    assert v5e["bytes_sent"].keys() == {"gradients, over data"} < v5e["seconds"].keys()
+
+
+def test_a_mesh_is_planned_as_the_config_has_it():
+    done = run(QUICKSTART, "--chips=8xcpu", "--config.mesh.fsdp=2")
+    assert done.returncode == 0, done.stderr
+    assert "8xcpu: 8 devices on a mesh of data=4, fsdp=2, tensor=1" in done.stdout
+    assert "weights, over fsdp" in done.stdout
+    assert "best mesh" not in done.stdout  # what fits a CPU is not known
+    refused = run(QUICKSTART, "--chips=8xcpu", "--config.mesh.fsdp=3")
+    assert refused.returncode == 2 and "fsdp=3 needs a multiple of 3 devices" in refused.stderr
 
 
 def test_what_does_not_fit_is_told_what_to_change():
