@@ -37,3 +37,9 @@ class TeacherUnreachable(GkdjaxError):
     """A server stayed away longer than the config allows."""
 
     exit_code = 4
+
+
+class CoordinatorUnreachable(GkdjaxError):
+    """The processes of a run did not find each other in the time that they were given."""
+
+    exit_code = 4

@@ -10,13 +10,35 @@ from gkdjax import command_line, config
 
 flags.adopt_module_key_flags(command_line)
 
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "HOST:PORT of process 0, with --num_processes and --process_id: for several processes that JAX"
+    " does not find by itself (it does on TPU pods, under Slurm and Open MPI).",
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes make the run.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_COORDINATOR_TIMEOUT_S = flags.DEFINE_float(
+    "coordinator_timeout_s",
+    300.0,
+    "Within so many seconds all processes have to be there; else the exit code is 4.",
+    lower_bound=1.0,
+)
+
 
 def main(parsed: config.Config, workdir: pathlib.Path) -> None:
     """The run of a config."""
-    _share_cores(parsed)
-    from gkdjax import loop  # jax and the models: only once the config is known to be right
+    from gkdjax import cluster  # jax and the models: only once the config is known to be right
 
-    loop.run(parsed, workdir)
+    where = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+    timeout_s = _COORDINATOR_TIMEOUT_S.value
+    with cluster.joined(*where, timeout_s) as processes:
+        cluster.require_same({"config": config.to_dict(parsed)} | cluster.code(), timeout_s)
+        if processes == 1:
+            _share_cores(parsed)
+        from gkdjax import loop
+
+        loop.run(parsed, workdir)
 
 
 _SMALL_MODEL_BYTES = 64 * 2**20
@@ -28,7 +50,8 @@ def _share_cores(parsed: config.Config) -> None:
 
     XLA's CPU backend computes most of a small model on one core. A large model's matrix products
     use all of them anyway, and every device would hold a copy of it. The flag does not touch
-    devices that are no CPU, and a number that the user has set stays.
+    devices that are no CPU, and a number that the user has set stays. Several processes on CPUs
+    have one device each: all need the same number, and may lie on different machines.
     """
     flag = "--xla_force_host_platform_device_count"
     given = os.environ.get("XLA_FLAGS", "")

@@ -11,8 +11,7 @@ import os
 import pathlib
 import sys
 
-PROCESSES = int(sys.argv[4])
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={2 // PROCESSES}"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={2 // int(sys.argv[4])}"
 
 import jax
 from server_runs import config_for
@@ -23,7 +22,7 @@ from gkdjax.errors import GkdjaxError
 
 
 def main(spec: str, workdir: str, coordinator: str, processes: str, index: str) -> None:
-    if PROCESSES > 1:
+    if int(processes) > 1:
         jax.distributed.initialize(coordinator, int(processes), int(index))
     asked = json.loads(pathlib.Path(spec).read_text())
     if asked["server"]:

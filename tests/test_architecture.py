@@ -24,6 +24,8 @@ FLOORS = {
             "config_types",
             "sharding",
             "processes",
+            "cluster",
+            "ending",
             "optim",
             "metrics",
             "progress",

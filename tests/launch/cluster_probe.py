@@ -1,0 +1,49 @@
+"""A program that joins a cluster as `gkdjax.main` does; started by the tests here, several times.
+
+    python cluster_probe.py DOES [COORDINATOR PROCESSES PROCESS]
+
+DOES is what it does once it has joined: "meet" prints what all processes say; "fail" raises an
+expected error in process 1 while process 0 waits for it; "bug" an unexpected one; "last" raises in
+process 1 when process 0 is done; "alone" prints the number of processes and of devices.
+"""
+
+import os
+import sys
+import time
+
+import jax
+from absl import logging
+from jax.experimental import multihost_utils
+
+from gkdjax import cluster, ending
+from gkdjax.errors import GkdjaxError, TrainingFailure
+
+ending.GRACE_S = 2.0
+FAILS = {"fail": TrainingFailure, "last": TrainingFailure, "bug": RuntimeError}
+
+
+def main(does: str, coordinator=None, processes=None, process=None) -> None:
+    where = coordinator, processes and int(processes), process and int(process)
+    with cluster.joined(*where, 60.0) as count:
+        cluster.require_same(cluster.code(), 60.0)
+        own = jax.distributed.is_initialized() and int(jax.process_index())
+        if does == "alone":
+            print("alone", count, jax.device_count())
+        elif does == "meet":
+            met = multihost_utils.process_allgather(jax.numpy.asarray([own + 10]))
+            print("met", count, met.ravel().tolist())
+        elif own == 1:
+            raise FAILS[does](f"it is said that {does}")
+        elif does != "last":
+            time.sleep(60)  # as if in a collective that never comes to its end
+
+
+if __name__ == "__main__":
+    if "GCE_METADATA_IP" in os.environ:
+        del os.environ["TPU_SKIP_MDS_QUERY"]  # JAX has set it: this machine has no TPU chips
+    logging.set_verbosity(logging.INFO)
+    try:
+        main(*sys.argv[1:])
+    except GkdjaxError as error:
+        print(f"gkdjax: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
