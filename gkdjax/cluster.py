@@ -75,8 +75,9 @@ def joined(
     logging.info("process %d of %d, at %s", place.process, place.processes, place.coordinator)
     try:
         _connect(place, deadline, timeout_s)
-    except (UserError, CoordinatorUnreachable) as error:
-        atexit.register(ending.leave, error.exit_code)  # JAX, half connected, would not let it end
+    except BaseException as error:
+        # JAX, half connected, would not let it end.
+        atexit.register(ending.leave, ending.exit_code(error))
         raise
     with ending.together(distributed.global_state.client, place.process, place.processes):
         yield place.processes
@@ -208,8 +209,11 @@ def _connect(place: Place, deadline: float, timeout_s: float) -> None:
       CoordinatorUnreachable: not by the deadline.
       UserError: process 0 cannot listen there.
     """
+    listening = _listening_address(place.coordinator)
     if place.process:
         _reach(place.coordinator, deadline, timeout_s)
+    else:
+        _require_free(listening)
     # It would catch SIGTERM while the run does not listen to it yet, and the signal were lost.
     jax.config.update("jax_enable_preemption_service", False)
     left = max(deadline - time.monotonic(), _LEAST_WAIT_S)
@@ -224,7 +228,7 @@ def _connect(place: Place, deadline: float, timeout_s: float) -> None:
                 local_device_ids=place.devices,
                 cluster_detection_method="deactivate",
                 initialization_timeout=int(left) + _JAX_ABORTS_LATER_S,
-                coordinator_bind_address=_bind_address(place.coordinator),
+                coordinator_bind_address=listening,
             )
         except Exception as error:  # handed to the thread that waits
             failed.append(error)
@@ -233,10 +237,7 @@ def _connect(place: Place, deadline: float, timeout_s: float) -> None:
     thread.start()
     thread.join(left)
     if failed:
-        raise UserError(
-            f"process {place.process} cannot connect at {place.coordinator}, where process 0"
-            f" listens (is the port taken?): {_first_line(failed[0])}"
-        ) from failed[0]
+        raise failed[0]
     if thread.is_alive():
         raise CoordinatorUnreachable(
             f"not all of the {place.processes} processes met at {place.coordinator} within"
@@ -265,9 +266,26 @@ def _reach(coordinator: str, deadline: float, timeout_s: float) -> None:
             time.sleep(_RETRY_S)
 
 
-def _bind_address(coordinator: str) -> str | None:
-    """A run within one machine is not opened to others; None is JAX's default: all interfaces."""
-    if "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:
-        return None  # JAX reads it
-    host = coordinator.rpartition(":")[0]
-    return coordinator if host == "localhost" or host.startswith("127.") else None
+def _listening_address(coordinator: str) -> str:
+    """Where process 0 listens: a run within one machine is not opened to others."""
+    host, _, port = coordinator.rpartition(":")
+    within = host == "localhost" or host.startswith("127.")
+    return os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or (
+        coordinator if within else f"[::]:{port}"
+    )
+
+
+def _require_free(address: str) -> None:
+    """JAX may crash where it cannot listen.
+
+    Raises:
+      UserError: somebody else listens there, or this machine has no such address.
+    """
+    host, _, port = address.rpartition(":")
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    try:
+        socket.create_server((host.strip("[]"), int(port)), family=family).close()
+    except OSError as error:
+        raise UserError(
+            f"process 0 cannot listen at {address}, for the others to find it: {error}"
+        ) from error

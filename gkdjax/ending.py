@@ -42,7 +42,7 @@ def together(client: Any, process: int, processes: int) -> Iterator[None]:
     except BaseException as error:
         run.stop(watch)
         run.tell(error)
-        atexit.register(run.leave, _exit_code(error))  # what is raised is printed before
+        atexit.register(run.leave, exit_code(error))  # what is raised is printed before
         raise
     run.stop(watch)
 
@@ -81,7 +81,7 @@ class _Processes:
 
     def tell(self, error: BaseException) -> None:
         """The first to fail is the one that counts."""
-        code = _exit_code(error)
+        code = exit_code(error)
         text = f"process {self._process} ended with {code}: {error or type(error).__name__}"
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # it is told already
             self._client.key_value_set("gkdjax/failed", json.dumps([code, text]))
@@ -112,7 +112,7 @@ class _Processes:
         return self._over.is_set()
 
 
-def _exit_code(error: BaseException) -> int:
+def exit_code(error: BaseException) -> int:
     """With which Python ends for it."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
