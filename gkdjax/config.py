@@ -231,7 +231,7 @@ class Mesh:
     data: int = -1  # rows
     fsdp: int = 1  # rows; and weights, of which each layer's are gathered while it computes
     tensor: int = 1  # heads, MLP width and vocabulary
-    dcn_data: int = 1  # slices that only a data-centre network joins: rows
+    dcn_data: int = 1  # slices, or GPU hosts, that only a data-centre network joins: rows
     # {"leaves": a regular expression of whole paths, "axes": ["fsdp", None, ...]} each: how leaves
     # of the student, or of a teacher in this process, are cut other than by `gkdjax.layout.RULES`.
     student_rules: tuple[dict, ...] = ()

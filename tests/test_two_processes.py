@@ -160,7 +160,6 @@ def test_a_server_that_fails_one_process_ends_both(start, tmp_path):
 
     changes = {"data__train": READ, "train__steps": 6, "teacher__concurrency": 1}
     changes |= {"teacher__deadline_s": 4.0, "teacher__max_retries": 2, "checkpoint__every_steps": 9}
-    changes |= {"mesh__dcn_data": 2}
     with FakeServer(deaf_to_one) as server:
         both = ended(start(2, tmp_path / "run", server.base, **changes))
     assert both.codes == [4, 4], both.errors
