@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from gkdjax import lora
+from gkdjax import checkpoint, lora, sharding
 from gkdjax.checkpoint import Checkpoints
 from gkdjax.errors import UserError
+from gkdjax.layout import Layout
 from gkdjax.train_step import init_state
 from gkdjax.types import TrainState
 
@@ -141,3 +143,43 @@ def test_nothing_whole_is_an_error_and_not_a_new_start(tmp_path, errors):
     assert len(errors) == 2
     # Told apart from the damage: nothing was thrown away.
     assert {"5", "6"} <= {p.name for p in (tmp_path / "checkpoints").iterdir()}
+
+
+def test_a_fingerprint_sees_each_number_and_its_place_but_not_the_mesh():
+    mesh = sharding.make_mesh(fsdp=2, tensor=2)
+    numbers = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
+
+    def found(x):
+        return checkpoint._fingerprints({"x": x})["x"]
+
+    whole = found(numbers)
+    for cut in (("fsdp",), (None, "tensor"), ("fsdp", "tensor")):
+        placed = jax.device_put(numbers, NamedSharding(mesh, PartitionSpec(*cut)))
+        assert found(placed) == whole
+    assert found(numbers.reshape(6, 4)) == whole  # of the same shape it is by the checkpoint's
+    swapped = numbers.copy()
+    swapped[0, :2] = swapped[0, 1::-1]
+    assert found(swapped) != whole
+    for bit in range(32):
+        flipped = numbers.copy().view(np.uint32)
+        flipped[3, 5] ^= 1 << bit
+        assert found(flipped.view(np.float32)) != whole
+    assert found(numbers.astype(jnp.bfloat16)) != whole
+    assert found(np.int32(7)) != found(np.int32(8))
+
+
+def test_a_state_is_restored_onto_another_mesh(tmp_path, errors):
+    def placed(state, **sizes):
+        layout = Layout.of(sharding.make_mesh(**sizes), DECODER.spec)
+        return jax.device_put(state, layout.places(state))
+
+    checkpoints = Checkpoints(tmp_path, keep=5)
+    checkpoints.save(placed(state_at(5), fsdp=2))
+    checkpoints.wait()
+    like = placed(fresh(), tensor=2)
+    state = checkpoints.restore(like)
+    checkpoints.close()
+    assert_is(state, 5)
+    for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True):
+        assert leaf.sharding == wanted.sharding
+    assert errors == []
