@@ -20,8 +20,8 @@ def ask(
     """Asks what a teacher says of a batch -> a function that gives it, on the devices.
 
     Args:
-      teacher: any; one that works elsewhere begins at once, and each process asks it of its own
-        rows.
+      teacher: any; one that works elsewhere begins at once, and each process asks it of rows that
+        its devices hold: of each row one process.
       batch: NumPy arrays.
       names: of its rows, for errors.
       kept: what it said of some rows when it wrote them: of those it is not asked again.
@@ -33,11 +33,19 @@ def ask(
         unknown_B1 = ~kept.known_B[:, None]
         batch = dataclasses.replace(batch, target_mask_BN=batch.target_mask_BN & unknown_B1)
     if isinstance(teacher, RemoteTeacher):
-        own_B1 = np.zeros_like(batch.target_mask_BN[:, :1])
-        own_B1[sharding.own_rows(mesh, len(own_B1))] = True
+        holders = sharding.holders(mesh, len(names))
+        asker_B = np.asarray([held[row % len(held)] for row, held in enumerate(holders)])
+        own_B1 = (asker_B == jax.process_index())[:, None]
         batch = dataclasses.replace(batch, target_mask_BN=batch.target_mask_BN & own_B1)
         wait = teacher.ask(batch, names)
-        return lambda: sharding.shard_rows(mesh, _filled(np, kept, processes.together(wait)))
+
+        def ready() -> TeacherTargets:
+            found = processes.together(wait)
+            if any(len(held) > 1 for held in holders):
+                found = processes.rows_from(asker_B, found)
+            return sharding.shard_rows(mesh, _filled(np, kept, found))
+
+        return ready
     return lambda: _filled(jnp, kept and sharding.shard_rows(mesh, kept), teacher.targets(batch))
 
 

@@ -114,6 +114,17 @@ def shared_out(work: Callable[[list[int]], list[Result]], count: int, encode, de
     return [decode(shares[i % processes][i // processes]) for i in range(count)]
 
 
+def rows_from(process_B: np.ndarray, tree: Any) -> Any:
+    """Leaves [B,...] of NumPy, whose rows are right in one process each -> with all rows right.
+
+    Args:
+      process_B: the process that has each row.
+      tree: the same structure and shapes in all processes.
+    """
+    row_B = np.arange(len(process_B))
+    return jax.tree.map(lambda x: x[process_B, row_B], multihost_utils.process_allgather(tree))
+
+
 @contextlib.contextmanager
 def own_directory(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
     """The run's directory for the leader, and for every other process a copy of its own.

@@ -117,14 +117,16 @@ def replicate(mesh: Mesh, tree: Any):
     return jax.device_put(tree, NamedSharding(mesh, WHOLE))
 
 
-def own_rows(mesh: Mesh, rows: int) -> np.ndarray:
-    """The numbers of those of a batch's rows that devices of this process hold, int [n] ascending.
+def holders(mesh: Mesh, rows: int) -> list[list[int]]:
+    """The processes whose devices hold each of a batch's rows, ascending.
 
-    Processes whose devices share weights along "tensor" hold the same rows.
+    Those whose devices share weights along "tensor" hold the same rows.
     """
-    cut = NamedSharding(mesh, ROWS)
-    held = cut.addressable_devices_indices_map((rows,)).values()
-    return np.unique(np.concatenate([np.arange(rows)[index] for index in held]))
+    held: list[set[int]] = [set() for _ in range(rows)]
+    for device, index in NamedSharding(mesh, ROWS).devices_indices_map((rows,)).items():
+        for row in range(rows)[index[0]]:
+            held[row].add(device.process_index)
+    return [sorted(processes) for processes in held]
 
 
 def shard_rows(mesh: Mesh, tree: Any):

@@ -22,10 +22,14 @@ import optax
 from gkdjax import sharding
 from gkdjax.config import Gkd, Train
 from gkdjax.layout import Layout
+from gkdjax.losses import top_k_logprobs
 from gkdjax.sampler import Keep, Sampling, sample
 from gkdjax.train_step import init_state, make_train_step
 from gkdjax.tree import path_str
 from gkdjax.types import TopKTargets
+
+jax.config.update("jax_disable_most_optimizations", True)  # of machine code; each runs once
+jax.config.update("jax_enable_compilation_cache", False)
 
 MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8))
 V, D, L, K = 512, 32, 3, 4
@@ -90,7 +94,7 @@ def _targets(layout: Layout, dense: bool):
                 targets.unembedding_VE, layout.place("embedding", (V, 16))
             ),
         )
-    topk = jax.jit(builders.top_k_logprobs, static_argnums=1)(builders.teacher_logits(targets), K)
+    topk = jax.jit(top_k_logprobs, static_argnums=1)(builders.teacher_logits(targets), K)
     return sharding.shard_rows(layout.mesh, TopKTargets(topk, topk.logprobs[..., 0]))
 
 

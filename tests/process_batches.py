@@ -19,6 +19,11 @@ from gkdjax.data.chat import load_chat
 STEPS = 5
 
 
+def _own(mesh, rows: int) -> list[int]:
+    held = sharding.holders(mesh, rows)
+    return [row for row in range(rows) if jax.process_index() in held[row]]
+
+
 def main(model: str, coordinator: str, processes: str, index: str, out: str) -> None:
     jax.distributed.initialize(coordinator, int(processes), int(index))
     mesh = sharding.make_mesh()
@@ -31,7 +36,7 @@ def main(model: str, coordinator: str, processes: str, index: str, out: str) -> 
         held = [shard.data.ravel().tolist() for shard in whole.row_id_B.addressable_shards]
         found.append(
             {
-                "own": sharding.own_rows(mesh, len(batch.row_id_B)).tolist(),
+                "own": _own(mesh, len(batch.row_id_B)),
                 "held": [row for part in held for row in part],
                 "shape": whole.student_tokens_BS.shape,
                 "total": int(total),

@@ -20,6 +20,8 @@ from small_runs import small
 from gkdjax import loop
 from gkdjax.errors import GkdjaxError
 
+jax.config.update("jax_disable_most_optimizations", True)  # each program runs a few times
+
 
 def main(spec: str, workdir: str, coordinator: str, processes: str, index: str) -> None:
     if int(processes) > 1:

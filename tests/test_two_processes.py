@@ -53,6 +53,8 @@ def start(student, tmp_path):
             free.bind(("127.0.0.1", 0))
             coordinator = f"127.0.0.1:{free.getsockname()[1]}"
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        # One process must not read a program from the cache that another is writing there.
+        del environment["JAX_COMPILATION_CACHE_DIR"]
         environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE)])
         script = [sys.executable, HERE / "run_process.py", spec]
         for index in range(count):
@@ -116,7 +118,10 @@ def test_two_processes_make_the_run_of_one(start, tmp_path):
 
 
 def test_each_process_asks_its_share_and_all_stop_and_go_on_together(start, tmp_path, student):
-    """SIGTERM reaches one of them. Nothing is asked twice, not even by one process at last."""
+    """SIGTERM reaches one of them. Nothing is asked twice, not even by one process at last.
+
+    The weights are cut over both, so that each of them holds all rows.
+    """
     teacher, running, left = FakeTeacher(), [], [20]
 
     def stop_one(request):
@@ -127,6 +132,7 @@ def test_each_process_asks_its_share_and_all_stop_and_go_on_together(start, tmp_
         return teacher(request)
 
     changes = {"data__train": WRITTEN + READ, "train__steps": 12, "teacher__concurrency": 1}
+    changes["mesh__tensor"] = 2
     workdir = tmp_path / "two"
     with FakeServer(stop_one) as server:
         running += start(2, workdir, server.base, **changes)
@@ -144,7 +150,8 @@ def test_each_process_asks_its_share_and_all_stop_and_go_on_together(start, tmp_
         (workdir / "checkpoints").rename(tmp_path / "checkpoints")
         loop.run(config_for(student, server.base, **changes), workdir)
         assert rows_asked(server.requests) == asked
-    np.testing.assert_allclose(losses_of(workdir), losses_of(tmp_path), rtol=1e-5)
+    # After some steps of Adam on other devices the rounding shows.
+    np.testing.assert_allclose(losses_of(workdir), losses_of(tmp_path), rtol=1e-4)
     text = (tmp_path / "trajectories_train.jsonl").read_text()
     assert (workdir / "trajectories_train.jsonl").read_text() == text
 
