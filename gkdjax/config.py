@@ -11,7 +11,7 @@ import typing
 
 from ml_collections import config_dict
 
-from gkdjax import config_checks, config_types
+from gkdjax import config_checks, config_models, config_types
 
 ASSETS = pathlib.Path(__file__).parent / "assets"
 
@@ -275,7 +275,7 @@ def parse(raw: config_dict.ConfigDict | dict) -> Config:
     """
     raw = raw.to_dict() if isinstance(raw, config_dict.ConfigDict) else raw
     config = config_types.build(Config, raw, "")
-    if config.teacher.backend in config_checks.SERVERS and config.teacher.top_k is None:
+    if config.teacher.backend in config_models.SERVERS and config.teacher.top_k is None:
         config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, top_k=20))
     config_checks.check(config)
     return config

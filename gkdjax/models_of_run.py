@@ -11,7 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 from gkdjax import lora
 from gkdjax import workdir as workdirs
 from gkdjax.config import Config
-from gkdjax.config_checks import SERVERS
+from gkdjax.config_models import SERVERS
 from gkdjax.data import vocabulary
 from gkdjax.data.chat import Chat, load_chat
 from gkdjax.errors import UserError

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from gkdjax import examples_of_run, feeds_of_run, models_of_run, sharding
 from gkdjax.config import Config, rows_at_once
-from gkdjax.config_checks import SERVERS
+from gkdjax.config_models import SERVERS
 from gkdjax.curriculum import needs_teacher_text
 from gkdjax.data import row_lengths, shapes
 from gkdjax.data.chat import Chat

@@ -4,7 +4,7 @@ import json
 import pathlib
 
 from gkdjax import config as config_lib
-from gkdjax.config_checks import REACH_KEYS
+from gkdjax.config_models import REACH_KEYS
 from gkdjax.errors import UserError
 
 

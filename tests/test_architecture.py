@@ -21,6 +21,8 @@ FLOORS = {
             "types",
             "config",
             "config_checks",
+            "config_models",
+            "config_require",
             "config_types",
             "sharding",
             "processes",

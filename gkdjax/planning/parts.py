@@ -1,7 +1,7 @@
 """Bytes on one device that several phases of a run need."""
 
 from gkdjax.config import anchor_sets
-from gkdjax.config_checks import SERVERS
+from gkdjax.config_models import SERVERS
 from gkdjax.models.spec import DecoderSpec
 from gkdjax.planning import activations
 from gkdjax.planning.models import Setup, itemsize

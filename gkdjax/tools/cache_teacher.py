@@ -16,7 +16,7 @@ from absl import flags
 from gkdjax import command_line, fill_store, rows_of_run
 from gkdjax import workdir as workdirs
 from gkdjax.config import Config
-from gkdjax.config_checks import SERVERS
+from gkdjax.config_models import SERVERS
 from gkdjax.errors import UserError
 from gkdjax.progress import table
 from gkdjax.teachers.http.answers import Request, SampleRequest

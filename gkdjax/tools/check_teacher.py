@@ -19,7 +19,7 @@ from absl import flags
 
 from gkdjax import command_line, models_of_run, sharding
 from gkdjax.config import Config
-from gkdjax.config_checks import SERVERS
+from gkdjax.config_models import SERVERS
 from gkdjax.data.chat import Chat
 from gkdjax.errors import UserError
 from gkdjax.hf import hub, model_config, pretrained
