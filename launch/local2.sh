@@ -18,21 +18,21 @@ with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     print(free.getsockname()[1])')
 
-processes=()
+declare -A running=()
 for id in 0 1; do
   "$python" -m gkdjax.main "--coordinator=127.0.0.1:$port" --num_processes=2 "--process_id=$id" \
     "$@" &
-  processes+=($!)
+  running[$!]=$id
 done
-trap 'kill -TERM "${processes[@]}" 2>/dev/null || true' TERM INT
+trap 'kill -TERM "${!running[@]}" 2>/dev/null || true' TERM INT
 
 first=0
-for _ in "${processes[@]}"; do
-  while true; do
-    code=0
-    wait -n -p ended "${processes[@]}" || code=$?
-    [[ -z ${ended:-} ]] || break  # else it was a signal that ended the waiting
-  done
-  [[ $first != 0 ]] || first=$code
+while [[ ${#running[@]} -gt 0 ]]; do
+  code=0
+  wait -n -p ended "${!running[@]}" || code=$?
+  if [[ -n ${ended:-} ]]; then  # else it was a signal that ended the waiting
+    unset "running[$ended]"
+    [[ $first != 0 ]] || first=$code
+  fi
 done
 exit "$first"
