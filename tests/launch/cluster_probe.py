@@ -4,7 +4,8 @@
 
 DOES is what it does once it has joined: "meet" prints what all processes say; "fail" raises an
 expected error in process 1 while process 0 waits for it; "bug" an unexpected one; "last" raises in
-process 1 when process 0 is done; "alone" prints the number of processes and of devices.
+process 1 when process 0 is done; "alone" prints the number of processes and of devices, and whether
+it is connected.
 """
 
 import os
@@ -28,7 +29,7 @@ def main(does: str, coordinator=None, processes=None, process=None) -> None:
         cluster.require_same(cluster.code(), 60.0)
         own = jax.distributed.is_initialized() and int(jax.process_index())
         if does == "alone":
-            print("alone", count, jax.device_count())
+            print("alone", count, jax.device_count(), jax.distributed.is_initialized())
         elif does == "meet":
             met = multihost_utils.process_allgather(jax.numpy.asarray([own + 10]))
             print("met", count, met.ravel().tolist())

@@ -131,7 +131,7 @@ def test_one_process_is_alone_with_all_devices():
     with tpu_vms(1) as vm:
         environments = [e | flags for e in (slurm(0, 1), gke(0, 1), environment(), *vm)]
         ended = run(*[[*PROBE, "alone"]] * 4, environments=environments)
-    assert all("alone 1 3" in e.stdout for e in ended), ended
+    assert all("alone 1 3 False" in e.stdout for e in ended), ended
 
 
 def test_what_is_given_wins_over_what_is_found():

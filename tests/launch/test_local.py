@@ -1,5 +1,6 @@
 """Scripts for one machine and for Slurm: two local processes, a teacher beside the run, a job."""
 
+import contextlib
 import os
 import pathlib
 import re
@@ -56,19 +57,28 @@ def executable(file: pathlib.Path, text: str) -> pathlib.Path:
     return file
 
 
-def start(command: list, **variables: str) -> subprocess.Popen:
-    return subprocess.Popen(
+@contextlib.contextmanager
+def started(command: list, **variables: str):
+    """A process in a group of its own, of which nothing is left afterwards."""
+    process = subprocess.Popen(
         [str(part) for part in command],
         env=environment(**variables),
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        start_new_session=True,
     )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def call(command: list, **variables: str) -> subprocess.CompletedProcess:
-    with start(command, **variables) as process:
+    with started(command, **variables) as process:
         output = process.communicate(timeout=60)
     return subprocess.CompletedProcess(command, process.returncode, *output)
 
@@ -106,7 +116,7 @@ def test_both_are_asked_to_stop(tmp_path):
     python = executable(tmp_path / "python", STUB.format(python=sys.executable))
     said = tmp_path / "said"
     command = [LAUNCH / "local2.sh", "--config=x"]
-    with start(command, PYTHON=str(python), SAID=str(said), WAITS="1") as process:
+    with started(command, PYTHON=str(python), SAID=str(said), WAITS="1") as process:
         wait_for(lambda: said.exists() and said.read_text().count("\n") == 2)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=20)
@@ -165,7 +175,7 @@ def test_the_command_is_asked_to_stop_and_the_server_goes_after_it(teacher, tmp_
     command, variables, port = teacher
     stopped = f"trap 'curl -s 127.0.0.1:{port}/health && echo still there; exit 75' TERM;"
     run = f"{stopped} touch {tmp_path}/begun; while true; do sleep 0.05; done"
-    with start(command([], ["bash", "-c", run]), **variables) as process:
+    with started(command([], ["bash", "-c", run]), **variables) as process:
         wait_for((tmp_path / "begun").exists)
         process.send_signal(signal.SIGTERM)
         shown, _ = process.communicate(timeout=30)
@@ -216,6 +226,21 @@ def test_a_job_goes_back_into_the_queue_if_it_is_to_be_continued(
         "srun --kill-on-bad-exit=0 /home/me/gkdjax-venv/bin/python -m gkdjax.main --config=x"
     )
     assert rest == (["scontrol requeue 77"] if requeued else [])
+
+
+def test_a_job_that_is_asked_to_go_waits_for_its_tasks(tmp_path):
+    """Slurm asks the batch shell, too, where a whole job has to go."""
+    begun, said = tmp_path / "begun", tmp_path / "said"
+    srun = f"#!/bin/bash\ntrap 'sleep 0.3; exit 75' TERM\ntouch {begun}\n"
+    executable(tmp_path / "bin" / "srun", srun + "while true; do sleep 0.05; done\n")
+    executable(tmp_path / "bin" / "scontrol", f'#!/bin/sh\necho "$*" >>{said}\n')
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    command = ["bash", LAUNCH / "slurm.sbatch", "--config=x"]
+    with started(command, PATH=path, SLURM_JOB_ID="77") as process:
+        wait_for(begun.exists)
+        os.killpg(process.pid, signal.SIGTERM)
+        process.communicate(timeout=20)
+    assert process.returncode == 75 and said.read_text() == "requeue 77\n"
 
 
 def test_the_job_is_asked_for_as_jax_needs_it():

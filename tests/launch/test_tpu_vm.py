@@ -1,5 +1,6 @@
 """The scripts for TPU VMs against a stand-in for gcloud whose VMs are two directories."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ from launch.together import ROOT, free_port
 
 LAUNCH = ROOT / "launch"
 REAL = f'#!/bin/sh\nexec {sys.executable} "$@"\n'
-ENDS = '#!/bin/sh\necho "HF_TOKEN=$HF_TOKEN $*"\nexit "$(cat "$STUB/code")"\n'
+ENDS = '#!/bin/sh\nprintf "[%s]" "$HF_TOKEN" "$@"\nexit "$(cat "$STUB/code")"\n'
 # Saves when it is asked to stop.
 STOPS = "#!/bin/bash\ntrap 'echo saved; exit 75' TERM\necho begun\nwhile true; do sleep 0.1; done\n"
 # Each worker has another config, which all have to notice.
@@ -34,7 +35,7 @@ class Slice:
     """A slice of two VMs, and the scripts that are called for it."""
 
     def __init__(self, directory: pathlib.Path, python: str):
-        self.directory = directory
+        self.directory, self._started = directory, []
         binaries = directory / "bin"
         binaries.mkdir()
         stub = pathlib.Path(__file__).with_name("stub_gcloud.py")
@@ -58,7 +59,7 @@ class Slice:
         (self.directory / "environment.json").write_text(json.dumps(variables))
 
     def start(self, script: str, *arguments: str, **more: str) -> subprocess.Popen:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [LAUNCH / script, *arguments],
             env=self._environment | more,
             text=True,
@@ -66,10 +67,22 @@ class Slice:
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
+        self._started.append(process)
+        return process
+
+    def close(self) -> None:
+        """Nothing goes on, in the VMs neither."""
+        for process in self._started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+        for file in self.directory.glob("worker*/.gkdjax-run/pid"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(file.read_text()), signal.SIGKILL)
 
     def call(self, script: str, *arguments: str, **more: str) -> subprocess.CompletedProcess:
-        with self.start(script, *arguments, **more) as process:
-            output = process.communicate(timeout=60)
+        process = self.start(script, *arguments, **more)
+        output = process.communicate(timeout=60)
         return subprocess.CompletedProcess(arguments, process.returncode, *output)
 
     def asked(self) -> list[str]:
@@ -79,7 +92,8 @@ class Slice:
 @pytest.fixture
 def vms(tmp_path):
     """vms(what the VMs have for an interpreter): a `Slice`."""
-    return lambda python: Slice(tmp_path, python)
+    with contextlib.ExitStack() as open_ones:
+        yield lambda python: open_ones.enter_context(contextlib.closing(Slice(tmp_path, python)))
 
 
 def test_the_vms_of_a_slice_run_what_was_sent_and_form_a_cluster(vms):
@@ -139,27 +153,25 @@ def test_keys_reach_the_run_and_no_command_line(vms):
     sent = ours.directory / "worker1" / "gkdjax-keys"
     assert sent.read_text() == "HF_TOKEN=s3cret\n" and sent.stat().st_mode & 0o77 == 0
     ran = ours.call("tpu_vm.sh", "run", "--config=x", "--config.train.seed=1 2")
-    assert (
-        ran.stdout.count("HF_TOKEN=s3cret -m gkdjax.main --config=x --config.train.seed=1 2") == 2
-    )
+    assert ran.stdout.count("[s3cret][-m][gkdjax.main][--config=x][--config.train.seed=1 2]") == 2
     sent.chmod(0o644)
     assert "chmod 600" in ours.call("tpu_vm.sh", "run", "--config=x").stderr
 
 
 @pytest.mark.parametrize(
-    ("ends", "code", "created", "runs"),
+    ("ends", "code", "created", "tries"),
     [
-        (["75", "lost", "4", "0"], 0, 2, 4),
-        (["75", "2"], 2, 1, 2),
-        (["3"], 3, 1, 1),
-        (["1"], 1, 1, 1),
+        (["75", "lost", "4", "0"], 0, 2, 9),
+        (["75", "2"], 2, 1, 9),
+        (["3"], 3, 1, 9),
+        (["1"], 1, 1, 9),
         (["75", "137"], 137, 1, 2),
     ],
 )
-def test_the_loop_goes_on_as_long_as_that_can_help(vms, ends, code, created, runs):
+def test_the_loop_goes_on_as_long_as_that_can_help(vms, ends, code, created, tries):
     ours = vms(ENDS)
     (ours.directory / "ends").write_text("\n".join(ends))
-    looped = ours.call("tpu_spot_loop.sh", "--config=x", SPOT_TRIES=str(runs))
+    looped = ours.call("tpu_spot_loop.sh", "--config=x", SPOT_TRIES=str(tries))
     assert looped.returncode == code, looped.stderr
     assert (ours.directory / "ends").read_text() == ""
     assert ours.asked().count("create") == created
