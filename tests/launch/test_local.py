@@ -1,0 +1,228 @@
+"""Scripts for one machine and for Slurm: two local processes, a teacher beside the run, a job."""
+
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from launch.together import ROOT, environment, free_port
+
+LAUNCH = ROOT / "launch"
+# Ends with its process id times three, or, asked to stop, with 75.
+STUB = """\
+#!/bin/bash
+if [[ $1 == -c ]]; then exec {python} "$@"; fi
+trap 'exit 75' TERM
+echo "$*" >>"$SAID"
+if [[ -n ${{WAITS:-}} ]]; then while true; do sleep 0.05; done; fi
+[[ $* == *--process_id=1* ]] && exit 3
+exit 0
+"""
+CONFIG = """\
+import os
+from gkdjax import config
+
+def get_config():
+    c = config.default()
+    c.student.model = "/no/such"
+    c.data.train = [{"prompt": "a", "response": "b"}]
+    c.train.seed = os.getpid()
+    return c
+"""
+# A server that reads its model for a moment, and shows what it was started with.
+SERVER = """\
+import http.server, os, pathlib, sys, time
+port = int(sys.argv[sys.argv.index("--port") + 1])
+pathlib.Path(os.environ["SEEN"]).write_text(repr([sys.argv, os.environ["VLLM_API_KEY"]]))
+if "ends" in sys.argv: sys.exit("no such model")
+time.sleep(30 if "slow" in sys.argv else 1)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def executable(file: pathlib.Path, text: str) -> pathlib.Path:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
+    file.chmod(0o755)
+    return file
+
+
+def start(command: list, **variables: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [str(part) for part in command],
+        env=environment(**variables),
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def call(command: list, **variables: str) -> subprocess.CompletedProcess:
+    with start(command, **variables) as process:
+        output = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(command, process.returncode, *output)
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_two_local_processes_form_a_cluster(tmp_path):
+    (tmp_path / "job.py").write_text(CONFIG)
+    command = [LAUNCH / "local2.sh", f"--config={tmp_path}/job.py", f"--workdir={tmp_path}/run"]
+    ended = call(command, PYTHON=sys.executable)
+    assert ended.returncode == 2
+    assert ended.stderr.count("process 1 differs from process 0 in config.train.seed") == 2
+
+
+def test_the_first_failure_is_the_code_of_both(tmp_path):
+    python = executable(tmp_path / "python", STUB.format(python=sys.executable))
+    said = tmp_path / "said"
+    ended = call([LAUNCH / "local2.sh", "--config=a b"], PYTHON=str(python), SAID=str(said))
+    assert ended.returncode == 3
+    ports = re.findall(
+        r"^-m gkdjax.main --coordinator=127.0.0.1:(\d+) --num_processes=2 --process_id=[01]"
+        r" --config=a b$",
+        said.read_text(),
+        re.MULTILINE,
+    )
+    assert len(ports) == 2 and len(set(ports)) == 1
+
+
+def test_both_are_asked_to_stop(tmp_path):
+    python = executable(tmp_path / "python", STUB.format(python=sys.executable))
+    said = tmp_path / "said"
+    command = [LAUNCH / "local2.sh", "--config=x"]
+    with start(command, PYTHON=str(python), SAID=str(said), WAITS="1") as process:
+        wait_for(lambda: said.exists() and said.read_text().count("\n") == 2)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=20)
+    assert process.returncode == 75
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    """teacher(vLLM's arguments, command, variables): the script, with a stand-in for vLLM."""
+    (tmp_path / "server.py").write_text(SERVER)
+    # "python -m vllm.entrypoints.openai.api_server ..."
+    python = f'#!/bin/sh\nshift 2\nexec {sys.executable} {tmp_path}/server.py "$@"\n'
+    key = tmp_path / "key"
+    key.write_text("s3cret\n")
+    key.chmod(0o600)
+    variables = {
+        "VLLM_PYTHON": str(executable(tmp_path / "bin" / "python", python)),
+        "SEEN": str(tmp_path / "seen"),
+        "TEACHER_LOG": str(tmp_path / "log"),
+        "TEACHER_KEY_FILE": str(key),
+        "TEACHER_KEY_ENV": "TEACHER_KEY",
+    }
+    port = str(free_port())
+
+    def command(vllm: list[str], run: list[str]) -> list:
+        return [LAUNCH / "teacher_vllm.sh", "model", "teacher", port, *vllm, "--", *run]
+
+    return command, variables, int(port)
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_the_command_runs_beside_a_server_that_answers(teacher, tmp_path):
+    command, variables, port = teacher
+    health = f"urllib.request.urlopen('http://127.0.0.1:{port}/health').status"
+    run = f"import os, sys, urllib.request; print({health}, os.environ['TEACHER_KEY'],"
+    run += " os.environ['XLA_PYTHON_CLIENT_MEM_FRACTION'], 'VLLM_API_KEY' in os.environ)"
+    ended = call(
+        command(["--max-model-len", "512"], [sys.executable, "-c", run + "; sys.exit(7)"]),
+        **variables,
+    )
+    assert ended.returncode == 7, ended.stderr
+    assert ended.stdout == "200 s3cret 0.4 False\n"
+    arguments, key = eval((tmp_path / "seen").read_text())
+    text = " ".join(arguments)
+    assert key == "s3cret" and "s3cret" not in text
+    assert text.endswith("--max-model-len 512 --gpu-memory-utilization 0.45")
+    assert "--host 127.0.0.1" in text and "--max-logprobs 64" in text
+    assert not answers(port)
+
+
+def test_the_command_is_asked_to_stop_and_the_server_goes_after_it(teacher, tmp_path):
+    command, variables, port = teacher
+    stopped = f"trap 'curl -s 127.0.0.1:{port}/health && echo still there; exit 75' TERM;"
+    run = f"{stopped} touch {tmp_path}/begun; while true; do sleep 0.05; done"
+    with start(command([], ["bash", "-c", run]), **variables) as process:
+        wait_for((tmp_path / "begun").exists)
+        process.send_signal(signal.SIGTERM)
+        shown, _ = process.communicate(timeout=30)
+    assert process.returncode == 75 and shown == "still there\n"
+    assert not answers(port)
+
+
+@pytest.mark.parametrize(
+    ("vllm", "told"),
+    [("ends", "the server ended; .*no such model"), ("slow", "did not answer within 1 s")],
+)
+def test_a_server_that_does_not_come_up_is_exit_4(teacher, vllm, told):
+    command, variables, port = teacher
+    ended = call(command([vllm], ["echo", "run"]), **variables, TEACHER_WAIT_S="1")
+    assert ended.returncode == 4 and re.search(told, ended.stderr) and ended.stdout == ""
+    assert not answers(port)
+
+
+def test_a_key_that_others_can_read_is_refused(teacher, tmp_path):
+    command, variables, _ = teacher
+    (tmp_path / "key").chmod(0o640)
+    ended = call(command([], ["true"]), **variables)
+    assert ended.returncode == 2 and f"chmod 600 {tmp_path}/key" in ended.stderr
+    assert not (tmp_path / "seen").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"),
+    [(0, 0, False), (2, 0, False), (3, 0, False), (75, 0, True), (143, 9, True), (75, 100, False)],
+)
+def test_a_job_goes_back_into_the_queue_if_it_is_to_be_continued(
+    tmp_path, code, restarts, requeued
+):
+    """srun and scontrol are stand-ins."""
+    said = tmp_path / "said"
+    executable(tmp_path / "bin" / "srun", f'#!/bin/sh\necho srun "$*" >>{said}\nexit {code}\n')
+    executable(tmp_path / "bin" / "scontrol", f'#!/bin/sh\necho scontrol "$*" >>{said}\n')
+    ended = call(
+        ["bash", LAUNCH / "slurm.sbatch", "--config=x"],
+        PATH=f"{tmp_path}/bin:{os.environ['PATH']}",
+        HOME="/home/me",
+        SLURM_JOB_ID="77",
+        SLURM_RESTART_COUNT=str(restarts),
+    )
+    assert ended.returncode == code
+    first, *rest = said.read_text().splitlines()
+    assert first == (
+        "srun --kill-on-bad-exit=0 /home/me/gkdjax-venv/bin/python -m gkdjax.main --config=x"
+    )
+    assert rest == (["scontrol requeue 77"] if requeued else [])
+
+
+def test_the_job_is_asked_for_as_jax_needs_it():
+    lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", "\n".join(lines), re.MULTILINE))
+    last = max(i for i, line in enumerate(lines) if line.startswith("#SBATCH"))
+    assert all(line.startswith("#") for line in lines[:last])  # Slurm stops at the first command
+    assert asked["ntasks-per-node"] == asked["gpus-per-node"] and "gpus-per-task" not in asked
+    assert asked["signal"].startswith("TERM@")  # "B:" would be the shell alone
+    assert "requeue" in asked and asked["open-mode"] == "append"

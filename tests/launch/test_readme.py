@@ -1,0 +1,53 @@
+"""The commands of launch/README.md are ones that the scripts take."""
+
+import re
+import shlex
+
+import pytest
+from launch.test_scripts import TPU, call
+from launch.together import ROOT
+
+from gkdjax import config, main
+
+TEXT = (ROOT / "launch" / "README.md").read_text()
+COMMANDS = [
+    shlex.split(block.replace("\\\n", " "))
+    for block in re.findall(r"^    +((?:[^\n]*\\\n)*[^\n]*)$", TEXT, re.MULTILINE)
+]
+
+
+def test_every_file_that_is_named_is_there():
+    named = set(re.findall(r"launch/([\w.]+\.(?:sh|yaml|sbatch))", TEXT))
+    named |= set(re.findall(r"`([\w.]+\.(?:sh|yaml|sbatch|txt))", TEXT))
+    assert len(named) >= 10
+    assert all((ROOT / "launch" / name).is_file() for name in named), named
+
+
+def test_every_script_is_named():
+    there = {f.name for f in (ROOT / "launch").iterdir() if f.suffix in (".sh", ".sbatch", ".yaml")}
+    inner = {"worker_run.sh", "worker_setup.sh"}  # tpu_vm.sh calls them
+    assert all(name in TEXT for name in there - inner)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [c for c in COMMANDS if c[0].startswith("launch/tpu_")],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_the_commands_for_tpu_vms_print_what_they_would_do(command):
+    script, *rest = command
+    at = 1 if script == "launch/tpu_vm.sh" else 0
+    printed = call(script.removeprefix("launch/"), *rest[:at], "--print", *rest[at:], **TPU)
+    assert printed.returncode == 0 and printed.stdout.startswith("gcloud compute tpus tpu-vm ")
+
+
+def test_the_arguments_of_gkdjax_main_are_some_that_it_has():
+    found = [c[c.index("gkdjax.main") + 1 :] for c in COMMANDS if "gkdjax.main" in c]
+    found += [c[c.index("launch/slurm.sbatch") + 1 :] for c in COMMANDS if c[0] == "sbatch"]
+    assert len(found) >= 4
+    for arguments in found:
+        flags = dict(argument.removeprefix("--").split("=") for argument in arguments)
+        assert set(flags) <= set(main.flags.FLAGS)
+        scope: dict = {"__file__": str(ROOT / flags["config"])}
+        exec((ROOT / flags["config"]).read_text(), scope)
+        config.parse(scope["get_config"]())
