@@ -20,7 +20,7 @@ DIRECTORY = pathlib.Path(os.environ["STUB_DIR"])
 class Health(http.server.BaseHTTPRequestHandler):
     """200 at /health, 404 elsewhere."""
 
-    def do_GET(self):  # noqa: N802, the name that http.server calls
+    def do_GET(self):
         self.send_response(200 if self.path == "/health" else 404)
         self.end_headers()
 

@@ -1,4 +1,4 @@
-"""launch/teacher_vllm.sh with a small server in place of vLLM."""
+"""launch/teacher_vllm.sh where things are not as usual; test_local.py has the usual ones."""
 
 import contextlib
 import json
@@ -15,19 +15,7 @@ from launch.together import ROOT, free_port
 
 SCRIPT = ROOT / "launch" / "teacher_vllm.sh"
 STUB = pathlib.Path(__file__).with_name("stub_vllm.py")
-# Says what it got, and saves when it is asked to stop.
-TRAINER = """
-import os, signal, sys, time
-def stop(*_):
-    print("saved", flush=True)
-    sys.exit(75)
-signal.signal(signal.SIGTERM, stop)
-print("key", os.environ.get("TEACHER_KEY"), os.environ.get("VLLM_API_KEY"), flush=True)
-print("share", os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION"), flush=True)
-if sys.argv[1] == "wait":
-    time.sleep(60)
-sys.exit(int(sys.argv[1]))
-"""
+TRAINER = 'echo "share $XLA_PYTHON_CLIENT_MEM_FRACTION"; exit "$0"'
 
 
 class Beside:
@@ -48,7 +36,7 @@ class Beside:
         }
 
     def start(self, ends: str, *arguments: str, **more: str) -> subprocess.Popen:
-        trainer = [sys.executable, "-c", TRAINER, ends]
+        trainer = ["bash", "-c", TRAINER, ends]
         return subprocess.Popen(
             [SCRIPT, "model", "teacher", str(self.port), *arguments, "--", *trainer],
             env=self._environment | more,
@@ -91,16 +79,6 @@ def assert_all_gone(processes: list[int]) -> None:
             time.sleep(0.05)
 
 
-@pytest.mark.parametrize("code", [0, 3, 75])
-def test_the_commands_code_is_the_scripts_and_the_server_goes(beside, code):
-    ended = beside.call(str(code), STUB_DELAY_S="0.5")
-    assert ended.returncode == code, ended.stderr
-    assert (beside.directory / "stopped").exists()
-    assert_all_gone(beside.server()["processes"])
-    with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", beside.port)) != 0
-
-
 def test_memory_is_shared_unless_somebody_has_said_how(beside):
     ended = beside.call("0", "--max-model-len", "4096")
     arguments = beside.server()["arguments"]
@@ -115,16 +93,7 @@ def test_memory_is_shared_unless_somebody_has_said_how(beside):
 def test_a_server_with_gpus_of_its_own_shares_nothing(beside):
     ended = beside.call("0", TEACHER_GPUS="1")
     assert beside.server()["gpus"] == "1" and "0.45" not in beside.server()["arguments"]
-    assert "share None\n" in ended.stdout
-
-
-def test_the_key_is_in_two_environments_and_on_no_command_line(beside):
-    key = beside.key_file(0o600)
-    ended = beside.call("0", TEACHER_KEY_FILE=key, TEACHER_KEY_ENV="TEACHER_KEY")
-    assert ended.returncode == 0, ended.stderr
-    assert beside.server()["key"] == "s3cret" and "key s3cret None\n" in ended.stdout
-    assert "s3cret" not in json.dumps(beside.server()["arguments"]) + ended.stderr
-    assert "s3cret" not in (beside.directory / "log").read_text()
+    assert "share \n" in ended.stdout
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o620])
@@ -171,17 +140,6 @@ def test_a_port_at_which_somebody_else_listens_is_refused(beside):
         ended = beside.call("0")
     assert ended.returncode == 2 and f"port {beside.port}" in ended.stderr
     assert not (beside.directory / "started").exists()
-
-
-def test_sigterm_goes_to_the_command_and_the_server_stays_until_it_has_saved(beside):
-    process = beside.start("wait")
-    for line in process.stdout:
-        if line.startswith("share"):
-            break
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=30)
-    assert process.returncode == 75 and "saved" in output
-    assert_all_gone(beside.server()["processes"])
 
 
 def test_sigterm_while_it_waits_stops_the_server(beside):
