@@ -27,19 +27,21 @@ for id in 0 1; do
 done
 trap 'kill -TERM "${processes[@]}" 2>/dev/null || true' TERM INT
 
-first=0 stopper=
-for _ in "${processes[@]}"; do
-  while true; do
+# Not "wait -n": it does not tell of one that a signal has ended before.
+first=0 failed_at=
+while [[ ${#processes[@]} -gt 0 ]]; do
+  sleep 0.1
+  for id in "${!processes[@]}"; do
+    if kill -0 "${processes[id]}" 2>/dev/null; then continue; fi
     code=0
-    wait -n -p ended "${processes[@]}" || code=$?
-    [[ -z ${ended:-} ]] || break  # else it was a signal that ended the waiting
+    wait "${processes[id]}" || code=$?
+    unset "processes[id]"
+    if [[ $first == 0 && $code != 0 ]]; then first=$code failed_at=$SECONDS; fi
   done
-  if [[ $first == 0 && $code != 0 ]]; then
-    first=$code
-    # They tell each other, but one that was killed could not.
-    (sleep "${STOP_AFTER_S:-10}" && kill -TERM "${processes[@]}") &>/dev/null &
-    stopper=$!
+  # They tell each other, but one that was killed could not.
+  if [[ -n $failed_at ]] && ((SECONDS - failed_at >= ${STOP_AFTER_S:-10})); then
+    kill -TERM "${processes[@]}" 2>/dev/null || true
+    failed_at=
   fi
 done
-[[ -z $stopper ]] || kill "$stopper" 2>/dev/null || true
 exit "$first"

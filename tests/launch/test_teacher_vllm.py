@@ -47,7 +47,11 @@ class Beside:
 
     def call(self, ends: str, *arguments: str, **more: str) -> subprocess.CompletedProcess:
         with self.start(ends, *arguments, **more) as process:
-            output = process.communicate(timeout=30)
+            try:
+                output = process.communicate(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()  # else leaving it would wait for ever
+                raise
         return subprocess.CompletedProcess(SCRIPT, process.returncode, *output)
 
     def server(self) -> dict:

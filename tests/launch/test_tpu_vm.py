@@ -69,7 +69,11 @@ class Slice:
 
     def call(self, script: str, *arguments: str, **more: str) -> subprocess.CompletedProcess:
         with self.start(script, *arguments, **more) as process:
-            output = process.communicate(timeout=60)
+            try:
+                output = process.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()  # else leaving it would wait for ever
+                raise
         return subprocess.CompletedProcess(arguments, process.returncode, *output)
 
     def asked(self) -> list[str]:
@@ -161,7 +165,9 @@ def test_keys_reach_the_run_and_no_command_line(vms):
 def test_the_loop_goes_on_as_long_as_that_can_help(vms, ends, code, created, runs):
     ours = vms(ENDS)
     (ours.directory / "ends").write_text("\n".join(ends))
-    looped = ours.call("tpu_spot_loop.sh", "--config=x", "--workdir=/mnt/gkdjax/x", SPOT_TRIES=str(runs))
+    looped = ours.call(
+        "tpu_spot_loop.sh", "--config=x", "--workdir=/mnt/gkdjax/x", SPOT_TRIES=str(runs)
+    )
     assert looped.returncode == code, looped.stderr
     assert (ours.directory / "ends").read_text() == ""
     assert ours.asked().count("create") == created
