@@ -96,7 +96,7 @@ def test_the_first_failure_is_the_code_of_both(tmp_path):
     python = executable(tmp_path / "python", STUB.format(python=sys.executable))
     said = tmp_path / "said"
     ended = call([LAUNCH / "local2.sh", "--config=a b"], PYTHON=str(python), SAID=str(said))
-    assert ended.returncode == 3
+    assert ended.returncode == 3 and ended.stderr == ""
     ports = re.findall(
         r"^-m gkdjax.main --coordinator=127.0.0.1:(\d+) --num_processes=2 --process_id=[01]"
         r" --config=a b$",
