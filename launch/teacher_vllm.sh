@@ -35,6 +35,10 @@ die() {
   exit "${2:-2}"
 }
 
+die_with_log() {
+  die "$1; the end of $log:"$'\n'"$(tail -n 20 "$log")" 4
+}
+
 server=()
 while [[ $# -gt 0 && $1 != -- ]]; do
   if [[ $1 == --help ]]; then usage && exit 0; fi
@@ -50,6 +54,10 @@ position=2
 if [[ ${server[0]} == --cpu ]]; then position=3; fi
 port=${server[position]:-}
 [[ $port =~ ^[0-9]+$ ]] || die "the port is '$port': write MODEL NAME PORT, in this order"
+# Another server there would be taken for ours.
+if (: <>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+  die "somebody listens at port $port already; take another, or stop him"
+fi
 wait_s=${TEACHER_WAIT_S:-900} log=${TEACHER_LOG:-teacher_vllm.log}
 
 key=
@@ -76,7 +84,8 @@ group=$!
 
 # shellcheck disable=SC2329  # the trap calls it
 stop_server() {
-  kill -TERM -- "-$group" 2>/dev/null || return 0
+  # Before setsid has run there is no such group yet, only the process.
+  kill -TERM -- "-$group" 2>/dev/null || kill -TERM "$group" 2>/dev/null || return 0
   for _ in {1..100}; do
     kill -0 -- "-$group" 2>/dev/null || return 0
     sleep 0.2
@@ -99,8 +108,8 @@ PYTHON
 
 deadline=$((SECONDS + wait_s))
 until answers; do
-  kill -0 "$group" 2>/dev/null || die "the server ended; $log says why: $(tail -n 1 "$log")" 4
-  ((SECONDS < deadline)) || die "the server did not answer within $wait_s s, see $log" 4
+  kill -0 "$group" 2>/dev/null || die_with_log "the server ended"
+  ((SECONDS < deadline)) || die_with_log "the server did not answer within $wait_s s"
   sleep 1
 done
 

@@ -9,10 +9,11 @@ usage: launch/tpu_spot_loop.sh [--print] arguments of gkdjax.main
 Makes the TPU VM of launch/tpu_vm.sh where there is none that works, sets it up, and runs; again
 and again, until the run
 
-  ends with 0: done; with 1: a fault of the program; with 2 or 3: a person has to look at it.
+  ends with 0: done; with 1: a fault of the program; with 2 or 3: a person has to look at it; with
+  4 on VMs that are all there: the teacher is not, and waiting for it on TPUs is dear.
 
-It goes on after 75 (stopped, saved), 4 (the teacher or another process was not there), a VM that
-was taken away, and whatever else. It waits 30 s before the next try, twice as long each time, up to
+It goes on after 75 (stopped, saved), VMs that were taken away, whatever the code of the run was
+then, and all else. It waits 30 s before the next try, twice as long each time, up to
 15 minutes; after a try of 10 minutes 30 s again. The VM of the last try is left: it costs until
 launch/tpu_vm.sh delete.
 
@@ -68,17 +69,28 @@ attempt() {
   fi
   prepare setup || return
   "$here/tpu_vm.sh" run "$@" || code=$?
-  # gcloud ends with 1, too, when the VM is gone.
-  if [[ $code == 1 && $(state) != READY ]]; then code=75; fi
+  # gcloud ends with 1, too, when the VM is gone, and a run with 4, when only some of them are.
+  if [[ $code == [14] && $(state) != READY ]]; then code=75; fi
   return "$code"
 }
+
+case " $*" in
+  *" --workdir="* | *" --workdir "*) ;;
+  *)
+    echo "tpu_spot_loop.sh: set --workdir to a path that outlives the VMs, under /mnt/gkdjax" >&2
+    exit 2
+    ;;
+esac
 
 pause=$shortest
 for ((try = 1; try <= tries; try++)); do
   begin=$SECONDS code=0
   attempt "$@" || code=$?
   case $code in
-    0 | 1 | 2 | 3)
+    0 | 1 | 2 | 3 | 4)
+      if [[ $code == 4 ]]; then
+        echo "tpu_spot_loop.sh: the teacher's server, or process 0, could not be reached" >&2
+      fi
       echo "tpu_spot_loop.sh: the run ended with $code; $TPU_NAME is still there" >&2
       exit "$code"
       ;;

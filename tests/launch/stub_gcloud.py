@@ -2,7 +2,8 @@
 
 What is asked for is appended to $STUB/asked. $STUB/python is what each VM has for its environment's
 interpreter, and $STUB/ends, if it is there, has a line for each run: "lost", for a VM that is taken
-away, or a code for the interpreter to end with, which it finds in $STUB/code.
+away ("lost 4": while the run on the others ends with 4), or a code for the interpreter to end with,
+which it finds in $STUB/code.
 """
 
 import json
@@ -51,9 +52,9 @@ def ssh(flags: dict[str, str]) -> int:
     if "worker_run.sh run" in flags["command"] and ends.exists():
         end, *rest = ends.read_text().splitlines()
         ends.write_text("\n".join(rest))
-        if end == "lost":
+        if end.startswith("lost"):
             STATE.write_text("PREEMPTED\n")
-            return 255
+            return int(end.removeprefix("lost") or 255)
         (STUB / "code").write_text(end)
     workers = range(WORKERS) if flags["worker"] == "all" else [int(flags["worker"])]
     own = json.loads((STUB / "environment.json").read_text())

@@ -123,6 +123,15 @@ def test_both_are_asked_to_stop(tmp_path):
     assert process.returncode == 75
 
 
+def test_the_other_is_stopped_when_one_was_killed(tmp_path):
+    one_dies = 'echo "$*" >>"$SAID"\n[[ $* == *--process_id=0* ]] && kill -KILL $$\n'
+    text = STUB.format(python=sys.executable).replace('echo "$*" >>"$SAID"\n', one_dies)
+    python = executable(tmp_path / "python", text)
+    variables = {"SAID": str(tmp_path / "said"), "WAITS": "1", "STOP_AFTER_S": "1"}
+    ended = call([LAUNCH / "local2.sh", "--config=x"], PYTHON=str(python), **variables)
+    assert ended.returncode == 137 and "process_id=1" in (tmp_path / "said").read_text()
+
+
 @pytest.fixture
 def teacher(tmp_path):
     """teacher(vLLM's arguments, command, variables): the script, with a stand-in for vLLM."""
@@ -185,7 +194,10 @@ def test_the_command_is_asked_to_stop_and_the_server_goes_after_it(teacher, tmp_
 
 @pytest.mark.parametrize(
     ("vllm", "told"),
-    [("ends", "the server ended; .*no such model"), ("slow", "did not answer within 1 s")],
+    [
+        ("ends", "the server ended; the end of .*:\nno such model"),
+        ("slow", "did not answer within 1 s"),
+    ],
 )
 def test_a_server_that_does_not_come_up_is_exit_4(teacher, vllm, told):
     command, variables, port = teacher

@@ -161,7 +161,9 @@ def test_keys_reach_the_run_and_no_command_line(vms):
 @pytest.mark.parametrize(
     ("ends", "code", "created", "tries"),
     [
-        (["75", "lost", "4", "0"], 0, 2, 9),
+        (["75", "lost", "0"], 0, 2, 9),
+        (["lost 4", "0"], 0, 2, 9),
+        (["4"], 4, 1, 9),
         (["75", "2"], 2, 1, 9),
         (["3"], 3, 1, 9),
         (["1"], 1, 1, 9),
@@ -171,7 +173,8 @@ def test_keys_reach_the_run_and_no_command_line(vms):
 def test_the_loop_goes_on_as_long_as_that_can_help(vms, ends, code, created, tries):
     ours = vms(ENDS)
     (ours.directory / "ends").write_text("\n".join(ends))
-    looped = ours.call("tpu_spot_loop.sh", "--config=x", SPOT_TRIES=str(tries))
+    arguments = "--config=x", "--workdir=/mnt/gkdjax/x"
+    looped = ours.call("tpu_spot_loop.sh", *arguments, SPOT_TRIES=str(tries))
     assert looped.returncode == code, looped.stderr
     assert (ours.directory / "ends").read_text() == ""
     assert ours.asked().count("create") == created
@@ -179,9 +182,16 @@ def test_the_loop_goes_on_as_long_as_that_can_help(vms, ends, code, created, tri
     assert f"ended with {code}" in looped.stderr
 
 
+def test_the_loop_wants_a_directory_that_outlives_the_vms(vms):
+    ours = vms(ENDS)
+    looped = ours.call("tpu_spot_loop.sh", "--config=x")
+    assert looped.returncode == 2 and "set --workdir" in looped.stderr
+    assert not (ours.directory / "asked").exists()
+
+
 def test_a_mistake_in_the_setup_is_not_tried_again(vms):
     ours = vms(ENDS)
-    looped = ours.call("tpu_spot_loop.sh", "--config=x", TPU_KEYS="/no/such")
+    looped = ours.call("tpu_spot_loop.sh", "--workdir=x", TPU_KEYS="/no/such")
     assert looped.returncode == 2 and ours.asked() == ["describe", "create"]
 
 
