@@ -16,7 +16,7 @@ import safetensors.numpy
 from fake_server import FakeServer, Reply
 from fake_teacher import FakeTeacher
 from server_runs import answers_in, config_for, rows_asked
-from small_runs import metrics
+from small_runs import metrics, small
 
 from gkdjax import loop
 from gkdjax.data.pipeline import RowOrder
@@ -26,6 +26,9 @@ HEADS = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
 PROMPTS = [{"prompt": f"say {i}"} for i in range(3)]
 READ = [{"prompt": f"tell {i}", "response": f"yes {i}"} for i in range(24)]
 WRITTEN = [{"prompt": f"ask {i}"} for i in range(5)]
+
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +87,7 @@ def losses_of(workdir):
     return [line["loss"] for line in metrics(workdir)]
 
 
-def test_two_processes_make_the_run_of_one(start, tmp_path):
+def test_two_processes_make_the_run_of_one(start, tmp_path, student):
     """Weights are cut over both; all that a run writes is written once, by the leader."""
     changes = {
         "gkd__on_policy_fraction": 0.5,
@@ -95,7 +98,7 @@ def test_two_processes_make_the_run_of_one(start, tmp_path):
         "train__export": "both",
         "data__validation": [{"prompt": f"v {i}", "response": "ok"} for i in range(3)],
     }
-    assert ended(start(1, tmp_path / "one", None, **changes)).codes == [0]
+    loop.run(small(student, **changes), tmp_path / "one")
     both = ended(start(2, tmp_path / "two", None, **changes, mesh__fsdp=2))
     assert both.codes == [0, 0], both.errors
     one, two = (sorted(p.name for p in (tmp_path / n).iterdir()) for n in ("one", "two"))
@@ -114,11 +117,11 @@ def test_two_processes_make_the_run_of_one(start, tmp_path):
         a, b = (safetensors.numpy.load_file(tmp_path / name / file) for name in ("one", "two"))
         assert a.keys() == b.keys()
         for name, tensor in a.items():
-            np.testing.assert_allclose(b[name], tensor, atol=1e-5)
+            np.testing.assert_allclose(b[name], tensor, atol=1e-4)  # four steps of 1e-2
 
 
-def test_each_process_asks_its_share_and_all_stop_and_go_on_together(start, tmp_path, student):
-    """SIGTERM reaches one of them. Nothing is asked twice, not even by one process at last.
+def test_each_process_asks_its_share_and_one_goes_on_where_both_stopped(start, tmp_path, student):
+    """SIGTERM reaches one of them. Nothing is asked twice, not even by another number of processes.
 
     The weights are cut over both, so that each of them holds all rows.
     """
@@ -133,27 +136,23 @@ def test_each_process_asks_its_share_and_all_stop_and_go_on_together(start, tmp_
 
     changes = {"data__train": WRITTEN + READ, "train__steps": 12, "teacher__concurrency": 1}
     changes["mesh__tensor"] = 2
-    workdir = tmp_path / "two"
+    workdir, whole = tmp_path / "two", tmp_path / "one"
     with FakeServer(stop_one) as server:
         running += start(2, workdir, server.base, **changes)
         stopped = ended(running)
         assert stopped.codes == [75, 75], stopped.errors
         assert 0 < len(metrics(workdir)) < 12
-        again = ended(start(2, workdir, server.base, **changes))
-        assert again.codes == [0, 0], again.errors
-        asked = rows_asked(server.requests)
-        assert len(asked) == len(set(asked))
         stores = [answers_in(workdir / name) for name in ("answers.sqlite", "answers.1.sqlite")]
         assert all(len(store) > 5 for store in stores)
-        for name in ("results.json", "metrics.jsonl", "trajectories_train.jsonl", "rows.json"):
-            (workdir / name).rename(tmp_path / name)
-        (workdir / "checkpoints").rename(tmp_path / "checkpoints")
         loop.run(config_for(student, server.base, **changes), workdir)
-        assert rows_asked(server.requests) == asked
+        asked = rows_asked(server.requests)
+        assert len(asked) == len(set(asked))
+        loop.run(config_for(student, server.base, **changes), whole)
+        assert sorted(rows_asked(server.requests)[len(asked) :]) == sorted(asked)
     # After some steps of Adam on other devices the rounding shows.
-    np.testing.assert_allclose(losses_of(workdir), losses_of(tmp_path), rtol=1e-4)
-    text = (tmp_path / "trajectories_train.jsonl").read_text()
-    assert (workdir / "trajectories_train.jsonl").read_text() == text
+    np.testing.assert_allclose(losses_of(workdir), losses_of(whole), rtol=1e-4)
+    text = [(path / "trajectories_train.jsonl").read_text() for path in (workdir, whole)]
+    assert text[0] == text[1]
 
 
 def test_a_server_that_fails_one_process_ends_both(start, tmp_path):
