@@ -114,13 +114,13 @@ def assemble(rows: Rows, workdir: pathlib.Path) -> Run:
 
 
 def initial_state(run: Run, optimizer: optax.GradientTransformation) -> TrainState:
-    """Adapters, or float32 masters of every parameter (a copy: the step donates them)."""
+    """Adapters, or float32 masters of every parameter (copies: the step donates them)."""
 
     def make(base, start):
         if run.frozen is None:
-            trainable = jax.tree.map(lambda x: x.astype(jnp.float32), base)
+            trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), base)
         elif start is not None:
-            trainable = start
+            trainable = jax.tree.map(jnp.copy, start)
         else:
             key = jax.random.key(seeds.fold(run.config.train.seed, "lora"))
             trainable = models_of_run.fresh_adapters(run.config, base, key)
