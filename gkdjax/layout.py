@@ -73,9 +73,15 @@ class Layout:
           warn: of heads of keys and values that are kept whole; not for who tries many meshes.
 
         Raises:
-          UserError: the devices along "tensor" do not divide the query heads.
+          UserError: the devices along "tensor" do not divide the query heads, or the vocabulary:
+            the head's logits are cut along it whatever the rules say of its table.
         """
         tensor, rules = mesh.shape["tensor"], (*own, *RULES)
+        if spec.vocab_size % tensor:
+            raise UserError(
+                f"embedding: a vocabulary of {spec.vocab_size} cannot be cut by the {tensor}"
+                f" devices of mesh axis 'tensor'; take tensor={math.gcd(spec.vocab_size, tensor)}"
+            )
         if spec.num_heads % tensor:
             raise UserError(
                 f"layers/q_proj: {spec.num_heads} attention heads cannot be cut by the {tensor}"

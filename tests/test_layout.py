@@ -94,6 +94,13 @@ def test_heads_that_do_not_divide_are_refused():
         Layout.of(mesh_of(1, 1, 4), spec)
 
 
+def test_a_vocabulary_that_does_not_divide_is_refused_whatever_the_rules_say():
+    spec = builders.small_model(vocab_size=34, num_attention_heads=4)[0].spec
+    own = [("(un)?embedding", PartitionSpec())]
+    with pytest.raises(UserError, match=r"embedding: .* 34 cannot .* 4 devices .* tensor=2"):
+        Layout.of(mesh_of(1, 1, 4), spec, own)
+
+
 def test_more_devices_than_key_value_heads_keep_them_whole_and_it_is_told(caplog):
     spec = builders.small_model(num_attention_heads=4, num_key_value_heads=2)[0].spec
     layout = Layout.of(mesh_of(1, 2, 4), spec)
