@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 # Large, made anew by each process at need, or read through Orbax, which knows of processes.
 _NOT_COPIED = ("checkpoints", "merged", "adapter", "tensorboard", "*.sqlite*", "*.part")
 _NOT_COPIED += (".processes-*",)
-_SEEN_WITHIN_S = 10  # a network file system may show a new file late
+_SEEN_WITHIN_S = 60  # so late may NFS show a new file, as it is mounted by default
 
 
 def leads() -> bool:

@@ -17,15 +17,16 @@ import jax
 from server_runs import config_for
 from small_runs import small
 
-from gkdjax import loop
+from gkdjax import loop, processes
 from gkdjax.errors import GkdjaxError
 
+processes._SEEN_WITHIN_S = 2  # on this machine's disk
 jax.config.update("jax_disable_most_optimizations", True)  # each program runs a few times
 
 
-def main(spec: str, workdir: str, coordinator: str, processes: str, index: str) -> None:
-    if int(processes) > 1:
-        jax.distributed.initialize(coordinator, int(processes), int(index))
+def main(spec: str, workdir: str, coordinator: str, count: str, index: str) -> None:
+    if int(count) > 1:
+        jax.distributed.initialize(coordinator, int(count), int(index))
     asked = json.loads(pathlib.Path(spec).read_text())
     if asked["server"]:
         c = config_for(asked["student"], asked["server"], **asked["changes"])
