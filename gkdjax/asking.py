@@ -25,7 +25,7 @@ def ask(
       batch: NumPy arrays.
       names: of its rows, for errors.
       kept: what it said of some rows when it wrote them: of those it is not asked again.
-      mesh: the rows of the batch are cut along its data axis.
+      mesh: its devices share the rows.
     """
     if kept is not None:
         if kept.known_B.all():

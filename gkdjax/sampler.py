@@ -96,7 +96,7 @@ def sample(
       stop_ids: ids that end a row; the one drawn is part of the trajectory.
       batch_size: rows computed at once; a smaller last batch is filled up and cut.
       lengths: padded prompt lengths to choose from; few of them means few compilations.
-      mesh: its devices share the rows; `params` are on all of them. None: wherever `params` are.
+      mesh: its devices share the rows, and along "tensor" the heads. None: wherever `params` are.
       keep: what to keep of each prediction, so that the text need not be read again to be scored;
         None: nothing, at no cost.
       prefix: from `decoder.read_prefix`: what every row has read before its prompt.

@@ -43,7 +43,7 @@ class FlaxTeacher:
 
         Args:
           decoder: the teacher's.
-          params: replicated over the mesh.
+          params: as the decoder's layout has them on the mesh.
           chat: renders the teacher's view.
           description: a few words for the log.
           top_k: None for `DenseTargets`, K for `TopKTargets`.
@@ -53,7 +53,7 @@ class FlaxTeacher:
           lengths: padded prompt lengths for sampling.
           batch_size: rows sampled at once.
           chunk_size: of the head that finds the top k, see `losses.fused_top_k`.
-          mesh: the rows of a batch are cut along its data axis.
+          mesh: its devices share the rows.
           prefix_bytes: of keys and values of prefixes that are kept, see `PrefixStore`.
         """
         self.decoder, self.params, self.chat = decoder, params, chat
