@@ -1,17 +1,16 @@
-"""Scripts for one machine and for Slurm: two local processes, a teacher beside the run, a job."""
+"""Scripts without a cloud: two local processes, and a job of Slurm."""
 
 import contextlib
 import os
 import pathlib
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
-from launch.together import ROOT, environment, free_port
+from launch.together import ROOT, environment
 
 LAUNCH = ROOT / "launch"
 # Ends with its process id times three, or, asked to stop, with 75.
@@ -34,19 +33,6 @@ def get_config():
     c.data.train = [{"prompt": "a", "response": "b"}]
     c.train.seed = os.getpid()
     return c
-"""
-# A server that reads its model for a moment, and shows what it was started with.
-SERVER = """\
-import http.server, os, pathlib, sys, time
-port = int(sys.argv[sys.argv.index("--port") + 1])
-pathlib.Path(os.environ["SEEN"]).write_text(repr([sys.argv, os.environ["VLLM_API_KEY"]]))
-if "ends" in sys.argv: sys.exit("no such model")
-time.sleep(30 if "slow" in sys.argv else 1)
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200 if self.path == "/health" else 404)
-        self.end_headers()
-http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
 
@@ -130,88 +116,6 @@ def test_the_other_is_stopped_when_one_was_killed(tmp_path):
     variables = {"SAID": str(tmp_path / "said"), "WAITS": "1", "STOP_AFTER_S": "1"}
     ended = call([LAUNCH / "local2.sh", "--config=x"], PYTHON=str(python), **variables)
     assert ended.returncode == 137 and "process_id=1" in (tmp_path / "said").read_text()
-
-
-@pytest.fixture
-def teacher(tmp_path):
-    """teacher(vLLM's arguments, command, variables): the script, with a stand-in for vLLM."""
-    (tmp_path / "server.py").write_text(SERVER)
-    # "python -m vllm.entrypoints.openai.api_server ..."
-    python = f'#!/bin/sh\nshift 2\nexec {sys.executable} {tmp_path}/server.py "$@"\n'
-    key = tmp_path / "key"
-    key.write_text("s3cret\n")
-    key.chmod(0o600)
-    variables = {
-        "VLLM_PYTHON": str(executable(tmp_path / "bin" / "python", python)),
-        "SEEN": str(tmp_path / "seen"),
-        "TEACHER_LOG": str(tmp_path / "log"),
-        "TEACHER_KEY_FILE": str(key),
-        "TEACHER_KEY_ENV": "TEACHER_KEY",
-    }
-    port = str(free_port())
-
-    def command(vllm: list[str], run: list[str]) -> list:
-        return [LAUNCH / "teacher_vllm.sh", "model", "teacher", port, *vllm, "--", *run]
-
-    return command, variables, int(port)
-
-
-def answers(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
-
-
-def test_the_command_runs_beside_a_server_that_answers(teacher, tmp_path):
-    command, variables, port = teacher
-    health = f"urllib.request.urlopen('http://127.0.0.1:{port}/health').status"
-    run = f"import os, sys, urllib.request; print({health}, os.environ['TEACHER_KEY'],"
-    run += " os.environ['XLA_PYTHON_CLIENT_MEM_FRACTION'], 'VLLM_API_KEY' in os.environ)"
-    ended = call(
-        command(["--max-model-len", "512"], [sys.executable, "-c", run + "; sys.exit(7)"]),
-        **variables,
-    )
-    assert ended.returncode == 7, ended.stderr
-    assert ended.stdout == "200 s3cret 0.4 False\n"
-    arguments, key = eval((tmp_path / "seen").read_text())
-    text = " ".join(arguments)
-    assert key == "s3cret" and "s3cret" not in text
-    assert text.endswith("--max-model-len 512 --gpu-memory-utilization 0.45")
-    assert "--host 127.0.0.1" in text and "--max-logprobs 64" in text
-    assert not answers(port)
-
-
-def test_the_command_is_asked_to_stop_and_the_server_goes_after_it(teacher, tmp_path):
-    command, variables, port = teacher
-    stopped = f"trap 'curl -s 127.0.0.1:{port}/health && echo still there; exit 75' TERM;"
-    run = f"{stopped} touch {tmp_path}/begun; while true; do sleep 0.05; done"
-    with started(command([], ["bash", "-c", run]), **variables) as process:
-        wait_for((tmp_path / "begun").exists)
-        process.send_signal(signal.SIGTERM)
-        shown, _ = process.communicate(timeout=30)
-    assert process.returncode == 75 and shown == "still there\n"
-    assert not answers(port)
-
-
-@pytest.mark.parametrize(
-    ("vllm", "told"),
-    [
-        ("ends", "the server ended; the end of .*:\nno such model"),
-        ("slow", "did not answer within 1 s"),
-    ],
-)
-def test_a_server_that_does_not_come_up_is_exit_4(teacher, vllm, told):
-    command, variables, port = teacher
-    ended = call(command([vllm], ["echo", "run"]), **variables, TEACHER_WAIT_S="1")
-    assert ended.returncode == 4 and re.search(told, ended.stderr) and ended.stdout == ""
-    assert not answers(port)
-
-
-def test_a_key_that_others_can_read_is_refused(teacher, tmp_path):
-    command, variables, _ = teacher
-    (tmp_path / "key").chmod(0o640)
-    ended = call(command([], ["true"]), **variables)
-    assert ended.returncode == 2 and f"chmod 600 {tmp_path}/key" in ended.stderr
-    assert not (tmp_path / "seen").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""launch/teacher_vllm.sh where things are not as usual; test_local.py has the usual ones."""
+"""launch/teacher_vllm.sh with a stand-in for vLLM: a run beside its teacher."""
 
 import contextlib
 import json
@@ -35,17 +35,20 @@ class Beside:
             "TEACHER_LOG": str(directory / "log"),
         }
 
-    def start(self, ends: str, *arguments: str, **more: str) -> subprocess.Popen:
-        trainer = ["bash", "-c", TRAINER, ends]
+    def start(self, ends: str | list[str], *arguments: str, **more: str) -> subprocess.Popen:
+        """`ends` is the code of a command that does little, or another command."""
+        command = ["bash", "-c", TRAINER, ends] if isinstance(ends, str) else ends
         return subprocess.Popen(
-            [SCRIPT, "model", "teacher", str(self.port), *arguments, "--", *trainer],
+            [SCRIPT, "model", "teacher", str(self.port), *arguments, "--", *command],
             env=self._environment | more,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def call(self, ends: str, *arguments: str, **more: str) -> subprocess.CompletedProcess:
+    def call(
+        self, ends: str | list[str], *arguments: str, **more: str
+    ) -> subprocess.CompletedProcess:
         with self.start(ends, *arguments, **more) as process:
             try:
                 output = process.communicate(timeout=30)
@@ -53,6 +56,10 @@ class Beside:
                 process.kill()  # else leaving it would wait for ever
                 raise
         return subprocess.CompletedProcess(SCRIPT, process.returncode, *output)
+
+    def answers(self) -> bool:
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", self.port)) == 0
 
     def server(self) -> dict:
         return json.loads((self.directory / "started").read_text())
@@ -72,6 +79,13 @@ def beside(tmp_path):
         os.killpg(ours.server()["processes"][0], signal.SIGKILL)
 
 
+def wait_for(file: pathlib.Path) -> None:
+    deadline = time.monotonic() + 20
+    while not file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def assert_all_gone(processes: list[int]) -> None:
     deadline = time.monotonic() + 5
     for process in processes:
@@ -81,6 +95,38 @@ def assert_all_gone(processes: list[int]) -> None:
                 break
             assert time.monotonic() < deadline, f"{process} is still there"
             time.sleep(0.05)
+
+
+def test_the_command_runs_beside_a_server_that_answers(beside):
+    health = f"urllib.request.urlopen('http://127.0.0.1:{beside.port}/health').status"
+    run = f"import os, sys, urllib.request; print({health}, os.environ['TEACHER_KEY'],"
+    run += " os.environ['XLA_PYTHON_CLIENT_MEM_FRACTION'], 'VLLM_API_KEY' in os.environ)"
+    ended = beside.call(
+        [sys.executable, "-c", run + "; sys.exit(7)"],
+        *("--max-model-len", "512"),
+        TEACHER_KEY_FILE=beside.key_file(0o600),
+        TEACHER_KEY_ENV="TEACHER_KEY",
+        STUB_DELAY_S="1",
+    )
+    assert ended.returncode == 7, ended.stderr
+    assert ended.stdout == "200 s3cret 0.4 False\n"
+    text = " ".join(beside.server()["arguments"])
+    assert beside.server()["key"] == "s3cret" and "s3cret" not in text
+    assert text.endswith("--max-model-len 512 --gpu-memory-utilization 0.45")
+    assert "--host 127.0.0.1" in text and "--max-logprobs 64" in text
+    assert not beside.answers()
+
+
+def test_the_command_is_asked_to_stop_and_the_server_goes_after_it(beside):
+    health = f"127.0.0.1:{beside.port}/health"
+    begun = beside.directory / "begun"
+    run = f"trap 'curl -s {health} && echo still there; exit 75' TERM; touch {begun};"
+    process = beside.start(["bash", "-c", run + " while true; do sleep 0.05; done"])
+    wait_for(begun)
+    process.send_signal(signal.SIGTERM)
+    shown, _ = process.communicate(timeout=30)
+    assert process.returncode == 75 and shown == "still there\n"
+    assert not beside.answers()
 
 
 def test_memory_is_shared_unless_somebody_has_said_how(beside):
@@ -136,6 +182,7 @@ def test_a_server_that_ends_is_exit_4_with_the_end_of_its_log(beside):
 def test_a_server_that_does_not_answer_in_time_is_exit_4_and_stopped(beside):
     ended = beside.call("0", STUB_DELAY_S="100", TEACHER_WAIT_S="1")
     assert ended.returncode == 4 and "did not answer within 1 s" in ended.stderr
+    assert ended.stdout == "" and not beside.answers()
     assert_all_gone(beside.server()["processes"])
 
 
@@ -148,10 +195,7 @@ def test_a_port_at_which_somebody_else_listens_is_refused(beside):
 
 def test_sigterm_while_it_waits_stops_the_server(beside):
     process = beside.start("0", STUB_DELAY_S="100")
-    deadline = time.monotonic() + 10
-    while not (beside.directory / "started").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(beside.directory / "started")
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 143 and "share" not in output
