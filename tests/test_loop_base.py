@@ -16,7 +16,7 @@ def test_nothing_holds_the_untrained_parameters_while_all_are_trained(
 ):
     held = []
 
-    def train(parts, workdir):
+    def train(parts, workdir, shared):
         leaves = [weakref.ref(leaf) for leaf in jax.tree.leaves(parts.base)]
         assert not parts.keeps_base and len(leaves) > 5
         parts.base = None  # as the real one does
