@@ -8,7 +8,9 @@ Writes OUT/MESH-WHAT.npz (sums, gradients, text), .txt (the compiled step) and .
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+import compiling
+
+os.environ["XLA_FLAGS"] = compiling.devices(8)
 
 import dataclasses
 import json

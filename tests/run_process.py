@@ -11,7 +11,9 @@ import os
 import pathlib
 import sys
 
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={2 // int(sys.argv[4])}"
+import compiling
+
+os.environ["XLA_FLAGS"] = compiling.devices(2 // int(sys.argv[4]))
 
 import jax
 from server_runs import config_for
@@ -21,7 +23,6 @@ from gkdjax import loop, processes
 from gkdjax.errors import GkdjaxError
 
 processes._SEEN_WITHIN_S = 2  # on this machine's disk
-jax.config.update("jax_disable_most_optimizations", True)  # each program runs a few times
 
 
 def main(spec: str, workdir: str, coordinator: str, count: str, index: str) -> None:

@@ -12,8 +12,6 @@ from gkdjax.data.chat import load_chat
 from gkdjax.errors import UserError
 from gkdjax.metrics import read_lines
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _OWN = [{"role": "system", "content": "be loud"}]
 
 

@@ -10,8 +10,6 @@ from gkdjax import loop
 from gkdjax.data.chat import load_chat
 from gkdjax.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _EXAMPLES = [
     {"role": "system", "content": "be brief"},
     *({"role": "user", "content": "one"}, {"role": "assistant", "content": "1"}),
@@ -116,4 +114,7 @@ def test_the_student_writes_after_what_is_left_of_a_long_row(student, tmp_path):
     steps = metrics(tmp_path)
     assert [line["on_policy_rows"] for line in steps] == [4, 4]
     # The pattern is for what is taught: the end of turn is no target there, but the anchor's is.
-    assert all(0 < line["targets"] <= 4 * 4 and line["anchor_loss"] >= 0 for line in steps)
+    assert all(0 < line["targets"] <= 4 * 4 for line in steps)
+    # Before the first update the student is its own anchor, but for rounding.
+    assert steps[0]["anchor_loss"] == pytest.approx(0, abs=1e-5)
+    assert steps[1]["anchor_loss"] > 1e-3

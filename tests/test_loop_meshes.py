@@ -12,7 +12,6 @@ from gkdjax.errors import Preempted, UserError
 HEADS = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
 CUT = {"mesh__fsdp": 2, "mesh__tensor": 2}
 PROMPTS = [{"prompt": "hi"}, {"prompt": "yo"}]
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

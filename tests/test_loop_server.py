@@ -15,8 +15,6 @@ from gkdjax import asking, config, fill_store, loop, rows_of_run, training_text
 from gkdjax import workdir as workdirs
 from gkdjax.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 HELD_OUT = [{"prompt": "held"}, {"prompt": "held 2"}]
 ANCHOR = [{"prompt": "other", "response": "fine"}, {"prompt": "thing"}]
 ANCHORED = {"anchor__data": ANCHOR, "anchor__towards": "teacher", "anchor__batch_size": 4}

@@ -18,8 +18,6 @@ from gkdjax import config, loop, rows_of_run, training_text
 from gkdjax.errors import GkdjaxError, TeacherRefused, TeacherUnreachable, WrongAnswer
 from gkdjax.teachers.http.wire import retries
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KEY = "canary-4711-sesame-4711"
 
 

@@ -13,8 +13,6 @@ from small_runs import losses_hex
 from gkdjax import loop
 from gkdjax.errors import Preempted
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_a_run_that_waits_for_its_teacher_is_saved_and_goes_on(student, tmp_path):
     teacher, left = Failing(), threading.Event()

@@ -8,8 +8,6 @@ from server_runs import MIXED_ROWS, config_for
 from gkdjax import loop
 from gkdjax.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 UNANSWERED = MIXED_ROWS[:4]
 CHAT = {"teacher__backend": "openai", "data__train": UNANSWERED, "train__steps": 2}
 

@@ -12,7 +12,6 @@ from gkdjax.errors import UserError
 from gkdjax.examples_of_run import read
 from gkdjax.prefix_store import PrefixStore
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 LONG = [{"role": "system", "content": "be brief" * 20}]
 
 

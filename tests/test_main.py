@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 
+import compiling
 import factories
 import pytest
 
@@ -141,7 +142,7 @@ def start(case: Case, files: pathlib.Path) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env={**os.environ, "XLA_FLAGS": compiling.QUICK},
         timeout=600,
     )
 

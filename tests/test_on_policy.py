@@ -10,7 +10,6 @@ from gkdjax import loop
 from gkdjax.errors import Preempted, UserError
 from gkdjax.metrics import read_lines
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 NAME = "trajectories_student.jsonl"
 BLOCK, STEPS = 3, 8
 
@@ -31,7 +30,7 @@ def config(student, **changes):
 
 
 @pytest.fixture(scope="module")
-def whole(student, tmp_path_factory, quick_compilation):
+def whole(student, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
     loop.run(config(student), workdir, teacher=ConstantTeacher(50, 5))
     return workdir

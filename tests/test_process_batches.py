@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 
+import compiling
 import numpy as np
 from feeds import feed_of
 
@@ -20,7 +21,7 @@ def test_two_processes_share_each_batch(student, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiling.QUICK}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE)])
     command = sys.executable, HERE / "process_batches.py"
     running = [

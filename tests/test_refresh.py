@@ -9,8 +9,6 @@ from gkdjax.errors import Preempted, UserError
 from gkdjax.metrics import read_lines
 from gkdjax.types import Trajectory
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 class Inspired(ConstantTeacher):
     """Writes 1 to 12 letters, which follow from the seed; every fifth time nothing at all."""
@@ -43,7 +41,7 @@ def files(workdir):
 
 
 @pytest.fixture(scope="module")
-def whole(student, tmp_path_factory, quick_compilation):
+def whole(student, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
     loop.run(config(student), workdir, teacher=Inspired(50, 5))
     return workdir

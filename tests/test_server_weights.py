@@ -11,8 +11,6 @@ from gkdjax.errors import TeacherRefused, UserError
 from gkdjax.teachers.http import pool
 from gkdjax.teachers.http.wire import retries
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(autouse=True)
 def pauses(monkeypatch):

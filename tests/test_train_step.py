@@ -24,9 +24,6 @@ DECODER, PARAMS = builders.small_model()
 RATE = 0.125
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 @functools.cache
 def step_function(accumulation=1, seed=0, remat=False, devices=1, reduction="token"):
     """A step on the small model; each distinct call compiles a program, so ask for few."""

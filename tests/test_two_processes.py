@@ -28,9 +28,6 @@ READ = [{"prompt": f"tell {i}", "response": f"yes {i}"} for i in range(24)]
 WRITTEN = [{"prompt": f"ask {i}"} for i in range(5)]
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 @pytest.fixture(scope="module")
 def student(tmp_path_factory) -> str:
     return factories.model_dir(tmp_path_factory.mktemp("student"), **HEADS)
@@ -56,8 +53,6 @@ def start(student, tmp_path):
             free.bind(("127.0.0.1", 0))
             coordinator = f"127.0.0.1:{free.getsockname()[1]}"
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-        # One process must not read a program from the cache that another is writing there.
-        del environment["JAX_COMPILATION_CACHE_DIR"]
         environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE)])
         script = [sys.executable, HERE / "run_process.py", spec]
         for index in range(count):

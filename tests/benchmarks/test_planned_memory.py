@@ -13,7 +13,6 @@ from gkdjax.benchmarks import planned_memory
 from gkdjax.benchmarks.planned_memory import CASES, READINGS
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_training_step_takes_what_was_planned(case):
     planned, measured = planned_memory.compare(case)

@@ -7,8 +7,8 @@ import pathlib
 import subprocess
 import sys
 
+import compiling
 import numpy as np
-import pytest
 
 from gkdjax.benchmarks import table, worker
 from gkdjax.benchmarks.case import PLAIN, UNFUSED, Case
@@ -32,9 +32,6 @@ def case(variant: str, **overrides) -> Case:
         "steps": STEPS,
     }
     return Case(variant=variant, **(fields | overrides))
-
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @functools.cache
@@ -98,7 +95,7 @@ def start(*arguments: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        env={**os.environ, "XLA_FLAGS": compiling.QUICK},
     )
 
 

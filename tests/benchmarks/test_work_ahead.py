@@ -2,12 +2,9 @@
 
 import re
 
-import pytest
-
 from gkdjax.benchmarks import work_ahead
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_the_command_prints_its_parts_and_the_ratio(monkeypatch, capsys):
     tiny = ["--shape=tiny", "--answer_ms=2", "--step_ms=2", "--length=8", "--steps=3", "--rounds=2"]
     monkeypatch.setattr("sys.argv", ["work_ahead", *tiny])

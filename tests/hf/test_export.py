@@ -20,8 +20,6 @@ from gkdjax import lora
 from gkdjax.errors import UserError
 from gkdjax.hf import export, pretrained
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 INDEX = "model.safetensors.index.json"
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 

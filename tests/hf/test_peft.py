@@ -21,11 +21,10 @@ from gkdjax import lora
 from gkdjax.hf import export, pretrained
 from gkdjax.hf.peft import load_adapter
 
-pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
-    # peft reads an attribute that this version of transformers has renamed.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-]
+# peft reads an attribute that this version of transformers has renamed.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LANGUAGE = r".*\.language_model\..*\."  # not the image encoder's modules of the same names

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import compiling
 import pytest
 
 from gkdjax.config import ASSETS
@@ -26,7 +27,7 @@ def run(module: str, *arguments: str) -> str:
     process = subprocess.run(
         [sys.executable, "-m", f"gkdjax.{module}", *arguments],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env={**os.environ, "XLA_FLAGS": compiling.QUICK},
         capture_output=True,
         text=True,
         timeout=900,

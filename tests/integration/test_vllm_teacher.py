@@ -16,7 +16,7 @@ from gkdjax.teachers.http.answers import ScoreRequest
 from gkdjax.tools import check_teacher
 from gkdjax.types import Prompt
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.integration
 NATS = 1e-4  # a logprob here and there
 PREFIXES = ["be brief", "answer as if every word of yours had to be paid for", "no"]
 ROWS = [

@@ -14,7 +14,7 @@ from gkdjax.config import parse
 from gkdjax.sampler import Sampling
 from gkdjax.types import Prompt
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.integration
 NATS = 1e-4  # a loss here and there
 
 

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 
+import compiling
+
 ROOT = pathlib.Path(__file__).parents[2]
 PROBE = [sys.executable, str(pathlib.Path(__file__).with_name("cluster_probe.py"))]
 MAIN = [sys.executable, "-m", "gkdjax.main"]
@@ -20,7 +22,7 @@ def free_port() -> int:
 
 def environment(**more: str) -> dict[str, str]:
     """One CPU device for each process, and this package."""
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiling.QUICK, "PYTHONPATH": str(ROOT)}
     return os.environ | flags | more
 
 

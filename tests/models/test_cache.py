@@ -38,7 +38,6 @@ CASES = {
     "llama": ("llama", {}),
 }
 DECODING_TOLERANCE = 1e-4  # other programs, other orders of summation
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ def export(run, out, *flags: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def lora_run(student, tmp_path_factory, quick_compilation) -> pathlib.Path:
+def lora_run(student, tmp_path_factory) -> pathlib.Path:
     """Saved at steps 2 and 4; at step 2 it was stopped, and exported to "stopped"."""
     root = tmp_path_factory.mktemp("lora")
     config = small(student, teacher__top_k=1, train__export="both")
@@ -37,7 +37,7 @@ def lora_run(student, tmp_path_factory, quick_compilation) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def full_run(student, tmp_path_factory, quick_compilation) -> pathlib.Path:
+def full_run(student, tmp_path_factory) -> pathlib.Path:
     config = small(student, teacher__top_k=1, student__adapter="none")
     loop.run(config, tmp_path_factory.mktemp("full") / "run", teacher=ConstantTeacher(50, 5))
     return next(tmp_path_factory.getbasetemp().glob("full*/run"))

@@ -18,7 +18,6 @@ from gkdjax.trajectories.rules import ResponseRules, Written
 from gkdjax.trajectories.text_files import Asked, write_once
 from gkdjax.types import KeptTopK, Trajectory
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 NAME = "trajectories_train.jsonl"
 RULES = ResponseRules(TargetRules(("assistant",)), max_refills=0, max_new_tokens=9)
 PROMPTS = [np.array([n, n + 1], np.int32) for n in range(5)]
@@ -123,7 +122,7 @@ def flax(student, other, **changes):
 
 
 @pytest.fixture(scope="module")
-def first(student, other, tmp_path_factory, quick_compilation):
+def first(student, other, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("first")
     loop.run(flax(student, other), workdir)
     return workdir

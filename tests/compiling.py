@@ -1,0 +1,17 @@
+"""How programs are compiled where they run a few times only: most of the tests' time was this."""
+
+# XLA's defaults on a CPU take two to three times as long to compile our programs. What is compiled
+# by them is tested too: by the benchmarks, by runs that are killed, by the README's main job.
+QUICK = " ".join(
+    (
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    )
+)
+
+
+def devices(count: int) -> str:
+    """XLA_FLAGS for a process with so many devices, whose programs compile quickly."""
+    return f"{QUICK} --xla_force_host_platform_device_count={count}"
