@@ -3,7 +3,8 @@
     python process_batches.py MODEL COORDINATOR PROCESSES INDEX OUT
 
 Writes which rows of each batch are its own, those that its devices hold, a sum over the rows of
-all, and what it fetches of them.
+all, what it fetches of them, and what a teacher in each process says of them, but of the first row,
+of which it was known.
 """
 
 import json
@@ -11,17 +12,33 @@ import pathlib
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from feeds import feed_of
+from small_runs import ConstantTeacher
 
-from gkdjax import sharding
+from gkdjax import asking, sharding
 from gkdjax.data.chat import load_chat
+from gkdjax.data.pipeline import Kept
 
 STEPS = 5
+SAID, KNOWN = 3, 4  # token ids
 
 
 def _own(mesh, rows: int) -> list[int]:
     held = sharding.holders(mesh, rows)
     return [row for row in range(rows) if jax.process_index() in held[row]]
+
+
+def _asked(batch, mesh) -> list[int]:
+    """The token that comes first in each row, summed over the row's positions on the devices."""
+    kept = jax.tree.map(np.asarray, ConstantTeacher(KNOWN, stop=0).targets(batch))
+    first_B = np.arange(len(batch.row_id_B)) == 0
+    teacher = ConstantTeacher(SAID, stop=0)
+    names = [str(row) for row in batch.row_id_B]
+    found = asking.ask(teacher, batch, names, Kept(kept, first_B), mesh)()
+    total_B = jax.jit(lambda ids_BNK: jnp.sum(ids_BNK, (1, 2)))(found.topk.ids)
+    return (sharding.fetch(total_B) // batch.target_ids_BN.shape[1]).tolist()
 
 
 def main(model: str, coordinator: str, processes: str, index: str, out: str) -> None:
@@ -41,6 +58,7 @@ def main(model: str, coordinator: str, processes: str, index: str, out: str) -> 
                 "shape": whole.student_tokens_BS.shape,
                 "total": int(total),
                 "fetched": sharding.fetch(whole.row_id_B).tolist(),
+                "asked": _asked(batch, mesh),
             }
         )
     pathlib.Path(out).write_text(json.dumps(found))

@@ -45,4 +45,5 @@ def test_two_processes_share_each_batch(student, tmp_path):
         assert [f["own"] for f in found] == [[0, 1], [2, 3]]
         assert all(f["fetched"] == whole.row_id_B.tolist() for f in found)
         assert all(f["shape"] == list(whole.student_tokens_BS.shape) for f in found)
+        assert all(f["asked"] == [4, 3, 3, 3] for f in found)
         assert {f["total"] for f in found} == {int(whole.student_tokens_BS.sum())}
