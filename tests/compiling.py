@@ -2,16 +2,17 @@
 
 # XLA's defaults on a CPU take two to three times as long to compile our programs. What is compiled
 # by them is tested too: by the benchmarks, by runs that are killed, by the README's main job.
-QUICK = " ".join(
-    (
-        "--xla_cpu_use_fusion_emitters=false",
-        "--xla_cpu_parallel_codegen_split_count=1",
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-    )
+_SIMPLE = (
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    " --xla_llvm_disable_expensive_passes=true --xla_backend_optimization_level="
 )
+QUICK = f"{_SIMPLE}0"
 
 
-def devices(count: int) -> str:
-    """XLA_FLAGS for a process with so many devices, whose programs compile quickly."""
-    return f"{QUICK} --xla_force_host_platform_device_count={count}"
+def devices(count: int, level: int = 0) -> str:
+    """XLA_FLAGS for a process with so many devices.
+
+    Args:
+      level: 1 where programs run long enough that some optimisation pays.
+    """
+    return f"{_SIMPLE}{level} --xla_force_host_platform_device_count={count}"

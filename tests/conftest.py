@@ -5,7 +5,8 @@ import os
 import compiling
 
 # Four devices, so that sharding over a data axis is real on a machine without an accelerator.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {compiling.devices(4)}".strip()
+_flags = compiling.devices(4, level=1)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flags}".strip()
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is wrong
 
 import jax
@@ -13,6 +14,33 @@ import pytest
 
 # A silent broadcast across ranks is the usual way for a shape mistake to stay unseen.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)  # level 0
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """Programs are compiled at level 1, for runs that take longer than their compilation."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def undrawn(request):
+    """Runs leave out their pictures, a third of their time, but in modules marked `drawn`."""
+    if request.node.get_closest_marker("drawn"):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", _leave_out)
+        yield
+
+
+def _leave_out(figure, file, format, **options):
+    if format == "svg":
+        file.write("<svg></svg>")
+    else:
+        file.write_bytes(b"not drawn")
 
 
 @pytest.fixture(scope="session")

@@ -78,6 +78,7 @@ def test_the_tiny_mode_is_ready_before_jax_is_loaded(tmp_path):
     assert made == ["student-262144", "teacher-262144"]
 
 
+@pytest.mark.usefixtures("optimised")
 def test_the_tiny_mode_runs_from_end_to_end(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     c = get_config("tiny")

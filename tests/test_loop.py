@@ -17,6 +17,7 @@ def test_a_custom_teacher_is_learnt_from_and_everything_is_handed_over(student, 
     stop = 5  # <end_of_turn>
     teacher = ConstantTeacher(token=50, stop=stop)
     c = small(student, teacher__top_k=1, train__steps=30, train__export="both")
+    c.student.lora.targets = "all-linear"
     results = loop.run(c, tmp_path / "run", teacher=teacher)
     lines = metrics(tmp_path / "run")
     assert lines[-1]["loss"] < 0.2 * lines[0]["loss"]

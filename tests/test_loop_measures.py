@@ -86,11 +86,6 @@ def test_the_schedule_measures_start_steps_and_end(measured):
     assert results["held_out"] == {"before": lines[0], "after": lines[-1]}
 
 
-def test_the_report_is_drawn(measured):
-    _, workdir = measured
-    assert (workdir / "report.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_prompts_without_an_answer_are_measured_too(student, tmp_path, capsys):
     c = small(student, eval__prompts=[{"prompt": f"tell {i}"} for i in range(3)])
     results = loop.run(c, tmp_path)

@@ -180,6 +180,7 @@ def test_a_finished_run_shows_its_table_and_another_config_is_refused(finished, 
     assert "padded shapes" in said and "orbax" not in said
     page = files / "runs" / "good" / "report.html"
     whole = page.read_bytes()
+    assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     page.unlink()  # as after a kill right before it
     again = start(Case("good", ("--config.log.progress_bar=False",), workdir="good"), files)
     assert again.returncode == 0 and page.read_bytes() == whole

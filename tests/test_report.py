@@ -10,6 +10,8 @@ from matplotlib.image import imread
 from gkdjax import report
 from gkdjax.report import curves, picture
 
+pytestmark = pytest.mark.drawn
+
 
 def series(panel) -> dict[str, tuple[list, list]]:
     """Label -> the points of its line; those of a moving mean are left out."""

@@ -12,6 +12,8 @@ from gkdjax import report
 from gkdjax.errors import UserError
 from gkdjax.report import page, run_files, settings
 
+pytestmark = pytest.mark.drawn
+
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 ALLOWED = {
     *("html", "head", "meta", "title", "style", "body", "header", "section", "article", "div"),

@@ -196,7 +196,7 @@ def test_tiny_modes_are_ready_before_jax_is_loaded(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def tiny_runs(tmp_path_factory) -> pathlib.Path:
+def tiny_runs(tmp_path_factory, optimised) -> pathlib.Path:
     """Where all of them run: they share their model."""
     return tmp_path_factory.mktemp("tiny")
 

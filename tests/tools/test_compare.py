@@ -13,6 +13,8 @@ from matplotlib.image import imread
 from gkdjax.results import tables
 from gkdjax.tools import compare
 
+pytestmark = pytest.mark.drawn
+
 ROOT = pathlib.Path(__file__).parents[2]
 OTHER = {"rows": 8, "crc32": 1}
 

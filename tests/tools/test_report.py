@@ -10,6 +10,8 @@ from matplotlib.image import imread
 from gkdjax import report as of_runs
 from gkdjax.tools import report
 
+pytestmark = pytest.mark.drawn
+
 
 def run(*args) -> int:
     return report.main([str(arg) for arg in args])
