@@ -30,9 +30,6 @@ from gkdjax.train_step import init_state, make_train_step
 from gkdjax.tree import path_str
 from gkdjax.types import TopKTargets
 
-jax.config.update("jax_disable_most_optimizations", True)  # of machine code; each runs once
-jax.config.update("jax_enable_compilation_cache", False)
-
 MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8))
 V, D, L, K = 512, 32, 3, 4
 MODEL = {
@@ -76,10 +73,16 @@ def _step(decoder, params, adapted: bool, mesh, name: str) -> None:
     arguments = state, frozen, sharding.shard_rows(mesh, BATCH), _targets(layout, adapted), {}
     compiled = step.lower(*arguments, divergence=kind).compile()
     memory = compiled.memory_analysis()
-    sizes = {"arguments": memory.argument_size_in_bytes, "temp": memory.temp_size_in_bytes}
-    pathlib.Path(name + ".json").write_text(json.dumps(sizes))
+    found = {"arguments": memory.argument_size_in_bytes, "temp": memory.temp_size_in_bytes}
     pathlib.Path(name + ".txt").write_text(compiled.as_text())
     new, sums = compiled(*arguments)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(new)
+    found["moved"] = [
+        path_str(path)
+        for (path, leaf), place in zip(leaves, jax.tree.leaves(layout.places(new)), strict=True)
+        if not leaf.sharding.is_equivalent_to(place, leaf.ndim)
+    ]
+    pathlib.Path(name + ".json").write_text(json.dumps(found))
     changed = jax.tree.map(np.subtract, trainable, jax.device_get(new.trainable))
     flat, _ = jax.tree_util.tree_flatten_with_path(changed)
     gradients = {path_str(path): leaf / RATE for path, leaf in flat}

@@ -50,22 +50,28 @@ def test_text_is_that_of_one_device(computed, mesh):
     np.testing.assert_allclose(found["logprobs"], expected["logprobs"], atol=1e-5)
 
 
-def memory(computed, mesh, case):
+def told(computed, mesh, case):
     return json.loads((computed / f"{mesh}-{case}.json").read_text())
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("case", ["lora", "full"])
+def test_the_state_lies_after_a_step_as_before_it(computed, case, mesh):
+    assert told(computed, mesh, case)["moved"] == []
 
 
 @pytest.mark.parametrize("case", ["lora", "full"])
 @pytest.mark.parametrize(("mesh", "least"), [("1x8x1", 5), ("1x1x8", 4), ("2x2x2", 3.5)])
 def test_a_device_holds_its_part_of_the_weights(computed, case, mesh, least):
     """Batch, targets and norms are not divided by as much; all else of 2x2x2 is by four."""
-    whole, part = (memory(computed, each, case)["arguments"] for each in ("8x1x1", mesh))
+    whole, part = (told(computed, each, case)["arguments"] for each in ("8x1x1", mesh))
     assert whole / least > part
 
 
 @pytest.mark.parametrize("case", ["lora", "full"])
 def test_gathered_weights_are_not_kept(computed, case):
     """One layer's and the tables' come and go; without remat all of them could stay."""
-    apart, gathered = (memory(computed, mesh, case)["temp"] for mesh in ("8x1x1", "1x8x1"))
+    apart, gathered = (told(computed, mesh, case)["temp"] for mesh in ("8x1x1", "1x8x1"))
     tables = 4 * V * (D + (E if case == "lora" else 0))
     assert gathered < apart + tables + 1.5 * LAYER_BYTES
 
