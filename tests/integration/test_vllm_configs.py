@@ -6,7 +6,6 @@ import pathlib
 import subprocess
 import sys
 
-import compiling
 import pytest
 
 from gkdjax.config import ASSETS
@@ -27,7 +26,7 @@ def run(module: str, *arguments: str) -> str:
     process = subprocess.run(
         [sys.executable, "-m", f"gkdjax.{module}", *arguments],
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": compiling.QUICK},
+        env={**os.environ, "XLA_FLAGS": ""},
         capture_output=True,
         text=True,
         timeout=900,
