@@ -104,5 +104,5 @@ def connected(
         here = dataclasses.replace(c.teacher, adapter=adapter, backend="local-toggle")
         c = dataclasses.replace(c, teacher=here)
         in_process = models_of_run.InProcess(c, workdir, rows.lengths, rows.mesh, rows.vocab_size)
-        own = models_of_run.load(c, rows.sources.student, "float32", rows.mesh)
+        own = models_of_run.load_student(c, rows.sources.student, rows.mesh)
         yield rows, in_process.config_teacher(rows.sources, own)
