@@ -79,7 +79,11 @@ def fingerprints(examples: Examples) -> dict[str, dict[str, int]]:
 
 def _content(row: Example) -> tuple:
     """Without its name: the same rows may stand in another file."""
-    return tuple(map(tuple, row.prefix)), tuple(map(tuple, row.turns)), row.response, row.expected
+    said = [*row.prefix, *row.turns, *([] if row.answer is None else [row.answer])]
+    beside = [(message.fields, message.learn) for message in said] + [row.tools]
+    plain = beside == [("", True)] * len(said) + [""]  # as every row was once: its number stays
+    texts = (tuple(message[:2] for message in part) for part in (row.prefix, row.turns))
+    return *texts, row.response, row.expected, *(() if plain else (beside,))
 
 
 def _train_and_validation(

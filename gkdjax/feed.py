@@ -62,7 +62,7 @@ class Feed:
             [
                 (example, number)
                 for example in examples
-                for number in range(per_prompt if example.response is None else 1)
+                for number in range(per_prompt if example.answer is None else 1)
             ]
         )
         self._drop_endless_prompts()
@@ -87,12 +87,12 @@ class Feed:
 
     def needs_responses(self) -> bool:
         """Whether any row comes without a response."""
-        return any(example.response is None for example, _ in self._examples)
+        return any(example.answer is None for example, _ in self._examples)
 
     def needs_scores(self) -> bool:
         """Whether a teacher has to read any text that it did not write: a row's own targets."""
         return any(
-            example.response is not None or any(self.rules.targets.of_turns(example))
+            example.answer is not None or any(self.rules.targets.of_turns(example))
             for example in self.rows()
         )
 
@@ -114,7 +114,7 @@ class Feed:
           chunk: responses written at once.
           show: a progress bar.
         """
-        rows = [i for i, (example, _) in enumerate(self._examples) if example.response is None]
+        rows = [i for i, (example, _) in enumerate(self._examples) if example.answer is None]
         written = self._teacher_text(path, rows, 0, teacher, source, chunk, show)
         self.refused = sum(one.refused for one in written.values())
         kept = []
@@ -160,7 +160,7 @@ class Feed:
           **how: chunk and show, as for `prepare`.
         """
         rows = sorted({int(i) for s in steps for i in self.batch_rows(s)})
-        rows = [i for i in rows if self._examples[i][0].response is None]
+        rows = [i for i in rows if self._examples[i][0].answer is None]
         written = self._teacher_text(path, rows, step, teacher, None, **how)
         self._pairs = list(self.first_pairs)
         first_stays = 0

@@ -126,7 +126,7 @@ def read(
     rows = config.train.batch_size
     feed = feeds_of_run.one_feed(config, "data.train", examples.train, rules, rows, contexts)
     if config.gkd.on_policy_fraction > 0:  # the student writes to rows with a response, too
-        unanswered = [dataclasses.replace(row, response=None) for row in feed.rows()]
+        unanswered = [dataclasses.replace(row, answer=None) for row in feed.rows()]
         limit = config.trajectory.max_new_tokens
         row_lengths.require_contexts(unanswered, rules, limit, contexts)
     if toggles and not (config.teacher.adapter or config.student.lora.start_from):
@@ -187,7 +187,7 @@ def _asked(config: Config, examples: Examples) -> list[Example]:
     other = tuple(Message(**message) for message in config.eval.other_prefix)
     asked += [dataclasses.replace(e, prefix=(), turns=other + e.turns) for e in asked if other]
     asked += itertools.chain(*examples.abilities.values(), examples.side_effects)
-    return [dataclasses.replace(example, response=None) for example in asked]
+    return [dataclasses.replace(example, answer=None) for example in asked]
 
 
 def _check_capabilities(config: Config, can: Capabilities, name: str, needs: Needs) -> None:

@@ -9,6 +9,7 @@ student's view whose logits predict target n, and so for the teacher. The one-to
 """
 
 import dataclasses
+import json
 from typing import Any, NamedTuple
 
 import jax
@@ -18,10 +19,16 @@ from gkdjax.losses import TopKLogprobs
 
 
 class Message(NamedTuple):
-    """One message of a conversation."""
+    """One message of a conversation; hashable, so rendered conversations can be kept."""
 
     role: str
     content: str
+    fields: str = ""  # JSON object of what else the template is given, keys sorted; "": nothing
+    learn: bool = True  # False: never a target, whatever its role ("weight": 0)
+
+    def for_template(self) -> dict:
+        """What a chat template is given: role, content, and tool calls and the like by name."""
+        return {"role": self.role, "content": self.content, **json.loads(self.fields or "{}")}
 
 
 class Prompt(NamedTuple):
@@ -47,9 +54,15 @@ class Example:
     row_id: int  # its number in the data; random draws for the row depend on it
     prefix: tuple[Message, ...]  # what only the teacher reads; () if there is nothing
     turns: tuple[Message, ...]  # what both read, at least one message
-    response: str | None  # the last assistant message, or None: somebody has to write it
+    answer: Message | None  # the assistant's last message, or None: somebody has to write it
     expected: Expected | None  # of a question for the evaluation, or None
     given: int = 0  # so many of the first turns are no targets, whoever said them
+    tools: str = ""  # JSON list of the tools that the template describes; "": none
+
+    @property
+    def response(self) -> str | None:
+        """The answer's text."""
+        return None if self.answer is None else self.answer.content
 
 
 @jax.tree_util.register_dataclass

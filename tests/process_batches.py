@@ -4,7 +4,7 @@
 
 Writes which rows of each batch are its own, those that its devices hold, a sum over the rows of
 all, what it fetches of them, and what a teacher in each process says of them, but of the first row,
-of which it was known.
+of which it was known; and whether it is to stop, which only the last process is asked to, once.
 """
 
 import json
@@ -17,11 +17,11 @@ import numpy as np
 from feeds import feed_of
 from small_runs import ConstantTeacher
 
-from gkdjax import asking, sharding
+from gkdjax import asking, processes, sharding
 from gkdjax.data.chat import load_chat
 from gkdjax.data.pipeline import Kept
 
-STEPS = 5
+STEPS, STOPPED_AT = 5, 2
 SAID, KNOWN = 3, 4  # token ids
 
 
@@ -41,9 +41,10 @@ def _asked(batch, mesh) -> list[int]:
     return (sharding.fetch(total_B) // batch.target_ids_BN.shape[1]).tolist()
 
 
-def main(model: str, coordinator: str, processes: str, index: str, out: str) -> None:
-    jax.distributed.initialize(coordinator, int(processes), int(index))
+def main(model: str, coordinator: str, count: str, index: str, out: str) -> None:
+    jax.distributed.initialize(coordinator, int(count), int(index))
     mesh = sharding.make_mesh()
+    stopping, is_last = processes.Stopping(mesh), int(index) + 1 == int(count)
     feed = feed_of(load_chat(model))
     found = []
     for step in range(STEPS):
@@ -59,6 +60,7 @@ def main(model: str, coordinator: str, processes: str, index: str, out: str) -> 
                 "total": int(total),
                 "fetched": sharding.fetch(whole.row_id_B).tolist(),
                 "asked": _asked(batch, mesh),
+                "stops": stopping.asked(is_last and step == STOPPED_AT),
             }
         )
     pathlib.Path(out).write_text(json.dumps(found))

@@ -46,4 +46,5 @@ def test_two_processes_share_each_batch(student, tmp_path):
         assert all(f["fetched"] == whole.row_id_B.tolist() for f in found)
         assert all(f["shape"] == list(whole.student_tokens_BS.shape) for f in found)
         assert all(f["asked"] == [4, 3, 3, 3] for f in found)
+        assert [f["stops"] for f in found] == [step == 3] * 2  # both, a step after one was asked
         assert {f["total"] for f in found} == {int(whole.student_tokens_BS.sum())}

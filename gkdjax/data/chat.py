@@ -170,7 +170,7 @@ def _rendered(
     for i, target in enumerate(targets):
         if not target:
             continue
-        (start, stop), (role, content) = spans[i], messages[i]
+        (start, stop), (role, content) = spans[i], messages[i][:2]
         end = _end(chat, role, stop, own[i + 1], name)
         first, after = _tokens_of(text, offsets, start, end, name)
         if role == "assistant":
@@ -203,7 +203,7 @@ def _template_text(
 ) -> str:
     try:
         return chat.tokenizer.apply_chat_template(
-            [message._asdict() for message in messages],
+            [message.for_template() for message in messages],
             tokenize=False,
             add_generation_prompt=generation_prompt,
             **chat.template_kwargs,

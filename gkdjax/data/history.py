@@ -75,7 +75,7 @@ def _answers_of(example: Example, targets: TargetRules) -> list[Example]:
         if i < len(example.turns) and message.role == "assistant" and learnt[i]
     ]
     # And the rest, if it has targets of its own, or somebody has to answer it.
-    if not ends or example.response is None or any(learnt[ends[-1] :]):
+    if not ends or example.answer is None or any(learnt[ends[-1] :]):
         ends.append(len(said))
     if ends == [len(said)]:
         return [example]
@@ -86,7 +86,7 @@ def _answers_of(example: Example, targets: TargetRules) -> list[Example]:
 
 
 def _said(example: Example) -> list[Message]:
-    answer = () if example.response is None else (Message("assistant", example.response),)
+    answer = () if example.answer is None else (example.answer,)
     return [*example.turns, *answer]
 
 
@@ -97,7 +97,7 @@ def _part(example: Example, said: Sequence[Message], start: int, end: int) -> Ex
         example,
         name=f"{example.name}[{end - 1 if answered else end}]",
         turns=tuple(said[start : end - answered]),
-        response=said[end - 1].content if answered else None,
+        answer=said[end - 1] if answered else None,
     )
 
 

@@ -103,7 +103,7 @@ def require_contexts(
     if shortest >= rules.max_length:
         return
     for example in examples:
-        room = 0 if example.response is not None else max_new_tokens
+        room = 0 if example.answer is not None else max_new_tokens
         lengths = rules.lengths(example)
         over = max(0, max(lengths) + room - rules.max_length)
         if over and not room and rules.too_long == "drop":
@@ -129,7 +129,7 @@ def _prefix_keys(context: Context) -> str:
 
 def _room(example: Example, rules: ViewRules, max_new_tokens: int) -> int:
     """Tokens that are kept free for the response."""
-    if example.response is not None:
+    if example.answer is not None:
         return 0
     free = rules.max_length
     if rules.too_long == "truncate-prefix":

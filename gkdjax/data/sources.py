@@ -84,7 +84,7 @@ def _example(
     turns = _turns(given, name, unread)
     expected = None if match is None else _expected(given, match, name)
     responses = (*_RESPONSES, "answer") if match is None else _RESPONSES_TO_QUESTIONS
-    response = _response({c: given[c] for c in responses if c in given}, turns, name)
+    answer = _answer({c: given[c] for c in responses if c in given}, turns, name)
     shape = ", ".join(given)
     if turns[-1].role == "assistant":
         *turns, _ = turns
@@ -94,7 +94,7 @@ def _example(
     prefix: tuple[Message, ...] = ()
     if "prefix_messages" in given:
         prefix = messages(given["prefix_messages"], f"{name}: prefix_messages", unread)
-    return Example(name, row_id, prefix, tuple(turns), response, expected), shape
+    return Example(name, row_id, prefix, tuple(turns), answer, expected), shape
 
 
 def _expected(given: dict, match: str, name: str) -> Expected | None:
@@ -144,13 +144,13 @@ def _without_repeated(found: list[str], given: dict) -> list[str]:
     return [column for column in found if column in _CHATS or given[column] != first]
 
 
-def _response(found: dict, turns: tuple[Message, ...], name: str) -> str | None:
-    """Of the columns that hold one, and the last message."""
+def _answer(found: dict, turns: tuple[Message, ...], name: str) -> Message | None:
+    """The response: of the columns that hold one, and the last message."""
     if len(found) > 1:
         raise UserError(f"{name}: which is the response, {' or '.join(found)}? Keep one column")
     written = None
     for column, value in found.items():
-        written = text(value, f"{name}: {column}")
+        written = Message("assistant", text(value, f"{name}: {column}"))
     if turns[-1].role != "assistant":
         return written
     if found:
@@ -158,4 +158,4 @@ def _response(found: dict, turns: tuple[Message, ...], name: str) -> str | None:
             f"{name}: which is the response, the column {next(iter(found))!r} or the last message,"
             " which is from the assistant too? Leave one out"
         )
-    return turns[-1].content
+    return turns[-1]

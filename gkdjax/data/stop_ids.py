@@ -33,7 +33,7 @@ def _end_of_turn_id(directory: str, tokenizer, template_kwargs: dict) -> int:
     asked = [Message("user", "gkdjaxcontent0end"), Message("assistant", "gkdjaxcontent1end")]
     try:
         text = tokenizer.apply_chat_template(
-            [m._asdict() for m in asked], tokenize=False, **template_kwargs
+            [m.for_template() for m in asked], tokenize=False, **template_kwargs
         )
     except Exception as error:  # a template is a program
         raise UserError(f"{directory}: the chat template fails on a question: {error}") from error

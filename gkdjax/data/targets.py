@@ -30,7 +30,7 @@ class TargetRules:
 
     def of_message(self, message: Message) -> Target:
         """Nothing, the whole message, or spans of characters of its content."""
-        if message.role not in self.roles:
+        if message.role not in self.roles or not message.learn:
             return False
         if self.pattern is None:
             return True

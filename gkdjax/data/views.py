@@ -80,7 +80,7 @@ class ViewRules:
         Raises:
           UserError: as `pair` for its own reasons, but for the target tokens.
         """
-        if example.response is None:
+        if example.answer is None:
             student, teacher = self.prompts(example)
             return len(student), len(teacher)
         student, teacher = self._views(example, None)
@@ -100,7 +100,7 @@ class ViewRules:
         Args:
           example: the row.
           trajectory: the response as ids, put after the generation prompt as they are; it replaces
-            `example.response`. If unfinished it has no end-of-turn token, and so no target for it.
+            `example.answer`. If unfinished it has no end-of-turn token, and so no target for it.
           too_long: instead of the rules' own.
 
         Returns:
@@ -142,7 +142,7 @@ class ViewRules:
 def _require_roles(example: Example, targets: TargetRules, trajectory: Trajectory | None) -> None:
     """Raises UserError if a row has no target because of its roles, and not of a pattern."""
     roles = {turn.role for turn in example.turns[example.given :]}
-    if example.response is not None or trajectory is not None:
+    if example.answer is not None or trajectory is not None:
         roles.add("assistant")
     if targets.pattern is None or not roles & {*targets.roles}:
         raise UserError(
@@ -182,9 +182,9 @@ def _view(
         ids, flags = chat.render(messages, learnt, name, generation_prompt=True)
         ids = np.concatenate([ids, np.asarray(trajectory.ids, np.int32)])
         flags = np.concatenate([flags, targets.of_trajectory(trajectory, chat)])
-    elif example.response is not None:
-        answer = Message("assistant", example.response)
-        ids, flags = chat.render((*messages, answer), (*learnt, targets.of_message(answer)), name)
+    elif example.answer is not None:
+        learnt = (*learnt, targets.of_message(example.answer))
+        ids, flags = chat.render((*messages, example.answer), learnt, name)
     else:
         ids, flags = chat.render(messages, learnt, name)
     places = np.flatnonzero(flags)

@@ -69,7 +69,7 @@ def prefixes_in(records: Sequence[dict]) -> set[str]:
 def line(asked: Asked, written: Written, chat: Chat, step: int, told: set[str], **more: int) -> str:
     """The line of a response; `told` are the file's prefixes, `more` are columns of its own."""
     trajectory = written.trajectory
-    prefix = [message._asdict() for message in asked.prefix]
+    prefix = [message.for_template() for message in asked.prefix]
     prefix_digest = _digest(json.dumps(prefix).encode())
     record = {
         "row": asked.row,
@@ -80,7 +80,7 @@ def line(asked: Asked, written: Written, chat: Chat, step: int, told: set[str], 
         "prompt_digest": asked.prompt_digest,
         "prefix_digest": prefix_digest,
         "prefix_messages": None if prefix_digest in told else prefix,
-        "messages": [message._asdict() for message in asked.turns],
+        "messages": [message.for_template() for message in asked.turns],
         "text": chat.decode(trajectory.ids),
         "finished": trajectory.finished,
         "refused": written.refused,

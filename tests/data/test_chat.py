@@ -42,7 +42,7 @@ def conversations(draw, content=_content):
 
 
 def _apply(chat, messages, **kwargs):
-    rows = [m._asdict() for m in messages]
+    rows = [m.for_template() for m in messages]
     return chat.tokenizer.apply_chat_template(rows, tokenize=True, **kwargs)["input_ids"]
 
 

@@ -21,7 +21,7 @@ def _said(words: str) -> tuple[Message, ...]:
 
 
 def _rows(*conversations: str, **more) -> list[Example]:
-    rows = tuple({"messages": [m._asdict() for m in _said(c)], **more} for c in conversations)
+    rows = tuple({"messages": [m.for_template() for m in _said(c)], **more} for c in conversations)
     return read_examples(rows, "data.train")
 
 

@@ -20,8 +20,8 @@ _PREFIX = (
 
 def _rows(*responses, prefix=_PREFIX):
     return [
-        Example(f"rows:{i}", i, prefix, (Message("user", "so?"),), response, None)
-        for i, response in enumerate(responses)
+        Example(f"rows:{i}", i, prefix, (Message("user", "so?"),), answer, None)
+        for i, answer in enumerate(r and Message("assistant", r) for r in responses)
     ]
 
 

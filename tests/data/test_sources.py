@@ -32,9 +32,9 @@ def test_rows_of_the_config_are_named_by_its_key():
     )
     assert read_examples(rows, "data.train") == [
         Example("data.train:0", 0, (), _ASKED, None, None),
-        Example("data.train:1", 1, (), _ASKED, " yo ", None),
+        Example("data.train:1", 1, (), _ASKED, Message("assistant", " yo "), None),
         Example("data.train:2", 2, (Message("system", "s"),), _ASKED, None, None),
-        Example("data.train:3", 3, (), _ASKED, "yo", None),
+        Example("data.train:3", 3, (), _ASKED, Message("assistant", "yo"), None),
         Example(
             *("data.train:4", 4, ()),
             (*_ASKED, Message("assistant", "yo"), Message("user", "so?")),
@@ -201,7 +201,7 @@ def test_a_prompt_has_many_names(column):
 @pytest.mark.parametrize("column", ["response", "completion", "output", "answer", "target"])
 def test_a_response_has_many_names(column):
     (example,) = read_examples(({"prompt": "hi", column: "yo"},), "data.train")
-    assert example == Example("data.train:0", 0, (), _ASKED, "yo", None)
+    assert example == Example("data.train:0", 0, (), _ASKED, Message("assistant", "yo"), None)
 
 
 def test_a_prompt_that_only_repeats_how_the_conversation_begins_is_no_question():

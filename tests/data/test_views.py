@@ -37,7 +37,8 @@ def cases(draw):
 
 
 def _row(turns, response=None, prefix=()):
-    return Example("rows:7", 7, prefix, tuple(turns), response, None)
+    answer = None if response is None else Message("assistant", response)
+    return Example("rows:7", 7, prefix, tuple(turns), answer, None)
 
 
 def _view(example, chat, prefix=(), teacher_chat=None, **changes):
@@ -105,7 +106,7 @@ def test_targets_are_the_same_in_both_views_and_none_is_of_the_prefix(chat, case
 def test_a_trajectory_follows_the_generation_prompts_as_it_is(chat, case, answer, finished):
     example, prefix, retained = case
     trajectory = _trajectory(chat, answer, finished)
-    example = _parts(chat, dataclasses.replace(example, response=None))[-1]
+    example = _parts(chat, dataclasses.replace(example, answer=None))[-1]
     pair, fate = _view(example, chat, prefix, retained=retained, trajectory=trajectory)
     assert fate is Fate.KEPT
     _check(pair)

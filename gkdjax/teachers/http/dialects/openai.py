@@ -132,7 +132,7 @@ class Chat(_ByText):
         dialect.check_sample(request, self)
         body = completions.drawing(self.model, request)
         body |= {
-            "messages": [{"role": m.role, "content": m.content} for m in request.messages],
+            "messages": [m.for_template() for m in request.messages],
             "logprobs": True,
             "top_logprobs": request.top_k,
         }

@@ -21,6 +21,7 @@ from gkdjax.teachers.http.answers import Answer, SampleRequest, ScoreRequest
 from gkdjax.teachers.http.storage import payload
 from gkdjax.teachers.http.storage.database import Database
 from gkdjax.teachers.http.storage.identity import KnownTeacher, same_teacher
+from gkdjax.types import Message
 
 _VERSION = 1
 _SCHEMA = (
@@ -238,12 +239,17 @@ def sample_key(teacher: KnownTeacher, request: SampleRequest, *, by_messages: bo
         "top_k": int(request.top_k),
     }
     if by_messages:
-        asked["messages"] = [[message.role, message.content] for message in request.messages]
+        asked["messages"] = [_told(message) for message in request.messages]
         if request.template_kwargs:
             asked["template_kwargs"] = request.template_kwargs
     else:
         asked["ids"] = request.ids.tolist()
     return _key(teacher, "sample", asked)
+
+
+def _told(message: Message) -> list:
+    """A message in a key; one of role and content alone has the key that it always had."""
+    return [message.role, message.content, *([message.fields] if message.fields else [])]
 
 
 def _key(teacher: KnownTeacher, kind: str, asked: dict) -> str:
