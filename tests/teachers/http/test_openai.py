@@ -117,6 +117,7 @@ def test_what_is_asked_for():
         "logprobs": 3,
     }
     drawn = {"model": "m", "max_tokens": 9, "temperature": 0.7, "top_p": 0.9, "seed": 5}
+    drawn |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "n": 1}
     request = sample_request([5, 6], sampling=Sampling(9, 0.7, 0.9))
     call = completions().sample(request)
     assert call.body == drawn | {"prompt": [5, 6], "logprobs": 3}

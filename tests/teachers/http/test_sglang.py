@@ -103,6 +103,9 @@ def test_what_a_sample_asks_for(temperature, top_k, sent):
     call = GENERATE.sample(sample_request([5, 6], sampling=sampling, stop_ids=(1, 4)))
     assert call.body["sampling_params"] == {
         **{"max_new_tokens": 9, "temperature": temperature, "top_p": 0.9, "top_k": sent},
+        # what the server would take from the model's directory
+        **{"min_p": 0.0, "repetition_penalty": 1.0},
+        **{"presence_penalty": 0.0, "frequency_penalty": 0.0},
         **{"sampling_seed": 5, "stop_token_ids": [1, 4]},
         **{"skip_special_tokens": False, "no_stop_trim": True},
     }

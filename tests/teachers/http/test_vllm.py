@@ -117,6 +117,7 @@ def test_what_a_sample_asks_for(top_k, sent):
     # what the server would take from the model's directory
     assert call.body["repetition_penalty"] == 1
     assert call.body["min_p"] == call.body["presence_penalty"] == 0
+    assert call.body["frequency_penalty"] == 0
     assert call.max_bytes == 2**20 + (2 + 9) * 5 * 1024
 
 

@@ -20,7 +20,11 @@ _UNCOUNTED = 4  # tokens of a prompt, at most
 
 
 def drawing(model: str, request: SampleRequest) -> dict[str, Any]:
-    """The part of a request body that says how to draw."""
+    """The part of a request body that says how to draw.
+
+    What is not said a server may take from the model's generation_config.json, so all is said that
+    OpenAI's own routes know; they refuse other fields.
+    """
     sampling = request.sampling
     top_k = {} if sampling.top_k is None else {"top_k": sampling.top_k}
     return {
@@ -28,6 +32,9 @@ def drawing(model: str, request: SampleRequest) -> dict[str, Any]:
         "max_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "n": 1,
         "seed": request.seed,
     } | top_k
 

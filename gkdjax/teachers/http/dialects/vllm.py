@@ -28,21 +28,15 @@ class _Vllm:
     by_messages: ClassVar[bool] = False
 
     def sample(self, request: SampleRequest) -> dialect.Call:
-        """See `dialect.Dialect`.
-
-        What is not said the server takes from the model's generation_config.json, so all is said.
-        """
+        """See `dialect.Dialect`."""
         dialect.check_sample(request, self)
         body = {"top_k": -1} | completions.drawing(self.model, request)
         body |= {
             "prompt": request.ids.tolist(),
             "logprobs": request.top_k,
-            "n": 1,
             "stop_token_ids": list(request.stop_ids),
             "min_p": 0.0,
             "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
             "skip_special_tokens": False,
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
