@@ -27,22 +27,19 @@ def without_prefix_rounds(
       The longest that fits, but for a few tokens; `example` itself if it fits; None if nothing of
       the prefix would be left.
     """
-    has_system = bool(example.prefix) and example.prefix[0].role == "system"
-    prefixes = _with_fewer_rounds(example.prefix, least=0 if has_system else 1)
+    prefixes = _shorter_prefixes(example)
     found = _first_fitting([_with(example, prefix=p) for p in prefixes], excess)
     while excess(found) > 0 and found.prefix:
         first, *others = found.prefix
-        while others and others[0].role not in ("system", "user"):
-            others.pop(0)  # an answer whose question has gone
         cut = _cut(
             first,
-            lambda message, rest=found.prefix[1:], row=found: excess(
+            lambda message, rest=others, row=found: excess(
                 _with(row, prefix=(message, *rest))
             ),
             chat,
             end=True,
         )
-        kept = others if cut is None else (cut, *found.prefix[1:])
+        kept = _questions_on(others) if cut is None else (cut, *others)
         found = _with(found, prefix=tuple(kept))
     # A row whose teacher reads no more than its student would teach it to stay as it is.
     lost = bool(example.prefix) and not found.prefix
@@ -56,7 +53,7 @@ def without_oldest_rounds(
 
     The round that is answered stays. Arguments and result as of `without_prefix_rounds`.
     """
-    shorter = [_with(example, prefix=p) for p in _with_fewer_rounds(example.prefix, least=0)]
+    shorter = [_with(example, prefix=p) for p in _shorter_prefixes(example)]
     last = shorter[-1]
     shorter += [_with(last, turns=t) for t in _with_fewer_rounds(example.turns, least=1)[1:]]
     found = _first_fitting(shorter, excess)
@@ -73,9 +70,23 @@ def without_oldest_rounds(
         )
         if cut is None and part == "turns" and (first.role != "system" or not rest):
             return None
-        kept = rest if cut is None else (cut, *rest)
-        found = _with(found, **{part: tuple(kept)})
+        kept = _questions_on(rest) if cut is None and part == "prefix" else rest
+        found = _with(found, **{part: tuple(kept if cut is None else (cut, *rest))})
+        if example.prefix and not found.prefix:
+            return None  # a row whose teacher reads no more than its student teaches nothing
     return found
+
+
+def _shorter_prefixes(example: Example) -> list[tuple[Message, ...]]:
+    """The prefix, then without its oldest round, and so on; never without all of it."""
+    has_system = bool(example.prefix) and example.prefix[0].role == "system"
+    return _with_fewer_rounds(example.prefix, least=0 if has_system else 1)
+
+
+def _questions_on(messages: Sequence[Message]) -> Sequence[Message]:
+    """The messages from the first that is no answer whose question has gone."""
+    others = (i for i, message in enumerate(messages) if message.role in ("system", "user"))
+    return messages[next(others, len(messages)) :]
 
 
 def _with(example: Example, **changes) -> Example:
