@@ -33,9 +33,7 @@ def without_prefix_rounds(
         first, *others = found.prefix
         cut = _cut(
             first,
-            lambda message, rest=others, row=found: excess(
-                _with(row, prefix=(message, *rest))
-            ),
+            lambda message, rest=others, row=found: excess(_with(row, prefix=(message, *rest))),
             chat,
             end=True,
         )
