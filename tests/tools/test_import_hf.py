@@ -126,6 +126,7 @@ REFUSED = {
     "no directory": (shutil.rmtree, "model"),
     "no config": (lambda d: (d / "config.json").unlink(), r"no config\.json"),
     "another architecture": (lambda d: edit_config(d, model_type="mamba"), "'mamba'.*qwen3"),
+    "not causal": (lambda d: edit_config(d, is_causal=False), "is_causal = False changes what"),
     "a missing tensor": (edit_weights(lambda t: t.pop(Q_PROJ)), f"missing.*{Q_PROJ}"),
     "an unknown tensor": (edit_weights(lambda t: t.update(more=t[Q_PROJ].clone())), "more"),
     "a misshapen tensor": (
