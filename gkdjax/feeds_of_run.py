@@ -1,13 +1,16 @@
 """The streams of a run's rows: to be trained, to anchor it, and to measure its loss on."""
 
 import dataclasses
+import pathlib
 
 from absl import logging
 
 from gkdjax.config import Config, anchor_sets
+from gkdjax.curriculum import needs_teacher_text
 from gkdjax.data import row_lengths
 from gkdjax.data.chat import Chat
 from gkdjax.data.history import answers_apart
+from gkdjax.data.row_lengths import Limit
 from gkdjax.data.targets import TargetRules
 from gkdjax.data.views import ViewRules
 from gkdjax.examples_of_run import Examples
@@ -20,24 +23,30 @@ from gkdjax.teachers.protocol import Capabilities, Teacher
 from gkdjax.trajectories.rules import ResponseRules
 from gkdjax.types import Example
 
+_IN_CONFIG = "max_position_embeddings in config.json"
 _MOST_PADDING = 0.2  # of either view; with more, rows of data.train share batches by length
 
 
-def contexts_of(config: Config, sources: Sources, teacher: Teacher | None) -> dict[str, int | None]:
-    """The student's name, and then the teacher's -> tokens that it can read at most, or None."""
-    student = model_config.load_spec(sources.student).context_length
+def contexts_of(config: Config, sources: Sources, teacher: Teacher | None) -> dict[str, Limit]:
+    """The student's name, and then the teacher's -> what it can read."""
+    student = _limit_of(sources.student)
     found = {f"the student ({config.student.model})": student}
     if teacher is not None:
-        length = None
+        limit = Limit(None, "")
         if isinstance(teacher, FlaxTeacher):
-            length = teacher.decoder.spec.context_length
-        elif isinstance(teacher, HttpTeacher):
+            limit = Limit(teacher.decoder.spec.context_length, _IN_CONFIG)
+        elif isinstance(teacher, HttpTeacher) and teacher.context_length is not None:
             length = teacher.context_length
-        return found | {f"the teacher ({teacher.description})": length}
+            limit = Limit(length, teacher.context_source, written=length + 1)
+        return found | {f"the teacher ({teacher.description})": limit}
     if sources.teacher is None:
         return found | {"the teacher (the student's base)": student}
-    length = model_config.load_spec(sources.teacher).context_length
-    return found | {f"the teacher ({config.teacher.model})": length}
+    return found | {f"the teacher ({config.teacher.model})": _limit_of(sources.teacher)}
+
+
+def _limit_of(directory: pathlib.Path) -> Limit:
+    spec = model_config.load_spec(directory)
+    return Limit(spec.context_length, f"{_IN_CONFIG} of {directory}")
 
 
 def one_feed(
@@ -46,7 +55,7 @@ def one_feed(
     examples: list[Example],
     rules: ViewRules,
     batch_size: int,
-    contexts: dict[str, int | None],
+    contexts: dict[str, Limit],
     per_prompt: int | None = None,
 ) -> Feed:
     """One stream, with its rows as they will be read.
@@ -79,7 +88,13 @@ def one_feed(
         allowed_lengths=config.data.bucket_lengths,
         seed=config.train.seed,
     )
-    row_lengths.require_contexts(feed.rows(), rules, c.max_new_tokens, contexts)
+    row_lengths.require_contexts(
+        feed.rows(),
+        rules,
+        ("trajectory.max_new_tokens", c.max_new_tokens),
+        contexts,
+        teacher_writes=key != "data.train" or needs_teacher_text(config.gkd),
+    )
     return feed
 
 
@@ -103,7 +118,7 @@ def anchor_feeds(
     examples: Examples,
     rules: ViewRules,
     sources: Sources,
-    contexts: dict[str, int | None],
+    contexts: dict[str, Limit],
 ) -> dict[str, Feed]:
     """By name, see `config.anchor_sets`; {} without an anchor. Arguments as for `one_feed`."""
     if not examples.anchors:
@@ -124,7 +139,7 @@ def validation_feed(
     config: Config,
     examples: Examples,
     rules: ViewRules,
-    contexts: dict[str, int | None],
+    contexts: dict[str, Limit],
     can: Capabilities,
 ) -> Feed | None:
     """The first `eval.rows` of them; None if there are none, or the teacher cannot read them."""

@@ -121,14 +121,15 @@ def read(
     toggles = teacher is None and backend == "local-toggle"
     rules = _view_rules(config, sources.chat, sources.teacher_chat)
     contexts = feeds_of_run.contexts_of(config, sources, teacher)
-    asked, limit = _asked(config, examples), config.eval.max_new_tokens
-    row_lengths.require_contexts(asked, rules, limit, contexts)
+    room = "eval.max_new_tokens", config.eval.max_new_tokens
+    for asked, by_teacher in ((_asked(config, examples), True), (_beside(examples), False)):
+        row_lengths.require_contexts(asked, rules, room, contexts, teacher_writes=by_teacher)
     rows = config.train.batch_size
     feed = feeds_of_run.one_feed(config, "data.train", examples.train, rules, rows, contexts)
     if config.gkd.on_policy_fraction > 0:  # the student writes to rows with a response, too
         unanswered = [dataclasses.replace(row, answer=None) for row in feed.rows()]
-        limit = config.trajectory.max_new_tokens
-        row_lengths.require_contexts(unanswered, rules, limit, contexts)
+        room = "trajectory.max_new_tokens", config.trajectory.max_new_tokens
+        row_lengths.require_contexts(unanswered, rules, room, contexts, teacher_writes=False)
     if toggles and not (config.teacher.adapter or config.student.lora.start_from):
         toggle.require_longer_view(feed.views_differ())
     anchor_feeds = feeds_of_run.anchor_feeds(config, examples, rules, sources, contexts)
@@ -182,12 +183,17 @@ def _view_rules(config: Config, chat: Chat, teacher_chat: Chat) -> ViewRules:
 
 
 def _asked(config: Config, examples: Examples) -> list[Example]:
-    """All questions of the evaluation, as they are asked."""
+    """The questions of the evaluation that teacher and student answer, as they are asked."""
     asked = [*dict.fromkeys((*examples.questions, *examples.heldout, *examples.prompts))]
     other = tuple(Message(**message) for message in config.eval.other_prefix)
     asked += [dataclasses.replace(e, prefix=(), turns=other + e.turns) for e in asked if other]
-    asked += itertools.chain(*examples.abilities.values(), examples.side_effects)
     return [dataclasses.replace(example, answer=None) for example in asked]
+
+
+def _beside(examples: Examples) -> list[Example]:
+    """Those that the student alone answers."""
+    beside = itertools.chain(*examples.abilities.values(), examples.side_effects)
+    return [dataclasses.replace(example, answer=None) for example in beside]
 
 
 def _check_capabilities(config: Config, can: Capabilities, name: str, needs: Needs) -> None:

@@ -48,6 +48,7 @@ class Findings:
       top_k: as many logprobs of a token were asked for and came.
       tokenizer: how the vocabulary was compared.
       difference: median in nats between a token drawn and the same token scored; None: not scored.
+      context_source: what says how long a view may be, for people; "" where nothing does.
     """
 
     model: str
@@ -58,6 +59,7 @@ class Findings:
     top_k: int
     tokenizer: str
     difference: float | None
+    context_source: str = ""  # of what older stores keep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +98,17 @@ def examine(
       UserError: it cannot be used, or not for this; with the reasons.
       TeacherUnreachable: it does not answer.
     """
-    model, context_length = served.model_of(transport, api_model)
-    compared = served.compare_tokenizers(transport, model, chat, PROBE)
+    model, listed = served.model_of(transport, api_model)
+    compared, told = served.compare_tokenizers(transport, model, chat, PROBE)
+    window = listed or told or served.proxied(transport, model)
+    context_length, context_source = window or (None, "")
     ids = probe_ids(chat)
     own_text, reasons = None, []
     for name, make in dialects.items():
         dialect = make(model, vocab_size, chat.tokenizer)
-        found = Findings(model, name, False, "", context_length, top_k, compared, None)
+        found = Findings(
+            *(model, name, False, "", context_length, top_k, compared, None, context_source)
+        )
         try:
             written = _write(transport, dialect, chat, ids, top_k)
             _check_drawn(transport, dialect, chat, ids, written, sampling)

@@ -222,6 +222,36 @@ def test_the_model_by_its_name(chat):
     assert server.findings.context_length is None
 
 
+ADAPTER = {"id": MODEL, "max_model_len": None, "parent": "base"}
+
+
+def _info(*lengths):
+    return [{"model_name": MODEL, "model_info": {"max_input_tokens": n}} for n in lengths]
+
+
+@pytest.mark.parametrize(
+    "how, length, source",
+    [
+        ({}, 511, f"max_model_len=512 of {MODEL} in /v1/models"),
+        # vLLM's entry of a LoRA leaves it to the model that it is for
+        (
+            {"entries": [{"id": "base", "max_model_len": 99}, ADAPTER]},
+            98,
+            "max_model_len=99 of base in /v1/models",
+        ),
+        ({"entries": [ADAPTER | {"parent": MODEL}], "tells": True}, 511, "in /tokenize"),
+        ({"entries": [ADAPTER], "tells": True, "window": 300}, 299, "max_model_len=300 of"),
+        ({"entries": [{"id": MODEL}], "proxied": _info(70, None, 60)}, 60, "max_input_tokens=60"),
+        ({"entries": [{"id": MODEL}], "proxied": [{"model_name": "other"}, 3]}, None, ""),
+        ({"entries": [{"id": MODEL}]}, None, ""),
+    ],
+)
+def test_how_much_it_reads_and_who_says_so(chat, how, length, source):
+    found = examined(FakeTeacher(**how), chat, model=MODEL)[0].findings
+    assert found.context_length == length
+    assert source in found.context_source and bool(found.context_source) == bool(source)
+
+
 def test_a_host_that_lists_no_models_is_told_which(chat):
     teacher = FakeTeacher()
 

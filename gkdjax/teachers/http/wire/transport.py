@@ -91,9 +91,9 @@ class Transport:
                 self.root,
             )
 
-    def get(self, path: str) -> dict | list:
+    def get(self, path: str, *, once: bool = False) -> dict | list:
         """As `post`, without a body."""
-        return self._ask(_Question("GET", path, None, _GET_BYTES))
+        return self._ask(_Question("GET", path, None, _GET_BYTES), once=once)
 
     def post(
         self,
