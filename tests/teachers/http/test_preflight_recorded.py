@@ -24,7 +24,7 @@ class Replay:
     def get(self, path, once=False):
         return {"data": [{"id": "qwen3-tiny"}]}
 
-    def post(self, path, body, *, max_bytes, once=False, splittable=False):
+    def post(self, path, body, *, max_bytes, once=False, most_same=0):
         if path == "/tokenize":
             return {"tokens": []}  # as llama-server answers to a text in another field
         return self.echoed if "echo" in body else self.written
