@@ -133,6 +133,7 @@ REFUSED = {
         edit_weights(lambda t: t.update({Q_PROJ: torch.zeros(3, 4)})),
         rf"{Q_PROJ}.*\(3, 4\)",
     ),
+    "a NaN": (edit_weights(lambda t: t[Q_PROJ].view(-1)[-1:].fill_(torch.nan)), f"{Q_PROJ}.* NaN"),
     "truncated weights": (
         lambda d: (d / "model.safetensors").write_bytes(b"\0" * 40),
         r"model\.safetensors",
