@@ -202,7 +202,7 @@ class Feed:
         """The response of a row that "teacher" or "student" is asked for."""
         example, number = self._examples[row]
         prompt = self._prompts[example.row_id][who == "teacher"]
-        return Asked(example.name, number, prompt, example.prefix, example.turns)
+        return Asked(example.name, number, prompt, example.prefix, example.turns, example.tools)
 
     def write(self, wanted: Sequence[tuple[int, int]], who: str, author: Author) -> list[Written]:
         """Responses, accepted as far as the rules' bound allows.

@@ -9,7 +9,8 @@ from gkdjax.config import Config, anchor_sets
 from gkdjax.curriculum import needs_teacher_text
 from gkdjax.data import row_lengths
 from gkdjax.data.chat import Chat
-from gkdjax.data.history import answers_apart
+from gkdjax.data.history import answers_apart, answers_of
+from gkdjax.data.message_spans import is_plain
 from gkdjax.data.row_lengths import Limit
 from gkdjax.data.targets import TargetRules
 from gkdjax.data.views import ViewRules
@@ -75,6 +76,8 @@ def one_feed(
     c = config.trajectory
     if not all(chat.earlier_answers for chat in (rules.student_chat, rules.teacher_chat)):
         examples = answers_apart(examples, key, rules.targets)
+    elif divided := {example for example in examples if _is_divided(example, rules)}:
+        examples = answers_apart(examples, key, rules.targets, divided.__contains__)
     row_lengths.require_room_beside_prefix(key, examples, rules, config.context)
     feed = Feed(
         key,
@@ -96,6 +99,12 @@ def one_feed(
         teacher_writes=key != "data.train" or needs_teacher_text(config.gkd),
     )
     return feed
+
+
+def _is_divided(example: Example, rules: ViewRules) -> bool:
+    """Whether a row with thoughts, tools or calls has to be learnt answer by answer."""
+    parts = [example] if is_plain(example) else answers_of(example, rules.targets)
+    return len(parts) > 1 and not rules.learns_at_once(example, parts)
 
 
 def _anchor_rules(

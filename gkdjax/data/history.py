@@ -5,11 +5,11 @@ read by both.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from absl import logging
 
-from gkdjax.data.targets import TargetRules
+from gkdjax.data.targets import TOOL_ROLES, TargetRules
 from gkdjax.errors import UserError
 from gkdjax.types import Example, Message
 
@@ -42,20 +42,27 @@ def history_as_prefix(
     return made
 
 
-def answers_apart(examples: Sequence[Example], key: str, targets: TargetRules) -> list[Example]:
+def answers_apart(
+    examples: Sequence[Example],
+    key: str,
+    targets: TargetRules,
+    divided: Callable[[Example], bool] = lambda _: True,
+) -> list[Example]:
     """One Example for each answer that is a target, with everything before it as given turns.
 
-    For chat templates that treat the last answer apart (`Chat.earlier_answers` is false). Each
-    target of a row is a target of one of its Examples; a row with one at its end stays as it is.
+    For chat templates that treat the last answer apart (`Chat.earlier_answers` is false), or its
+    thoughts and calls. Each target of a row is a target of one of its Examples; a row with one at
+    its end stays as it is.
 
     Args:
       examples: as they are to be trained; their `row_id` is given anew.
       key: of the config, for the log.
       targets: which messages are.
+      divided: the rows that are; others stay as they are.
     """
     made: list[Example] = []
     for example in examples:
-        for part in _answers_of(example, targets):
+        for part in answers_of(example, targets) if divided(example) else [example]:
             made.append(dataclasses.replace(part, row_id=len(made)))
     if len(made) > len(examples):
         logging.info(
@@ -66,7 +73,8 @@ def answers_apart(examples: Sequence[Example], key: str, targets: TargetRules) -
     return made
 
 
-def _answers_of(example: Example, targets: TargetRules) -> list[Example]:
+def answers_of(example: Example, targets: TargetRules) -> list[Example]:
+    """The Examples that `answers_apart` makes of one; itself, if nothing is to be divided."""
     said = _said(example)
     learnt = [*targets.of_turns(example), *map(targets.of_message, said[len(example.turns) :])]
     ends = [
@@ -108,11 +116,13 @@ def _turns_of(example: Example) -> list[Example]:
             f"{example.name}: context.history_as_prefix: the first message is the assistant's and"
             " answers nothing; remove it, or give the row prefix_messages"
         )
-    # Each part is a stretch of other roles and the assistant's messages that answer it.
+    # Each part is a stretch of other roles and the assistant's messages that answer it, with what
+    # tools have answered to these.
     ends = [
         i
         for i in range(1, len(said) + 1)
-        if i == len(said) or (said[i - 1].role == "assistant" and said[i].role != "assistant")
+        if i == len(said)
+        or (said[i - 1].role == "assistant" and said[i].role not in ("assistant", *TOOL_ROLES))
     ]
     parts = []
     for start, end in zip([0, *ends], ends, strict=False):

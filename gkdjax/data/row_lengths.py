@@ -71,9 +71,8 @@ def require_room_beside_prefix(
     tokens = []
     for example in examples:
         _, whole = rules.prompts(example)
-        bare = (
-            rules.teacher_chat.prompt_ids(example.turns, example.name) if example.prefix else whole
-        )
+        asked = example.turns, example.name, example.tools
+        bare = rules.teacher_chat.prompt_ids(*asked) if example.prefix else whole
         tokens.append(len(whole) - len(bare))
         if tokens[-1] < rules.max_length:
             return

@@ -84,6 +84,7 @@ class HttpTeacher:
                 self.chat.stop_ids,
                 self._top_k,
                 self._template_kwargs,
+                prompt.tools,
             )
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
