@@ -1,16 +1,17 @@
 """The streams of a run's rows: to be trained, to anchor it, and to measure its loss on."""
 
 import dataclasses
+import pathlib
 
 from absl import logging
 
 from gkdjax.config import Config, anchor_sets
 from gkdjax.curriculum import needs_teacher_text
 from gkdjax.data import row_lengths
-from gkdjax.data.bad_rows import BadRows
 from gkdjax.data.chat import Chat
-from gkdjax.data.fields import TOOL_ROLES
-from gkdjax.data.history import answers_apart
+from gkdjax.data.history import answers_apart, answers_of
+from gkdjax.data.message_spans import is_plain
+from gkdjax.data.row_lengths import Limit
 from gkdjax.data.targets import TargetRules
 from gkdjax.data.views import ViewRules
 from gkdjax.examples_of_run import Examples
@@ -23,24 +24,30 @@ from gkdjax.teachers.protocol import Capabilities, Teacher
 from gkdjax.trajectories.rules import ResponseRules
 from gkdjax.types import Example
 
+_IN_CONFIG = "max_position_embeddings in config.json"
 _MOST_PADDING = 0.2  # of either view; with more, rows of data.train share batches by length
 
 
-def contexts_of(config: Config, sources: Sources, teacher: Teacher | None) -> dict[str, int | None]:
-    """The student's name, and then the teacher's -> tokens that it can read at most, or None."""
-    student = model_config.load_spec(sources.student).context_length
+def contexts_of(config: Config, sources: Sources, teacher: Teacher | None) -> dict[str, Limit]:
+    """The student's name, and then the teacher's -> what it can read."""
+    student = _limit_of(sources.student)
     found = {f"the student ({config.student.model})": student}
     if teacher is not None:
-        length = None
+        limit = Limit(None, "")
         if isinstance(teacher, FlaxTeacher):
-            length = teacher.decoder.spec.context_length
-        elif isinstance(teacher, HttpTeacher):
+            limit = Limit(teacher.decoder.spec.context_length, _IN_CONFIG)
+        elif isinstance(teacher, HttpTeacher) and teacher.context_length is not None:
             length = teacher.context_length
-        return found | {f"the teacher ({teacher.description})": length}
+            limit = Limit(length, teacher.context_source, written=length + 1)
+        return found | {f"the teacher ({teacher.description})": limit}
     if sources.teacher is None:
         return found | {"the teacher (the student's base)": student}
-    length = model_config.load_spec(sources.teacher).context_length
-    return found | {f"the teacher ({config.teacher.model})": length}
+    return found | {f"the teacher ({config.teacher.model})": _limit_of(sources.teacher)}
+
+
+def _limit_of(directory: pathlib.Path) -> Limit:
+    spec = model_config.load_spec(directory)
+    return Limit(spec.context_length, f"{_IN_CONFIG} of {directory}")
 
 
 def one_feed(
@@ -49,8 +56,7 @@ def one_feed(
     examples: list[Example],
     rules: ViewRules,
     batch_size: int,
-    contexts: dict[str, int | None],
-    bad_rows: BadRows,
+    contexts: dict[str, Limit],
     per_prompt: int | None = None,
 ) -> Feed:
     """One stream, with its rows as they will be read.
@@ -62,7 +68,6 @@ def one_feed(
       rules: of its views.
       batch_size: rows of a batch.
       contexts: of `contexts_of`.
-      bad_rows: what becomes of rows that the chat template cannot take.
       per_prompt: responses to a row without one; None: `trajectory.per_prompt`.
 
     Raises:
@@ -71,8 +76,8 @@ def one_feed(
     c = config.trajectory
     if not all(chat.earlier_answers for chat in (rules.student_chat, rules.teacher_chat)):
         examples = answers_apart(examples, key, rules.targets)
-    of_rows = key != "data.train" or needs_teacher_text(config.gkd)  # are trained as they stand
-    examples = rendered(key, examples, rules, bad_rows, responses=of_rows)
+    elif divided := {example for example in examples if _is_divided(example, rules)}:
+        examples = answers_apart(examples, key, rules.targets, divided.__contains__)
     row_lengths.require_room_beside_prefix(key, examples, rules, config.context)
     feed = Feed(
         key,
@@ -85,29 +90,21 @@ def one_feed(
         batch_size=batch_size,
         allowed_lengths=config.data.bucket_lengths,
         seed=config.train.seed,
-        unusable=bad_rows.dropped.get(key) or (),
     )
-    row_lengths.require_contexts(feed.rows(), rules, c.max_new_tokens, contexts)
+    row_lengths.require_contexts(
+        feed.rows(),
+        rules,
+        ("trajectory.max_new_tokens", c.max_new_tokens),
+        contexts,
+        teacher_writes=key != "data.train" or needs_teacher_text(config.gkd),
+    )
     return feed
 
 
-def rendered(
-    key: str, examples: list[Example], rules: ViewRules, bad_rows: BadRows, *, responses: bool
-) -> list[Example]:
-    """The rows that the chat templates take, and their responses if these are wanted.
-
-    Raises:
-      UserError: there are others, and they are not to be dropped.
-    """
-    found = []
-    for example in examples:
-        with bad_rows.row(example.name):
-            rules.prompts(example)
-            if responses and example.answer is not None:
-                rules.pair(example, None)
-            found.append(example)
-    bad_rows.settle(key, key, len(found))
-    return examples if len(found) == len(examples) else found
+def _is_divided(example: Example, rules: ViewRules) -> bool:
+    """Whether a row with thoughts, tools or calls has to be learnt answer by answer."""
+    parts = [example] if is_plain(example) else answers_of(example, rules.targets)
+    return len(parts) > 1 and not rules.learns_at_once(example, parts)
 
 
 def _anchor_rules(
@@ -116,7 +113,6 @@ def _anchor_rules(
     roles = {"assistant"}
     if config.anchor.tokens == "all":
         roles |= {turn.role for rows in anchors.values() for row in rows for turn in row.turns}
-        roles -= {*TOOL_ROLES}
     # The pattern is for what is being taught; the anchor's text may be about anything.
     return dataclasses.replace(
         rules,
@@ -131,8 +127,7 @@ def anchor_feeds(
     examples: Examples,
     rules: ViewRules,
     sources: Sources,
-    contexts: dict[str, int | None],
-    bad_rows: BadRows,
+    contexts: dict[str, Limit],
 ) -> dict[str, Feed]:
     """By name, see `config.anchor_sets`; {} without an anchor. Arguments as for `one_feed`."""
     if not examples.anchors:
@@ -144,9 +139,7 @@ def anchor_feeds(
     rules = _anchor_rules(config, rules, teacher_chat, examples.anchors)
     rows = config.anchor.batch_size
     return {
-        of.name: one_feed(
-            config, of.key, examples.anchors[of.name], rules, rows, contexts, bad_rows
-        )
+        of.name: one_feed(config, of.key, examples.anchors[of.name], rules, rows, contexts)
         for of in anchor_sets(config.anchor)
     }
 
@@ -155,9 +148,8 @@ def validation_feed(
     config: Config,
     examples: Examples,
     rules: ViewRules,
-    contexts: dict[str, int | None],
+    contexts: dict[str, Limit],
     can: Capabilities,
-    bad_rows: BadRows,
 ) -> Feed | None:
     """The first `eval.rows` of them; None if there are none, or the teacher cannot read them."""
     rows, most = examples.validation, config.eval.rows
@@ -166,7 +158,5 @@ def validation_feed(
     if len(rows) > most:
         logging.info("data.validation: the first %d of %d rows (eval.rows)", most, len(rows))
     batch = config.eval.batch_size
-    feed = one_feed(
-        config, "data.validation", rows[:most], rules, batch, contexts, bad_rows, per_prompt=1
-    )
+    feed = one_feed(config, "data.validation", rows[:most], rules, batch, contexts, per_prompt=1)
     return None if feed.needs_scores() and not can.scores else feed

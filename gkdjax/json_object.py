@@ -16,6 +16,8 @@ def read(path: pathlib.Path) -> dict:
         parsed = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} does not parse: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path} does not parse: it nests too deeply") from None
     if not isinstance(parsed, dict):
         raise UserError(f"{path} must hold a JSON object")
     return parsed

@@ -152,7 +152,7 @@ class StudentText:
     ) -> tuple[ViewPair | None, views.Fate]:
         # A row cannot leave a batch that is already drawn: what does not fit is cut, like any
         # trajectory that reaches max_new_tokens.
-        example = dataclasses.replace(self._feed.example(row), response=None)
+        example = dataclasses.replace(self._feed.example(row), answer=None)
         return rules.pair(example, trajectory, too_long="truncate-right")
 
     def _blank(self, row: int) -> ViewPair:

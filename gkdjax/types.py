@@ -37,6 +37,7 @@ class Prompt(NamedTuple):
     name: str  # of the row
     ids: np.ndarray  # int32 [T], the writer's view up to where the response begins
     messages: tuple[Message, ...]  # what the teacher's view was rendered from
+    tools: str = ""  # and the row's; see `Example`
 
 
 class Expected(NamedTuple):

@@ -25,6 +25,8 @@ here, and anything else that vLLM knows can follow it as well:
                                    that one with XLA_PYTHON_CLIENT_MEM_FRACTION=0.4.
   --max-num-batched-tokens 1024    2048 unless told: most tokens of one forward pass. Logprobs of
                                    a prompt take tokens x vocabulary x 6 bytes beside the weights.
+                                   With --cpu a prompt is not split: it is --max-model-len, or 2048
+                                   where that is less, and a number below is refused.
   --max-logprobs 128               64 unless told; teacher.top_k must not be above it.
   --max-model-len 4096             of the teacher's view, response included, and one token more.
   --host 0.0.0.0                   for others than this machine; then set VLLM_API_KEY as well.
@@ -67,12 +69,14 @@ fi
 
 if $cpu; then
   export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
-  device=(--dtype float32 --enforce-eager)  # compiling takes longer than what a test asks
+  # Compiling takes longer than what a test asks. Prompts are read in one piece: the engine was seen
+  # to end at ordinary load without it.
+  device=(--dtype float32 --enforce-eager --no-enable-chunked-prefill)
 else
-  device=(--dtype auto --gpu-memory-utilization 0.8)
+  device=(--dtype auto --gpu-memory-utilization 0.8 --max-num-batched-tokens 2048)
 fi
 
 # Not the command "vllm": it does not start in the build for CPUs.
 exec "$python" -m vllm.entrypoints.openai.api_server \
   --model "$model" --served-model-name "$name" --host 127.0.0.1 --port "$port" \
-  --max-logprobs 64 --max-num-batched-tokens 2048 "${device[@]}" "$@"
+  --max-logprobs 64 "${device[@]}" "$@"

@@ -43,6 +43,10 @@ class FakeTeacher:
       bos: it puts a token before every prompt.
       by_text: tokens are named by their text, as most hosts do.
       completions: False: there is no such route.
+      window: tokens that it reads and writes together; answers end there without a word.
+      entries: what /v1/models lists; None: the model with its window.
+      tells: /tokenize says the window, too.
+      proxied: what /model/info says, as LiteLLM's proxy does; None: there is no such route.
       delay_s: of every answer.
     """
 
@@ -55,6 +59,10 @@ class FakeTeacher:
     bos: bool = False
     by_text: bool = False
     completions: bool = True
+    window: int = 512
+    entries: list[dict] | None = None
+    tells: bool = False
+    proxied: list[dict] | None = None
     delay_s: float = 0.0
 
     def __post_init__(self):
@@ -65,7 +73,9 @@ class FakeTeacher:
 
     def __call__(self, request: Request) -> Reply:
         if request.path == "/v1/models":
-            return Reply({"data": [{"id": MODEL, "max_model_len": 512}]})
+            return Reply({"data": self.entries or [{"id": MODEL, "max_model_len": self.window}]})
+        if request.path == "/model/info" and self.proxied is not None:
+            return Reply({"data": self.proxied})
         if request.path == "/tokenize":
             return self._tokenize(request.body)
         if request.path == "/v1/completions" and self.completions:
@@ -78,7 +88,7 @@ class FakeTeacher:
         if self.by_text:
             return Reply({"error": {"message": "no such route"}}, status=404)
         ids = self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]
-        return Reply({"tokens": ids, "count": len(ids)})
+        return Reply({"tokens": ids} | ({"max_model_len": self.window} if self.tells else {}))
 
     def _completions(self, body: dict) -> Reply:
         prompts = body["prompt"]
@@ -149,7 +159,7 @@ class FakeTeacher:
         most = body.get("max_tokens")
         draw = np.random.default_rng(body.get("seed")) if body.get("temperature") else None
         stops, written, last = body.get("stop_token_ids", [END]), [], ids[-1]
-        while len(written) < max(most, 1):
+        while len(written) < min(max(most, 1), self.window - len(ids)):
             p = np.exp(self.logprob_table[last])
             last = int(p.argmax() if draw is None else draw.choice(len(p), p=p / p.sum()))
             written.append(last)

@@ -37,7 +37,7 @@ FLOORS = {
     2: ("models/", "layout", "lora", "data/"),
     3: (
         *("hf/pretrained", "hf/model_config", "hf/leaves", "hf/output", "hf/peft"),
-        *("hf/peft_config", "prefix_store", "sampler", "drawing", "teachers/"),
+        *("hf/config_keys", "hf/peft_config", "prefix_store", "sampler", "drawing", "teachers/"),
     ),
     4: (
         *("train_step", "evaluation/", "checkpoint", "hf/export", "trajectories/", "curriculum"),

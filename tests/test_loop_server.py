@@ -55,6 +55,18 @@ def off_policy(student, tmp_path_factory):
         yield done
 
 
+def test_rows_that_the_server_cannot_hold_are_named_before_any_text_is_bought(student, tmp_path):
+    """Not by config.json, and an adapter's own entry may say nothing."""
+    entries = [{"id": "base", "max_model_len": 101}, {"id": "tuned", "parent": "base"}]
+    with FakeServer(FakeTeacher(entries=entries)) as server, contextlib.ExitStack() as stack:
+        c = config_for(student, server.base, teacher__api_model="tuned", train__steps=3)
+        c.trajectory.max_new_tokens = 90
+        told = rf"max_model_len=101 of base in /v1/models, {server.base}.*trajectory.max_new_tokens"
+        with pytest.raises(UserError, match=told):
+            rows_of_run.read(config.parse(c), tmp_path, None, stack)
+        assert rows_asked(server.requests) == []
+
+
 def test_every_row_is_bought_once_and_none_is_padded(everything):
     lines = metrics(everything.workdir)
     assert {line["on_policy_rows"] for line in lines} == {0, 4}

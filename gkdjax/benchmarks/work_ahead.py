@@ -193,7 +193,7 @@ def _teacher(base: str, directory: pathlib.Path, top_k: int) -> HttpTeacher:
     dialect = PromptLogprobs(known.model, VOCAB, None)
     pool = Pool(dialect, transport, store, known, probe=lambda: probe, concurrency=1)
     can = declared(config.Teacher(top_k=top_k))
-    sizes = {"top_k": top_k, "context_length": None}
+    sizes = {"top_k": top_k, "context_length": None, "context_source": ""}
     return HttpTeacher(pool, None, "a benchmark", can, **sizes, template_kwargs={})
 
 

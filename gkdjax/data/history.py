@@ -5,23 +5,17 @@ read by both.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from absl import logging
 
-from gkdjax.data.bad_rows import BadRows
-from gkdjax.data.targets import TargetRules
+from gkdjax.data.targets import TOOL_ROLES, TargetRules
 from gkdjax.errors import UserError
 from gkdjax.types import Example, Message
 
 
 def history_as_prefix(
-    examples: Sequence[Example],
-    key: str,
-    roles: Sequence[str] = ("assistant",),
-    bad_rows: BadRows | None = None,
-    *,
-    last_only: bool = False,
+    examples: Sequence[Example], key: str, *, last_only: bool = False
 ) -> list[Example]:
     """One Example for each of the assistant's turns; rows with a prefix stay as they are.
 
@@ -29,46 +23,46 @@ def history_as_prefix(
     response a2. So the teacher reads everything before a1 and a2, and the student the last
     `student_retained_turns` messages of the prefix and always the message that is answered. A
     system message is part of the history. If the assistant has to write the last turn, so it has
-    here. Messages by the assistant that follow on each other stay in one Example. Answers that are
-    not to be learnt (`Message.learn`, `Example.given`) are history alone.
+    here. Messages by the assistant that follow on each other stay in one Example.
 
     Args:
       examples: as read; their `row_id` is given anew.
       key: of the config, for the log.
-      roles: `context.target_roles`.
-      bad_rows: what becomes of rows that cannot be used; None: they are refused.
       last_only: the last turn of each row only, for prompts of the evaluation.
 
     Raises:
       UserError: a conversation begins with the assistant; it names the row.
     """
     made: list[Example] = []
-    bad_rows = BadRows() if bad_rows is None else bad_rows
     for example in examples:
-        with bad_rows.row(example.name):
-            parts = [example] if example.prefix else _turns_of(example)
-            wanted = [p for p in parts if p.answer is None or _teaches(p, roles)]
-            parts = parts[-1:] if last_only or not wanted else wanted
-            made += [dataclasses.replace(p, row_id=len(made) + i) for i, p in enumerate(parts)]
-    bad_rows.settle(key, key, len(made))
+        parts = [example] if example.prefix else _turns_of(example)
+        for part in parts[-1:] if last_only else parts:
+            made.append(dataclasses.replace(part, row_id=len(made)))
     logging.info("%s: %d rows, as %d turns with their history", key, len(examples), len(made))
     return made
 
 
-def answers_apart(examples: Sequence[Example], key: str, targets: TargetRules) -> list[Example]:
+def answers_apart(
+    examples: Sequence[Example],
+    key: str,
+    targets: TargetRules,
+    divided: Callable[[Example], bool] = lambda _: True,
+) -> list[Example]:
     """One Example for each answer that is a target, with everything before it as given turns.
 
-    For chat templates that treat the last answer apart (`Chat.earlier_answers` is false). Each
-    target of a row is a target of one of its Examples; a row with one at its end stays as it is.
+    For chat templates that treat the last answer apart (`Chat.earlier_answers` is false), or its
+    thoughts and calls. Each target of a row is a target of one of its Examples; a row with one at
+    its end stays as it is.
 
     Args:
       examples: as they are to be trained; their `row_id` is given anew.
       key: of the config, for the log.
       targets: which messages are.
+      divided: the rows that are; others stay as they are.
     """
     made: list[Example] = []
     for example in examples:
-        for part in _answers_of(example, targets):
+        for part in answers_of(example, targets) if divided(example) else [example]:
             made.append(dataclasses.replace(part, row_id=len(made)))
     if len(made) > len(examples):
         logging.info(
@@ -79,7 +73,8 @@ def answers_apart(examples: Sequence[Example], key: str, targets: TargetRules) -
     return made
 
 
-def _answers_of(example: Example, targets: TargetRules) -> list[Example]:
+def answers_of(example: Example, targets: TargetRules) -> list[Example]:
+    """The Examples that `answers_apart` makes of one; itself, if nothing is to be divided."""
     said = _said(example)
     learnt = [*targets.of_turns(example), *map(targets.of_message, said[len(example.turns) :])]
     ends = [
@@ -121,11 +116,13 @@ def _turns_of(example: Example) -> list[Example]:
             f"{example.name}: context.history_as_prefix: the first message is the assistant's and"
             " answers nothing; remove it, or give the row prefix_messages"
         )
-    # Each part is a stretch of other roles and the assistant's messages that answer it.
+    # Each part is a stretch of other roles and the assistant's messages that answer it, with what
+    # tools have answered to these.
     ends = [
         i
         for i in range(1, len(said) + 1)
-        if i == len(said) or (said[i - 1].role == "assistant" and said[i].role != "assistant")
+        if i == len(said)
+        or (said[i - 1].role == "assistant" and said[i].role not in ("assistant", *TOOL_ROLES))
     ]
     parts = []
     for start, end in zip([0, *ends], ends, strict=False):
@@ -133,19 +130,10 @@ def _turns_of(example: Example) -> list[Example]:
         history = start + _leading_system(part.turns)
         parts.append(
             dataclasses.replace(
-                part,
-                prefix=tuple(said[:history]),
-                turns=part.turns[history - start :],
-                given=max(0, min(example.given, end) - history),
+                part, prefix=tuple(said[:history]), turns=part.turns[history - start :]
             )
         )
     return parts if len(parts) > 1 else [dataclasses.replace(parts[0], name=example.name)]
-
-
-def _teaches(part: Example, roles: Sequence[str]) -> bool:
-    """Whether it has a message to learn."""
-    said = _said(part)[part.given :]
-    return any(message.learn and message.role in roles for message in said)
 
 
 def _leading_system(turns: Sequence[Message]) -> int:

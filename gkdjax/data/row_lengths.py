@@ -71,9 +71,8 @@ def require_room_beside_prefix(
     tokens = []
     for example in examples:
         _, whole = rules.prompts(example)
-        bare = (
-            rules.teacher_chat.prompt_ids(example.turns, example.name) if example.prefix else whole
-        )
+        asked = example.turns, example.name, example.tools
+        bare = rules.teacher_chat.prompt_ids(*asked) if example.prefix else whole
         tokens.append(len(whole) - len(bare))
         if tokens[-1] < rules.max_length:
             return
@@ -85,37 +84,62 @@ def require_room_beside_prefix(
         )
 
 
+class Limit(NamedTuple):
+    """How many tokens a model can read."""
+
+    tokens: int | None  # None: nobody says
+    source: str  # what says so, for people
+    written: int | None = None  # of a server: with what it writes, it ends or refuses there
+
+
 def require_contexts(
     examples: Sequence[Example],
     rules: ViewRules,
-    max_new_tokens: int,
-    contexts: dict[str, int | None],
+    room: tuple[str, int],
+    contexts: dict[str, Limit],
+    *,
+    teacher_writes: bool,
 ) -> None:
     """Raises UserError if a row that is kept is longer than what the model that reads it can read.
 
     Args:
       examples: of a stream.
       rules: of the same.
-      max_new_tokens: of a response that has to be written.
-      contexts: the student's and the teacher's name -> tokens that it can read at most, or None.
+      room: of a response that has to be written: the config's key, and its tokens.
+      contexts: the student's and the teacher's name -> what it can read.
+      teacher_writes: it does so to rows without a response, whatever `data.max_length` is going to
+        cut off again.
     """
-    shortest = min((c for c in contexts.values() if c is not None), default=rules.max_length)
-    if shortest >= rules.max_length:
-        return
+    key, most = room
+    read = [limit.tokens for limit in contexts.values() if limit.tokens is not None]
+    written = [limit.written for limit in contexts.values() if limit.written and teacher_writes]
+    if min(read, default=rules.max_length) >= rules.max_length:  # rendering takes its time
+        if min(written, default=rules.max_length + most) >= rules.max_length + most:
+            return
+        examples = [example for example in examples if example.answer is None]
     for example in examples:
-        room = 0 if example.answer is not None else max_new_tokens
+        new = 0 if example.answer is not None else most
         lengths = rules.lengths(example)
-        over = max(0, max(lengths) + room - rules.max_length)
-        if over and not room and rules.too_long == "drop":
-            continue  # it is not kept
-        for length, (name, context) in zip(lengths, contexts.items(), strict=True):
-            if context is not None and length + room - over > context:
+        over = max(0, max(lengths) + new - rules.max_length)
+        for length, (name, limit) in zip(lengths, contexts.items(), strict=True):
+            where = f"{example.name}: {name} has to read"
+            if new and teacher_writes and limit.written and length + new > limit.written:
+                left = limit.written - length
+                less = f"set {key}={left} or less, " if left > 0 else ""
                 raise UserError(
-                    f"{example.name}: {name} has to read {length + room - over} tokens"
-                    f"{' with the response to be written' if room else ''}, and its context"
-                    f" (max_position_embeddings in its config.json) is {context}. Set"
-                    f" data.max_length={context}, with data.too_long='truncate-prefix' if such rows"
-                    " are not to be dropped, or shorten the prefix"
+                    f"{where} {length} tokens and to write up to {new}, and both together may be"
+                    f" {limit.written} ({limit.source}): {less}shorten the prefix, or serve the"
+                    " model with a longer context"
+                )
+            if over and not new and rules.too_long == "drop":
+                continue  # it is not kept
+            if limit.tokens is not None and length + new - over > limit.tokens:
+                raise UserError(
+                    f"{where} {length + new - over} tokens"
+                    f"{' with the response to be written' if new else ''}, and it reads"
+                    f" {limit.tokens} at most ({limit.source}). Set data.max_length={limit.tokens},"
+                    " with data.too_long='truncate-prefix' if such rows are not to be dropped, or"
+                    " shorten the prefix"
                 )
 
 

@@ -7,8 +7,11 @@ import re
 
 import numpy as np
 
-from gkdjax.data.chat import Chat, Target
+from gkdjax.data.chat import Chat, Sought, Target, matches
+from gkdjax.data.message_spans import thinks
 from gkdjax.types import Example, Message, Trajectory
+
+TOOL_ROLES = ("tool", "function", "ipython")  # of what a tool has answered: never learnt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,14 +32,19 @@ class TargetRules:
     whole_responses: bool = False
 
     def of_message(self, message: Message) -> Target:
-        """Nothing, the whole message, or spans of characters of its content."""
-        if message.role not in self.roles or not message.learn:
+        """Nothing, the whole message, spans of characters of its content, or what is to be sought.
+
+        A message with a thought, a tool call or the like is sought through as its template has it.
+        """
+        if message.role not in self.roles or message.role in TOOL_ROLES or not message.learn:
             return False
         if self.pattern is None:
             return True
+        if message.role == "assistant" and (message.fields or thinks(message)):
+            return Sought(self.pattern, self.span == "message")
         if self.span == "message":
             return re.search(self.pattern, message.content) is not None
-        return _matches(self.pattern, message.content)
+        return matches(self.pattern, message.content)
 
     def of_turns(self, example: Example) -> tuple[Target, ...]:
         """The same for each of an example's turns; the given ones are never targets."""
@@ -48,14 +56,14 @@ class TargetRules:
         ids = trajectory.ids
         if self.whole_responses:
             return np.full(len(ids), "assistant" in self.roles)
-        said = self.of_message(Message("assistant", chat.decode(ids)))
+        text = chat.decode(ids)
+        said = self.of_message(Message("assistant", text))
+        if isinstance(said, Sought):
+            found = re.search(said.pattern, text) is not None
+            said = found if said.whole else matches(said.pattern, text)
         if isinstance(said, bool):
             return np.full(len(ids), said)
         return _tokens_of(said, ids, chat)
-
-
-def _matches(pattern: str, text: str) -> tuple[tuple[int, int], ...]:
-    return tuple(m.span() for m in re.finditer(pattern, text) if m.end() > m.start())
 
 
 def _tokens_of(spans: tuple[tuple[int, int], ...], ids: np.ndarray, chat: Chat) -> np.ndarray:

@@ -7,6 +7,7 @@ at `at[n] + 1`.
 
 import dataclasses
 import enum
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -25,7 +26,6 @@ class Fate(enum.Enum):
     SHORTENED = "shortened"  # it lost messages, or text, at its beginning or in its prefix
     DROPPED = "dropped"  # too long
     EMPTY = "empty"  # its response has no token
-    UNUSABLE = "unusable"  # it cannot be read or rendered, and data.bad_rows="drop"
     UNMATCHED = "unmatched"  # nothing to be learnt from it has context.target_content_pattern
 
 
@@ -60,8 +60,8 @@ class ViewRules:
         seen = _retained(example.prefix, self.retained) + example.turns
         whole = example.prefix + example.turns
         return (
-            self.student_chat.prompt_ids(seen, f"{example.name}, student's view"),
-            self.teacher_chat.prompt_ids(whole, f"{example.name}, teacher's view"),
+            self.student_chat.prompt_ids(seen, f"{example.name}, student's view", example.tools),
+            self.teacher_chat.prompt_ids(whole, f"{example.name}, teacher's view", example.tools),
         )
 
     def before_targets(self, example: Example) -> np.ndarray:
@@ -72,7 +72,8 @@ class ViewRules:
         messages = example.prefix + example.turns
         learnt = (False,) * len(example.prefix) + self.targets.of_turns(example)
         name = f"{example.name}, teacher's view"
-        ids, flags = self.teacher_chat.render(messages, learnt, name, generation_prompt=True)
+        how = {"generation_prompt": True, "tools": example.tools}
+        ids, flags = self.teacher_chat.render(messages, learnt, name, **how)
         return ids[: flags.argmax()] if flags.any() else ids
 
     def lengths(self, example: Example) -> tuple[int, int]:
@@ -86,6 +87,29 @@ class ViewRules:
             return len(student), len(teacher)
         student, teacher = self._views(example, None)
         return len(student.ids), len(teacher.ids)
+
+    def learns_at_once(self, example: Example, parts: Sequence[Example]) -> bool:
+        """Whether a row's rendering teaches what its parts would, each with one answer at its end.
+
+        Not if a template treats thoughts, tools or calls otherwise where more is said after them.
+        """
+        whole, apart = self._own_targets([example]), self._own_targets(parts)
+        return whole is not None and apart in (None, whole)
+
+    def _own_targets(self, examples: Sequence[Example]) -> list[list[int]] | None:
+        """The target ids of rows, in the student's and the teacher's rendering; None: refused."""
+        found: list[list[int]] = [[], []]
+        try:
+            for example in examples:
+                seen = _retained(example.prefix, self.retained)
+                both = (self.student_chat, seen), (self.teacher_chat, example.prefix)
+                for told, (chat, prefix) in zip(found, both, strict=True):
+                    asked = example.answer is None
+                    ids, flags = _rendered("a", chat, prefix, example, self.targets, asked)
+                    told += ids[flags].tolist()
+        except UserError:
+            return None
+        return found
 
     def pair(
         self, example: Example, trajectory: Trajectory | None, *, too_long: str | None = None
@@ -142,15 +166,13 @@ class ViewRules:
 
 def _require_roles(example: Example, targets: TargetRules, trajectory: Trajectory | None) -> None:
     """Raises UserError if a row has no target because of its roles, and not of a pattern."""
-    answer = () if example.answer is None else (example.answer,)
-    said = [*example.turns[example.given :], *answer]
-    roles = {message.role for message in said if message.learn}
-    if trajectory is not None:
+    roles = {turn.role for turn in example.turns[example.given :]}
+    if example.answer is not None or trajectory is not None:
         roles.add("assistant")
     if targets.pattern is None or not roles & {*targets.roles}:
         raise UserError(
             f"{example.name}: no target tokens: it has no message of the roles "
-            f"{', '.join(targets.roles)} to train on, or only such with 'weight': 0"
+            f"{', '.join(targets.roles)} to train on"
         )
 
 
@@ -178,23 +200,39 @@ def _view(
     targets: TargetRules,
     trajectory: Trajectory | None,
 ) -> View:
-    name = f"{example.name}, {whose}'s view"
-    messages = prefix + example.turns
-    learnt = (False,) * len(prefix) + targets.of_turns(example)
+    ids, flags = _rendered(whose, chat, prefix, example, targets, trajectory is not None)
     if trajectory is not None:
-        ids, flags = chat.render(messages, learnt, name, generation_prompt=True)
         ids = np.concatenate([ids, np.asarray(trajectory.ids, np.int32)])
         flags = np.concatenate([flags, targets.of_trajectory(trajectory, chat)])
-    elif example.answer is not None:
-        learnt = (*learnt, targets.of_message(example.answer))
-        ids, flags = chat.render((*messages, example.answer), learnt, name)
-    else:
-        ids, flags = chat.render(messages, learnt, name)
     places = np.flatnonzero(flags)
     if places.size and places[0] == 0:
+        name = f"{example.name}, {whose}'s view"
         raise UserError(f"{name}: the first token of all is a target, and nothing predicts it")
     length = places[-1] + 1 if places.size else len(ids)
     return View(ids[:length], (places - 1).astype(np.int32))
+
+
+def _rendered(
+    whose: str,
+    chat: Chat,
+    prefix: tuple[Message, ...],
+    example: Example,
+    targets: TargetRules,
+    to_be_answered: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `Chat.render` makes of a row, with its own answer or up to where one is to stand."""
+    messages = prefix + example.turns
+    learnt = (False,) * len(prefix) + targets.of_turns(example)
+    if example.answer is not None and not to_be_answered:
+        messages += (example.answer,)
+        learnt += (targets.of_message(example.answer),)
+    return chat.render(
+        messages,
+        learnt,
+        f"{example.name}, {whose}'s view",
+        generation_prompt=to_be_answered,
+        tools=example.tools,
+    )
 
 
 def _target_ids(view: View) -> np.ndarray:

@@ -229,7 +229,7 @@ class Evaluation:
     def _ask_abilities(self, reader: Reader, condition: str, found: dict) -> dict[str, float]:
         result = {}
         for name, questions in self._abilities.items():
-            prompts = [self._chat.prompt_ids(q.turns, q.name) for q in questions]
+            prompts = [self._chat.prompt_ids(q.turns, q.name, q.tools) for q in questions]
             answers = self._answering.ask(reader, prompts, name)
             judged = self._answering.judge(name, condition, reader, questions, answers)
             found["answers"] += judged.lines
@@ -258,7 +258,7 @@ class Evaluation:
         for example in self._asked:
             check_fits(example, self._longest_view(example), longest)
         for question in itertools.chain(*self._abilities.values()):
-            prompt = self._chat.prompt_ids(question.turns, question.name)
+            prompt = self._chat.prompt_ids(question.turns, question.name, question.tools)
             check_fits(question, len(prompt), longest)
 
     def _longest_view(self, example: Example) -> int:
@@ -268,7 +268,7 @@ class Evaluation:
     def _prompt(self, example: Example, view: str) -> np.ndarray:
         if view == "other":
             name = f"{example.name} under eval.other_prefix"
-            return self._chat.prompt_ids(self._other + example.turns, name)
+            return self._chat.prompt_ids(self._other + example.turns, name, example.tools)
         return self._texts.prompts(example)[view == "teacher"]
 
     def _ask(

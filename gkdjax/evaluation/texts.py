@@ -61,8 +61,7 @@ class Texts:
     def written_by_teacher(self, examples: Sequence[Example]) -> list[Trajectory]:
         """The teacher's greedy responses, also to prompts that are not of this set."""
         prompts = [
-            Prompt(example.name, self.prompts(example)[1], example.prefix + example.turns)
-            for example in examples
+            Prompt(e.name, self.prompts(e)[1], e.prefix + e.turns, e.tools) for e in examples
         ]
         written = self.teacher.sample(prompts, [0] * len(prompts), self.greedy)
         unread = [e.name for e, t in zip(examples, written, strict=True) if not len(t.ids)]

@@ -62,11 +62,16 @@ def export_merged(
     files = TensorFiles(root)
     _, known = leaves.source_names(files, spec, load_config(root)["model_type"])
     tensors = {}
+    tables = tuple(files.dtype(n) for n, (path, _) in known.items() if path == "embedding")
     for name in files.names:
         dtype = files.dtype(name)
         make = functools.partial(files.read, name)
         if name in known:
-            make = functools.partial(_of_leaf, params, adapters, name, *known[name], dtype)
+            # A tied head of another dtype stays the embedding: both are rounded to both dtypes.
+            by_way_of = tables if known[name][0] == "embedding" else ()
+            make = functools.partial(
+                _of_leaf, params, adapters, name, *known[name], dtype, by_way_of
+            )
         tensors[name] = output.Tensor(dtype, files.shape(name), make)
     with output.whole_directory(directory) as part:
         _copy_companions(root, part)
@@ -127,13 +132,16 @@ def _of_leaf(
     path: str,
     layer: int | None,
     dtype: np.dtype,
+    by_way_of: tuple[np.dtype, ...] = (),
 ) -> np.ndarray:
     """The tensor `name` that a checkpoint has of a leaf, or of one layer of a stacked one."""
     leaf = _leaf(params, path)
     if layer is not None:
         leaf = _layer(path, leaf, (adapters or {}).get(path), layer)
     with np.errstate(over="ignore"):  # told below, with a name
-        tensor = np.asarray(sharding.fetch(leaf)).astype(dtype)
+        tensor = np.asarray(sharding.fetch(leaf))
+        for kind in (*by_way_of, dtype):
+            tensor = tensor.astype(kind, copy=False)
     if dtype == np.float16 and not np.isfinite(tensor).all():
         raise UserError(
             f"{name} holds numbers beyond 65504, the most that float16, the source's dtype, can"

@@ -4,13 +4,15 @@ A stacked leaf is assembled layer by layer in the buffer of each device's own pa
 are transposed and numbers cast on the way. Nothing larger than that part is ever held.
 """
 
+import math
+
 import jax
 import ml_dtypes
 import numpy as np
 from jax.sharding import Sharding
 
 from gkdjax.errors import UserError
-from gkdjax.hf.tensor_files import TensorFiles
+from gkdjax.hf.tensor_files import INDEX, TensorFiles
 from gkdjax.models import families
 from gkdjax.models.hf_tables import Layout
 from gkdjax.models.spec import DecoderSpec, param_shapes
@@ -18,6 +20,8 @@ from gkdjax.models.spec import DecoderSpec, param_shapes
 # Rows read at a time. Transposed, 16 numbers of 2 bytes fill half a cache line of the target:
 # 2 GB/s; the whole tensor at once, 0.3.
 _STRIP = 16
+_COMPUTED = "rotary_emb.inv_freq"  # a buffer that old files hold; transformers ignores it too
+_BLOCK = 2**20  # numbers read at a time where nothing is made of them
 _DTYPES = tuple(np.dtype(kind) for kind in (np.float32, ml_dtypes.bfloat16, np.float16))
 
 
@@ -34,8 +38,9 @@ def source_names(
     Returns:
       The layout that the files have, and tensor name -> (leaf path, layer; None where the leaf is
       not stacked) for all tensors of the text decoder, as they stand in the files: kernels
-      (out, in). A tied model whose files hold the head too has it as a second "embedding". What
-      is in `files` and not in here is foreign (`Layout.foreign`): an image encoder's.
+      (out, in). A tied model whose files hold the head, too or alone, has it as an "embedding".
+      What is in `files` and not in here is an image encoder's (`Layout.foreign`), or a buffer that
+      is computed anew.
 
     Raises:
       UserError: tensors that are missing or unknown, named.
@@ -45,13 +50,33 @@ def source_names(
     for path, names in leaf_names(spec, layout).items():
         stacked = path.startswith("layers/")
         known |= {name: (path, i if stacked else None) for i, name in enumerate(names)}
+    tensors = families.module(spec).TENSORS
+    tied = [layout.name(tensors[path]) for path in ("embedding", "unembedding")]
+    tied = tied if spec.tied_embedding else []
+    for name in tied:  # one of the two will do; `_layout` has found it
+        known[name] = ("embedding", None)
+        if name not in files:
+            del known[name]
     _refuse_names(files, "missing", [name for name in known if name not in files])
-    head = layout.name(families.module(spec).TENSORS["unembedding"])
-    if spec.tied_embedding and head in files:
-        known[head] = ("embedding", None)
-    others = [name for name in files.names if name not in known]
+    for name, file in files.absent.items():
+        if name not in tied and not name.endswith(_COMPUTED):
+            raise UserError(
+                f"{files.directory}: tensor {name!r} is missing in {file}; {INDEX} names it"
+            )
+    others = [n for n in files.names if n not in known and not n.endswith(_COMPUTED)]
     _refuse_names(files, "unknown", [n for n in others if not n.startswith(layout.foreign)])
     return layout, known
+
+
+def leaf_tensors(known: dict[str, tuple[str, int | None]]) -> dict[str, list[str]]:
+    """Inverts what `source_names` returns: leaf path -> its tensors' names, by layer.
+
+    A leaf that is not stacked is made of the first of them.
+    """
+    names: dict[str, list[str]] = {}
+    for name, (path, _) in known.items():
+        names.setdefault(path, []).append(name)
+    return names
 
 
 def leaf_names(spec: DecoderSpec, layout: Layout) -> dict[str, list[str]]:
@@ -69,15 +94,15 @@ def leaf_names(spec: DecoderSpec, layout: Layout) -> dict[str, list[str]]:
 def check_tensors(
     files: TensorFiles, spec: DecoderSpec, known: dict[str, tuple[str, int | None]]
 ) -> None:
-    """Checks shapes and dtypes by the files' headers, and a tied model's head by its numbers.
+    """Checks shapes and dtypes by the files' headers, and a second table of a tied model by value.
 
     Args:
       files, spec: as in `source_names`.
       known: the names that it returns.
 
     Raises:
-      UserError: a tensor that is misshapen, or that is no float or not of its leaf's dtype, or a
-        head that is not the embedding it is tied to, named.
+      UserError: a tensor that is misshapen or no float, or a head that is not the embedding it is
+        tied to, named.
     """
     shapes = param_shapes(spec)
     first: dict[str, str] = {}  # leaf path -> its first tensor
@@ -87,10 +112,25 @@ def check_tensors(
             raise UserError(
                 f"{files.file(name)}: tensor {name!r} has shape {files.shape(name)}, not {wanted}"
             )
-        _check_dtype(files, name, first.setdefault(path, name))
+        _check_dtype(files, name)
+        first.setdefault(path, name)
     for name, (path, _) in known.items():
         if path == "embedding" and name != first[path]:
             _check_same(files, name, first[path])
+
+
+def check_numbers(files: TensorFiles, known: dict[str, tuple[str, int | None]]) -> None:
+    """Reads all of the decoder's numbers, for who does not load them.
+
+    Raises:
+      UserError: one that is NaN or infinite; the file and the tensor are named.
+    """
+    for name in known:
+        rows, *rest = files.shape(name)
+        height = max(1, _BLOCK // math.prod(rest))
+        for start in range(0, rows, height):
+            part = files.read(name, slice(start, min(start + height, rows)))
+            _refuse_not_finite(files, name, part)
 
 
 def read_leaf(
@@ -104,13 +144,19 @@ def read_leaf(
 
     Args:
       files: of the model directory.
-      names: of its tensors, see `leaf_names`; they have passed `check_tensors`.
+      names: of its tensors, see `leaf_tensors`; they have passed `check_tensors`.
       stacked: the leaf has a layer axis before those of the tensors; kernels are (L, in, out).
-      dtype: of the leaf; None: of its tensors.
+      dtype: of the leaf; None: of its tensors, float32 where they have several.
       sharding: each device's part is read, once where several hold the same. None: the whole leaf
         goes to the default device, uncommitted.
+
+    Raises:
+      UserError: a number that is NaN or infinite; the file and the tensor are named.
     """
-    dtype = files.dtype(names[0]) if dtype is None else dtype
+    names = names if stacked else names[:1]
+    if dtype is None:
+        dtypes = {files.dtype(name) for name in names}
+        dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
     shape = files.shape(names[0])
     if stacked:
         shape = (len(names), *shape[::-1])
@@ -148,15 +194,29 @@ def _fill(target: np.ndarray, files: TensorFiles, name: str, cuts: list[slice]) 
     for start in range(rows.start, rows.stop, height):
         stop = min(start + height, rows.stop)
         strip = files.read(name, (slice(start, stop), *columns))
+        _refuse_not_finite(files, name, strip)
         target[start - rows.start : stop - rows.start] = strip
+
+
+def _refuse_not_finite(files: TensorFiles, name: str, part: np.ndarray) -> None:
+    """Raises UserError by the bits of the exponents: `np.isfinite` doubles the time of bfloat16."""
+    bits, infinity = (x.view(f"u{x.itemsize}") << 1 for x in (part, np.array(np.inf, part.dtype)))
+    if bits.size and bits.max() >= infinity:
+        raise UserError(
+            f"{files.file(name)}: tensor {name!r} holds NaN or infinity, so the file is damaged or"
+            " the training that wrote it had failed; get it once more, or take an earlier"
+            " checkpoint"
+        )
 
 
 def _layout(files: TensorFiles, spec: DecoderSpec, model_type: str) -> Layout:
     layouts = families.MODEL_TYPES[model_type].LAYOUTS[model_type]
-    template = families.module(spec).TENSORS["embedding"]
-    for layout in layouts:
-        if layout.name(template) in files:
-            return layout
+    tensors = families.module(spec).TENSORS
+    template = tensors["embedding"]
+    for path in ("embedding", "unembedding") if spec.tied_embedding else ("embedding",):
+        for layout in layouts:
+            if layout.name(tensors[path]) in files:
+                return layout
     wanted = " or ".join(repr(layout.name(template)) for layout in layouts)
     raise UserError(
         f"{files.directory}: the embedding is missing: {wanted}, for model_type {model_type!r};"
@@ -171,17 +231,12 @@ def _refuse_names(files: TensorFiles, what: str, names: list[str]) -> None:
         )
 
 
-def _check_dtype(files: TensorFiles, name: str, first: str) -> None:
-    dtype, wanted = files.dtype(name), files.dtype(first)
+def _check_dtype(files: TensorFiles, name: str) -> None:
+    dtype = files.dtype(name)
     if dtype not in _DTYPES:
         raise UserError(
             f"{files.file(name)}: tensor {name!r} is wrongly typed: {dtype}, where only"
             f" {', '.join(map(str, _DTYPES))} are read"
-        )
-    if dtype != wanted:
-        raise UserError(
-            f"{files.file(name)}: tensor {name!r} is wrongly typed: {dtype}, where {first!r},"
-            f" which belongs to the same parameter, is {wanted}"
         )
 
 
@@ -190,7 +245,8 @@ def _check_same(files: TensorFiles, head: str, embedding: str) -> None:
     for start in range(0, rows, 1024):  # a few megabytes of each at a time
         cut = slice(start, min(start + 1024, rows))
         a, b = (files.read(name, cut) for name in (head, embedding))
-        if not np.array_equal(a.view(np.uint8), b.view(np.uint8)):
+        same_bits = a.dtype == b.dtype and np.array_equal(a.view(np.uint8), b.view(np.uint8))
+        if not same_bits and not np.array_equal(a.astype(np.float32), b.astype(np.float32)):
             raise UserError(
                 f"{files.directory}: tie_word_embeddings is true, and {head!r} differs from"
                 f" {embedding!r}; set it to false in config.json if the head is a parameter of its"

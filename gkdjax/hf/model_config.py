@@ -6,6 +6,7 @@ from huggingface_hub.errors import StrictDataclassError  # how transformers' con
 
 from gkdjax import json_object
 from gkdjax.errors import UserError
+from gkdjax.hf import config_keys
 from gkdjax.models import families
 from gkdjax.models.spec import DecoderSpec
 
@@ -20,6 +21,11 @@ def load_config(directory: str | pathlib.Path) -> dict:
     path = pathlib.Path(directory)
     if not path.is_dir():
         raise UserError(f"no such model directory: {directory}")
+    if not (path / "config.json").is_file() and (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{directory} is the directory of an adapter, not of a model; name its base as the"
+            " model, and the directory as student.lora.start_from or teacher.adapter"
+        )
     if not (path / "config.json").is_file():
         raise UserError(f"{directory} holds no config.json, so it is not a model directory")
     config = json_object.read(path / "config.json")
@@ -33,15 +39,42 @@ def load_spec(directory: str | pathlib.Path) -> DecoderSpec:
     """The decoder's numbers, from config.json alone (cheap: no weights are read).
 
     Raises:
-      UserError: as `load_config`, or a number that is wrong or that the decoder does not compute.
+      UserError: as `load_config`, or a number that is wrong, or a key of which the decoder does not
+        compute what transformers computes.
     """
-    config = load_config(directory)
+    path, config = pathlib.Path(directory) / "config.json", load_config(directory)
+    read = config_keys.understood(path, config)
     try:
-        return families.MODEL_TYPES[config["model_type"]].decoder_spec(config)
+        spec = families.MODEL_TYPES[config["model_type"]].decoder_spec(read)
     except StrictDataclassError as error:
-        raise UserError(f"{directory}/config.json: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{directory}/config.json: {type(error).__name__}: {error}") from error
+        raise UserError(f"{path}: {_one_line(error)}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {_one_line(error)}") from error
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"{path}: a field is missing or of another type than transformers expects"
+            f" ({type(error).__name__}: {_one_line(error)})"
+        ) from error
+    _check_spec(path, spec)
+    return spec
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _check_spec(path: pathlib.Path, spec: DecoderSpec) -> None:
+    """Refuses numbers that each could be, and that cannot be together."""
+    if spec.num_heads % spec.num_kv_heads:
+        raise UserError(
+            f"{path}: num_attention_heads = {spec.num_heads} must be a multiple of"
+            f" num_key_value_heads = {spec.num_kv_heads}"
+        )
+    if not all(spec.is_global_L) and (spec.window is None or spec.window < 1):
+        raise UserError(
+            f"{path}: sliding_window = {spec.window!r} must be a whole number above 0, as layers"
+            " use it"
+        )
 
 
 def _refuse_own_code(directory: pathlib.Path, config: dict) -> None:
@@ -65,7 +98,14 @@ def _check_architecture(path: pathlib.Path, config: dict) -> None:
             f"{path}: model_type {model_type!r} is not supported; supported: {supported}"
         )
     architectures = config.get("architectures") or ()
-    for architecture in [architectures] if isinstance(architectures, str) else architectures:
+    if isinstance(architectures, str):
+        architectures = [architectures]
+    if not isinstance(architectures, list | tuple):
+        raise UserError(
+            f"{path}: architectures = {architectures!r} must be a list of names, as"
+            " ['LlamaForCausalLM']; it may be left out"
+        )
+    for architecture in architectures:
         multimodal = model_type == "gemma3" and architecture == "Gemma3ForConditionalGeneration"
         if not multimodal and not str(architecture).endswith("ForCausalLM"):
             raise UserError(
@@ -76,8 +116,14 @@ def _check_architecture(path: pathlib.Path, config: dict) -> None:
 
 def _refuse_quantised(path: pathlib.Path, config: dict) -> None:
     for part in (config, config.get("text_config")):
-        for key in ("quantization_config", "compression_config"):
+        for key in ("quantization_config", "compression_config", "quantization"):
             settings = part.get(key) if isinstance(part, dict) else None
+            if settings and key == "quantization":
+                raise UserError(
+                    f"{path}: the checkpoint is quantised by MLX ({key} = {settings!r}), which is"
+                    " not supported; take the float one that it was made from, or make one with"
+                    " mlx_lm.convert --dequantize"
+                )
             if settings:
                 method = settings.get("quant_method") if isinstance(settings, dict) else settings
                 raise UserError(

@@ -43,16 +43,17 @@ def load_pretrained(
 
     Raises:
       UserError: no such directory, an unknown architecture, a mesh that does not divide a leaf,
-        or a tensor that is missing, unknown, doubled, misshapen or wrongly typed, named.
+        or a tensor that is missing, unknown, doubled, misshapen, wrongly typed or not finite,
+        named.
     """
     model_type, spec = load_config(directory)["model_type"], load_spec(directory)
     shapes = param_shapes(spec)
     lies = Layout() if mesh is None else Layout.of(mesh, spec, rules)
     places = {} if mesh is None else {path: lies.place(path, shapes[path]) for path in shapes}
     files = TensorFiles(directory)
-    layout, known = source_names(files, spec, model_type)
+    _, known = source_names(files, spec, model_type)
     leaves.check_tensors(files, spec, known)
-    names = leaves.leaf_names(spec, layout)
+    names = leaves.leaf_tensors(known)
     dtype = None if dtype is None else jnp.dtype(dtype)
     read = {}
     # The largest first, while the memory that the others will take is free for its host copy.

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import ml_dtypes
 import numpy as np
@@ -11,6 +12,11 @@ from gkdjax.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")  # reading one runs whatever code it holds
+
+# What transformers writes for `variant="fp16"`: the same weights in another dtype.
+_VARIANT = re.compile(r"model(-\d+-of-\d+)?\.[^.]+(-\d+-of-\d+)?\.safetensors")
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_ADAPTERS = ("adapter_model.safetensors", "adapters.safetensors")  # PEFT's name, and MLX's
 
 # The format's kinds of numbers, as numpy or ml_dtypes has them.
 DTYPES = {
@@ -31,12 +37,15 @@ DTYPES = {
 class TensorFiles:
     """Where every tensor of a model directory stands; shapes and dtypes come from the headers.
 
-    With a model.safetensors.index.json these are the files that it names, else all *.safetensors
-    but an adapter's. The files stay open, mapped into memory, as long as this object lives.
+    With a model.safetensors.index.json these are the files that it names, else model.safetensors
+    alone, else its shards, else all *.safetensors but an adapter's. Other copies of the weights
+    (consolidated.safetensors, model.fp16.safetensors) are left alone, as transformers does. The
+    files stay open, mapped into memory, as long as this object lives.
 
     Attributes:
       directory: of the model.
       names: of all tensors, sorted.
+      absent: tensor name -> file, of those that the index names and that are not there.
     """
 
     def __init__(self, directory: str | pathlib.Path):
@@ -44,8 +53,8 @@ class TensorFiles:
 
         Raises:
           UserError: no safetensors, or pickle weights alone; a file that is missing, damaged, not
-            in the index or outside the directory; a tensor that stands in two files, or not where
-            the index says. Each is named.
+            in the index or outside the directory; a tensor that stands in two files, or in
+            another one than the index says. Each is named.
         """
         self.directory = pathlib.Path(directory)
         index = _weight_map(self.directory)
@@ -62,6 +71,7 @@ class TensorFiles:
                 self._path_of[name] = path
         if index is not None:
             _check_index(self.directory, index, self._path_of)
+        self.absent = {n: f for n, f in (index or {}).items() if n not in self._path_of}
         self.names = tuple(sorted(self._path_of))
 
     def __contains__(self, name: str) -> bool:
@@ -125,7 +135,7 @@ def _indexed(directory: pathlib.Path, weight_map: dict[str, str]) -> list[pathli
         if not (directory / file).is_file():
             raise UserError(f"{directory}: {file} is missing, which {INDEX} names")
     for path in sorted(directory.glob("model*.safetensors")):
-        if path.name not in named:
+        if path.name not in named and not _VARIANT.fullmatch(path.name):
             raise UserError(
                 f"{directory}: {INDEX} does not name {path.name};"
                 " remove the one of the two that is stale"
@@ -135,7 +145,14 @@ def _indexed(directory: pathlib.Path, weight_map: dict[str, str]) -> list[pathli
 
 def _plain_files(directory: pathlib.Path) -> list[pathlib.Path]:
     found = sorted(directory.glob("*.safetensors"))
-    paths = [path for path in found if path.name != "adapter_model.safetensors"]
+    whole = [path for path in found if path.name == "model.safetensors"]
+    shards = [path for path in found if _SHARD.fullmatch(path.name)]
+    if whole and shards:
+        raise UserError(
+            f"{directory}: model.safetensors and {shards[0].name} are both there, and no {INDEX}"
+            " says which counts; remove the one of the two that is stale"
+        )
+    paths = whole or shards or [p for p in found if not p.name.endswith(_ADAPTERS)]
     if paths:
         return paths
     if found:
@@ -169,6 +186,3 @@ def _check_index(directory: pathlib.Path, weight_map: dict, path_of: dict) -> No
         if weight_map.get(name) != path.name:
             said = f"puts it into {weight_map[name]}" if name in weight_map else "does not name it"
             raise UserError(f"{directory}: tensor {name!r} stands in {path.name}; {INDEX} {said}")
-    for name, file in weight_map.items():
-        if name not in path_of:
-            raise UserError(f"{directory}: tensor {name!r} is missing in {file}; {INDEX} names it")

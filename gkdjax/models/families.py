@@ -11,7 +11,12 @@ MODEL_TYPES = {model_type: module for module in _MODULES for model_type in modul
 
 
 def module(spec: DecoderSpec) -> types.ModuleType:
-    """The family's module: `TENSORS`, `LAYOUTS` and `decoder_spec`."""
+    """Finds the family's module.
+
+    It has `TENSORS`, `LAYOUTS` and `decoder_spec`; `CONFIGS`, the classes of a model_type's
+    config.json from the outermost one to that of the text decoder; and `KEYS`, what `decoder_spec`
+    reads of the latter.
+    """
     return {family.__name__.rpartition(".")[2]: family for family in _MODULES}[spec.family]
 
 

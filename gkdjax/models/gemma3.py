@@ -3,8 +3,16 @@
 from transformers import Gemma3Config, Gemma3TextConfig
 
 from gkdjax.models import llama
+from gkdjax.models.hf_tables import KEYS as COMMON_KEYS
 from gkdjax.models.hf_tables import Layout, global_layers, refuse, rope_spec, sizes
 from gkdjax.models.spec import DecoderSpec
+
+CONFIGS = {"gemma3_text": (Gemma3TextConfig,), "gemma3": (Gemma3Config, Gemma3TextConfig)}
+KEYS = COMMON_KEYS | {
+    *("attention_bias", "use_bidirectional_attention", "hidden_activation", "layer_types"),
+    *("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"),
+    *("sliding_window", "sliding_window_pattern", "rope_local_base_freq"),
+}
 
 # 4B and up are multimodal: an image encoder stands beside the text decoder. Their files have
 # mostly the first layout; the second has the names of the modules in torch.
@@ -47,7 +55,8 @@ def decoder_spec(config: dict) -> DecoderSpec:
         tied = c.tie_word_embeddings
     refuse("Gemma 3", c.attention_bias, "attention_bias=true")
     refuse("Gemma 3", c.use_bidirectional_attention, "use_bidirectional_attention=true")
-    refuse("Gemma 3", c.attn_logit_softcapping, "attn_logit_softcapping")
+    cap = c.attn_logit_softcapping
+    refuse("Gemma 3", cap is not None, f"attn_logit_softcapping={cap}")
     other = c.hidden_activation != "gelu_pytorch_tanh"
     refuse("Gemma 3", other, f"activation {c.hidden_activation!r}")
     return DecoderSpec(

@@ -1,10 +1,21 @@
 """What the families' tables share: names in checkpoints, rope fields of configs, refusals."""
 
+import math
 from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
 from gkdjax.models.spec import Llama3Scaling, RopeSpec
+
+# Keys of a config.json that every family's `decoder_spec` reads, by itself or by way of the class.
+KEYS = frozenset(
+    {
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+        *("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings"),
+        *("max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta"),
+        "partial_rotary_factor",
+    }
+)
 
 
 class Layout(NamedTuple):
@@ -36,15 +47,15 @@ def rope_spec(family: str, parameters: dict) -> RopeSpec:
     theta, kind = parameters["rope_theta"], parameters["rope_type"]
     partial = parameters.get("partial_rotary_factor")
     refuse(family, partial not in (None, 1.0), f"partial_rotary_factor={partial}")
-    if not isinstance(theta, int | float) or theta <= 0:
-        raise ValueError(f"rope_theta must be a positive number, not {theta!r}")
+    _check_positive("rope_theta", theta)
     if kind == "default":
         return RopeSpec(theta)
-    if not isinstance(parameters["factor"], int | float) or parameters["factor"] <= 0:
-        raise ValueError(f"the rope factor must be positive, not {parameters['factor']!r}")
+    _check_positive("the rope factor", parameters["factor"])
     if kind == "linear":
         return RopeSpec(theta, linear_factor=parameters["factor"])
     refuse(family, kind != "llama3", f"rope_type {kind!r}")
+    for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+        _check_positive(f"rope: {key}", parameters[key])
     scaling = Llama3Scaling(
         factor=parameters["factor"],
         low_freq_factor=parameters["low_freq_factor"],
@@ -52,6 +63,12 @@ def rope_spec(family: str, parameters: dict) -> RopeSpec:
         original_length=parameters["original_max_position_embeddings"],
     )
     return RopeSpec(theta, llama3=scaling)
+
+
+def _check_positive(name: str, value) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive, not {value!r}")
 
 
 def global_layers(family: str, layer_types: list[str]) -> tuple[bool, ...]:

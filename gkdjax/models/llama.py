@@ -2,9 +2,12 @@
 
 from transformers import LlamaConfig
 
+from gkdjax.models.hf_tables import KEYS as COMMON_KEYS
 from gkdjax.models.hf_tables import Layout, refuse, rope_spec, sizes
 from gkdjax.models.spec import DecoderSpec
 
+CONFIGS = {"llama": (LlamaConfig,)}
+KEYS = COMMON_KEYS | {"attention_bias", "mlp_bias", "hidden_act"}
 LAYOUTS = {"llama": (Layout(),)}
 
 # Leaf path -> HF tensor name ({} is the layer) of the leaf; kernels are stored (out, in) there.

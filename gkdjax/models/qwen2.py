@@ -3,9 +3,15 @@
 from transformers import Qwen2Config
 
 from gkdjax.models import llama
+from gkdjax.models.hf_tables import KEYS as COMMON_KEYS
 from gkdjax.models.hf_tables import Layout, global_layers, refuse, rope_spec, sizes
 from gkdjax.models.spec import DecoderSpec
 
+CONFIGS = {"qwen2": (Qwen2Config,)}
+KEYS = COMMON_KEYS | {
+    *("hidden_act", "layer_types"),
+    *("use_sliding_window", "sliding_window", "max_window_layers"),
+}
 LAYOUTS = {"qwen2": (Layout(),)}
 
 TENSORS = llama.TENSORS | {

@@ -83,7 +83,10 @@ def _abilities(server: Server, backend: str) -> Iterator[Row]:
     yield "dialect", f"{backend}, {found.dialect}"
     yield "tokenizer", found.tokenizer
     length = found.context_length
-    yield "longest view", f"{length:,} tokens" if length else "it does not tell"
+    yield (
+        "longest view",
+        f"{length:,} tokens ({found.context_source})" if length else "it does not tell",
+    )
     yield "writes, with logprobs", "yes"
     if found.scores:
         yield "scores given ids", f"yes, as when it writes: {found.difference:.1e} nats apart"

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from gkdjax.data.chat import Chat, load_chat
 from gkdjax.data.vocabulary import tokens_without_row
 from gkdjax.errors import GkdjaxError
-from gkdjax.hf import hub, model_config
-from gkdjax.hf.leaves import check_tensors, source_names
+from gkdjax.hf import config_keys, hub, model_config
+from gkdjax.hf.leaves import check_numbers, check_tensors, source_names
 from gkdjax.hf.tensor_files import TensorFiles
 from gkdjax.models.spec import DecoderSpec, RopeSpec, param_shapes
 from gkdjax.progress import size
@@ -37,9 +37,13 @@ def describe(model: str) -> Iterator[Row]:
     yield "model", str(directory)
     yield "family", f"{spec.family} (model_type {config['model_type']})"
     yield from _sizes(spec)
+    unread = config_keys.passed_over(config)
+    if unread:
+        yield "not read", f"{', '.join(unread)} of config.json, which transformers passes over too"
     files = TensorFiles(directory)
     _, known = source_names(files, spec, config["model_type"])
     check_tensors(files, spec, known)
+    check_numbers(files, known)
     yield from _weights(spec, files, known)
     chat = load_chat(str(directory))
     yield from _tokenizer(spec, chat)

@@ -7,7 +7,8 @@ A line has
                    for which it was written, 0 for text written before the first one
   prompt_digest    of the token ids that the writer read
   prefix_digest, prefix_messages, messages    what the teacher's view of the row was rendered from;
-                   a prefix stands in the first line that has it, and is null in later ones
+                   a prefix stands in the first line that has it, and is null in later ones;
+                   `tools` too, where a row has them
   text, finished   the response, and whether it came to its end within trajectory.max_new_tokens
   refused          so many were not accepted, and written again as long as that was allowed
   kept             whether something of the writer's predictions lies beside: see `kept_files`
@@ -46,6 +47,7 @@ class Asked(NamedTuple):
     prompt: np.ndarray  # int32, the token ids of its writer's view
     prefix: tuple[Message, ...]  # of the row
     turns: tuple[Message, ...]  # of the row
+    tools: str = ""  # of the row
 
     @property
     def prompt_digest(self) -> str:
@@ -54,7 +56,7 @@ class Asked(NamedTuple):
 
     def for_writer(self) -> Prompt:
         """What its writer is given."""
-        return Prompt(self.row, self.prompt, self.prefix + self.turns)
+        return Prompt(self.row, self.prompt, self.prefix + self.turns, self.tools)
 
     def key(self) -> tuple:
         """What a line must have to be this one's."""
@@ -81,6 +83,7 @@ def line(asked: Asked, written: Written, chat: Chat, step: int, told: set[str], 
         "prefix_digest": prefix_digest,
         "prefix_messages": None if prefix_digest in told else prefix,
         "messages": [message.for_template() for message in asked.turns],
+        **({"tools": json.loads(asked.tools)} if asked.tools else {}),
         "text": chat.decode(trajectory.ids),
         "finished": trajectory.finished,
         "refused": written.refused,

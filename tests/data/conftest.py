@@ -111,7 +111,8 @@ _TEMPLATES = {
     "replaces": _LLAMA3.replace("| trim", "| replace('Ho', 'Hum')"),
     "twice": _LLAMA3.replace("m['content'] | trim", "m['content'] + m['content']"),
     "only last ends": _LLAMA3.replace(
-        "| trim + '<|eot_id|>'", "| trim + ('<|eot_id|>' if loop.last else '\\n')"
+        "| trim + '<|eot_id|>'",
+        "| trim + ('<|eot_id|>' if loop.last or m['role'] != 'assistant' else '\\n')",
     ),
     "no end": _CHATML.replace("<|im_end|>", ""),
     "bare": "{%- for m in messages -%}{{- m['content'] + eos_token -}}{%- endfor -%}",
@@ -156,11 +157,12 @@ def _tokenizer(chat_template: str) -> transformers.PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def chat_dir(tmp_path_factory):
-    """chat_dir(template's name) -> a directory with a tokenizer of its own."""
+    """chat_dir(template's name, or its text) -> a directory with a tokenizer of its own."""
 
     def save(template: str) -> str:
         directory = tmp_path_factory.mktemp("chat")
-        _tokenizer(_TEMPLATES[template]).save_pretrained(directory)
+        text = _TEMPLATES.get(template, template)
+        _tokenizer(text).save_pretrained(directory)
         return str(directory)
 
     return save

@@ -218,7 +218,6 @@ _MORE = [*_ASKED[1:], *_ASKED[1:]]
         ("gemma", [_ASKED[2]], r"rows:3.*refuses the roles assistant: .*alternate$"),
         ("replaces", _ASKED, r"rows:3.*rewrites"),
         ("twice", _ASKED, r"rows:3.*repeats"),
-        ("thinks", _ASKED, r"rows:3.*generation prompt .*assistant"),
         ("only last ends", _MORE, r"rows:3.*does not end an assistant's message with <\|eot_id\|>"),
         ("chatml", [_ASKED[1], Message("assistant", "\n\n  The")], r"rows:3.*white space at the"),
     ],

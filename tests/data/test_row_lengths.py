@@ -6,6 +6,7 @@ import pytest
 
 from gkdjax.config import Context
 from gkdjax.data import row_lengths
+from gkdjax.data.row_lengths import Limit
 from gkdjax.data.targets import TargetRules
 from gkdjax.data.views import ViewRules
 from gkdjax.errors import UserError
@@ -117,9 +118,13 @@ def test_a_row_longer_than_a_models_context_is_named(chat):
     student, teacher = rules.lengths(rows[2])
 
     def require(student_reads, teacher_reads, examples=rows, **changes):
-        contexts = {"the student (a)": student_reads, "the teacher (b)": teacher_reads}
+        contexts = {
+            "the student (a)": Limit(student_reads, "a/config.json"),
+            "the teacher (b)": Limit(teacher_reads, "b/config.json"),
+        }
         changed = dataclasses.replace(rules, **changes)
-        row_lengths.require_contexts(examples, changed, 9, contexts)
+        room = "trajectory.max_new_tokens", 9
+        row_lengths.require_contexts(examples, changed, room, contexts, teacher_writes=True)
 
     require(student + 9, teacher + 9)
     require(None, None)
@@ -135,3 +140,27 @@ def test_a_row_longer_than_a_models_context_is_named(chat):
     require(student + 8, None, rows[2:], max_length=teacher + 8)
     with pytest.raises(UserError, match=rf"^rows:0: the teacher \(b\) has to read {teacher - 1} "):
         require(None, 9, rows[:2], max_length=teacher - 1, too_long="truncate-right")
+    with pytest.raises(UserError, match=r"reads 9 at most \(b/config.json\)"):
+        require(None, 9)
+
+
+def test_who_writes_at_a_server_has_to_find_room_there(chat):
+    """Whatever data.max_length is going to cut off again: the server does not know of it."""
+    (row,) = _rows(None)
+    rules = _rules(chat)
+    _, prompt = rules.lengths(row)
+
+    def require(tokens, writes=True, rows=(row,), max_length=prompt + 1):
+        limit = Limit(tokens - 1, f"max_model_len={tokens} of m", written=tokens)
+        contexts = {"the student (a)": Limit(None, ""), "the teacher (b)": limit}
+        changed = dataclasses.replace(rules, max_length=max_length)
+        room = "trajectory.max_new_tokens", 9
+        row_lengths.require_contexts(rows, changed, room, contexts, teacher_writes=writes)
+
+    require(prompt + 9)
+    require(prompt + 8, rows=_rows("yes"))
+    require(prompt + 8, writes=False)
+    with pytest.raises(UserError, match=rf"{prompt} tokens and .* 9.*of m\): set trajectory.*=8 "):
+        require(prompt + 8)
+    with pytest.raises(UserError, match=r"of m\): shorten the prefix"):
+        require(prompt, max_length=prompt - 1)

@@ -161,6 +161,84 @@ def test_a_tied_models_second_table_is_the_trained_embedding(source, tmp_path):
     assert torch.equal(got["model.embed_tokens.weight"], 2 * head)
 
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def buffers(tensors):
+    kept = torch.ones(4, dtype=torch.float16)  # of another dtype and other numbers than ours
+    return tensors | {
+        f"model.layers.{i}.self_attn.rotary_emb.inv_freq": kept.clone() for i in range(3)
+    }
+
+
+def head_alone(tensors):
+    tensors[HEAD] = tensors.pop(EMBEDDING)
+    return tensors
+
+
+def head_in(dtype):
+    return lambda tensors: tensors | {HEAD: tensors[EMBEDDING].to(dtype)}
+
+
+def one_layer_in_float32(tensors):
+    return {n: t.float() if ".layers.1." in n else t for n, t in tensors.items()}
+
+
+UNUSUAL = {
+    "inv_freq": buffers,
+    "head alone": head_alone,
+    "head in float32": head_in(torch.float32),
+    "one layer in float32": one_layer_in_float32,
+}
+
+
+@pytest.mark.parametrize("form", UNUSUAL)
+@pytest.mark.parametrize("kind", factories.FAMILIES)
+def test_what_transformers_loads_is_loaded_and_comes_back(form, kind, tmp_path):
+    source = pathlib.Path(checkpoints.make(tmp_path / "source", kind, "bfloat16"))
+    before = torch_logits(load_torch(source))
+    edited = UNUSUAL[form](tensors(source))
+    safetensors.torch.save_file(edited, source / "model.safetensors", {"format": "pt"})
+    np.testing.assert_array_equal(torch_logits(load_torch(source)), before)
+    decoder, params = pretrained.load_pretrained(source, dtype="float32")
+    np.testing.assert_allclose(checkpoints.logits(decoder, params), before, atol=2e-5)
+    decoder, kept = pretrained.load_pretrained(source)  # each leaf in its own dtype
+    mixed = form == "one layer in float32"
+    assert kept["layers"]["q_proj"].dtype == (jnp.float32 if mixed else jnp.bfloat16)
+    for loaded in (params, kept):
+        export.export_merged(tmp_path / "out", decoder.spec, loaded, None, source)
+        assert_same_bytes(tmp_path / "out", source)
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "float16")])
+def test_a_tied_head_of_another_dtype_stays_tied_when_trained(dtypes, tmp_path):
+    embedding, head = (getattr(torch, dtype) for dtype in dtypes)
+    source = pathlib.Path(checkpoints.make(tmp_path / "source", "llama"))
+    found = tensors(source)
+    table = found[EMBEDDING].to(embedding).to(head)  # what both can hold
+    found |= {EMBEDDING: table.to(embedding), HEAD: table}
+    safetensors.torch.save_file(found, source / "model.safetensors", {"format": "pt"})
+    decoder, params = pretrained.load_pretrained(source, dtype="float32")
+    trained = params | {"embedding": params["embedding"] * 1.37}
+    export.export_merged(tmp_path / "out", decoder.spec, trained, None, source)
+    got = tensors(tmp_path / "out")
+    assert (got[EMBEDDING].dtype, got[HEAD].dtype) == (embedding, head)
+    assert torch.equal(got[EMBEDDING].float(), got[HEAD].float())
+    pretrained.load_pretrained(tmp_path / "out")
+
+
+def test_a_tied_head_that_only_the_index_names_is_not_missed(tmp_path):
+    source = pathlib.Path(checkpoints.make(tmp_path / "source", "qwen3"))
+    where = dict.fromkeys([*tensors(source), HEAD], "model.safetensors")
+    (source / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    decoder, params = pretrained.load_pretrained(source)
+    np.testing.assert_allclose(
+        checkpoints.logits(decoder, params), torch_logits(load_torch(source)), atol=2e-5
+    )
+    export.export_merged(tmp_path / "out", decoder.spec, params, None, source)
+    assert_same_bytes(tmp_path / "out", source)
+
+
 @pytest.mark.parametrize("kind", ["llama", MULTIMODAL])
 def test_shards_are_bounded_indexed_and_loaded_by_transformers(kind, tmp_path):
     source = checkpoints.make(tmp_path / "source", kind)

@@ -37,6 +37,8 @@ def directory(tmp_path):
         (GPTQ, r"quantised \(quantization_config\.quant_method 'gptq'\)"),
         ({"text_config": GPTQ}, "quant_method 'gptq'"),
         ({"compression_config": {"quant_method": "x"}}, r"compression_config\.quant_method 'x'"),
+        ({"architectures": 3}, r"architectures = 3 must be a list of names"),
+        ({"quantization": {"bits": 4}}, r"quantised by MLX \(quantization = .*--dequantize"),
         ({"architectures": "LlamaModel"}, "'LlamaModel' is not supported"),
         ({"auto_map": OWN_CODE}, r"config\.json: auto_map .* code from a checkpoint is never run"),
     ],
@@ -50,7 +52,11 @@ def test_what_is_not_supported_is_named(directory, changed, wanted):
 @pytest.mark.parametrize(
     ("changed", "wanted"),
     [
-        ({"num_attention_heads": 0}, "config.json: "),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0 must be a whole number above 0"),
+        ({"num_key_value_heads": 3}, "num_attention_heads = 4 must be a multiple of .* = 3"),
+        ({"head_dim": 15}, "even rotary dimension"),
+        ({"hidden_size": "wide"}, "hidden_size = 'wide' must be a whole number above 0"),
+        ({"mlp_bias": 3}, "'mlp_bias': TypeError: .* expected bool, got int"),  # one line
         ({"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "config.json: "),
         (
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}},
@@ -74,6 +80,14 @@ def test_a_damaged_tokenizer_config_is_named(directory):
     (made / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer_config\.json does not parse"):
         model_config.load_config(made)
+
+
+@pytest.mark.parametrize("text", ['{"model_type": "ll', "[" * 100_000, f'{{"a": {"9" * 5000}}}'])
+def test_a_config_that_does_not_parse_is_named(directory, text):
+    made = directory({})
+    (made / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json does not parse: .*"):
+        model_config.load_spec(made)
 
 
 @pytest.mark.parametrize(

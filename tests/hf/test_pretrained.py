@@ -140,7 +140,10 @@ def add(directory):
 
 
 def double(directory):
-    write(directory, {Q_PROJ: tensors_of(directory)[Q_PROJ]}, "second.safetensors")
+    for i, names in enumerate((tensors_of(directory), [Q_PROJ]), start=1):
+        part = {name: tensors_of(directory)[name] for name in names}
+        write(directory, part, f"model-0000{i}-of-00002.safetensors")
+    (directory / WEIGHTS).unlink()
 
 
 def reshape(directory):
@@ -159,6 +162,21 @@ def truncate_header(directory):
     path.write_bytes(path.read_bytes()[:20])
 
 
+def not_finite(value):
+    def damage(directory):
+        tensors = tensors_of(directory)
+        tensors[Q_PROJ][-1, -1] = value
+        write(directory, tensors)
+
+    return damage
+
+
+def index_of_more(directory):
+    index = dict.fromkeys([*tensors_of(directory), "model.layers.9.mlp.up_proj.weight"], WEIGHTS)
+    path = directory / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": index}))
+
+
 def config_text(text):
     return lambda directory: (directory / "config.json").write_text(text)
 
@@ -170,8 +188,14 @@ def config_field(**changed):
 DAMAGE = {
     "missing tensor": (drop, rf"missing tensors.*{Q_PROJ}"),
     "unknown tensor": (add, r"unknown tensors.*model\.layers\.3\.extra"),
-    "doubled tensor": (double, rf"{Q_PROJ}.*model\.safetensors.*second\.safetensors"),
+    "doubled tensor": (double, rf"{Q_PROJ}.*model-00001-of.*model-00002-of"),
     "misshapen tensor": (reshape, rf"{Q_PROJ}.*\(48, 64\), not \(64, 48\)"),
+    "NaN": (not_finite(np.nan), rf"model\.safetensors: tensor '{Q_PROJ}' holds NaN or infinity"),
+    "infinity": (not_finite(-np.inf), rf"tensor '{Q_PROJ}' holds NaN or infinity"),
+    "only in the index": (
+        index_of_more,
+        rf"'model\.layers\.9\..*' is missing in {WEIGHTS}; .*index",
+    ),
     "truncated weights": (truncate, r"model\.safetensors is not a readable"),
     "truncated header": (truncate_header, r"model\.safetensors is not a readable"),
     "empty weights": (lambda d: (d / WEIGHTS).write_bytes(b""), "not a readable"),

@@ -14,6 +14,10 @@ from gkdjax.hf.tensor_files import INDEX, TensorFiles
 A = np.arange(24, dtype=np.float32).reshape(6, 4)
 B = np.arange(8).astype(ml_dtypes.bfloat16).reshape(2, 4)
 PARTS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+COPIES = (
+    *("consolidated.safetensors", "model.fp16.safetensors"),
+    *("model-00001-of-00002.fp16.safetensors", "model.fp16-00002-of-00002.safetensors"),
+)
 
 
 def save(path: pathlib.Path, **tensors: np.ndarray) -> None:
@@ -73,11 +77,22 @@ def test_a_cache_of_links_is_read(sharded, tmp_path_factory):
 def test_an_adapter_and_other_files_beside_the_model_are_left_alone(sharded):
     save(sharded / "adapter_model.safetensors", a=A)
     (sharded / "training_args.bin").write_bytes(b"0")
-    save(sharded / "consolidated.safetensors", a=A)  # some repositories have all of it once more
+    save(sharded / "adapters.safetensors", a=A)  # MLX's
+    for copy in COPIES:  # some repositories have all of it once more
+        save(sharded / copy, a=A)
     assert TensorFiles(sharded).names == ("a", "b")
     (sharded / INDEX).unlink()
-    (sharded / "consolidated.safetensors").unlink()
     assert TensorFiles(sharded).names == ("a", "b")
+    for part in PARTS:
+        (sharded / part).unlink()
+    save(sharded / "model.safetensors", c=A)
+    assert TensorFiles(sharded).names == ("c",)
+
+
+def test_a_tensor_that_only_the_index_has_is_kept_as_absent(sharded):
+    index(sharded, a=PARTS[0], b=PARTS[1], c=PARTS[1])
+    files = TensorFiles(sharded)
+    assert (files.names, files.absent) == (("a", "b"), {"c": PARTS[1]})
 
 
 def outside(path):
@@ -106,9 +121,17 @@ def pickled(directory):
     (directory / "pytorch_model-00001-of-00002.bin").write_bytes(b"\x80\x04")
 
 
-def adapter_alone(directory):
-    pickled(directory)
-    save(directory / "adapter_model.safetensors", a=A)
+def adapter_alone(name):
+    def damage(directory):
+        pickled(directory)
+        save(directory / name, a=A)
+
+    return damage
+
+
+def whole_and_parts(directory):
+    save(directory / "model.safetensors", a=A, b=B)
+    (directory / INDEX).unlink()
 
 
 DAMAGE = {
@@ -122,10 +145,6 @@ DAMAGE = {
     "index is cut off": (lambda d: (d / INDEX).write_text('{"we'), rf"{INDEX} does not parse"),
     "indexed file missing": (lambda d: (d / PARTS[1]).unlink(), rf"{PARTS[1]} is missing"),
     "file not indexed": (lambda d: save(d / "model.safetensors", c=A), r"name model\.safetensors"),
-    "indexed tensor missing": (
-        lambda d: index(d, a=PARTS[0], b=PARTS[1], c=PARTS[1]),
-        rf"'c' is missing in {PARTS[1]}",
-    ),
     "tensor not indexed": (
         lambda d: save(d / PARTS[1], b=B, c=A),
         rf"'c' stands in {PARTS[1]}; {INDEX} does not name it",
@@ -138,7 +157,15 @@ DAMAGE = {
     "truncated": (truncate, rf"{PARTS[1]} is not a readable safetensors file"),
     "garbled": (lambda d: (d / PARTS[0]).write_bytes(b"x" * 99), rf"{PARTS[0]} is not a readable"),
     "pickle": (pickled, r"pickle files \(pytorch_model-00001-.*convert them to safetensors"),
-    "adapter": (adapter_alone, r"holds an adapter \(adapter_model\.safetensors\) and no model"),
+    "adapter": (
+        adapter_alone("adapter_model.safetensors"),
+        r"holds an adapter \(adapter_model\.safetensors\) and no model",
+    ),
+    "MLX's": (
+        adapter_alone("adapters.safetensors"),
+        r"an adapter \(adapters\.safetensors\) and no",
+    ),
+    "whole and parts": (whole_and_parts, rf"model\.safetensors and {PARTS[0]} are both there"),
     "nothing": (lambda d: [f.unlink() for f in d.iterdir()], r"holds no \*\.safetensors file"),
 }
 

@@ -143,6 +143,16 @@ def test_a_wrong_call_is_exit_2_with_what_to_do(command, told, tmp_path):
     assert ended.returncode == 2 and told in ended.stderr
 
 
+@pytest.mark.parametrize("cpu", [True, False])
+def test_prompts_are_read_in_one_piece_on_a_cpu_alone(cpu):
+    """On a CPU the engine was seen to end without it; whole prompts need room for the longest."""
+    arguments = [*["--cpu"][:cpu], "model", "m", "1", "--x"]
+    told = call("start_vllm.sh", *arguments, VLLM_PYTHON="echo").stdout
+    assert ("--no-enable-chunked-prefill" in told) == cpu
+    assert ("--max-num-batched-tokens" in told) != cpu
+    assert told.endswith("--x\n")
+
+
 @pytest.mark.parametrize("missing", ["TPU_TYPE", "TPU_RUNTIME", "TPU_ZONE"])
 def test_create_names_what_is_missing(missing):
     without = {name: value for name, value in TPU.items() if name != missing}

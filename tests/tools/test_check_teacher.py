@@ -27,7 +27,7 @@ def test_a_server_that_can_do_everything(student):
     told = found(student, FakeTeacher())
     assert told["model"] == "bigram"
     assert told["dialect"] == "vllm, prompt_logprobs"
-    assert told["longest view"] == "511 tokens"
+    assert told["longest view"] == "511 tokens (max_model_len=512 of bigram in /v1/models)"
     assert told["scores given ids"].startswith("yes")
     assert told["on-policy, rows with a response"] == "yes"
     assert told["logprobs of a token"] == "5"

@@ -126,12 +126,14 @@ REFUSED = {
     "no directory": (shutil.rmtree, "model"),
     "no config": (lambda d: (d / "config.json").unlink(), r"no config\.json"),
     "another architecture": (lambda d: edit_config(d, model_type="mamba"), "'mamba'.*qwen3"),
+    "not causal": (lambda d: edit_config(d, is_causal=False), "is_causal = False changes what"),
     "a missing tensor": (edit_weights(lambda t: t.pop(Q_PROJ)), f"missing.*{Q_PROJ}"),
     "an unknown tensor": (edit_weights(lambda t: t.update(more=t[Q_PROJ].clone())), "more"),
     "a misshapen tensor": (
         edit_weights(lambda t: t.update({Q_PROJ: torch.zeros(3, 4)})),
         rf"{Q_PROJ}.*\(3, 4\)",
     ),
+    "a NaN": (edit_weights(lambda t: t[Q_PROJ].view(-1)[-1:].fill_(torch.nan)), f"{Q_PROJ}.* NaN"),
     "truncated weights": (
         lambda d: (d / "model.safetensors").write_bytes(b"\0" * 40),
         r"model\.safetensors",

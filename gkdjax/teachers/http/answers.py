@@ -45,6 +45,7 @@ class SampleRequest:
     stop_ids: tuple[int, ...]
     top_k: int
     template_kwargs: dict = dataclasses.field(default_factory=dict)  # beside the messages
+    tools: str = ""  # JSON list, for the same servers; "": none
 
 
 Request = ScoreRequest | SampleRequest

@@ -128,6 +128,7 @@ def _connect(
         can,
         top_k=c.top_k,
         context_length=findings.context_length,
+        context_source=f"{findings.context_source}, {c.api_base}",
         template_kwargs=template_kwargs,
     )
 

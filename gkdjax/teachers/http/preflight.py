@@ -5,6 +5,7 @@ answer by one position, ignores `echo` or `logprobs`, or has another tokenizer d
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 from absl import logging
@@ -17,7 +18,7 @@ from gkdjax.teachers.http.answers import Answer, SampleRequest, ScoreRequest
 from gkdjax.teachers.http.dialects.dialect import Dialect
 from gkdjax.teachers.http.exchange import exchange
 from gkdjax.teachers.http.storage.identity import MOST_DRIFT, drift
-from gkdjax.teachers.http.wire.transport import Transport
+from gkdjax.teachers.http.wire.transport import RepeatedServerError, Transport
 from gkdjax.types import Message
 
 PROBE = (
@@ -26,6 +27,13 @@ PROBE = (
 )
 _PROBE_TOKENS = 64  # at most, of the text above
 _WRITTEN_TOKENS = 8
+_SHIFTED = "the logprobs are those of another position, or it does not draw by them"
+_PENALTY = (
+    "that one stands in the text before, so the server draws with a repetition penalty, which its"
+    " logprobs do not have (llama-cpp-python's repeat_penalty is 1.1 unless it is told; vLLM takes"
+    " repetition_penalty from the model's generation_config.json); switch it off where it is served"
+)
+_REFUSALS = 3  # the same 5xx answer to one dialect, in a row
 _DRAWS = 3  # at most, until one is a text
 NAME = "the preflight"
 
@@ -48,6 +56,7 @@ class Findings:
       top_k: as many logprobs of a token were asked for and came.
       tokenizer: how the vocabulary was compared.
       difference: median in nats between a token drawn and the same token scored; None: not scored.
+      context_source: what says how long a view may be, for people; "" where nothing does.
     """
 
     model: str
@@ -58,6 +67,7 @@ class Findings:
     top_k: int
     tokenizer: str
     difference: float | None
+    context_source: str = ""  # of what older stores keep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,32 +106,87 @@ def examine(
       UserError: it cannot be used, or not for this; with the reasons.
       TeacherUnreachable: it does not answer.
     """
-    model, context_length = served.model_of(transport, api_model)
-    compared = served.compare_tokenizers(transport, model, chat, PROBE)
+    model, listed = served.model_of(transport, api_model)
+    compared, told = served.compare_tokenizers(transport, model, chat, PROBE)
+    window = listed or told or served.proxied(transport, model)
+    context_length, context_source = window or (None, "")
     ids = probe_ids(chat)
-    own_text, reasons = None, []
-    for name, make in dialects.items():
-        dialect = make(model, vocab_size, chat.tokenizer)
-        found = Findings(model, name, False, "", context_length, top_k, compared, None)
-        try:
-            written = _write(transport, dialect, chat, ids, top_k)
-            _check_drawn(transport, dialect, chat, ids, written, sampling)
-        except (WrongAnswer, TeacherRefused) as error:
-            reasons.append(f"{name} writes nothing that can be used: {error}")
-            continue
-        try:
-            scored, difference = _score_again(transport, dialect, ids, written, top_k)
-        except (WrongAnswer, TeacherRefused, NotImplementedError) as error:
-            reasons.append(f"{name} does not score given ids: {error}")
-            found = dataclasses.replace(found, limits=str(error))
-            own_text = own_text or Server(dialect, found, written.rows(slice(None)))
-            continue
-        found = dataclasses.replace(found, scores=True, difference=difference)
-        return Server(dialect, found, scored.rows(slice(len(ids) - 1)))
-    if own_text is None or must_score:
-        raise UserError(f"{transport.root} cannot be used: {'; '.join(reasons)}")
-    logging.warning("%s: only its own text can be learnt: %s", transport.root, "; ".join(reasons))
-    return own_text
+    trials: dict[str, _Trial] = {}
+
+    def attempt(name: str, asked: "Transport | _Impatient") -> bool:
+        """Whether it scores, so that no other has to be tried."""
+        dialect = dialects[name](model, vocab_size, chat.tokenizer)
+        found = Findings(
+            *(model, name, False, "", context_length, top_k, compared, None, context_source)
+        )
+        trials[name] = _try(asked, dialect, found, chat, ids, sampling)
+        return trials[name].scores
+
+    any(attempt(name, _Impatient(transport, _REFUSALS)) for name in dialects)
+    broken = [name for name in trials if trials[name].broken]
+    # Whatever is asked, it fails: the server is away, and is waited for. Else it may have come back
+    # just after the better ways to ask it were given up.
+    away = all(trial.broken and trial.server is None for trial in trials.values())
+    any(attempt(name, transport if away else _Impatient(transport, 1)) for name in broken)
+    usable = [trials[name].server for name in dialects if name in trials and trials[name].server]
+    reasons = "; ".join(trial.reason for trial in trials.values() if trial.reason)
+    for server in usable:
+        if server.findings.scores:
+            return server
+    if must_score or not usable:
+        raise UserError(f"{transport.root} cannot be used: {reasons}")
+    logging.warning("%s: only its own text can be learnt: %s", transport.root, reasons)
+    return usable[0]
+
+
+class _Trial(NamedTuple):
+    """How one dialect did."""
+
+    server: Server | None  # None: it does not even write
+    reason: str  # why it does not write or score; "" if it does both
+    broken: bool  # and that was the same 5xx answer again and again
+
+    @property
+    def scores(self) -> bool:
+        return self.server is not None and self.server.findings.scores
+
+
+class _Impatient:
+    """A transport to which the same 5xx answer, so many times in a row, is a refusal."""
+
+    def __init__(self, transport: Transport, most_same: int):
+        self._transport, self._most_same, self.root = transport, most_same, transport.root
+
+    def post(self, path: str, body: dict, *, max_bytes: int, most_same: int) -> dict | list:
+        """See `Transport.post`."""
+        del most_same
+        return self._transport.post(path, body, max_bytes=max_bytes, most_same=self._most_same)
+
+
+def _try(
+    transport: Transport | _Impatient,
+    dialect: Dialect,
+    found: Findings,
+    chat: Chat,
+    ids: np.ndarray,
+    sampling: Sampling,
+) -> _Trial:
+    name, top_k = found.dialect, found.top_k
+    try:
+        written = _write(transport, dialect, chat, ids, top_k)
+        _check_drawn(transport, dialect, chat, ids, written, sampling)
+    except (WrongAnswer, TeacherRefused, RepeatedServerError) as error:
+        reason = f"{name} writes nothing that can be used: {error}"
+        return _Trial(None, reason, isinstance(error, RepeatedServerError))
+    try:
+        scored, difference = _score_again(transport, dialect, ids, written, top_k)
+    except (WrongAnswer, TeacherRefused, RepeatedServerError, NotImplementedError) as error:
+        found = dataclasses.replace(found, limits=str(error))
+        reason = f"{name} does not score given ids: {error}"
+        server = Server(dialect, found, written.rows(slice(None)))
+        return _Trial(server, reason, isinstance(error, RepeatedServerError))
+    found = dataclasses.replace(found, scores=True, difference=difference)
+    return _Trial(Server(dialect, found, scored.rows(slice(len(ids) - 1))), "", False)
 
 
 def probe_again(transport: Transport, server: Server, chat: Chat) -> Answer:
@@ -164,9 +229,12 @@ def _write(
     _check_count(answer, top_k)
     behind = answer.top_logprobs[:, 0] - answer.target_logprob
     if behind.max() > _MEDIAN_DIFFERENCE:
+        worst = int(behind.argmax())
+        before = {*ids.tolist(), *answer.target_ids[:worst].tolist()}
+        penalised = answer.top_ids[worst, 0] in before and answer.target_ids[worst] not in before
         raise WrongAnswer(
-            f"{NAME}: token {behind.argmax()} of a greedy answer is {behind.max():.3f} nats less"
-            " probable than the best there: the logprobs are those of another position"
+            f"{NAME}: token {worst} of a greedy answer is {behind[worst]:.3f} nats less probable"
+            f" than the best there: {_PENALTY if penalised else _SHIFTED}"
         )
     return answer
 

@@ -1,6 +1,8 @@
 """What a server says that it serves: the model's name and context, and its tokenizer."""
 
 import difflib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from absl import logging
 
@@ -9,8 +11,15 @@ from gkdjax.errors import TeacherRefused, TeacherUnreachable, UserError, WrongAn
 from gkdjax.teachers.http.wire.transport import Transport
 
 
-def model_of(transport: Transport, api_model: str) -> tuple[str, int | None]:
-    """(the model's name, most tokens of a view, or None where it does not tell).
+class Window(NamedTuple):
+    """How much a server reads."""
+
+    tokens: int  # of a view, at most
+    source: str  # what says so, for people
+
+
+def model_of(transport: Transport, api_model: str) -> tuple[str, Window | None]:
+    """(the model's name, and what its list says that it reads, or None).
 
     Raises:
       UserError: there is no such model, or several and none is named; those there are, are told.
@@ -39,13 +48,13 @@ def model_of(transport: Transport, api_model: str) -> tuple[str, int | None]:
             f"config.teacher.api_model = {name!r}: {transport.root} does not have it; did you mean"
             f" {near[0]!r}?"
         )
-    length = next((e.get("max_model_len") for e in entries if e["id"] == name), None)
-    # One token is always written, and has to find room.
-    return name, length - 1 if type(length) is int else None
+    return name, _listed(entries, name)
 
 
-def compare_tokenizers(transport: Transport, model: str, chat: Chat, text: str) -> str:
-    """How it was done, for people.
+def compare_tokenizers(
+    transport: Transport, model: str, chat: Chat, text: str
+) -> tuple[str, Window | None]:
+    """(how it was done, for people; and what the same answer says that the server reads, or None).
 
     Raises:
       UserError: the server writes other ids for the same text.
@@ -73,10 +82,52 @@ def compare_tokenizers(transport: Transport, model: str, chat: Chat, text: str) 
                 f" {at} is {theirs[at : at + 1]} there and {ours[at : at + 1]} here. Name the"
                 " teacher's own in config.teacher.tokenizer; it has to be the student's as well"
             )
-        return f"the same {len(ours)} ids for a text"
+        window = _window(said.get("max_model_len"), f"{model} in /tokenize")
+        return f"the same {len(ours)} ids for a text", window
     logging.warning(
         "%s has no /tokenize: its tokenizer is taken to be that of %s",
         transport.root,
         chat.directory,
     )
-    return "not compared: the server has no /tokenize"
+    return "not compared: the server has no /tokenize", None
+
+
+def proxied(transport: Transport, model: str) -> Window | None:
+    """What LiteLLM's proxy knows of the model behind it; None where there is no such route."""
+    try:
+        said = transport.get("/model/info", once=True)
+    except (TeacherRefused, TeacherUnreachable, WrongAnswer):
+        return None
+    entries = said.get("data") if isinstance(said, dict) else None
+    lengths = [
+        info.get("max_input_tokens")
+        for entry in entries or ()
+        if isinstance(entry, dict) and entry.get("model_name") == model
+        for info in [entry.get("model_info")]
+        if isinstance(info, dict)
+    ]
+    known = [length for length in lengths if type(length) is int and length > 0]
+    if not known:
+        return None
+    # Several servers of one name take turns.
+    return Window(min(known), f"max_input_tokens={min(known)} of {model} in /model/info")
+
+
+def _listed(entries: Sequence[dict], name: str) -> Window | None:
+    """From /v1/models; an adapter's entry may leave it to that of the model that it is for."""
+    by_name = {entry["id"]: entry for entry in entries}
+    seen: list[str] = []
+    while isinstance(name, str) and name in by_name and name not in seen:
+        seen.append(name)
+        window = _window(by_name[name].get("max_model_len"), f"{name} in /v1/models")
+        if window is not None:
+            return window
+        name = by_name[name].get("parent")
+    return None
+
+
+def _window(max_model_len: Any, where: str) -> Window | None:
+    """One token is always written, and has to find room."""
+    if type(max_model_len) is not int or max_model_len < 2:
+        return None
+    return Window(max_model_len - 1, f"max_model_len={max_model_len} of {where}")

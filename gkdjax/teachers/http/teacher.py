@@ -28,6 +28,7 @@ class HttpTeacher:
         *,
         top_k: int,
         context_length: int | None,
+        context_source: str,
         template_kwargs: dict,
     ):
         """Keeps what it is given; the pool is its to close.
@@ -39,10 +40,12 @@ class HttpTeacher:
           capabilities: of the server, as they were found.
           top_k: K of what is asked for.
           context_length: most tokens of a view, or None where the server does not tell.
+          context_source: what says so, for people.
           template_kwargs: for a server that renders the prompt itself.
         """
         self.pool, self.chat, self.description = pool, chat, description
-        self.capabilities, self.context_length = capabilities, context_length
+        self.capabilities = capabilities
+        self.context_length, self.context_source = context_length, context_source
         self._top_k, self._template_kwargs = top_k, template_kwargs
 
     def ask(self, batch: Batch, names: Sequence[str]) -> Callable[[], TopKTargets]:
@@ -81,6 +84,7 @@ class HttpTeacher:
                 self.chat.stop_ids,
                 self._top_k,
                 self._template_kwargs,
+                prompt.tools,
             )
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]

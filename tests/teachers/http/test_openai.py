@@ -220,6 +220,17 @@ def test_one_text_twice_in_a_list_names_none():
     assert (read.top_logprobs > -np.inf).sum() == 1
 
 
+def test_an_answer_that_ends_at_the_servers_own_limit_is_named():
+    answer = classic("def", "lo")
+    del answer["usage"]
+    answer["choices"][0]["finish_reason"] = "length"
+    assert len(completions().read_sample(answer, sample_request(IDS, tokens=2)).target_ids) == 2
+    with pytest.raises(WrongAnswer, match=r'"length" after 2 tokens, and 3 .*max_new_tokens.* 2 '):
+        completions().read_sample(answer, sample_request(IDS, tokens=3))
+    answer["usage"] = {"prompt_tokens": len(IDS), "completion_tokens": 3}  # one is hidden
+    assert not completions().read_sample(answer, sample_request(IDS, tokens=3)).finished
+
+
 @pytest.mark.parametrize("reason", ["content_filter", "tool_calls", "function_call"])
 def test_what_is_no_response_is_lost(reason):
     answer = classic("def")

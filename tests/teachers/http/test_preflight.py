@@ -9,11 +9,12 @@ from fake_server import FakeServer, Reply, script
 from fake_teacher import LOGPROBS, MODEL, VOCAB, FakeTeacher
 
 from gkdjax.data.chat import load_chat
-from gkdjax.errors import TeacherRefused, UserError
+from gkdjax.errors import TeacherRefused, TeacherUnreachable, UserError
 from gkdjax.sampler import Sampling
 from gkdjax.teachers.http import preflight
 from gkdjax.teachers.http.connect import DIALECTS
 from gkdjax.teachers.http.preflight import examine
+from gkdjax.teachers.http.wire import retries
 from gkdjax.teachers.http.wire.transport import Limits, Transport
 
 
@@ -24,9 +25,9 @@ def chat(tmp_path_factory):
     return load_chat(directory)
 
 
-def examined(handler, chat, backend="vllm", *, model="", top_k=5, vocab_size=VOCAB):
+def examined(handler, chat, backend="vllm", *, model="", top_k=5, vocab_size=VOCAB, max_retries=0):
     """(what `examine` finds, the server's requests)."""
-    limits = Limits(timeout_s=5.0, deadline_s=5.0, max_retries=0)
+    limits = Limits(timeout_s=5.0, deadline_s=30.0, max_retries=max_retries)
     with FakeServer(handler) as server:
         transport = Transport(server.base, "", limits, trust_env=False)
         with contextlib.closing(transport):
@@ -103,6 +104,67 @@ def test_scores_that_are_off_by_one_are_not_used(chat):
     assert not server.findings.scores
     assert "shifts positions" in server.findings.limits
     refused(OffByOne(), chat, "does not score given ids", "shifts positions")
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    """No pauses between attempts."""
+    monkeypatch.setattr(retries, "pause", lambda closed, seconds: None)
+
+
+class Broken(FakeTeacher):
+    """Answers /v1/completions with the same 500, as llama-cpp-python does to token ids."""
+
+    broken = 10**9  # requests of any kind that fail
+    everywhere = False  # and not of that route alone
+
+    def __call__(self, request):
+        posted = request.path == "/v1/completions"
+        if self.everywhere and request.method == "POST" and request.path != "/tokenize":
+            posted = True
+        if posted and self.broken > 0:
+            self.broken -= 1
+            return Reply({"error": {"message": "'int' object has no attribute"}}, status=500)
+        return super().__call__(request)
+
+
+def test_a_route_that_fails_again_and_again_is_refused_and_the_next_is_tried(chat, quickly):
+    server, requests = examined(Broken(by_text=True), chat, "openai", max_retries=1000)
+    assert server.findings.dialect.startswith("chat") and not server.findings.scores
+    asked = [request.path for request in requests]
+    ways = sum(name.startswith("completions") for name in DIALECTS["openai"])
+    assert asked.count("/v1/completions") == 4 * ways  # three times, and once more in the end
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_server_that_comes_back_is_asked_the_best_way(chat, quickly, everywhere):
+    teacher = Broken(by_text=True)
+    ways = [name for name in DIALECTS["openai"] if everywhere or name.startswith("completions")]
+    teacher.broken, teacher.everywhere = 3 * len(ways) + 2 * everywhere, everywhere
+    server, _ = examined(teacher, chat, "openai", max_retries=1000)
+    assert server.findings.dialect.startswith("completions") and server.findings.scores
+
+
+def test_a_server_that_stays_away_is_no_users_fault(chat, quickly):
+    teacher = Broken()
+    with pytest.raises(TeacherUnreachable, match=r"attempts: \d+; the last one: status 500"):
+        examined(teacher, chat, max_retries=8)
+
+
+class Penalised(FakeTeacher):
+    """Draws with llama-cpp-python's default; its logprobs are those before it."""
+
+    def _write(self, ids, body):
+        written = []
+        for _ in range(body["max_tokens"]):
+            row = self.logprob_table[[*ids, *written][-1]].copy()
+            row[[*{*ids, *written}]] *= 1.5
+            written.append(int(row.argmax()))
+        return written
+
+
+def test_a_repetition_penalty_is_called_so(chat):
+    refused(Penalised(), chat, "repeat_penalty is 1.1")
 
 
 def test_a_token_put_before_the_prompt_is_seen(chat):
@@ -220,6 +282,36 @@ def test_the_model_by_its_name(chat):
     refused(two, chat, "['bigram', 'other']", "config.teacher.api_model")
     server, _ = examined(two, chat, model=MODEL)
     assert server.findings.context_length is None
+
+
+ADAPTER = {"id": MODEL, "max_model_len": None, "parent": "base"}
+
+
+def _info(*lengths):
+    return [{"model_name": MODEL, "model_info": {"max_input_tokens": n}} for n in lengths]
+
+
+@pytest.mark.parametrize(
+    "how, length, source",
+    [
+        ({}, 511, f"max_model_len=512 of {MODEL} in /v1/models"),
+        # vLLM's entry of a LoRA leaves it to the model that it is for
+        (
+            {"entries": [{"id": "base", "max_model_len": 99}, ADAPTER]},
+            98,
+            "max_model_len=99 of base in /v1/models",
+        ),
+        ({"entries": [ADAPTER | {"parent": MODEL}], "tells": True}, 511, "in /tokenize"),
+        ({"entries": [ADAPTER], "tells": True, "window": 300}, 299, "max_model_len=300 of"),
+        ({"entries": [{"id": MODEL}], "proxied": _info(70, None, 60)}, 60, "max_input_tokens=60"),
+        ({"entries": [{"id": MODEL}], "proxied": [{"model_name": "other"}, 3]}, None, ""),
+        ({"entries": [{"id": MODEL}]}, None, ""),
+    ],
+)
+def test_how_much_it_reads_and_who_says_so(chat, how, length, source):
+    found = examined(FakeTeacher(**how), chat, model=MODEL)[0].findings
+    assert found.context_length == length
+    assert source in found.context_source and bool(found.context_source) == bool(source)
 
 
 def test_a_host_that_lists_no_models_is_told_which(chat):

@@ -21,10 +21,10 @@ class Replay:
     written: dict
     root = "http://127.0.0.1:1"
 
-    def get(self, path):
+    def get(self, path, once=False):
         return {"data": [{"id": "qwen3-tiny"}]}
 
-    def post(self, path, body, *, max_bytes, once=False, splittable=False):
+    def post(self, path, body, *, max_bytes, once=False, most_same=0):
         if path == "/tokenize":
             return {"tokens": []}  # as llama-server answers to a text in another field
         return self.echoed if "echo" in body else self.written
@@ -44,6 +44,7 @@ class RecordedChat:
 
 def test_llama_server_ignores_echo_and_may_only_write():
     written = load("llama-server-v1")["response"]
+    written["choices"][0]["finish_reason"] = "stop"  # it was asked for one token, and here for more
     echoed = load("llama-server-echo")["response"]
     echoed["usage"]["prompt_tokens"] += 1  # the token that was drawn is scored as well
     replay = Replay(echoed, written)

@@ -200,13 +200,15 @@ def test_the_same_server_error_twice_lets_the_caller_split(connect, sleeps):
     same, other = Reply({"e": 1}, status=500), Reply({"e": 2}, status=500)
     with FakeServer(script(same, same, GOOD)) as server:
         with pytest.raises(RepeatedServerError, match="attempts: 2; the last one: status 500"):
-            ask(connect(server.base), splittable=True)
+            ask(connect(server.base), most_same=2)
         assert len(server.requests) == 2
     for replies in ([same, other, same], [same, Reply(silent=True), same], [Reply(status=429)] * 2):
         with FakeServer(script(*replies, GOOD)) as server:
-            assert ask(connect(server.base), splittable=True) == {"fine": True}
+            assert ask(connect(server.base), most_same=2) == {"fine": True}
     with FakeServer(script(same, same, GOOD)) as server:
         assert ask(connect(server.base)) == {"fine": True}
+    with FakeServer(script(other, same, same, GOOD)) as server:
+        assert ask(connect(server.base), most_same=3) == {"fine": True}
 
 
 def test_what_is_no_json_to_the_end_is_a_wrong_answer(connect, sleeps):

@@ -130,6 +130,13 @@ def check_completion_tokens(root: Field, shown: int) -> None:
         check_written(usage.find("completion_tokens"), shown)
 
 
+def written_tokens(root: Field, shown: int) -> int:
+    """How many the server says that it has drawn, or else how many it shows."""
+    usage = root.find("usage")
+    said = None if usage is None else usage.find("completion_tokens")
+    return shown if said is None else max(shown, said.whole())
+
+
 def only_choice(root: Field) -> Field:
     """The choice of an answer that has one."""
     (choice,) = root["choices"].entries(1)

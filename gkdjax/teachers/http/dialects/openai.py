@@ -13,7 +13,15 @@ import transformers
 from gkdjax.teachers.http.answers import Answer, SampleRequest, ScoreRequest, lost_sample
 from gkdjax.teachers.http.dialects import completions, dialect
 from gkdjax.teachers.http.dialects.fields import Field, opened
-from gkdjax.teachers.http.dialects.said import Key, Said, check_counts, id_in, is_lost, response
+from gkdjax.teachers.http.dialects.said import (
+    Key,
+    Said,
+    check_counts,
+    check_not_cut,
+    id_in,
+    is_lost,
+    response,
+)
 from gkdjax.teachers.http.dialects.token_map import TokenMap
 
 
@@ -50,6 +58,8 @@ class _ByText:
         )
         check_counts(said, request.top_k, self.vocab_size, by_id=False)
         completions.check_completion_tokens(root, len(said))
+        written_tokens = completions.written_tokens(root, len(said))
+        check_not_cut(choice["finish_reason"], written_tokens, request)
         ids = self._drawn(said, choice.find("token_ids"))
         return response(said, ids, request, vocab_size=self.vocab_size, id_of=self._id_of)
 

@@ -149,6 +149,27 @@ def is_lost(finish_reason: Field) -> bool:
     return finish_reason.value in _LOST
 
 
+def check_not_cut(finish_reason: Field, written: int, request: SampleRequest) -> None:
+    """Checks that who stops at a length stops at the one that was asked for.
+
+    Args:
+      finish_reason: why the server stopped.
+      written: tokens that it drew.
+      request: what was asked.
+
+    Raises:
+      WrongAnswer: it has a limit of its own, and says nothing of it.
+    """
+    most = request.sampling.max_new_tokens
+    if finish_reason.text() == "length" and written < most:
+        raise finish_reason.wrong(
+            f'is "length" after {written} tokens, and {most} were asked for after a prompt of'
+            f" {len(request.ids)}: the server cuts answers at a limit of its own, its context's or"
+            f" another. Serve the model with a longer context (vLLM: --max-model-len), or set"
+            f" trajectory.max_new_tokens (and eval.max_new_tokens) to {max(written, 1)} or less"
+        )
+
+
 def check_read(read: Field | None, wanted: int) -> None:
     """Checks the count of prompt tokens, where the server states one.
 

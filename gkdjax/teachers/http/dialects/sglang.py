@@ -11,6 +11,7 @@ from gkdjax.teachers.http.dialects.fields import Field, opened
 from gkdjax.teachers.http.dialects.said import (
     Said,
     check_counts,
+    check_not_cut,
     check_read,
     check_written,
     id_in,
@@ -120,6 +121,7 @@ class Generate:
             raise root["output_ids"].wrong("are other tokens than meta_info.output_token_logprobs")
         check_counts(said, request.top_k, self.vocab_size, by_id=True)
         check_written(meta.find("completion_tokens"), len(ids))
+        check_not_cut(meta["finish_reason"]["type"], len(ids), request)
         return response(said, ids, request, vocab_size=self.vocab_size, id_of=id_in)
 
 

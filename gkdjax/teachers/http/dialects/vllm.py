@@ -11,6 +11,7 @@ from gkdjax.teachers.http.dialects.fields import Field, opened
 from gkdjax.teachers.http.dialects.said import (
     Said,
     check_counts,
+    check_not_cut,
     id_in,
     is_lost,
     position,
@@ -58,6 +59,7 @@ class _Vllm:
             raise choice.wrong("has other tokens in token_ids than in logprobs.tokens")
         check_counts(said, request.top_k, self.vocab_size, by_id=True)
         completions.check_completion_tokens(root, len(ids))
+        check_not_cut(choice["finish_reason"], len(ids), request)
         return response(said, ids, request, vocab_size=self.vocab_size, id_of=id_in)
 
 

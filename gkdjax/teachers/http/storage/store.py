@@ -242,6 +242,8 @@ def sample_key(teacher: KnownTeacher, request: SampleRequest, *, by_messages: bo
         asked["messages"] = [_told(message) for message in request.messages]
         if request.template_kwargs:
             asked["template_kwargs"] = request.template_kwargs
+        if request.tools:
+            asked["tools"] = request.tools
     else:
         asked["ids"] = request.ids.tolist()
     return _key(teacher, "sample", asked)

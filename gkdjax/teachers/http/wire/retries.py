@@ -36,7 +36,7 @@ class GaveUp:
     failed: Failed
     attempts: int
     seconds: float
-    same_twice: bool  # the last two were the same 5xx answer, and it was to end there
+    repeated: bool  # it came as often as was to be the end of it, and is a 5xx answer
 
 
 def persist(
@@ -44,7 +44,7 @@ def persist(
     *,
     max_retries: int,
     deadline_s: float,
-    end_at_same: bool,
+    most_same: int,
     closed: threading.Event,
     before_sleep: Callable[[Failed, float], None],
 ) -> Answer | GaveUp:
@@ -57,23 +57,23 @@ def persist(
       attempt: what it raises is raised.
       max_retries: attempts after the first.
       deadline_s: no attempt begins later than that after the first.
-      end_at_same: give up as soon as two 5xx answers in a row are the same.
+      most_same: give up as soon as so many 5xx answers in a row are the same; 0: do not count.
       closed: ends the waiting.
       before_sleep: called with the failure and the seconds until the next attempt.
     """
-    same_twice = _SameTwice()
+    same = _Same()
 
     def gave_up(state: tenacity.RetryCallState) -> GaveUp:
-        ended_there = end_at_same and same_twice.met
+        repeated = 0 < most_same <= same.in_a_row
         return GaveUp(
-            state.outcome.result(), state.attempt_number, state.seconds_since_start, ended_there
+            state.outcome.result(), state.attempt_number, state.seconds_since_start, repeated
         )
 
     return tenacity.Retrying(
         retry=tenacity.retry_if_result(lambda result: isinstance(result, Failed)),
         wait=_wait,
         stop=tenacity.stop_any(
-            lambda state: same_twice(state) and end_at_same,
+            lambda state: 0 < most_same <= same.count(state),
             tenacity.stop_after_attempt(max_retries + 1),
             tenacity.stop_before_delay(deadline_s),
             tenacity.stop_when_event_set(closed),
@@ -107,14 +107,17 @@ def _wait(state: tenacity.RetryCallState) -> float:
     return max(_BACKOFF(state), state.outcome.result().least_wait_s)
 
 
-class _SameTwice:
-    """Of each failure of one request: is it the same 5xx answer as the one before?"""
+class _Same:
+    """Of the failures of one request: how often the last 5xx answer came in a row."""
 
     def __init__(self):
-        self.met = False
+        self.in_a_row = 0
         self._last = None
 
-    def __call__(self, state: tenacity.RetryCallState) -> bool:
+    def count(self, state: tenacity.RetryCallState) -> int:
         last, self._last = self._last, state.outcome.result().server_error
-        self.met = last is not None and last == self._last
-        return self.met
+        if self._last is None:
+            self.in_a_row = 0
+        else:
+            self.in_a_row = self.in_a_row + 1 if self._last == last else 1
+        return self.in_a_row

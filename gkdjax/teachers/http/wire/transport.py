@@ -30,9 +30,9 @@ _HINTS = {
 
 
 class RepeatedServerError(TeacherUnreachable):
-    """Twice in a row the same 5xx answer: the request may hold a row that the server trips over.
+    """The same 5xx answer again and again: it may be the request that the server trips over.
 
-    Only of requests whose caller said that they can be split.
+    Only of requests whose caller said how often is enough.
     """
 
 
@@ -91,9 +91,9 @@ class Transport:
                 self.root,
             )
 
-    def get(self, path: str) -> dict | list:
+    def get(self, path: str, *, once: bool = False) -> dict | list:
         """As `post`, without a body."""
-        return self._ask(_Question("GET", path, None, _GET_BYTES))
+        return self._ask(_Question("GET", path, None, _GET_BYTES), once=once)
 
     def post(
         self,
@@ -101,7 +101,7 @@ class Transport:
         body: dict,
         *,
         max_bytes: int,
-        splittable: bool = False,
+        most_same: int = 0,
         once: bool = False,
     ) -> dict | list:
         """Asks until there is an answer, waiting longer each time.
@@ -113,38 +113,36 @@ class Transport:
           path: as "/v1/completions".
           body: anything JSON can hold.
           max_bytes: of the answer.
-          splittable: the caller can ask for less at once; see `RepeatedServerError`.
+          most_same: so many times the same 5xx answer are the end of it; 0: the limits alone are.
           once: a single attempt, of a route that the server need not have.
 
         Raises:
           TeacherRefused: any other status, which would come again.
           WrongAnswer: too long, no JSON to the end, or none as its standard has it.
           TeacherUnreachable: no answer within the limits, or the transport is closed.
-          RepeatedServerError: if `splittable`: the same 5xx answer twice in a row.
+          RepeatedServerError: the same 5xx answer `most_same` times in a row.
         """
         data = json.dumps(body, allow_nan=False).encode()
         question = _Question("POST", path, data, max_bytes)
-        return self._ask(question, splittable=splittable, once=once)
+        return self._ask(question, most_same=most_same, once=once)
 
     def close(self) -> None:
         """Closes the connections; whoever still waits to ask again gives up."""
         self._closed.set()
         self._session.close()
 
-    def _ask(
-        self, question: "_Question", *, splittable: bool = False, once: bool = False
-    ) -> dict | list:
+    def _ask(self, question: "_Question", *, most_same: int = 0, once: bool = False) -> dict | list:
         deadline = time.monotonic() + self._limits.deadline_s
         result = retries.persist(
             lambda: self._attempt(question, deadline),
             max_retries=0 if once else self._limits.max_retries,
             deadline_s=self._limits.deadline_s,
-            end_at_same=splittable,
+            most_same=most_same,
             closed=self._closed,
             before_sleep=self._count,
         )
         if isinstance(result, retries.GaveUp):
-            error = RepeatedServerError if result.same_twice else result.failed.error
+            error = RepeatedServerError if result.repeated else result.failed.error
             raise error(
                 f"{self._where(question)} got no usable answer in {result.seconds:.1f} s;"
                 f" attempts: {result.attempts}; the last one: {result.failed.reason}"
