@@ -157,6 +157,9 @@ class Data:
     # Or "truncate-right": the response loses its end; "truncate-left": the row its oldest messages;
     # "truncate-prefix": the teacher's prefix its oldest messages.
     too_long: str = "drop"
+    # Of every source, rows that cannot be read or that the chat template cannot take: "refuse" ends
+    # the run and tells all of them, "drop" leaves them out, counted and named.
+    bad_rows: str = "refuse"
     bucket_lengths: tuple[int, ...] = ()  # allowed padded lengths; (): chosen from the data
     # Given to the chat templates beside the messages, as {"enable_thinking": False}.
     template_kwargs: dict[str, bool | int | str] = dataclasses.field(default_factory=dict)

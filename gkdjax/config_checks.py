@@ -130,6 +130,7 @@ def _check_text(config) -> None:
     at_least_or_none(config, 1, "trajectory.refresh_every_steps")
     require(config.data.train != "", "data.train", "", "name a file or a dataset, or give rows")
     choice("data.too_long", config.data.too_long, TOO_LONG)
+    choice("data.bad_rows", config.data.bad_rows, ("refuse", "drop"))
     at_least(config, 2, "data.max_length")
     for length in config.data.bucket_lengths:
         require(length >= 1, "data.bucket_lengths", length, "must be at least 1")

@@ -11,6 +11,8 @@ from absl import logging
 
 from gkdjax import seeds
 from gkdjax.config import Config, anchor_sets
+from gkdjax.data.bad_rows import BadRows
+from gkdjax.data.fields import TOOL_ROLES
 from gkdjax.data.history import history_as_prefix
 from gkdjax.data.prefixes import read_prefix
 from gkdjax.data.row_lengths import some
@@ -30,33 +32,75 @@ class Examples(NamedTuple):
     prompts: list[Example]  # for divergences: the questions, if there are no others; or []
     abilities: dict[str, list[Example]]  # name -> questions that are asked as they stand
     side_effects: list[Example]  # unrelated prompts, as they stand; or []
+    dropped: dict[str, list[str]]  # the config's key -> names of rows that could not be used
 
 
-def read(config: Config) -> Examples:
+def read(config: Config, bad_rows: BadRows | None = None) -> Examples:
     """Reads every file and dataset that the config names.
+
+    Args:
+      config: of the run.
+      bad_rows: takes in the rows that cannot be used; None: as `data.bad_rows` has it.
 
     Raises:
       UserError: naming the file or key, the row, the field, and what is wrong with it.
     """
     prefix = read_prefix(config.context)
-    train, validation = _train_and_validation(config, prefix)
+    bad_rows = BadRows(config.data.bad_rows) if bad_rows is None else bad_rows
+    reader = _Reader(config, prefix, bad_rows)
+    train, validation = _train_and_validation(config, reader)
     _check_roles(config, train)
-    questions = _questions(config, "questions", prefix)
-    heldout = _questions(config, "heldout", prefix)
+    questions = _answered(reader.baked(config.eval.questions, "eval.questions"))
+    heldout = _answered(reader.baked(config.eval.heldout, "eval.heldout"))
     _check_apart(heldout, train, questions)
-    prompts = _baked(config, config.eval.prompts, "eval.prompts", prefix)
+    prompts = reader.baked(config.eval.prompts, "eval.prompts")
     baked = {prefix, *(row.prefix for row in (*train, *questions, *heldout, *prompts))} - {()}
-    abilities = _abilities(config, baked, train)
+    abilities = _abilities(config, reader, baked, train)
     return Examples(
         train=train,
         validation=validation,
-        anchors=_anchors(config, baked, train),
+        anchors=_anchors(config, reader, baked, train),
         questions=questions,
         heldout=heldout,
         prompts=prompts or questions,
         abilities=abilities,
-        side_effects=_side_effects(config, abilities, baked, train),
+        side_effects=_side_effects(config, reader, abilities, baked, train),
+        dropped=bad_rows.dropped,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Reads the sources of a run."""
+
+    config: Config
+    prefix: tuple[Message, ...]  # the global one
+    bad_rows: BadRows
+
+    def rows(self, source, key: str) -> list[Example]:
+        """Rows to train on, as they stand."""
+        roles = self.config.context.target_roles
+        return read_examples(source, key, roles=roles, bad_rows=self.bad_rows)
+
+    def asked(self, source, key: str) -> list[Example]:
+        """Questions and prompts of the evaluation, as they stand."""
+        roles, match = self.config.context.target_roles, self.config.eval.match
+        return read_examples(source, key, match=match, roles=roles, bad_rows=self.bad_rows)
+
+    def baked(self, source, key: str) -> list[Example]:
+        """Questions and prompts with the prefix that is baked; [] without a source."""
+        if source is None:
+            return []
+        return self.with_prefix(self.asked(source, key), key, last_only=True)
+
+    def with_prefix(
+        self, rows: list[Example], key: str, *, last_only: bool = False
+    ) -> list[Example]:
+        """With their history as the prefix, if wanted; a row's own wins over the global one."""
+        if self.config.context.history_as_prefix:
+            roles = self.config.context.target_roles
+            rows = history_as_prefix(rows, key, roles, self.bad_rows, last_only=last_only)
+        return _with_prefix(rows, self.prefix)
 
 
 def fingerprints(examples: Examples) -> dict[str, dict[str, int]]:
@@ -68,7 +112,7 @@ def fingerprints(examples: Examples) -> dict[str, dict[str, int]]:
         "validation": examples.validation,
         "side_effects": examples.side_effects,
     } | {f"retention.{name}": rows for name, rows in examples.abilities.items()}
-    if examples.side_effects == _in_turn(examples.abilities):
+    if examples.side_effects == in_turn(examples.abilities):
         del sets["side_effects"]
     return {
         name: {"rows": len(rows), "crc32": zlib.crc32(repr([_content(r) for r in rows]).encode())}
@@ -86,22 +130,20 @@ def _content(row: Example) -> tuple:
     return *texts, row.response, row.expected, *(() if plain else (beside,))
 
 
-def _train_and_validation(
-    config: Config, prefix: tuple[Message, ...]
-) -> tuple[list[Example], list[Example]]:
+def _train_and_validation(config: Config, reader: _Reader) -> tuple[list[Example], list[Example]]:
     """Conversations stay whole: what is said in one is not in the other's history."""
-    train = read_examples(config.data.train, "data.train")
+    train = reader.rows(config.data.train, "data.train")
     validation = config.data.validation
     if isinstance(validation, float):
         train, held = _split(train, validation)
     elif validation is not None:
-        held = read_examples(validation, "data.validation")
+        held = reader.rows(validation, "data.validation")
     else:
         held = []
-    train = _with_history(config, train, "data.train", prefix)
+    train = reader.with_prefix(train, "data.train")
     if not held:
         return train, []
-    held = _with_history(config, held, "data.validation", prefix)
+    held = reader.with_prefix(held, "data.validation")
     trained = {(row.prefix, row.turns) for row in train}
     both = [row.name for row in held if (row.prefix, row.turns) in trained]
     if both:
@@ -133,14 +175,6 @@ def _split(rows: list[Example], share: float) -> tuple[list[Example], list[Examp
     return parts
 
 
-def _with_history(
-    config: Config, rows: list[Example], key: str, prefix: tuple[Message, ...]
-) -> list[Example]:
-    if config.context.history_as_prefix:
-        rows = history_as_prefix(rows, key)
-    return _with_prefix(rows, prefix)
-
-
 def _check_roles(config: Config, train: Sequence[Example]) -> None:
     """Raises UserError for a role to be trained that nobody has: it would be missed in silence."""
     # A response, and one that is still to be written, is the assistant's.
@@ -150,6 +184,11 @@ def _check_roles(config: Config, train: Sequence[Example]) -> None:
     source = config.data.train
     where = f"data.train = {source}" if isinstance(source, str) else "data.train"
     for role in config.context.target_roles:
+        if role in TOOL_ROLES:
+            raise UserError(
+                f"config.context.target_roles names {role!r}: results of tools are never learnt;"
+                " take it out"
+            )
         if role not in counts:
             there = ", ".join(f"{role} (in {rows} rows)" for role, rows in counts.items())
             raise UserError(
@@ -163,9 +202,11 @@ def _with_prefix(examples: Sequence[Example], prefix: tuple[Message, ...]) -> li
     return [dataclasses.replace(e, prefix=e.prefix or prefix) for e in examples]
 
 
-def _anchors(config: Config, baked: set, train: Sequence[Example]) -> dict[str, list[Example]]:
+def _anchors(
+    config: Config, reader: _Reader, baked: set, train: Sequence[Example]
+) -> dict[str, list[Example]]:
     return {
-        each.name: _unrelated(read_examples(each.data, each.key), baked, train, "an anchor row")
+        each.name: _unrelated(reader.rows(each.data, each.key), baked, train, "an anchor row")
         for each in anchor_sets(config.anchor)
     }
 
@@ -200,11 +241,6 @@ def _unrelated(
     return rows
 
 
-def _questions(config: Config, name: str, prefix: tuple[Message, ...]) -> list[Example]:
-    key = f"eval.{name}"
-    return _answered(_baked(config, getattr(config.eval, name), key, prefix))
-
-
 def _answered(rows: list[Example]) -> list[Example]:
     for row in rows:
         if row.expected is None:
@@ -227,34 +263,30 @@ def _check_apart(heldout: list[Example], train: list[Example], asked: list[Examp
                 )
 
 
-def _baked(config: Config, source, key: str, prefix: tuple[Message, ...]) -> list[Example]:
-    if source is None:
-        return []
-    rows = read_examples(source, key, match=config.eval.match)
-    if config.context.history_as_prefix:
-        rows = history_as_prefix(rows, key, last_only=True)
-    return _with_prefix(rows, prefix)
-
-
-def _abilities(config: Config, baked: set, train: Sequence[Example]) -> dict[str, list[Example]]:
+def _abilities(
+    config: Config, reader: _Reader, baked: set, train: Sequence[Example]
+) -> dict[str, list[Example]]:
     found, what = {}, "a question of a retention set"
     for name, source in config.eval.retention.items():
-        rows = read_examples(source, f"eval.retention.{name}", match=config.eval.match)
+        rows = reader.asked(source, f"eval.retention.{name}")
         found[name] = _unrelated(_answered(rows), baked, train, what)
     return found
 
 
 def _side_effects(
-    config: Config, abilities: dict[str, list[Example]], baked: set, train: Sequence[Example]
+    config: Config,
+    reader: _Reader,
+    abilities: dict[str, list[Example]],
+    baked: set,
+    train: Sequence[Example],
 ) -> list[Example]:
     what, source = "a prompt for side effects", config.eval.side_effects
     if source is None:
-        return _in_turn(abilities)
-    rows = read_examples(source, "eval.side_effects", match=config.eval.match)
-    return _unrelated(rows, baked, train, what)
+        return in_turn(abilities)
+    return _unrelated(reader.asked(source, "eval.side_effects"), baked, train, what)
 
 
-def _in_turn(abilities: dict[str, list[Example]]) -> list[Example]:
+def in_turn(abilities: dict[str, list[Example]]) -> list[Example]:
     """All questions, a row of each set in turn: so the first few are of every set."""
     rounds = itertools.zip_longest(*abilities.values())
     return [row for each in rounds for row in each if row is not None]

@@ -34,6 +34,7 @@ def report(
     reasons = {
         views.Fate.DROPPED.value: f"longer than data.max_length={rules.max_length}",
         views.Fate.TRUNCATED.value: f"longer than data.max_length={rules.max_length}",
+        views.Fate.UNUSABLE.value: "cannot be read or rendered, see above",
         views.Fate.EMPTY.value: "a response without a token, or with one that is no id here",
         views.Fate.UNMATCHED.value: "nothing to learn with context.target_content_pattern="
         f"{rules.targets.pattern!r}, or no such response in"

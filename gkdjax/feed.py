@@ -41,12 +41,15 @@ class Feed:
         batch_size: int,
         allowed_lengths: Sequence[int],
         seed: int,
+        unusable: Sequence[str] = (),
     ):
         self._purpose, self.rules, self.responses = purpose, rules, responses
         self._batch_size, self._seed = batch_size, seed
         self._allowed_lengths, self._most_padding = allowed_lengths, most_padding
         self.refused = 0  # responses of the teacher that were not accepted
         self.fates: dict[str, list[str]] = collections.defaultdict(list)  # fate -> row names
+        if unusable:
+            self.fates[views.Fate.UNUSABLE.value] += unusable
         self.padding: dict[str, float] = {}  # shares of the off-policy batches
         self._prefixes = {example.row_id: example.prefix for example in examples}  # not shortened
         examples = self._shorten(examples)

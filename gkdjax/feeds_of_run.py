@@ -8,7 +8,9 @@ from absl import logging
 from gkdjax.config import Config, anchor_sets
 from gkdjax.curriculum import needs_teacher_text
 from gkdjax.data import row_lengths
+from gkdjax.data.bad_rows import BadRows
 from gkdjax.data.chat import Chat
+from gkdjax.data.fields import TOOL_ROLES
 from gkdjax.data.history import answers_apart, answers_of
 from gkdjax.data.message_spans import is_plain
 from gkdjax.data.row_lengths import Limit
@@ -57,6 +59,7 @@ def one_feed(
     rules: ViewRules,
     batch_size: int,
     contexts: dict[str, Limit],
+    bad_rows: BadRows,
     per_prompt: int | None = None,
 ) -> Feed:
     """One stream, with its rows as they will be read.
@@ -68,6 +71,7 @@ def one_feed(
       rules: of its views.
       batch_size: rows of a batch.
       contexts: of `contexts_of`.
+      bad_rows: what becomes of rows that the chat template cannot take.
       per_prompt: responses to a row without one; None: `trajectory.per_prompt`.
 
     Raises:
@@ -78,6 +82,8 @@ def one_feed(
         examples = answers_apart(examples, key, rules.targets)
     elif divided := {example for example in examples if _is_divided(example, rules)}:
         examples = answers_apart(examples, key, rules.targets, divided.__contains__)
+    of_rows = key != "data.train" or needs_teacher_text(config.gkd)  # are trained as they stand
+    examples = rendered(key, examples, rules, bad_rows, responses=of_rows)
     row_lengths.require_room_beside_prefix(key, examples, rules, config.context)
     feed = Feed(
         key,
@@ -90,6 +96,7 @@ def one_feed(
         batch_size=batch_size,
         allowed_lengths=config.data.bucket_lengths,
         seed=config.train.seed,
+        unusable=bad_rows.dropped.get(key) or (),
     )
     row_lengths.require_contexts(
         feed.rows(),
@@ -107,12 +114,32 @@ def _is_divided(example: Example, rules: ViewRules) -> bool:
     return len(parts) > 1 and not rules.learns_at_once(example, parts)
 
 
+def rendered(
+    key: str, examples: list[Example], rules: ViewRules, bad_rows: BadRows, *, responses: bool
+) -> list[Example]:
+    """The rows that the chat templates take, and their responses if these are wanted.
+
+    Raises:
+      UserError: there are others, and they are not to be dropped.
+    """
+    found = []
+    for example in examples:
+        with bad_rows.row(example.name):
+            rules.prompts(example)
+            if responses and example.answer is not None:
+                rules.pair(example, None)
+            found.append(example)
+    bad_rows.settle(key, key, len(found))
+    return examples if len(found) == len(examples) else found
+
+
 def _anchor_rules(
     config: Config, rules: ViewRules, teacher_chat: Chat, anchors: dict[str, list[Example]]
 ) -> ViewRules:
     roles = {"assistant"}
     if config.anchor.tokens == "all":
         roles |= {turn.role for rows in anchors.values() for row in rows for turn in row.turns}
+        roles -= {*TOOL_ROLES}
     # The pattern is for what is being taught; the anchor's text may be about anything.
     return dataclasses.replace(
         rules,
@@ -128,6 +155,7 @@ def anchor_feeds(
     rules: ViewRules,
     sources: Sources,
     contexts: dict[str, Limit],
+    bad_rows: BadRows,
 ) -> dict[str, Feed]:
     """By name, see `config.anchor_sets`; {} without an anchor. Arguments as for `one_feed`."""
     if not examples.anchors:
@@ -139,7 +167,9 @@ def anchor_feeds(
     rules = _anchor_rules(config, rules, teacher_chat, examples.anchors)
     rows = config.anchor.batch_size
     return {
-        of.name: one_feed(config, of.key, examples.anchors[of.name], rules, rows, contexts)
+        of.name: one_feed(
+            config, of.key, examples.anchors[of.name], rules, rows, contexts, bad_rows
+        )
         for of in anchor_sets(config.anchor)
     }
 
@@ -150,6 +180,7 @@ def validation_feed(
     rules: ViewRules,
     contexts: dict[str, Limit],
     can: Capabilities,
+    bad_rows: BadRows,
 ) -> Feed | None:
     """The first `eval.rows` of them; None if there are none, or the teacher cannot read them."""
     rows, most = examples.validation, config.eval.rows
@@ -158,5 +189,7 @@ def validation_feed(
     if len(rows) > most:
         logging.info("data.validation: the first %d of %d rows (eval.rows)", most, len(rows))
     batch = config.eval.batch_size
-    feed = one_feed(config, "data.validation", rows[:most], rules, batch, contexts, per_prompt=1)
+    feed = one_feed(
+        config, "data.validation", rows[:most], rules, batch, contexts, bad_rows, per_prompt=1
+    )
     return None if feed.needs_scores() and not can.scores else feed

@@ -131,6 +131,8 @@ def _run(parts: Run, workdir: pathlib.Path, shared: pathlib.Path, began: float) 
     training["seconds"] = time.monotonic() - began
     if isinstance(parts.teacher, HttpTeacher):
         training["teacher"] = parts.teacher.report()
+    if parts.examples.dropped:
+        training["dropped_rows"] = parts.examples.dropped
     rows = {name: feed.report() for name, feed in training_text.feeds(parts).items()}
     on_the_way = read_lines(workdir / "eval.jsonl")
     return results.collect(before, on_the_way, after, rows, training)

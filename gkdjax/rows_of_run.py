@@ -18,6 +18,7 @@ from gkdjax.config import Config, rows_at_once
 from gkdjax.config_models import SERVERS
 from gkdjax.curriculum import needs_teacher_text
 from gkdjax.data import row_lengths, shapes
+from gkdjax.data.bad_rows import BadRows
 from gkdjax.data.chat import Chat
 from gkdjax.data.targets import TargetRules
 from gkdjax.data.views import ViewRules
@@ -102,7 +103,8 @@ def read(
     for key, rows in rows_at_once(config).items():
         sharding.check_rows(mesh, key, rows)
     lengths = _ladder(config)
-    examples = examples_of_run.read(config)
+    bad_rows = BadRows(config.data.bad_rows)
+    examples = examples_of_run.read(config, bad_rows)
 
     sources = models_of_run.find(config, workdir, teacher)
     backend = config.teacher.backend
@@ -121,21 +123,24 @@ def read(
     toggles = teacher is None and backend == "local-toggle"
     rules = _view_rules(config, sources.chat, sources.teacher_chat)
     contexts = feeds_of_run.contexts_of(config, sources, teacher)
+    examples = _askable(config, examples, rules, bad_rows)
     room = "eval.max_new_tokens", config.eval.max_new_tokens
     for asked, by_teacher in ((_asked(config, examples), True), (_beside(examples), False)):
         row_lengths.require_contexts(asked, rules, room, contexts, teacher_writes=by_teacher)
     rows = config.train.batch_size
-    feed = feeds_of_run.one_feed(config, "data.train", examples.train, rules, rows, contexts)
+    feed = feeds_of_run.one_feed(
+        config, "data.train", examples.train, rules, rows, contexts, bad_rows
+    )
     if config.gkd.on_policy_fraction > 0:  # the student writes to rows with a response, too
         unanswered = [dataclasses.replace(row, answer=None) for row in feed.rows()]
         room = "trajectory.max_new_tokens", config.trajectory.max_new_tokens
         row_lengths.require_contexts(unanswered, rules, room, contexts, teacher_writes=False)
     if toggles and not (config.teacher.adapter or config.student.lora.start_from):
         toggle.require_longer_view(feed.views_differ())
-    anchor_feeds = feeds_of_run.anchor_feeds(config, examples, rules, sources, contexts)
+    anchor_feeds = feeds_of_run.anchor_feeds(config, examples, rules, sources, contexts, bad_rows)
     name = teacher.description if teacher is not None else config.teacher.backend
     can = teacher.capabilities if teacher is not None else FlaxTeacher.capabilities
-    validation = feeds_of_run.validation_feed(config, examples, rules, contexts, can)
+    validation = feeds_of_run.validation_feed(config, examples, rules, contexts, can, bad_rows)
     _check_capabilities(config, can, name, _needs(config, feed, anchor_feeds, validation))
     return Rows(
         config=config,
@@ -143,7 +148,7 @@ def read(
         lengths=lengths,
         sources=sources,
         rules=rules,
-        examples=examples._replace(train=feed.rows()),
+        examples=examples._replace(train=feed.rows(), dropped=bad_rows.dropped),
         feed=feed,
         anchor_feeds=anchor_feeds,
         validation=validation,
@@ -179,6 +184,32 @@ def _view_rules(config: Config, chat: Chat, teacher_chat: Chat) -> ViewRules:
         targets=TargetRules(c.target_roles, c.target_content_pattern, c.target_span),
         max_length=config.data.max_length,
         too_long=config.data.too_long,
+    )
+
+
+def _askable(config: Config, examples: Examples, rules: ViewRules, bad_rows: BadRows) -> Examples:
+    """Without questions and prompts that the chat templates do not take, if they are dropped."""
+
+    def kept(key: str, rows: list[Example]) -> list[Example]:
+        unanswered = [dataclasses.replace(row, answer=None) for row in rows]
+        left = feeds_of_run.rendered(key, unanswered, rules, bad_rows, responses=False)
+        names = {row.name for row in left}
+        return rows if left is unanswered else [row for row in rows if row.name in names]
+
+    questions = kept("eval.questions", examples.questions)
+    same = examples.prompts is examples.questions
+    abilities = {
+        name: kept(f"eval.retention.{name}", rows) for name, rows in examples.abilities.items()
+    }
+    own = config.eval.side_effects is not None
+    return examples._replace(
+        questions=questions,
+        heldout=kept("eval.heldout", examples.heldout),
+        prompts=questions if same else kept("eval.prompts", examples.prompts),
+        abilities=abilities,
+        side_effects=kept("eval.side_effects", examples.side_effects)
+        if own
+        else examples_of_run.in_turn(abilities),
     )
 
 

@@ -20,7 +20,7 @@ def claim(workdir: pathlib.Path, config: config_lib.Config) -> None:
     path = workdir / "config.json"
     mine = json.loads(json.dumps(config_lib.to_dict(config)))
     if path.exists():
-        theirs = json.loads(path.read_text())
+        theirs = _with_new_keys(json.loads(path.read_text()))
         differing = sorted(_differences(_lasting(mine), _lasting(theirs), "config"))
         if differing:
             raise UserError(
@@ -65,6 +65,15 @@ def write_json(path: pathlib.Path, value: dict) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, indent=2) + "\n")
     part.replace(path)
+
+
+def _with_new_keys(theirs: dict) -> dict:
+    """An older run did what the defaults of the keys say that are new since."""
+    defaults = json.loads(json.dumps(config_lib.to_dict(config_lib.Config())))
+    sections = {name: default for name, default in defaults.items() if isinstance(default, dict)}
+    return theirs | {
+        name: default | theirs[name] for name, default in sections.items() if name in theirs
+    }
 
 
 def _lasting(raw: dict) -> dict:

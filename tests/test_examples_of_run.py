@@ -1,11 +1,13 @@
 """Which rows are trained, held back and asked, and which sets must not meet."""
 
+import contextlib
 import logging
+import shutil
 
 import pytest
 from small_runs import PREFIX, small
 
-from gkdjax import config, examples_of_run
+from gkdjax import config, examples_of_run, rows_of_run
 from gkdjax.errors import UserError
 
 OTHER = [{"role": "system", "content": "be long"}]
@@ -179,3 +181,81 @@ def test_runs_are_comparable_by_what_is_asked_and_not_by_where_it_stands(tmp_pat
     assert set(task(**other, data__validation=rows("v"))) == {
         *("prompts", "side_effects", "validation")
     }
+
+
+@pytest.fixture
+def rendered(tmp_path):
+    """rendered(changes) -> the Rows of a run whose chat template does not take "no"."""
+    student = tmp_path / "student"
+    shutil.copytree(config.ASSETS / "quickstart/student", student)
+    with (student / "chat_template.jinja").open("a") as template:
+        template.write("{% for m in messages if 'no' in m.content %}")
+        template.write("{{ raise_exception('not that') }}{% endfor %}")
+
+    def read(**changes):
+        parsed = config.parse(small(str(student), **changes))
+        with contextlib.ExitStack() as connections:
+            return rows_of_run.read(parsed, tmp_path, None, connections)
+
+    return read
+
+
+def test_rows_that_cannot_be_rendered_are_told_before_anything_is_written(rendered):
+    weightless = {"role": "assistant", "content": "yo", "weight": 0}
+    sets = {
+        "data__train": [
+            *rows("no", "fine", "no"),
+            *rows("fine", response="no"),
+            {"messages": [{"role": "user", "content": "hi"}, weightless]},
+            *rows("good", response="yo"),
+        ],
+        "eval__questions": rows("q", "no q", answer="x"),
+        "eval__retention": {"sort": rows("r", "no r", answer="x")},
+        "anchor__data": rows("a", "no a"),
+    }
+    with pytest.raises(
+        UserError, match=r"^eval\.questions:1, .* not that.*; data\.bad_rows='drop'"
+    ):
+        rendered(**sets)
+    with pytest.raises(UserError) as caught:
+        rendered(data__train=sets["data__train"])
+    told = str(caught.value)
+    assert told.startswith("data.train: 4 rows cannot be used; data.bad_rows='drop' would")
+    assert told.count("not that") == 2 and "data.train:0, " in told and "1 more: data.tra" in told
+    assert "data.train:4: no target tokens: it has no message of" in told and "'weight': 0" in told
+    found = rendered(data__bad_rows="drop", **sets)
+    dropped = [f"data.train:{i}" for i in (0, 2, 3, 4)]
+    assert found.feed.report()["unusable"] == dropped
+    assert found.examples.dropped == {
+        "data.train": dropped,
+        **{key: [f"{key}:1"] for key in ("eval.questions", "eval.retention.sort", "anchor.data")},
+    }
+    assert asked(found.examples.train) == ["fine", "good"]
+    assert asked(found.examples.questions) == asked(found.examples.prompts) == ["q"]
+    assert asked(found.examples.side_effects) == ["r"]
+
+
+def test_the_roles_of_tools_are_never_learnt():
+    talk = [{"role": role, "content": role} for role in ("user", "tool", "assistant")]
+    with pytest.raises(UserError, match=r"target_roles names 'tool': results of tools are never"):
+        read(data__train=[{"messages": talk}], context__target_roles=("assistant", "tool"))
+    assert [turn.role for turn in read(data__train=[{"messages": talk}]).train[0].turns] == [
+        *("user", "tool")
+    ]
+
+
+def test_empty_rows_are_dropped_of_every_set_if_wanted():
+    sets = {
+        "data__train": rows("a", ""),
+        "data__validation": rows("", "b"),
+        "eval__questions": rows("q", "", answer="x"),
+    }
+    with pytest.raises(UserError, match=r"^data\.train:1: prompt is empty; data\.bad_rows='drop'"):
+        read(**sets)
+    examples = read(data__bad_rows="drop", **sets)
+    assert examples.dropped == {
+        "data.train": ["data.train:1"],
+        "data.validation": ["data.validation:0"],
+        "eval.questions": ["eval.questions:1"],
+    }
+    assert asked(examples.train) + asked(examples.questions) == ["a", "q"]

@@ -9,13 +9,20 @@ from collections.abc import Callable, Sequence
 
 from absl import logging
 
-from gkdjax.data.targets import TOOL_ROLES, TargetRules
+from gkdjax.data.bad_rows import BadRows
+from gkdjax.data.fields import TOOL_ROLES
+from gkdjax.data.targets import TargetRules
 from gkdjax.errors import UserError
 from gkdjax.types import Example, Message
 
 
 def history_as_prefix(
-    examples: Sequence[Example], key: str, *, last_only: bool = False
+    examples: Sequence[Example],
+    key: str,
+    roles: Sequence[str] = ("assistant",),
+    bad_rows: BadRows | None = None,
+    *,
+    last_only: bool = False,
 ) -> list[Example]:
     """One Example for each of the assistant's turns; rows with a prefix stay as they are.
 
@@ -23,21 +30,28 @@ def history_as_prefix(
     response a2. So the teacher reads everything before a1 and a2, and the student the last
     `student_retained_turns` messages of the prefix and always the message that is answered. A
     system message is part of the history. If the assistant has to write the last turn, so it has
-    here. Messages by the assistant that follow on each other stay in one Example.
+    here. Messages by the assistant that follow on each other stay in one Example. Answers that are
+    not to be learnt (`Message.learn`, `Example.given`) are history alone.
 
     Args:
       examples: as read; their `row_id` is given anew.
       key: of the config, for the log.
+      roles: `context.target_roles`.
+      bad_rows: what becomes of rows that cannot be used; None: they are refused.
       last_only: the last turn of each row only, for prompts of the evaluation.
 
     Raises:
       UserError: a conversation begins with the assistant; it names the row.
     """
     made: list[Example] = []
+    bad_rows = BadRows() if bad_rows is None else bad_rows
     for example in examples:
-        parts = [example] if example.prefix else _turns_of(example)
-        for part in parts[-1:] if last_only else parts:
-            made.append(dataclasses.replace(part, row_id=len(made)))
+        with bad_rows.row(example.name):
+            parts = [example] if example.prefix else _turns_of(example)
+            wanted = [p for p in parts if p.answer is None or _teaches(p, roles)]
+            parts = parts[-1:] if last_only or not wanted else wanted
+            made += [dataclasses.replace(p, row_id=len(made) + i) for i, p in enumerate(parts)]
+    bad_rows.settle(key, key, len(made))
     logging.info("%s: %d rows, as %d turns with their history", key, len(examples), len(made))
     return made
 
@@ -130,10 +144,19 @@ def _turns_of(example: Example) -> list[Example]:
         history = start + _leading_system(part.turns)
         parts.append(
             dataclasses.replace(
-                part, prefix=tuple(said[:history]), turns=part.turns[history - start :]
+                part,
+                prefix=tuple(said[:history]),
+                turns=part.turns[history - start :],
+                given=max(0, min(example.given, end) - history),
             )
         )
     return parts if len(parts) > 1 else [dataclasses.replace(parts[0], name=example.name)]
+
+
+def _teaches(part: Example, roles: Sequence[str]) -> bool:
+    """Whether it has a message to learn."""
+    said = _said(part)[part.given :]
+    return any(message.learn and message.role in roles for message in said)
 
 
 def _leading_system(turns: Sequence[Message]) -> int:

@@ -88,9 +88,8 @@ def _fit(
     for i, message in enumerate(messages):
         said = [p for p in pieces[i] if p.strip() and not (len(pieces[i]) > 1 and _TAGS.match(p))]
         marks = {p: f"gkdjaxcontent{numbers.setdefault(p, len(numbers))}end" for p in said}
-        blank.append(
-            message._replace(content="".join(marks[p] if p in marks else p for p in pieces[i]))
-        )
+        spelled = {p: p for p in pieces[i]} | marks
+        blank.append(message._replace(content="".join(spelled[p] for p in pieces[i])))
         ends = max((n for n, p in enumerate(pieces[i]) if p == _THOUGHT_ENDS), default=-1)
         thought = [message.role == "assistant" and n < ends for n in range(len(pieces[i]))]
         parts += [_Part(i, p, t) for p, t in zip(pieces[i], thought, strict=True) if p in marks]

@@ -61,9 +61,11 @@ def _file_messages(source: str) -> tuple[Message, ...]:
     if source.endswith(".json"):
         listed = json_value(source, where)
     elif source.endswith((".yaml", ".yml")):
+        told = read_text(source, where)
         try:
-            listed = yaml.load(read_text(source, where), Loader=_UniqueKeys)
-        except yaml.YAMLError as error:
+            listed = yaml.load(told, Loader=_UniqueKeys)
+        # A day that no month has is a ValueError, and so are too many digits.
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             told = " ".join(str(error).split())
             raise UserError(f"{where}: does not parse as YAML: {told}") from error
     else:

@@ -1,15 +1,24 @@
 """Rows of Parquet files and of Hugging Face datasets, both read as Arrow tables.
 
 pyarrow and datasets are extras: they are imported where they are used, and asked for by name.
+
+A column whose values are of several types is one of JSON texts (arrow.json), and `datasets` writes
+a string as it stands if it reads as JSON, and with quotes if not. So strings, lists and objects are
+decoded, and what may be a number or the text of one stays `Ambiguous`, and is refused where it is
+read. Objects in a table have all fields of all rows: those that are null are left out.
 """
 
 import importlib
+import json
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from gkdjax.data.fields import Ambiguous
 from gkdjax.errors import UserError
 
 _ROWS = 1024  # that are Python objects at once
+_JSON = (".json", ".jsonl", ".ndjson")
 
 
 def parquet_rows(source: str, where: str) -> Iterator[tuple[str, dict]]:
@@ -30,6 +39,42 @@ def parquet_rows(source: str, where: str) -> Iterator[tuple[str, dict]]:
         raise UserError(f"{where}: cannot be read as Parquet: {error}") from error
 
 
+def json_files(path: pathlib.Path, config: str | None, where: str) -> dict[str, list[str]] | None:
+    """Split -> its files, of a directory that is JSON and nothing else, as `datasets` finds them.
+
+    None if it is none: a dataset saved to disk, files of another kind, or metadata that say how the
+    files are to be changed.
+    """
+    datasets = _extra("datasets", where)
+    if _is_saved(path):
+        return None
+    try:
+        # A cache would bring what it once made of these files. With "./", or datasets might take
+        # the name for one on the hub.
+        with tempfile.TemporaryDirectory() as cache:
+            builder = datasets.load_dataset_builder(str(path.absolute()), config, cache_dir=cache)
+    except Exception as error:  # of several libraries, and of other ones with each release
+        raise _unreadable(where, error) from error
+    own = builder.config
+    if type(builder).__module__ != "datasets.packaged_modules.json.json":
+        return None
+    plain = own.field is None and own.encoding == "utf-8" and builder.info.features is None
+    files = {str(split): list(map(str, listed)) for split, listed in own.data_files.items()}
+    of_text = all(file.endswith(_JSON) for listed in files.values() for file in listed)
+    return files if plain and of_text else None
+
+
+def parts_of(split: str, lengths: Mapping[str, int], where: str) -> Sequence[tuple[str, int, int]]:
+    """Of a split as "train[:500]+test": (name, first row, row after the last) of each part."""
+    datasets = _extra("datasets", where)
+    try:
+        return _parts_of(datasets, split, lengths)
+    except UserError:  # of the rows, which are read to be counted
+        raise
+    except Exception as error:
+        raise _unreadable(where, error) from error
+
+
 def directory_rows(
     path: pathlib.Path, config: str | None, split: str | None, where: str
 ) -> Iterator[tuple[str, dict]]:
@@ -45,18 +90,16 @@ def directory_rows(
       UserError: no such split or config, several and none named, a damaged file, or no datasets.
     """
     datasets = _extra("datasets", where)
-    saved = any((path / name).exists() for name in ("dataset_dict.json", "state.json"))
+    saved = _is_saved(path)
     if saved and config is not None:
         raise UserError(f"{where}: a dataset saved to disk has no configs; write NAME:SPLIT")
     try:
         if saved:
             loaded = _part_of(datasets, datasets.load_from_disk(str(path)), split)
         else:
-            # With "./", or datasets might take the name for one on the hub.
             loaded = datasets.load_dataset(str(path.absolute()), config, split=split)
-    except Exception as error:  # of several libraries, and of other ones with each release
-        cause = f": {error.__cause__}" if error.__cause__ else ""
-        raise UserError(f"{where}: cannot be read as a dataset: {error}{cause}") from error
+    except Exception as error:
+        raise _unreadable(where, error) from error
     return _dataset_rows(datasets, loaded, path.absolute().name, split, where)
 
 
@@ -78,6 +121,16 @@ def hub_rows(
     return _dataset_rows(datasets, loaded, name, split, where)
 
 
+def _is_saved(path: pathlib.Path) -> bool:
+    return any((path / name).exists() for name in ("dataset_dict.json", "state.json"))
+
+
+def _unreadable(where: str, error: Exception) -> UserError:
+    cause = f": {error.__cause__}" if error.__cause__ else ""
+    told = " ".join(f"{error}{cause}".split())
+    return UserError(f"{where}: cannot be read as a dataset: {told}")
+
+
 def _extra(module: str, where: str):
     try:
         return importlib.import_module(module)
@@ -94,11 +147,15 @@ def _part_of(datasets, saved, split: str | None):
         return saved
     if not isinstance(saved, datasets.DatasetDict):
         saved = {str(saved.split or "train"): saved}  # load_dataset's name for the one of a file
-    instruction = datasets.ReadInstruction.from_spec(split)
-    parts = instruction.to_absolute({name: len(rows) for name, rows in saved.items()})
+    parts = _parts_of(datasets, split, {name: len(rows) for name, rows in saved.items()})
     return datasets.concatenate_datasets(
-        [saved[part.splitname].select(range(part.from_, part.to)) for part in parts]
+        [saved[name].select(range(start, end)) for name, start, end in parts]
     )
+
+
+def _parts_of(datasets, split: str, lengths: Mapping[str, int]) -> list[tuple[str, int, int]]:
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    return [(part.splitname, part.from_, part.to) for part in parts]
 
 
 def _dataset_rows(datasets, loaded, name: str, split: str | None, where: str):
@@ -119,20 +176,60 @@ def _rows(batches: Iterable, label: str) -> Iterator[tuple[str, dict]]:
         twice = [name for name in names if names.count(name) > 1]
         if twice:  # a dict would keep the last and say nothing
             raise UserError(f"{label}: has the column {twice[0]!r} twice; keep one")
-        try:
-            rows = batch.to_pylist()
-        except UnicodeDecodeError as error:
-            column, row = _undecodable(names, batch.num_rows, batch.column)
-            raise UserError(f"{label}:{start + row}: {column} is not UTF-8: {error}") from error
-        yield from ((f"{label}:{start + i}", row) for i, row in enumerate(rows))
+        columns = [_values(batch, i, label, start) for i in range(len(names))]
+        for i, values in enumerate(zip(*columns, strict=True)):
+            yield f"{label}:{start + i}", dict(zip(names, values, strict=True))
         start += batch.num_rows
 
 
-def _undecodable(names: list[str], rows: int, column: Callable) -> tuple[str, int]:
-    for row in range(rows):
-        for name in names:
-            try:
-                column(name)[row].as_py()
-            except UnicodeDecodeError:
-                return name, row
-    raise AssertionError("every value decodes")
+def _values(batch, place: int, label: str, start: int) -> list:
+    """A column as Python objects."""
+    field, column = batch.schema.field(place), batch.column(place)
+    try:
+        values = column.to_pylist()
+    except (ValueError, OverflowError) as error:  # not UTF-8; a date beyond Python's
+        row = next(row for row in range(len(column)) if not _decodes(column[row]))
+        what = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "cannot be read"
+        raise UserError(f"{label}:{start + row}: {field.name} {what}: {error}") from error
+    decode = _decoder(field)
+    return values if decode is None else [None if v is None else decode(v) for v in values]
+
+
+def _decodes(value) -> bool:
+    try:
+        value.as_py()
+    except (ValueError, OverflowError):
+        return False
+    return True
+
+
+def _decoder(field) -> Callable | None:
+    """A function of the values of an Arrow field that are not null; None: they stay."""
+    types, of = _extra("pyarrow.types", field.name), field.type
+    marks = field.metadata or {}  # where pyarrow does not know the type
+    named = getattr(of, "extension_name", "") or ""
+    if named == "arrow.json" or marks.get(b"ARROW:extension:name") == b"arrow.json":
+        return _json_value
+    if types.is_struct(of):
+        inner = [(f.name, _decoder(f)) for f in (of.field(i) for i in range(of.num_fields))]
+        return lambda value: {
+            name: value[name] if decode is None else decode(value[name])
+            for name, decode in inner
+            if value[name] is not None
+        }
+    if types.is_list(of) or types.is_large_list(of) or types.is_fixed_size_list(of):
+        decode = _decoder(of.value_field)
+        if decode is not None:
+            return lambda value: [None if one is None else decode(one) for one in value]
+    return None
+
+
+def _json_value(stored: str) -> object:
+    """A string, list or object as it was; what may be text or not stays `Ambiguous`."""
+    try:
+        value = json.loads(stored)
+    except json.JSONDecodeError:
+        return stored  # text that was left as it is
+    except (ValueError, RecursionError):  # too many digits, too deep
+        return Ambiguous(stored, None)
+    return value if isinstance(value, str | list | dict) else Ambiguous(stored, value)

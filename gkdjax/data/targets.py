@@ -8,10 +8,9 @@ import re
 import numpy as np
 
 from gkdjax.data.chat import Chat, Sought, Target, matches
+from gkdjax.data.fields import TOOL_ROLES
 from gkdjax.data.message_spans import thinks
 from gkdjax.types import Example, Message, Trajectory
-
-TOOL_ROLES = ("tool", "function", "ipython")  # of what a tool has answered: never learnt
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ class Fate(enum.Enum):
     SHORTENED = "shortened"  # it lost messages, or text, at its beginning or in its prefix
     DROPPED = "dropped"  # too long
     EMPTY = "empty"  # its response has no token
+    UNUSABLE = "unusable"  # it cannot be read or rendered, and data.bad_rows="drop"
     UNMATCHED = "unmatched"  # nothing to be learnt from it has context.target_content_pattern
 
 
@@ -166,13 +167,15 @@ class ViewRules:
 
 def _require_roles(example: Example, targets: TargetRules, trajectory: Trajectory | None) -> None:
     """Raises UserError if a row has no target because of its roles, and not of a pattern."""
-    roles = {turn.role for turn in example.turns[example.given :]}
-    if example.answer is not None or trajectory is not None:
+    answer = () if example.answer is None else (example.answer,)
+    said = [*example.turns[example.given :], *answer]
+    roles = {message.role for message in said if message.learn}
+    if trajectory is not None:
         roles.add("assistant")
     if targets.pattern is None or not roles & {*targets.roles}:
         raise UserError(
             f"{example.name}: no target tokens: it has no message of the roles "
-            f"{', '.join(targets.roles)} to train on"
+            f"{', '.join(targets.roles)} to train on, or only such with 'weight': 0"
         )
 
 

@@ -148,3 +148,22 @@ def test_answers_apart_are_counted_in_the_log(caplog):
         assert "one answer each" not in caplog.text
         answers_apart(_rows("u1 a1 u2 a2", "u2"), "data.train", rules)
     assert "data.train: 2 rows, as 3 with one answer each" in caplog.text
+
+
+def test_answers_that_are_not_learnt_are_history_alone():
+    said = [m.for_template() for m in _said("u1 a1 u2 a2 u3 a3 u4")]
+    said[3]["weight"] = 0
+    rows = ({"messages": said[:6]}, {"messages": said[:4]}, {"messages": said})
+    made = history_as_prefix(read_examples(rows, "data.train"), "data.train")
+    last = ("u1 a1 u2 a2", "u3", "a3")
+    assert _shown(made) == [
+        *(("", "u1", "a1"), last, ("", "u1", "a1"), ("", "u1", "a1"), last),
+        ("u1 a1 u2 a2 u3 a3", "u4", None),
+    ]
+    assert [row.row_id for row in made] == list(range(6))
+    # A prompt that is a list is read and never learnt.
+    (row,) = read_examples(({"prompt": said[:5], "completion": said[5:6]},), "data.train")
+    (made,) = history_as_prefix([row], "data.train")
+    assert (_shown([made]), made.given, made.name) == ([last], 1, "data.train:0[5]")
+    (part, _) = history_as_prefix([dataclasses.replace(row, given=1)], "data.train")
+    assert (part.given, part.response) == (1, "a1")

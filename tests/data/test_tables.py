@@ -1,6 +1,8 @@
 """Parquet files and Hugging Face datasets, made on the spot."""
 
+import dataclasses
 import importlib
+import json
 
 import datasets
 import pyarrow as pa
@@ -127,11 +129,147 @@ def test_a_directory_of_jsonl_files(tmp_path):
     with pytest.raises(UserError, match=r"^mine:train:1: answer is empty"):
         read_examples(str(home) + ":train", "data.train")
     (home / "train.jsonl").write_text('{"question": "hi"}\n{"question": \n')
-    with pytest.raises(UserError, match=r"(?s)^data.train = .*mine: cannot be read .* in row 1"):
+    with pytest.raises(UserError, match=r"^train\.jsonl: line 2, column 14: does not parse as"):
         read_examples(str(home), "data.train")
     (home / "train.jsonl").unlink()
     with pytest.raises(UserError, match=r"mine: cannot be read as a dataset: .* any data files"):
         read_examples(str(home), "data.train")
+
+
+# One value of each column that `datasets` would type as Json, or as dates.
+_ODD = [
+    {"question": "hi", "answer": ["4", "four"]},
+    {"question": 'say "hi"\n', "answer": '"42"'},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "answer": "42"},
+    {"messages": [{"role": "user", "content": "hi", "weight": 0}], "answer": "2020-01-01"},
+    *(
+        {
+            "messages": [
+                {"role": "user", "content": "null"},
+                {"role": "assistant", "content": "", "tool_calls": [{"arguments": {"a": a}}]},
+                {"role": "tool", "content": "3"},
+            ],
+            "answer": 7,
+        }
+        for a in (1, "s")
+    ),
+]
+
+
+def _one_for_all(rows, folder, name="train.jsonl"):
+    folder.mkdir()
+    (folder / name).write_text("\n".join(map(json.dumps, rows)))
+    return str(folder)
+
+
+def test_a_directory_of_json_means_what_its_files_mean(tmp_path):
+    dated = [{"question": "when?", "answer": f"2020-01-0{i}"} for i in (1, 2)]
+    for i, rows in enumerate((_ODD, dated)):
+        directory = _one_for_all(rows, tmp_path / f"d{i}")
+        datasets.load_dataset(directory)  # and what its cache says of it is not asked
+        found = read_examples(directory, "eval.questions", match="exact")
+        of_file = read_examples(f"{directory}/train.jsonl", "eval.questions", match="exact")
+        assert found == [
+            dataclasses.replace(row, name=f"d{i}:train:{row.row_id}") for row in of_file
+        ]
+
+
+def test_splits_of_json_are_the_files_that_datasets_finds(tmp_path):
+    def files(name, **contents):
+        for path, numbers in contents.items():
+            path = tmp_path / name / path.replace("__", "/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = (json.dumps({"prompt": f"ask {n}"}) for n in numbers)
+            path.with_suffix(".jsonl").write_text("\n".join(lines))
+        return str(tmp_path / name)
+
+    def asked(source):
+        return [(name, int(words[4:])) for name, words, _ in _shown(source)]
+
+    shards = files(
+        *("shards",),
+        **{f"data__train-0000{i}-of-00003": [2 * i, 2 * i + 1][: 2 * (i != 1)] for i in range(3)},
+        data__test__x=[9],
+    )
+    assert asked(shards) == [(f"shards:train:{i}", n) for i, n in enumerate((0, 1, 4, 5))]
+    named = files("named", train=[0, 1, 2], valid=[3], my_test=[4])
+    assert asked(named + ":validation") == [("named:validation:0", 3)]
+    assert [n for _, n in asked(named + ":train[-1:]+test")] == [2, 4]
+    assert [n for _, n in asked(named + ":all")] == [0, 1, 2, 3, 4]
+    plain = files("plain", one=[0], two=[1])
+    assert [n for _, n in asked(plain)] == [0, 1]
+    (tmp_path / "plain" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: b\n  data_files: two.jsonl\n---\n"
+    )
+    assert [n for _, n in asked(plain + ":b:train")] == [1]
+    (tmp_path / "named" / "train.jsonl").rename(tmp_path / "named" / "train.json")
+    assert [n for _, n in asked(named + ":train")] == [0, 1, 2]
+    for source, told in (
+        (named, r"named: which split of train, validation, test\? Write named:train$"),
+        (named + ":vali", r"named:vali: cannot be read as a dataset: Unknown split \"vali\""),
+        (named + ":train[1", "cannot be read as a dataset: Unrecognized instruction format"),
+    ):
+        with pytest.raises(UserError, match=told):
+            read_examples(source, "data.train")
+
+
+def _arrow(tmp_path, rows):
+    """The same rows as `datasets` holds them: saved, and as Parquet."""
+    _one_for_all(rows, tmp_path / "files")
+    made = datasets.load_dataset(str(tmp_path / "files"), split="train")
+    made.save_to_disk(str(tmp_path / "saved"))
+    made.to_parquet(str(tmp_path / "x.parquet"))
+    return str(tmp_path / "saved"), str(tmp_path / "x.parquet")
+
+
+def test_columns_of_json_text_are_decoded_where_nothing_is_lost(tmp_path):
+    rows = [row for row in _ODD if row["answer"] != "42" and "tool" not in json.dumps(row)]
+    rows += [{"messages": _TALK, "answer": a} for a in ("one\ntwo", "{a}", 7, None)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    wanted = read_examples(str(tmp_path / "x.jsonl"), "eval.questions", match="exact")
+    for source in _arrow(tmp_path, rows):
+        found = read_examples(source, "eval.questions", match="exact")
+        for mine, theirs in zip(found, wanted, strict=True):
+            if mine.expected and mine.expected.any_of == ("42",):
+                continue  # quotes of the text's own: the one thing that datasets loses
+            assert dataclasses.replace(mine, name="") == dataclasses.replace(theirs, name="")
+
+
+_TALK = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "", "tool_calls": [{"arguments": {"x": 1, "y": "2"}}]},
+    {"role": "assistant", "content": "", "tool_calls": [{"arguments": {"z": [None, "2"]}}]},
+    {"role": "tool", "content": "3"},
+]
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (
+            [{"prompt": "a", "response": r} for r in ("yo", ["x"], "42")],
+            ":2: response is 42, and whether that is text is not known: .* arrow.json",
+        ),
+        ([{"prompt": p} for p in ("yo", ["x"], "true")], ":2: prompt is true, and whether that"),
+        (
+            [{"prompt": "a", "response": f"2020-01-0{i}"} for i in (1, 2)],
+            ":0: response must be a string, not datetime: the table keeps no text of it",
+        ),
+    ],
+)
+def test_what_arrow_has_lost_is_refused_by_column_and_row(tmp_path, rows, told):
+    for source in _arrow(tmp_path, rows):
+        with pytest.raises(UserError, match=rf"(saved|x\.parquet|saved:train){told}"):
+            read_examples(source, "data.train")
+
+
+def test_values_that_python_cannot_hold_are_named(tmp_path):
+    days = pa.array([0, 10**12], pa.timestamp("s"))
+    pyarrow.parquet.write_table(
+        pa.table({"prompt": ["a", "b"], "day": days}), tmp_path / "x.parquet"
+    )
+    with pytest.raises(UserError, match=r"x\.parquet:1: day cannot be read: "):
+        read_examples(str(tmp_path / "x.parquet"), "data.train")
 
 
 def test_a_dataset_of_the_hub_is_asked_for_with_config_and_split(monkeypatch):
