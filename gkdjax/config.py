@@ -70,6 +70,8 @@ class Teacher:
     timeout_s: float = 120.0  # of one attempt
     deadline_s: float = 900.0  # of a request with all its attempts
     max_retries: int = 1000  # attempts after the first; the deadline comes before so many
+    # Of the responses bought, the share whose tokens' text may name no id; with more the run ends.
+    max_unreadable: float = 0.05
     # The file of its answers, none of which is asked for twice; "": RUN/answers.sqlite; None: none.
     store: str | None = ""
     offline: bool = False  # answer from the store alone; no server is needed

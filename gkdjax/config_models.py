@@ -8,7 +8,7 @@ from gkdjax.errors import UserError
 SERVERS = ("vllm", "sglang", "openai")
 # How a server is reached, which changes nothing of what it says.
 REACH_KEYS = ("api_base", "api_key_env", "concurrency", "timeout_s", "deadline_s", "max_retries")
-REACH_KEYS += ("store", "offline", "trust_env")
+REACH_KEYS += ("max_unreadable", "store", "offline", "trust_env")
 MESH_AXES = ("data", "fsdp", "tensor")
 
 
@@ -100,6 +100,8 @@ def _check_server(config) -> None:
     for key in ("timeout_s", "deadline_s"):
         value = getattr(teacher, key)
         require(value > 0, f"teacher.{key}", value, "must be positive, in seconds")
+    share = teacher.max_unreadable
+    require(0 <= share <= 1, "teacher.max_unreadable", share, "is a share, from 0 to 1")
     drawn = config.trajectory.temperature
     # It tells the logprobs of what it draws at that temperature, and the teacher's are those at 1.
     told = teacher.backend != "sglang" or drawn in (0, 1)

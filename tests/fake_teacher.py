@@ -7,6 +7,7 @@ is known from `LOGPROBS`. `FakeTeacher(**lies)` are the ways in which servers go
 import dataclasses
 import math
 import threading
+from collections.abc import Callable
 
 import factories
 import numpy as np
@@ -42,6 +43,9 @@ class FakeTeacher:
       shift: scored positions are off by so many.
       bos: it puts a token before every prompt.
       by_text: tokens are named by their text, as most hosts do.
+      extensions: then it gives ids where they are asked for, as vLLM does; else it ignores that.
+      refuses: names of fields that are none of its API.
+      parts: ids whose text is shown as "", as vLLM shows the parts of a character.
       completions: False: there is no such route.
       window: tokens that it reads and writes together; answers end there without a word.
       entries: what /v1/models lists; None: the model with its window.
@@ -58,6 +62,9 @@ class FakeTeacher:
     shift: int = 0
     bos: bool = False
     by_text: bool = False
+    extensions: bool = False
+    refuses: tuple[str, ...] = ()
+    parts: tuple[int, ...] = ()
     completions: bool = True
     window: int = 512
     entries: list[dict] | None = None
@@ -78,6 +85,10 @@ class FakeTeacher:
             return Reply({"data": self.proxied})
         if request.path == "/tokenize":
             return self._tokenize(request.body)
+        unknown = [name for name in self.refuses if name in (request.body or ())]
+        if unknown:
+            message = f"Unrecognized request argument supplied: {unknown[0]}"
+            return Reply({"error": {"message": message}}, status=400)
         if request.path == "/v1/completions" and self.completions:
             return self._completions(request.body)
         if request.path == "/v1/chat/completions":
@@ -108,7 +119,8 @@ class FakeTeacher:
         written = self._write(ids, body)
         stopped = written[-1] in body.get("stop_token_ids", (END,))
         choice = {"index": index, "finish_reason": "stop" if stopped else "length"}
-        if self.by_text and stopped:
+        asked = not self.by_text or self.extensions
+        if not asked and stopped:
             written = written[:-1]
         choice["text"] = "".join(map(self._text, written))
         if "prompt_logprobs" in body and self.prompt_logprobs:
@@ -119,13 +131,17 @@ class FakeTeacher:
         elif "logprobs" in body and self.logprobs:
             echoed = body.get("echo") and self.echo
             whole, first = (ids + written, 0) if echoed else (ids + written, len(ids))
-            choice["logprobs"] = self._classic(whole, first, body["logprobs"])
-        if body.get("return_token_ids"):
+            choice["logprobs"] = self._classic(whole, first, body)
+        if asked and body.get("return_token_ids"):
             choice |= {"token_ids": written, "prompt_token_ids": ids}
         return choice
 
-    def _classic(self, ids: list[int], first: int, k: int) -> dict:
-        name = self._text if self.by_text else "token_id:{}".format
+    def _name(self, body: dict) -> Callable[[int], str]:
+        by_id = not self.by_text or (self.extensions and body.get("return_tokens_as_token_ids"))
+        return "token_id:{}".format if by_id else self._text
+
+    def _classic(self, ids: list[int], first: int, body: dict) -> dict:
+        name, k = self._name(body), body["logprobs"]
         places = range(first, len(ids))
         own = [None if at == 0 else self._logprob(ids, at) for at in places]
         best = [(at and {name(i): p for i, p in self._best(ids, at, k)}) or None for at in places]
@@ -139,20 +155,23 @@ class FakeTeacher:
         )
         written = self._write(ids, body)
         stopped = written[-1] == END
-        shown = written[:-1] if stopped else written
+        shown = written[:-1] if stopped and not self.extensions else written
+        name = self._name(body) if self.extensions else self._text
         content, so_far = [], list(ids)
         for i in shown:
             so_far.append(i)
             best = self._best(so_far, len(so_far) - 1, body["top_logprobs"])
             own = self._logprob(so_far, len(so_far) - 1)
-            top = [{"token": self._text(j), "bytes": None, "logprob": p} for j, p in best]
-            content.append({"token": self._text(i), "bytes": None, "logprob": own})
+            top = [{"token": name(j), "bytes": None, "logprob": p} for j, p in best]
+            content.append({"token": name(i), "bytes": None, "logprob": own})
             content[-1]["top_logprobs"] = top[: body["top_logprobs"]]
         with self._lock:
             self.answered += 1
         message = {"role": "assistant", "content": "".join(map(self._text, shown))}
         choice = {"index": 0, "message": message, "finish_reason": "stop" if stopped else "length"}
         choice["logprobs"] = {"content": content} if self.logprobs else None
+        if self.extensions and body.get("return_token_ids"):
+            choice["token_ids"] = written
         return Reply({"choices": [choice]}, delay_s=self.delay_s)
 
     def _write(self, ids: list[int], body: dict) -> list[int]:
@@ -181,4 +200,4 @@ class FakeTeacher:
         return [(i, float(row[i])) for i in ids_there if math.isfinite(row[i])]
 
     def _text(self, i: int) -> str:
-        return self.tokenizer.decode([i])
+        return "" if i in self.parts else self.tokenizer.decode([i])

@@ -1,12 +1,16 @@
 """Runs on servers that name tokens by text and score nothing: only their own text is learnt."""
 
+import contextlib
+
+import numpy as np
 import pytest
 from fake_server import FakeServer
 from fake_teacher import FakeTeacher
-from server_runs import MIXED_ROWS, config_for
+from server_runs import MIXED_ROWS, answers_in, config_for
 
-from gkdjax import loop
-from gkdjax.errors import UserError
+from gkdjax import config, loop, models_of_run, rows_of_run
+from gkdjax.errors import UserError, WrongAnswer
+from gkdjax.types import Message, Prompt
 
 UNANSWERED = MIXED_ROWS[:4]
 CHAT = {"teacher__backend": "openai", "data__train": UNANSWERED, "train__steps": 2}
@@ -29,7 +33,7 @@ def test_it_learns_from_the_servers_own_text(student, tmp_path, capsys, caplog):
     with FakeServer(Unreadable(by_text=True, completions=False)) as server:
         held_out = [{"prompt": "held"}, {"prompt": "held 2"}]
         c = config_for(student, server.base, **CHAT, eval__prompts=held_out)
-        c.trajectory.max_refills = 20
+        c.trajectory.max_refills, c.teacher.max_unreadable = 20, 1.0
         results = loop.run(c, tmp_path)
     line = results["held_out"]["after"]
     assert {name.partition("/")[0] for name in line} == {"step", "teacher_text"}
@@ -43,6 +47,23 @@ def test_it_learns_from_the_servers_own_text(student, tmp_path, capsys, caplog):
     lost = results["teacher"]["lost"] - 1  # one is the evaluation's
     assert results["rows"]["train"]["refused_responses"] >= lost > 0
     assert results["rows"]["train"]["dropped"] == []
+
+
+def test_too_much_text_that_cannot_be_read_ends_the_run(student, tmp_path):
+    """What is bought stays in the store; one in two is lost, and one in twenty may be."""
+    with (
+        FakeServer(Unreadable(by_text=True, completions=False)) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        c = config.parse(config_for(student, server.base, **CHAT, teacher__concurrency=1))
+        rows = rows_of_run.read(c, tmp_path, None, stack)
+        ask = np.asarray([9, 9]), (Message("user", "ask"),)
+        prompts = [Prompt(f"ask:{i}", *ask) for i in range(40)]
+        with pytest.raises(WrongAnswer, match=r"^5 of (9|10) responses .* names no id") as caught:
+            rows.teacher.sample(prompts, range(40), models_of_run.sampling(c))
+    assert caught.value.exit_code == 3
+    assert "backend='vllm'" in str(caught.value) and "ask:1: answer.choices" in str(caught.value)
+    assert len(answers_in(tmp_path / "answers.sqlite")) >= 9
 
 
 @pytest.mark.parametrize(

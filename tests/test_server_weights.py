@@ -1,14 +1,17 @@
 """Other weights behind the same name are not taken for those that a run began with."""
 
+import contextlib
+
 import pytest
 from fake_server import FakeServer, Reply
 from fake_teacher import FakeTeacher
 from server_runs import READ_ROWS, answers_in, config_for, rows_asked
 from small_runs import losses_hex
 
-from gkdjax import loop
+from gkdjax import config, loop, rows_of_run
 from gkdjax.errors import TeacherRefused, UserError
-from gkdjax.teachers.http import pool
+from gkdjax.teachers.http import connect, pool
+from gkdjax.teachers.http.dialects.openai import Chat, CompletionsById
 from gkdjax.teachers.http.wire import retries
 
 
@@ -71,6 +74,25 @@ def test_text_of_another_teacher_is_not_taken_for_its_own(student, tmp_path):
         asked = [row for row in rows_asked(server.requests) if "prompt_logprobs" in row]
     assert len(asked) == 1  # the text is taken, what the other one said of it is not
     assert losses_hex(tmp_path / "first") != losses_hex(tmp_path / "second")
+
+
+def test_a_run_is_asked_the_way_that_it_began_with(student, tmp_path, monkeypatch):
+    """Since then there may be a better one, but its answers to the probe are others."""
+
+    def dialect(workdir):
+        workdir.mkdir(exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            read = rows_of_run.read(config.parse(c), workdir, None, stack)
+            return type(read.teacher.pool._dialect)
+
+    with FakeServer(FakeTeacher(by_text=True, extensions=True)) as server:
+        rows = [{"prompt": "ask"}] * 4
+        c = config_for(student, server.base, teacher__backend="openai", data__train=rows)
+        with monkeypatch.context() as before:
+            before.setitem(connect.DIALECTS, "openai", {"chat": Chat})
+            assert dialect(tmp_path / "run") is Chat
+        assert dialect(tmp_path / "run") is Chat
+        assert dialect(tmp_path / "new") is CompletionsById
 
 
 def test_offline_a_run_goes_on_with_the_weights_that_it_began_with(student, tmp_path):

@@ -191,7 +191,8 @@ def _teacher(base: str, directory: pathlib.Path, top_k: int) -> HttpTeacher:
     limits = Limits(timeout_s=60.0, deadline_s=60.0, max_retries=0)
     transport = Transport(base, "", limits, trust_env=False)
     dialect = PromptLogprobs(known.model, VOCAB, None)
-    pool = Pool(dialect, transport, store, known, probe=lambda: probe, concurrency=1)
+    how = {"concurrency": 1, "max_unreadable": 0.0}
+    pool = Pool(dialect, transport, store, known, probe=lambda: probe, **how)
     can = declared(config.Teacher(top_k=top_k))
     sizes = {"top_k": top_k, "context_length": None, "context_source": ""}
     return HttpTeacher(pool, None, "a benchmark", can, **sizes, template_kwargs={})

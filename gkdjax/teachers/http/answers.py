@@ -66,6 +66,7 @@ class Answer:
     finished: bool = False  # of a sample: its last token is a stop id
     unmapped: int = 0  # entries among the best K that are no id of ours; their mass is in the tail
     lost: bool = False  # of a sample: a drawn token is no id of ours, so there is no response
+    unreadable: str = ""  # of a lost one: what names no id; not stored
 
     def rows(self, which: slice) -> "Answer":
         """Some of the targets, as if they had been all that was asked for."""
@@ -79,12 +80,12 @@ class Answer:
         return KeptTopK(topk, self.target_logprob)
 
 
-def lost_sample(top_k: int, unmapped: int) -> Answer:
-    """An answer to a sample request whose text cannot be used."""
+def lost_sample(top_k: int, unmapped: int, unreadable: str = "") -> Answer:
+    """An answer to a sample request whose text cannot be used, or of which there is none."""
     none, no_rows = np.zeros(0, np.float32), np.zeros((0, top_k))
     ids = none.astype(np.int32)
     tops = no_rows.astype(np.int32), no_rows.astype(np.float32)
-    return Answer(ids, none, *tops, none, unmapped=unmapped, lost=True)
+    return Answer(ids, none, *tops, none, unmapped=unmapped, lost=True, unreadable=unreadable)
 
 
 @dataclasses.dataclass(frozen=True)

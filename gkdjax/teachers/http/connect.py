@@ -33,7 +33,12 @@ _BEGUN_WITH = "teacher.json"  # in the run's directory
 DIALECTS = {
     "vllm": {"prompt_logprobs": vllm.PromptLogprobs, "echo": vllm.EchoLogprobs},
     "sglang": {"generate": sglang.Generate},
-    "openai": {"completions": openai.Completions, "chat": openai.Chat},
+    "openai": {
+        "completions_by_id": openai.CompletionsById,
+        "completions": openai.Completions,
+        "chat_by_id": openai.ChatById,
+        "chat": openai.Chat,
+    },
 }
 
 
@@ -106,7 +111,8 @@ def _connect(
         else:
             limits = Limits(c.timeout_s, c.deadline_s, c.max_retries)
             transport = Transport(c.api_base, c.api_key_env, limits, trust_env=c.trust_env)
-            server = try_server(c, transport, chat, vocab_size, sampling)
+            begun = _dialect_of_run(store, workdir / _BEGUN_WITH)
+            server = try_server(c, transport, chat, vocab_size, sampling, only=begun)
             known = _recognised(c, server, store, tokenizer)
         _claim(workdir / _BEGUN_WITH, known)
     except BaseException:
@@ -117,7 +123,12 @@ def _connect(
     findings = Findings(**known.findings)
     dialect = _dialect(c.backend, findings, chat, vocab_size)
     probe = functools.partial(probe_again, transport, server, chat) if server else None
-    pool = Pool(dialect, transport, store, known, probe=probe, concurrency=c.concurrency)
+    pool = Pool(
+        *(dialect, transport, store, known),
+        probe=probe,
+        concurrency=c.concurrency,
+        max_unreadable=c.max_unreadable,
+    )
     can = declared(c)
     if not findings.scores:
         can = dataclasses.replace(can, scores=False, on_policy=False, limits=findings.limits)
@@ -140,13 +151,19 @@ def tokenizer_hash(chat: Chat) -> str:
 
 
 def try_server(
-    c: Teacher, transport: Transport, chat: Chat, vocab_size: int, sampling: Sampling
+    c: Teacher,
+    transport: Transport,
+    chat: Chat,
+    vocab_size: int,
+    sampling: Sampling,
+    only: str | None = None,
 ) -> Server:
-    """The preflight as this config needs it; see `preflight.examine`."""
+    """The preflight as this config needs it, see `preflight.examine`; of `only` one dialect."""
+    dialects = DIALECTS[c.backend]
     return examine(
         transport,
         c.api_model,
-        DIALECTS[c.backend],
+        {only: dialects[only]} if only in dialects else dialects,
         chat,
         vocab_size,
         c.top_k,
@@ -210,6 +227,14 @@ def _remembered(
 
 def _dialect(backend: str, findings: Findings, chat: Chat, vocab_size: int) -> Dialect:
     return DIALECTS[backend][findings.dialect](findings.model, vocab_size, chat.tokenizer)
+
+
+def _dialect_of_run(store: AnswerStore | None, begun_with: pathlib.Path) -> str | None:
+    """By which a run has asked so far: another one would find other answers to the probe."""
+    if store is None or not begun_with.exists():
+        return None
+    same = (known for known in store.teachers() if _is_begun_with(begun_with, known))
+    return next((known.findings["dialect"] for known in same), None)
 
 
 def _is_begun_with(path: pathlib.Path, known: KnownTeacher) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from gkdjax.data import row_lengths
-from gkdjax.errors import GkdjaxError, Preempted, TeacherRefused, UserError
+from gkdjax.errors import GkdjaxError, Preempted, TeacherRefused, UserError, WrongAnswer
 from gkdjax.teachers.http.answers import Answer, Request, SampleRequest, ScoreRequest
 from gkdjax.teachers.http.dialects.dialect import Dialect
 from gkdjax.teachers.http.exchange import exchange
@@ -23,6 +23,8 @@ from gkdjax.teachers.http.wire.transport import RepeatedServerError, Transport
 
 # Of one request: a server that keeps the logprobs of a prompt needs 6 bytes a token and id.
 REQUEST_TOKENS = 4096
+
+_SEVERAL_UNREADABLE = 5  # responses; fewer say nothing of their share
 
 _LOOK_UP_S = 0.2  # how often whoever waits looks whether it is to stop
 _PROBE_EVERY = 256  # requests; and after each outage: somebody else may answer there now
@@ -43,6 +45,7 @@ class Pool:
         *,
         probe: Callable[[], Answer] | None,
         concurrency: int,
+        max_unreadable: float,
     ):
         """Asks for nothing yet; `transport` and `store` are the pool's to close.
 
@@ -53,6 +56,7 @@ class Pool:
           known: whose answers they are.
           probe: asks the server what it says now where it said `known.probe`; None without one.
           concurrency: requests at a time.
+          max_unreadable: share of the responses bought that may name tokens by what names no id.
         """
         self._dialect, self._transport, self._store = dialect, transport, store
         self._known, self._probe = known, probe
@@ -63,6 +67,7 @@ class Pool:
         self._missing: dict[str, Request] | None = None  # None: a missing answer is an error
         self._lock, self._weights_lock = threading.Lock(), threading.Lock()
         self._counts = collections.Counter()
+        self._max_unreadable, self._unreadable = max_unreadable, []
 
     def scores(self, requests: Sequence[ScoreRequest]) -> Callable[[], list[Answer]]:
         """Begins to ask -> a function that waits for the answers, in the order of `requests`."""
@@ -154,6 +159,7 @@ class Pool:
             items = [(key, kind, a) for key, a in zip(part, answers, strict=True)]
             self._store.put(self._known.fingerprint, items)
         self._count(requests, answers)
+        self._check_readable()
         return dict(zip(part, answers, strict=True))
 
     def _check_weights(self) -> None:
@@ -169,6 +175,20 @@ class Pool:
                     " serve those again"
                 )
             self._outages, self._since_probe = outages, 0
+
+    def _check_readable(self) -> None:
+        """Raises WrongAnswer if too many responses were bought in vain."""
+        with self._lock:
+            lost, written = self._unreadable, self._counts["responses"]
+            if len(lost) < _SEVERAL_UNREADABLE or len(lost) <= self._max_unreadable * written:
+                return
+            raise WrongAnswer(
+                f"{len(lost)} of {written} responses bought are lost, more than"
+                f" config.teacher.max_unreadable={self._max_unreadable} allows: the server names"
+                f" tokens by text that names no id here. {'; '.join(lost[:3])}. Use"
+                " teacher.backend='vllm' or 'sglang' where the server is one: they name tokens by"
+                " id. Or else a server that gives the bytes of tokens"
+            )
 
     def _miss(self, rest: _Part) -> _Answers:
         if self._missing is None:
@@ -188,7 +208,9 @@ class Pool:
                 ),
                 unmapped=sum(answer.unmapped for answer in answers),
                 lost=sum(answer.lost for answer in answers),
+                responses=sum(isinstance(request, SampleRequest) for request in requests),
             )
+            self._unreadable += [answer.unreadable for answer in answers if answer.unreadable]
 
 
 def missing_error(requests: Sequence[Request]) -> UserError:

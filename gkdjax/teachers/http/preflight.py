@@ -223,8 +223,12 @@ def _write(
     (answer,) = exchange(transport, dialect, [request])
     if answer.lost:
         raise WrongAnswer(
-            f"{NAME}: it wrote nothing, or a token that is none of {chat.directory}; in that case"
-            " name the teacher's own tokenizer in config.teacher.tokenizer"
+            f"{NAME}: {answer.unreadable}: if the tokenizer is not that of"
+            f" {chat.directory}, name the teacher's own in config.teacher.tokenizer; else it names"
+            " tokens by their text, and text does not tell which part of a character a token is:"
+            " use teacher.backend='vllm' or 'sglang', which name tokens by id"
+            if answer.unreadable
+            else f"{NAME}: it wrote nothing"
         )
     _check_count(answer, top_k)
     behind = answer.top_logprobs[:, 0] - answer.target_logprob

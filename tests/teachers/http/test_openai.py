@@ -18,6 +18,7 @@ from text_answers import IDS, chat, classic, completions, content, gemma, gemma_
 from gkdjax.errors import WrongAnswer
 from gkdjax.sampler import Sampling
 from gkdjax.teachers.http.dialects import openai, sglang, vllm
+from gkdjax.teachers.http.dialects.openai import ChatById, CompletionsById
 
 
 @pytest.mark.parametrize("server", ["vllm", "sgl"])
@@ -125,6 +126,15 @@ def test_what_is_asked_for():
     said = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "hi"}]
     assert call.path == "/v1/chat/completions"
     assert call.body == drawn | {"messages": said, "logprobs": True, "top_logprobs": 3}
+    ids = {"return_token_ids": True, "return_tokens_as_token_ids": True}
+    more = ids | {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "repeat_penalty": 1.0}
+    more |= {"stop_token_ids": [1]}
+    request = sample_request([5, 6], sampling=Sampling(9, 0.7, 0.9))
+    for plain, by_id in ((completions(), CompletionsById), (chat(), ChatById)):
+        body = by_id("m", VOCAB_SIZE, qwen()).sample(request).body
+        assert body == plain.sample(request).body | more
+    score = CompletionsById("m", VOCAB_SIZE, qwen()).score([score_request([5, 6], at=(0,))])
+    assert score.body["return_tokens_as_token_ids"]
     for dialect in (completions(), chat()):
         request = sample_request([5], sampling=Sampling(9, 0.7, 0.9, top_k=40))
         assert dialect.sample(request).body["top_k"] == 40
@@ -198,6 +208,28 @@ def test_parts_of_characters_may_be_shown_as_anything_where_ids_are_stated():
     np.testing.assert_array_equal(read.top_ids[1:, 0], [130, 105])  # "lo" is not the id 338 here
     answer["choices"][0]["token_ids"] = [321, 130, 608]
     with pytest.raises(WrongAnswer, match=r"has 608, where .* says 'lo'"):
+        completions().read_sample(answer, sample_request(IDS, tokens=4))
+
+
+def test_where_a_character_is_begun_text_may_be_of_a_part_of_it():
+    """vLLM shows the second byte of "é" as "é"; where none is begun "é" is a token of its own."""
+    tokenizer = byte_level(texts("vllm-qwen3-tiny-plp") | {900: "é", 901: "ß"})
+    answer = classic("def", "", "é")
+    answer["choices"][0]["token_ids"] = [321, 130, 105]
+    for row in answer["choices"][0]["logprobs"]["top_logprobs"]:
+        row["ß"] = row.pop("name")
+    request = sample_request(IDS, tokens=4)
+    read = openai.Completions("m", VOCAB_SIZE, tokenizer).read_sample(answer, request)
+    np.testing.assert_array_equal(read.target_ids, [321, 130, 105])
+    assert [901 in row for row in read.top_ids] == [True, True, False]
+    np.testing.assert_array_equal(read.top_ids[2, :2], [105, 309])
+    assert read.unmapped == 1
+
+
+def test_ids_that_are_stated_twice_must_agree():
+    answer = classic("token_id:321", "token_id:130")
+    answer["choices"][0]["token_ids"] = [321, 105]
+    with pytest.raises(WrongAnswer, match=r"has 105, where .* says 'token_id:130'"):
         completions().read_sample(answer, sample_request(IDS, tokens=4))
 
 

@@ -1,11 +1,13 @@
 """Answers in text with a fault each: none is taken for an answer."""
 
 import copy
+import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded_answers import (
+    TARGETS,
     answer_or_wrong,
     in_choice,
     load,
@@ -73,9 +75,24 @@ def test_a_server_with_a_limit_of_its_own():
         WrongAnswer, match=r"row 7.*list 3 .* 5 were asked for: set teacher\.top_k=3"
     ):
         completions().read_sample(answer, sample_request(IDS, tokens=4, top_k=5))
-    # two of a few tokens may share a text, and that leaves one entry less
-    few = completions().read_sample(classic("def"), sample_request(IDS, tokens=4, top_k=4))
-    assert len(few.target_ids) == 1
+
+
+@pytest.mark.parametrize(("rest", "lost"), [(0.05, False), (0.2, True)])
+def test_tokens_that_share_a_text_are_counted_and_matter_by_what_they_may_have(rest, lost):
+    """They leave an entry less, and the rest of the probability may be theirs."""
+    answer = classic("def")
+    said = answer["choices"][0]["logprobs"]
+    for key, share in zip(("def", "name", "):"), (0.6, 0.4 - rest - 0.1, 0.1), strict=True):
+        said["top_logprobs"][0][key] = math.log(share)
+    said["token_logprobs"] = [math.log(0.6)]
+    read = completions().read_sample(answer, sample_request(IDS, tokens=4, top_k=4))
+    assert (read.lost, read.unmapped) == (lost, 1)
+    assert (f"up to {rest:.2f} of" in read.unreadable) == lost
+    ids, echo = gemma_echo("sgl")
+    row = echo["choices"][0]["logprobs"]["top_logprobs"][TARGETS[0] + 1]
+    del row[next(iter(row))]
+    with pytest.raises(WrongAnswer, match=r"row 7.* 2 texts for 3 tokens.*backend='vllm'"):
+        completions(gemma).read_scores(echo, [score_request(ids)])
 
 
 def test_a_prompt_that_was_added_to():

@@ -17,6 +17,9 @@ from gkdjax.teachers.http.preflight import examine
 from gkdjax.teachers.http.wire import retries
 from gkdjax.teachers.http.wire.transport import Limits, Transport
 
+IDS = ("return_token_ids", "return_tokens_as_token_ids")
+PARTS = tuple(range(1, VOCAB, 2))  # of characters, as a byte-level tokenizer has them
+
 
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory):
@@ -56,8 +59,10 @@ def refused(handler, chat, *words, backend="vllm", **how):
     [
         ("vllm", {}, "prompt_logprobs"),
         ("vllm", {"prompt_logprobs": False}, "echo"),
-        ("openai", {}, "completions"),
-        ("openai", {"by_text": True}, "completions"),
+        ("openai", {}, "completions_by_id"),
+        ("openai", {"by_text": True}, "completions_by_id"),  # it ignores what it is asked beside
+        ("openai", {"by_text": True, "refuses": IDS}, "completions"),
+        ("openai", {"by_text": True, "parts": PARTS, "extensions": True}, "completions_by_id"),
     ],
 )
 def test_a_server_that_scores(chat, backend, lies, dialect):
@@ -75,8 +80,14 @@ def test_a_server_that_scores(chat, backend, lies, dialect):
 @pytest.mark.parametrize(
     "lies, dialect, reason",
     [
-        ({"by_text": True, "echo": False}, "completions", "not null"),
-        ({"by_text": True, "completions": False}, "chat", "no token ids"),
+        ({"by_text": True, "echo": False}, "completions_by_id", "not null"),
+        ({"by_text": True, "completions": False}, "chat_by_id", "no token ids"),
+        ({"by_text": True, "completions": False, "refuses": IDS}, "chat", "no token ids"),
+        (
+            {"by_text": True, "completions": False, "parts": PARTS, "extensions": True},
+            "chat_by_id",
+            "no token ids",
+        ),
     ],
 )
 def test_a_server_that_only_writes(chat, lies, dialect, reason):
@@ -85,7 +96,14 @@ def test_a_server_that_only_writes(chat, lies, dialect, reason):
     assert reason in server.findings.limits
     assert server.findings.limits
     assert server.probe.top_logprobs.shape == (8, 5)
+    assert server.probe.unmapped == 0
     assert server.findings.tokenizer == "not compared: the server has no /tokenize"
+
+
+def test_parts_of_characters_in_text_are_refused_with_what_to_do(chat):
+    teacher = FakeTeacher(by_text=True, parts=PARTS)
+    why = "names no id here", "use teacher.backend='vllm' or 'sglang'"
+    refused(teacher, chat, *why, "completions writes nothing", backend="openai")
 
 
 class OffByOne(FakeTeacher):
@@ -238,7 +256,7 @@ class Processed(FakeTeacher):
 def test_logprobs_after_temperature_are_not_those_before(chat):
     refused(Processed(), chat, "trajectory.temperature=0.8", "raw_logprobs")
     server, _ = examined(Processed(by_text=True), chat, "openai")
-    assert server.findings.dialect == "chat"  # that route tells raw ones
+    assert server.findings.dialect == "chat_by_id"  # that route tells raw ones
 
 
 def test_a_route_that_is_not_for_everybody_may_fail_as_it_likes(chat):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from gkdjax.errors import WrongAnswer
 from gkdjax.teachers.http.answers import Answer, SampleRequest, ScoreRequest, collect
 from gkdjax.teachers.http.dialects import dialect
 from gkdjax.teachers.http.dialects.fields import Field, opened
@@ -16,6 +17,10 @@ from gkdjax.teachers.http.dialects.said import (
 )
 
 PATH = "/v1/completions"
+_PART = (
+    ": a token that is a part of a character has no text of its own; where it is served by vLLM or"
+    " SGLang, teacher.backend='vllm' or 'sglang' names it by id"
+)
 _UNCOUNTED = 4  # tokens of a prompt, at most
 
 
@@ -93,11 +98,21 @@ def read_echo(
         )
     for t, (token, i) in enumerate(zip(tokens, ids, strict=False)):
         if not is_token(token, i):
-            raise logprobs["tokens"].wrong(f"has {token!r} at {t}, where id {i} was sent")
+            part = "" if token and "\N{REPLACEMENT CHARACTER}" not in token else _PART
+            raise logprobs["tokens"].wrong(f"has {token!r} at {t}, where id {i} was sent{part}")
     of_targets = [said[at] for at in request.at]  # the first token has none, so said[t] is of t + 1
     check_counts(of_targets, request.top_k, vocab_size, by_id=by_id)
+    for one in of_targets:
+        if hidden := one.hidden(request.top_k, vocab_size):
+            raise WrongAnswer(
+                f"{hidden}: use teacher.backend='vllm' or 'sglang' where one of them serves it:"
+                " they name tokens by id; or a smaller teacher.top_k"
+            )
     return collect(
-        [position(one, ids[at + 1], id_of) for one, at in zip(of_targets, request.at, strict=True)],
+        [
+            position(one, ids[at + 1], id_of, one.collapsed(request.top_k, vocab_size))
+            for one, at in zip(of_targets, request.at, strict=True)
+        ],
         top_k=request.top_k,
         vocab_size=vocab_size,
         name=request.name,
@@ -160,6 +175,9 @@ def classic(logprobs: Field, first: int) -> tuple[list[str], list[Said]]:
         nothing.check_null()
     rows = zip(tokens[first:], own[first:], top[first:], strict=True)
     return tokens, [
-        Said(best.path, token, logprob.number(), [(key, v.number()) for key, v in best.items()])
+        Said(
+            *(best.path, token, logprob.number(), [(key, v.number()) for key, v in best.items()]),
+            by_key=True,
+        )
         for token, logprob, best in rows
     ]

@@ -1,6 +1,7 @@
 """What OpenAI's routes have in common wherever they are served: tokens come back as text.
 
-Only where text names one id does an entry count; see `token_map`.
+Only where text names one id does an entry count; see `token_map`. Some servers give ids, too, if
+they are asked: text does not tell the tokens that are parts of characters.
 """
 
 import dataclasses
@@ -24,6 +25,8 @@ from gkdjax.teachers.http.dialects.said import (
 )
 from gkdjax.teachers.http.dialects.token_map import TokenMap
 
+_IDS = {"return_token_ids": True, "return_tokens_as_token_ids": True}
+
 
 @dataclasses.dataclass(frozen=True)
 class _ByText:
@@ -33,6 +36,20 @@ class _ByText:
     vocab_size: int
     tokenizer: transformers.PreTrainedTokenizerFast  # the teacher's
     rows_per_request: ClassVar[bool] = False
+    asks_for_ids: ClassVar[bool] = False  # with fields that OpenAI's own servers refuse
+
+    def _more(self, request: SampleRequest) -> dict[str, Any]:
+        """Fields that vLLM and llama.cpp have beside OpenAI's: ids, and all that changes draws."""
+        if not self.asks_for_ids:
+            return {}
+        return {
+            "top_k": request.sampling.top_k or 0,  # 0: all
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,  # vLLM's name
+            "repeat_penalty": 1.0,  # llama.cpp's
+            "stop_token_ids": list(request.stop_ids),
+            **_IDS,
+        }
 
     @functools.cached_property
     def _tokens(self) -> TokenMap:
@@ -61,6 +78,9 @@ class _ByText:
         written_tokens = completions.written_tokens(root, len(said))
         check_not_cut(choice["finish_reason"], written_tokens, request)
         ids = self._drawn(said, choice.find("token_ids"))
+        if any(id_in(key) is None for one in said for key, _ in one.top):
+            begun = self._tokens.parts_before(ids)
+            said = [_after_part(one) if b else one for one, b in zip(said, begun, strict=True)]
         return response(said, ids, request, vocab_size=self.vocab_size, id_of=self._id_of)
 
     def _drawn(self, said: Sequence[Said], token_ids: Field | None) -> list[int | None]:
@@ -71,7 +91,7 @@ class _ByText:
         ids = [i.whole() for i in token_ids.entries(len(said))]
         for i, read, one in zip(ids, by_text, said, strict=True):
             # A part of a character may be shown as nothing, or as what it completes.
-            if read not in (i, None) and self._tokens.is_whole(i):
+            if read not in (i, None) and (id_in(one.key) is not None or self._tokens.is_whole(i)):
                 raise token_ids.wrong(f"has {i}, where {one.where} says {one.key!r}")
         return ids
 
@@ -84,7 +104,8 @@ class Completions(_ByText):
 
     def score(self, requests: Sequence[ScoreRequest]) -> dialect.Call:
         """See `dialect.Dialect`."""
-        return completions.echo(self, requests)
+        ids = {"return_tokens_as_token_ids": True} if self.asks_for_ids else {}
+        return completions.echo(self, requests, **ids)
 
     def read_scores(self, answer: Any, requests: Sequence[ScoreRequest]) -> list[Answer]:
         """See `dialect.Dialect`.
@@ -109,6 +130,7 @@ class Completions(_ByText):
         dialect.check_sample(request, self)
         body = completions.drawing(self.model, request)
         body |= {"prompt": request.ids.tolist(), "logprobs": request.top_k}
+        body |= self._more(request)
         tokens = len(request.ids) + request.sampling.max_new_tokens
         return dialect.call(completions.PATH, body, tokens=tokens, top_k=request.top_k)
 
@@ -117,6 +139,12 @@ class Completions(_ByText):
         root = opened(answer, request.name)
         completions.check_prompt_tokens(root, request)
         return self._response(root, completions.only_choice(root)["text"], request)
+
+
+class CompletionsById(Completions):
+    """The same, and asks for ids: vLLM gives them, others ignore that, or refuse it."""
+
+    asks_for_ids: ClassVar[bool] = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +176,7 @@ class Chat(_ByText):
         }
         if request.template_kwargs:  # a field of vLLM, SGLang and llama-server; others refuse it
             body["chat_template_kwargs"] = request.template_kwargs
+        body |= self._more(request)
         tokens = len(request.ids) + request.sampling.max_new_tokens
         return dialect.call("/v1/chat/completions", body, tokens=tokens, top_k=request.top_k)
 
@@ -161,6 +190,25 @@ class Chat(_ByText):
         completions.check_prompt_not_shortened(root, request)
         written = completions.only_choice(root)["message"]["content"]
         return self._response(root, written, request)
+
+
+class ChatById(Chat):
+    """As `CompletionsById`."""
+
+    asks_for_ids: ClassVar[bool] = True
+
+
+def _after_part(said: Said) -> Said:
+    """Where a character is begun: some servers show a part of it as the whole that it completes."""
+
+    def named(key: Key, logprob: float) -> Key:
+        own = (key, logprob) == (said.key, said.logprob)  # it is known by what was drawn
+        return key if own or id_in(key) is not None or key.isascii() else _NAMELESS
+
+    return dataclasses.replace(said, top=[(named(*entry), entry[1]) for entry in said.top])
+
+
+_NAMELESS = ""  # no token reads so
 
 
 def _content(content: Field) -> list[Said]:

@@ -5,6 +5,7 @@ A key is what a server writes for a token: an id, bytes, or a string; "token_id:
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Sequence
 
@@ -14,6 +15,7 @@ from gkdjax.teachers.http.dialects.fields import Field
 
 Key = int | bytes | str
 
+_MOST_HIDDEN = 0.1  # probability of tokens that an answer leaves out because of their text
 _UNKNOWN = -1  # in place of an id
 _NUMBERED = re.compile("token_id:(0|[1-9][0-9]{0,8})")
 
@@ -26,6 +28,23 @@ class Said:
     key: Key
     logprob: float
     top: Sequence[tuple[Key, float]]
+    by_key: bool = False  # `top` was an object: of two tokens with one key it has one
+
+    def collapsed(self, top_k: int, vocab_size: int) -> int:
+        """How many of the best K tokens are gone because others have the same text."""
+        by_text = self.by_key and any(id_in(key) is None for key, _ in self.top)
+        return max(0, min(top_k, vocab_size) - len(self.top)) if by_text else 0
+
+    def hidden(self, top_k: int, vocab_size: int) -> str:
+        """What is wrong if those may have a probability that matters; "" if they do not."""
+        gone = self.collapsed(top_k, vocab_size)
+        rest = 1.0 - sum(math.exp(min(logprob, 0.0)) for _, logprob in self.top)
+        if not gone or rest <= _MOST_HIDDEN:
+            return ""
+        return (
+            f"{self.where} has {len(self.top)} texts for {top_k} tokens, so several have one text,"
+            f" and up to {rest:.2f} of the probability is theirs"
+        )
 
 
 def id_in(key: Key) -> int | None:
@@ -36,7 +55,9 @@ def id_in(key: Key) -> int | None:
     return int(found[1]) if found else None
 
 
-def position(said: Said, target_id: int | None, id_of: Callable[[Key], int | None]) -> Position:
+def position(
+    said: Said, target_id: int | None, id_of: Callable[[Key], int | None], gone: int = 0
+) -> Position:
     """With the keys as ids.
 
     Two entries whose text is that of one id are none of ours: a server may write a part of a
@@ -46,6 +67,7 @@ def position(said: Said, target_id: int | None, id_of: Callable[[Key], int | Non
       said: of one token.
       target_id: the token, if it is known which.
       id_of: the id of a key, None if it names none.
+      gone: entries that are missing, see `Said.collapsed`.
 
     Raises:
       WrongAnswer: an id that is stated as such has two logprobs.
@@ -60,7 +82,7 @@ def position(said: Said, target_id: int | None, id_of: Callable[[Key], int | Non
             raise WrongAnswer(f"{said.where} lists id {i} twice among the most probable tokens")
     best = {i: each[0] for i, each in found.items() if i is not None and len(each) == 1}
     target = _UNKNOWN if target_id is None else target_id
-    return Position(target, said.logprob, best, len(said.top) - len(best))
+    return Position(target, said.logprob, best, len(said.top) - len(best) + gone)
 
 
 def check_counts(said: Sequence[Said], top_k: int, vocab_size: int, *, by_id: bool) -> None:
@@ -71,7 +93,8 @@ def check_counts(said: Sequence[Said], top_k: int, vocab_size: int, *, by_id: bo
       top_k: K.
       vocab_size: a server has no more where it has no more tokens.
       by_id: the keys must be ids, and all must have enough; else, of several tokens, one has to:
-        two entries may share a text, and some servers leave one out now and then.
+        two entries may share a text (`Said.collapsed`), and some servers leave one out now and
+        then.
 
     Raises:
       WrongAnswer: there are too few, so the server has a limit of its own, or too many; or keys
@@ -122,9 +145,19 @@ def response(
         raise WrongAnswer(f"{request.name}: {len(said)} tokens were drawn, and {most} asked for")
     stops = [j for j, i in enumerate(ids) if i in request.stop_ids]
     length = stops[0] + 1 if stops else len(ids)
-    positions = [position(*pair, id_of) for pair in zip(said[:length], ids[:length], strict=True)]
-    if not positions or not all(0 <= each.target_id < vocab_size for each in positions):
-        return lost_sample(request.top_k, sum(each.unmapped for each in positions))
+    positions = [
+        position(one, i, id_of, one.collapsed(request.top_k, vocab_size))
+        for one, i in zip(said[:length], ids[:length], strict=True)
+    ]
+    unmapped = sum(each.unmapped for each in positions)
+    for one, each in zip(said, positions, strict=False):
+        if not 0 <= each.target_id < vocab_size:
+            what = f"{one.where} is of {one.key!r}, which names no id here"
+            return lost_sample(request.top_k, unmapped, what)
+        if hidden := one.hidden(request.top_k, vocab_size):
+            return lost_sample(request.top_k, unmapped, hidden)
+    if not positions:
+        return lost_sample(request.top_k, 0)
     return collect(
         positions,
         top_k=request.top_k,

@@ -4,6 +4,7 @@ Many servers name the best tokens by their text alone. Text that several ids sha
 a part of a character, names none; such entries are counted and their mass is in the tail.
 """
 
+import codecs
 import json
 import re
 from collections import defaultdict
@@ -70,6 +71,14 @@ class TokenMap:
         """What a token reads as, with U+FFFD for bytes that are not UTF-8; None: no such id."""
         raw = self._bytes.get(i)
         return None if raw is None else raw.decode("utf-8", errors="replace")
+
+    def parts_before(self, ids: Sequence[int | None]) -> list[bool]:
+        """Whether a character is begun and not complete where each of these ids follows."""
+        found, decoder = [], codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for i in ids:
+            found.append(bool(decoder.getstate()[0]))
+            decoder.decode(self._bytes.get(i) or b"")
+        return found
 
     def is_whole(self, i: int) -> bool:
         """Whether the token's text says which bytes it has."""
