@@ -179,9 +179,12 @@ def _check_training(config) -> None:
     require(one_given, "train.steps", train.steps, "give train.epochs or train.steps, one as None")
     length = train.epochs if train.steps is None else train.steps
     require(length > 0, "train.epochs or train.steps", length, "must be positive")
-    for key, rows in (("train", train.batch_size), ("anchor", config.anchor.batch_size)):
+    in_parts = {"train.batch_size": train.batch_size}
+    if config.anchor.data is not None:
+        in_parts["anchor.batch_size"] = config.anchor.batch_size
+    for key, rows in in_parts.items():
         advice = f"must be a multiple of train.accumulation = {train.accumulation}"
-        require(rows % train.accumulation == 0, f"{key}.batch_size", rows, advice)
+        require(rows % train.accumulation == 0, key, rows, advice)
     choice("train.matmul_precision", train.matmul_precision, ("default", "high", "highest"))
     choice("train.export", train.export, ("merged", "adapter", "both"))
     if config.student.adapter == "none":

@@ -29,7 +29,7 @@ from gkdjax.ahead import Ahead
 from gkdjax.assemble import Run, assemble, initial_state
 from gkdjax.checkpoint import Checkpoints
 from gkdjax.config import Config, Eval, parse
-from gkdjax.errors import Preempted, TeacherUnreachable, UserError, WrongAnswer
+from gkdjax.errors import GkdjaxError, Preempted, TeacherUnreachable, UserError, WrongAnswer
 from gkdjax.evaluation.scoring import Reader
 from gkdjax.hf import export
 from gkdjax.metrics import MetricsWriter, read_lines, write_lines
@@ -69,7 +69,11 @@ def run(
     """
     config = config if isinstance(config, Config) else parse(config)
     shared = pathlib.Path(workdir)
-    with processes.own_directory(shared) as own, processes.quiet_unless_leading():
+    with (
+        processes.own_directory(shared) as own,
+        workdirs.held(own),
+        processes.quiet_unless_leading(),
+    ):
         return _run_in(own, shared, config, teacher)
 
 
@@ -106,7 +110,9 @@ def _run_in(
 
 def _run(parts: Run, workdir: pathlib.Path, shared: pathlib.Path, began: float) -> dict:
     print(f"{parts.config.student.model}: a response ends with {parts.chat.stop_tokens()}")
-    with _told_if_the_teacher_fails("No step was made yet; the same command goes on"):
+    ending = export.Ending(parts.chat.stop_ids, parts.chat.pad_id)
+    workdirs.write_json(workdir / export.ENDING, ending._asdict())  # `tools.export_hf` reads it
+    with _told_if_the_teacher_fails("No step was made yet"):
         training_text.write_first(parts, workdir)
     feeds = training_text.feeds(parts).items()
     workdirs.claim_rows(workdir, {name: feed.fingerprint() for name, feed in feeds})
@@ -114,19 +120,19 @@ def _run(parts: Run, workdir: pathlib.Path, shared: pathlib.Path, began: float) 
     if before is None:
         base = Reader.of(parts.decoder, parts.base, parts.chat, parts.config.teacher.prefix_bytes)
         base.prefixes.learn(parts.prompts_by_prefix)  # it is asked what it says with the prefix
-        with _told_if_the_teacher_fails("No step was made yet; the same command goes on"):
+        with _told_if_the_teacher_fails("No step was made yet"):
             before = parts.evaluation.before(base)
         del base  # or a full fine-tuning would hold the untrained parameters to its end
         before["task"] = examples_of_run.fingerprints(parts.examples)
         workdirs.write_json(workdir / "before.json", before)
     write_lines(workdir / "answers.jsonl", before["answers"])
     state, training = _train(parts, workdir, shared)
-    with _told_if_the_teacher_fails("All steps are made and saved; the same command goes on"):
+    with _told_if_the_teacher_fails("All steps are made and saved"):
         student = _reader(parts, state, parts.config.teacher.prefix_bytes)
         student.prefixes.learn(parts.prompts_by_prefix)
         after = parts.evaluation.after(student)
     write_lines(workdir / "answers.jsonl", before["answers"] + after["answers"])
-    training["exports"] = _export(parts, state, workdir)
+    training["exports"] = _export(parts, state, workdir, ending)
     report.draw(workdir)
     training["seconds"] = time.monotonic() - began
     if isinstance(parts.teacher, HttpTeacher):
@@ -187,7 +193,7 @@ def _train(parts: Run, workdir: pathlib.Path, shared: pathlib.Path) -> tuple[Tra
                 checkpoints.wait()
                 raise Preempted(f"stopped by SIGTERM, saved at step {step + 1}; run again")
         checkpoints.wait()
-        with _told_if_the_teacher_fails("All steps are made and saved; the same command goes on"):
+        with _told_if_the_teacher_fails("All steps are made and saved"):
             evaluate.if_due(steps, state, record)
     return state, content.training(read_lines(workdir / "metrics.jsonl"))
 
@@ -252,18 +258,20 @@ def _crc32(batch: Batch) -> int:
     return found
 
 
-def _export(parts: Run, state: TrainState, workdir: pathlib.Path) -> list[str]:
+def _export(
+    parts: Run, state: TrainState, workdir: pathlib.Path, ending: export.Ending
+) -> list[str]:
     config, spec = parts.config, parts.decoder.spec
     source, wanted = parts.directory, config.train.export
     written = []
     if wanted in ("merged", "both"):
         adapters = None if parts.frozen is None else state.trainable
         params = state.trainable if parts.frozen is None else parts.frozen
-        export.export_merged(workdir / "merged", spec, params, adapters, source)
+        export.export_merged(workdir / "merged", spec, params, adapters, source, ending=ending)
         written.append("merged/")
     if wanted in ("adapter", "both"):
         base = models_of_run.base_name(config.student.model, workdir)
-        export.export_adapter(workdir / "adapter", spec, state.trainable, source, base)
+        export.export_adapter(workdir / "adapter", spec, state.trainable, source, base, ending)
         written.append("adapter/")
     return written
 
@@ -274,7 +282,12 @@ def _told_if_the_teacher_fails(how_far: str):
     try:
         yield
     except _TEACHER_FAILS as error:
-        raise type(error)(f"{error}. {how_far}") from None
+        raise type(error)(f"{error}. {how_far}{_goes_on(error)}") from None
+
+
+def _goes_on(error: GkdjaxError) -> str:
+    """The end of a sentence; a UserError is to be mended first, and that may be in the config."""
+    return "" if isinstance(error, UserError) else "; the same command goes on from there"
 
 
 @contextlib.contextmanager
@@ -294,7 +307,7 @@ def _saved_if_the_teacher_fails(
         if step > first:
             checkpoints.save(state)
             checkpoints.wait()
-        saved = ", and is saved: the same command goes on from there" if step else ""
+        saved = f", and is saved{_goes_on(error)}" if step else ""
         raise type(error)(f"{error}. The run got to step {step} of {steps}{saved}") from None
 
 

@@ -74,7 +74,8 @@ def find(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> Sour
 
     Raises:
       UserError: a model that cannot be had or is not supported, a tokenizer without a chat
-        template, or two vocabularies that differ.
+        template, two vocabularies that differ, or a teacher that ends turns where the student
+        does not stop.
     """
     kwargs = config.data.template_kwargs
     student = local_directory(config.student.model, workdir)
@@ -105,7 +106,7 @@ def find(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> Sour
             f"the teacher's tokenizer ({name}) is not the student's ({config.student.model}):"
             f" {difference}. Distillation compares probabilities id by id, so both must be one"
         )
-    return Sources(student, chat, directory, teacher_chat)
+    return Sources(student, vocabulary.stopping_with(chat, teacher_chat), directory, teacher_chat)
 
 
 def load_student(config: Config, directory: pathlib.Path, mesh: Mesh) -> tuple[Decoder, dict]:

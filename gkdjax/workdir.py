@@ -1,38 +1,92 @@
 """A run's directory: which config it belongs to, and whether the run is finished."""
 
+import contextlib
+import fcntl
 import json
 import pathlib
+from collections.abc import Iterator
+
+from absl import logging
 
 from gkdjax import config as config_lib
 from gkdjax.config_models import REACH_KEYS
 from gkdjax.errors import UserError
+
+_LOCK = ".gkdjax-lock"
+# What a run writes down before it computes anything, beside its config.
+_BEGUN_WITH = ("models.json", "teacher.json", "ending.json")
+
+
+@contextlib.contextmanager
+def held(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes out of the directory of a run that is not finished.
+
+    Raises:
+      UserError: the directory cannot be made, or another process is at work in it.
+    """
+    if (workdir / "results.json").exists():  # a finished run is shown, and may be read-only
+        yield
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / _LOCK).open("w")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be made: {error}") from None
+    with lock:  # closing it, as a killed process does, gives the lock back
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is at work in {workdir}; wait until it has ended, or give"
+                " --workdir another directory"
+            ) from None
+        except OSError as error:
+            logging.warning("%s has no locks (%s): start no second run there", workdir, error)
+        yield
 
 
 def claim(workdir: pathlib.Path, config: config_lib.Config) -> None:
     """Writes the config into a new directory, or checks that it is the one written there.
 
     How a teacher's server is reached may change (not what it is, see `teachers.http.connect`), and
-    so may the mesh.
+    so may the mesh. A directory where nothing was computed belongs to nobody: the first start may
+    have been refused, and its advice followed.
 
     Raises:
       UserError: the directory belongs to another config; every key that differs is named.
     """
     path = workdir / "config.json"
     mine = json.loads(json.dumps(config_lib.to_dict(config)))
+    computed = _computed(workdir)
+    if not computed:
+        (workdir / "rows.json").unlink(missing_ok=True)  # the data may have been mended
     if path.exists():
         theirs = _with_new_keys(json.loads(path.read_text()))
         differing = sorted(_differences(_lasting(mine), _lasting(theirs), "config"))
-        if differing:
+        if not differing:
+            return
+        if computed:
             raise UserError(
                 f"{workdir} holds a run of another config; it differs in {'; '.join(differing)}."
                 " Give --workdir another directory, or the old values"
             )
-        return
+        for name in _BEGUN_WITH:
+            (workdir / name).unlink(missing_ok=True)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be made: {error}") from None
     write_json(path, mine)
+
+
+def _computed(workdir: pathlib.Path) -> bool:
+    """Whether text was written there, the untrained student measured, or a step made.
+
+    A server's answers are no reason to keep another config out: their store finds them by what was
+    asked, and stays.
+    """
+    written = any(file.stat().st_size for file in workdir.glob("trajectories_*.jsonl"))
+    return written or any((workdir / name).exists() for name in ("before.json", "checkpoints"))
 
 
 def claim_rows(workdir: pathlib.Path, fingerprints: dict[str, int]) -> None:

@@ -273,3 +273,13 @@ def test_a_key_in_place_of_its_name_is_not_repeated():
         with pytest.raises(UserError, match="never the key itself") as caught:
             config.parse(server(api_key_env=key))
         assert key not in str(caught.value)
+
+
+def test_an_anchors_rows_are_divided_only_where_there_is_an_anchor():
+    c = config.default()
+    c.student.model, c.data.train = "m", "a.jsonl"
+    c.train.batch_size = c.train.accumulation = 16
+    assert config.rows_at_once(config.parse(c)) == {"train.batch_size": 1, "eval.batch_size": 64}
+    c.anchor.data = "b.jsonl"
+    with pytest.raises(UserError, match=r"anchor\.batch_size = 8: must be a multiple of"):
+        config.parse(c)

@@ -1,13 +1,14 @@
 """Whole runs with models from the hub, starting adapters, and teachers that carry one."""
 
 import json
+import pathlib
 import shutil
 
 import builders
 import numpy as np
 import pytest
 
-from gkdjax import loop, lora
+from gkdjax import config, loop, lora, models_of_run
 from gkdjax.errors import UserError
 from gkdjax.hf import export, model_config, peft, pretrained
 from gkdjax.tools.export_hf import export_step
@@ -142,6 +143,27 @@ def test_a_teacher_may_borrow_a_tokenizer(student, other, tmp_path):
     c.teacher.tokenizer = other
     loop.run(c, tmp_path / "with")
     assert metrics(tmp_path / "with")[0]["loss"] > 0
+
+
+@pytest.mark.parametrize("backend", ["flax", "vllm"])
+def test_a_teacher_that_ends_turns_where_the_student_runs_on_is_refused(
+    student, other, tmp_path, backend
+):
+    base = shutil.copytree(student, tmp_path / "base")
+    template = base / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<end_of_turn>", "<eos>"))
+    (base / "generation_config.json").write_text('{"eos_token_id": 1}')
+    c = small(str(base), teacher__backend=backend)
+    key = "model" if backend == "flax" else "tokenizer"  # of the server's model
+    c.teacher[key] = other
+    if backend == "vllm":
+        c.teacher.api_base = "http://127.0.0.1:9/v1"
+    told = rf"\({other}\) ends a turn with <end_of_turn> \(5\).*{base}.* with <eos> \(1\)"
+    with pytest.raises(UserError, match=told):
+        loop.run(c, tmp_path / "run")
+    # As it advises: the student's template is the teacher's.
+    shutil.copy(pathlib.Path(other, template.name), template)
+    assert models_of_run.find(config.parse(c), tmp_path / "run", None).chat.stop_ids == (5, 1)
 
 
 COMMIT = "c0ffee" + 34 * "0"

@@ -143,6 +143,7 @@ class ViewRules:
             raise UserError(
                 f"{example.name}: the target tokens differ between the student's view and the "
                 "teacher's: their tokenizers or chat templates write the same messages differently"
+                f"{self._ends_differ()}"
             )
         if len(target_ids) == 0:
             _require_roles(example, self.targets, trajectory)
@@ -155,6 +156,16 @@ class ViewRules:
         """The same, whatever a trajectory says."""
         return dataclasses.replace(
             self, targets=dataclasses.replace(self.targets, whole_responses=True)
+        )
+
+    def _ends_differ(self) -> str:
+        """The end of a message: how the templates end turns otherwise, and what to do."""
+        student, teacher = self.student_chat, self.teacher_chat
+        if student.end_of_turn == teacher.end_of_turn:
+            return ""
+        return (
+            f" ({student.directory} ends a turn with {student.end_of_turn}, {teacher.directory}"
+            f" with {teacher.end_of_turn}; give both the same chat_template.jinja)"
         )
 
     def _views(self, example: Example, trajectory: Trajectory | None) -> tuple[View, View]:

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from absl import logging
+
 from gkdjax.data.chat import Chat
 from gkdjax.errors import UserError
 from gkdjax.types import Message
@@ -51,6 +53,42 @@ def of_model(chat: Chat, vocab_size: int) -> Chat:
     """
     tokens_without_row(chat, vocab_size)
     return dataclasses.replace(chat, vocab_size=vocab_size)
+
+
+def stopping_with(student: Chat, teacher: Chat) -> Chat:
+    """The student's chat, which stops wherever the teacher's text ends.
+
+    The student learns to end as the teacher does: its evaluation and its exports stop there too.
+
+    Args:
+      student: its chat.
+      teacher: the chat of a teacher with the same ids for the same tokens.
+
+    Raises:
+      UserError: the teacher ends a turn with a token that the student does not stop at.
+    """
+    ends = student.stop_ids[0], teacher.stop_ids[0]
+    (own, id_own), (other, id_other) = (
+        (chat.end_of_turn, i) for chat, i in zip((student, teacher), ends, strict=True)
+    )
+    if id_other not in student.stop_ids:
+        raise UserError(
+            f"the chat template of the teacher ({teacher.directory}) ends a turn with {other}"
+            f" ({id_other}), and the student ({student.directory}), whose template ends it with"
+            f" {own} ({id_own}), does not stop there, so it would learn never to stop. Give both"
+            " directories the same chat_template.jinja, the one that the teacher was trained with,"
+            f" or, for the student to end as the teacher does, add {id_other} to eos_token_id in"
+            " the student's generation_config.json"
+        )
+    if id_own != id_other:
+        logging.warning(
+            "the teacher ends a turn with %s (%d), the student's chat template with %s (%d): the"
+            " student learns to end with the teacher's, at which it stops as well",
+            *(other, id_other, own, id_own),
+        )
+    known = {*student.tokenizer.get_vocab().values()}
+    more = [i for i in teacher.stop_ids if i not in student.stop_ids and i in known]
+    return dataclasses.replace(student, stop_ids=(*student.stop_ids, *more)) if more else student
 
 
 def _needed(chat: Chat) -> set[int]:

@@ -9,6 +9,8 @@ import functools
 import json
 import pathlib
 import shutil
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import huggingface_hub
 import jax
@@ -25,14 +27,28 @@ from gkdjax.models.spec import DecoderSpec
 
 SHARD_BYTES = 5 * 10**9  # what the hub recommends, and transformers writes
 
-# Everything beside the weights that a model directory needs to stay usable after training.
-_COMPANIONS = (
-    *("config.json", "generation_config.json"),
+ENDING = "ending.json"  # `Ending` in a run's directory
+_GENERATION = "generation_config.json"
+# The tokenizer with its chat template, and how text is generated: beside an adapter too.
+_TEXT_COMPANIONS = (
+    _GENERATION,
     *("tokenizer*.json", "tokenizer.model", "vocab.json", "merges.txt"),
     *("special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+)
+# Everything beside the weights that a model directory needs to stay usable after training.
+_COMPANIONS = (
+    "config.json",
+    *_TEXT_COMPANIONS,
     *("preprocessor_config.json", "processor_config.json"),
 )
+
+
+class Ending(NamedTuple):
+    """What ends a response of the student in its run, for generation_config.json."""
+
+    stop_ids: tuple[int, ...]  # any of them; the chat template's end of turn is first
+    pad_id: int  # for a generation_config.json that names none
 
 
 def export_merged(
@@ -42,6 +58,7 @@ def export_merged(
     adapters: dict[str, lora.Adapter] | None,
     source: str | pathlib.Path,
     shard_bytes: int = SHARD_BYTES,
+    ending: Ending | None = None,
 ) -> None:
     """A model directory with the source's tensor names and dtypes, as transformers loads it.
 
@@ -54,6 +71,7 @@ def export_merged(
       adapters: to be merged into the base; None where there are none.
       source: the directory of the model that the student came from.
       shard_bytes: most bytes of a file; more make several, with an index.
+      ending: generation_config.json stops there; None: where the source's stops.
 
     Raises:
       UserError: the source is gone or changed, or a number does not fit the source's float16.
@@ -74,7 +92,7 @@ def export_merged(
             )
         tensors[name] = output.Tensor(dtype, files.shape(name), make)
     with output.whole_directory(directory) as part:
-        _copy_companions(root, part)
+        _copy_companions(root, part, _COMPANIONS, ending)
         _write_shards(part, tensors, shard_bytes)
 
 
@@ -84,8 +102,12 @@ def export_adapter(
     adapters: dict[str, lora.Adapter],
     source: str | pathlib.Path,
     base: str | None = None,
+    ending: Ending | None = None,
 ) -> None:
     """A directory that `peft.PeftModel.from_pretrained` loads: float32 A (r, in) and B (out, r).
+
+    The tokenizer, its chat template and generation_config.json lie beside them. PEFT takes the
+    base's own generation_config.json, so whoever generates passes this one.
 
     Args:
       directory: replaced as a whole, see `output.whole_directory`.
@@ -93,10 +115,12 @@ def export_adapter(
       adapters: from training.
       source: the directory of the base.
       base: what adapter_config.json calls the base; None: the absolute path of `source`.
+      ending: as for `export_merged`.
     """
     model_type = load_config(source)["model_type"]
     base = str(pathlib.Path(source).absolute()) if base is None else base
     with output.whole_directory(directory) as part:
+        _copy_companions(pathlib.Path(source), part, _TEXT_COMPANIONS, ending)
         peft.save_adapter(part, spec, adapters, model_type, base)
 
 
@@ -120,7 +144,7 @@ def save_pretrained(
             make = functools.partial(_of_leaf, params, None, name, path, layer, leaf.dtype)
             tensors[name] = output.Tensor(leaf.dtype, shape, make)
     with output.whole_directory(directory) as part:
-        _copy_companions(pathlib.Path(source), part)
+        _copy_companions(pathlib.Path(source), part, _COMPANIONS, None)
         _set_dtype(part / "config.json", str(params["embedding"].dtype))
         _write_shards(part, tensors, SHARD_BYTES)
 
@@ -189,12 +213,32 @@ def _write_shards(
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _copy_companions(source: pathlib.Path, directory: pathlib.Path) -> None:
-    for pattern in _COMPANIONS:
+def _copy_companions(
+    source: pathlib.Path,
+    directory: pathlib.Path,
+    patterns: Sequence[str],
+    ending: Ending | None,
+) -> None:
+    for pattern in patterns:
         for file in source.glob(pattern):
             target = directory / file.relative_to(source)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target)
+    if ending is not None:
+        _set_ending(directory / _GENERATION, ending)
+
+
+def _set_ending(path: pathlib.Path, ending: Ending) -> None:
+    """Every other field stays, and so does a file that says it already, to the byte."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    fields = {"eos_token_id": None, "pad_token_id": None} | found
+    stops = fields["eos_token_id"]
+    if {*(stops if isinstance(stops, list) else [stops])} != {*ending.stop_ids}:
+        fields["eos_token_id"] = list(ending.stop_ids)
+    if fields["pad_token_id"] is None:
+        fields["pad_token_id"] = ending.pad_id
+    if fields != found:
+        path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
 def _set_dtype(path: pathlib.Path, dtype: str) -> None:

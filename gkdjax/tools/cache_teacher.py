@@ -59,10 +59,11 @@ def cache(
         )
     if config.teacher.store is None:
         raise UserError("config.teacher.store = None: there is no store to fill; name its file")
-    if buy:
-        workdirs.claim(workdir, config)
     workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as connections:
+        if buy:
+            connections.enter_context(workdirs.held(workdir))
+            workdirs.claim(workdir, config)
         rows = rows_of_run.read(config, workdir, None, connections)
         steps = rows_of_run.total_steps(config, len(rows.feed))
         missing = fill_store.missing(config, workdir, rows.teacher, steps)

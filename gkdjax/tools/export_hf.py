@@ -16,7 +16,9 @@ from absl import logging
 
 from gkdjax import config as config_lib
 from gkdjax import models_of_run
+from gkdjax import workdir as workdirs
 from gkdjax.checkpoint import read_trainable
+from gkdjax.data.chat import load_chat
 from gkdjax.errors import GkdjaxError, UserError
 from gkdjax.hf import export, model_config, peft_config, pretrained
 from gkdjax.models.decoder import abstract_params
@@ -52,15 +54,16 @@ def export_step(
     source = models_of_run.local_directory(config.student.model, pathlib.Path(run))
     _check_out(pathlib.Path(out), config, source, adapter)
     spec = model_config.load_spec(source)
+    ending = _ending(config, source, pathlib.Path(run))
     step, trainable = read_trainable(pathlib.Path(run), _trainable_like(config, spec), step)
     if adapter:
         base = models_of_run.base_name(config.student.model, pathlib.Path(run))
-        export.export_adapter(out, spec, trainable, source, base)
+        export.export_adapter(out, spec, trainable, source, base, ending)
     elif lora:
         params = pretrained.load_pretrained(source, config.student.dtype)[1]
-        export.export_merged(out, spec, params, trainable, source)
+        export.export_merged(out, spec, params, trainable, source, ending=ending)
     else:
-        export.export_merged(out, spec, trainable, None, source)
+        export.export_merged(out, spec, trainable, None, source, ending=ending)
     return step
 
 
@@ -88,6 +91,15 @@ def _over(defaults: dict, saved: dict) -> dict:
         if isinstance(value, dict) and isinstance(saved.get(name), dict)
     }
     return defaults | saved | sections
+
+
+def _ending(config: config_lib.Config, source: pathlib.Path, run: pathlib.Path) -> export.Ending:
+    """What the run has written down; in an older one, where its student's chat stops."""
+    written = workdirs.read_json(run / export.ENDING)
+    if written is not None:
+        return export.Ending(tuple(written["stop_ids"]), written["pad_id"])
+    chat = load_chat(source, config.data.template_kwargs)
+    return export.Ending(chat.stop_ids, chat.pad_id)
 
 
 def _check_out(out: pathlib.Path, config: config_lib.Config, source: pathlib.Path, adapter: bool):

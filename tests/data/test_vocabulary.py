@@ -1,11 +1,12 @@
 """Tokenizers against each other, and against the rows of an embedding."""
 
+import json
 import pathlib
 
 import pytest
 
 from gkdjax.data.chat import load_chat
-from gkdjax.data.vocabulary import difference, of_model, tokens_without_row
+from gkdjax.data.vocabulary import difference, of_model, stopping_with, tokens_without_row
 from gkdjax.errors import UserError
 from gkdjax.types import Message
 
@@ -50,3 +51,42 @@ def test_a_token_that_text_or_the_template_needs_must_have_a_row(chat_dir, missi
         rows = chat.stop_ids[0]
     with pytest.raises(UserError, match=rf"has {rows} rows and none for .* different models"):
         of_model(chat, rows)
+
+
+@pytest.fixture
+def stopping(chat_dir):
+    """stopping(template, "<a>", ...): a chat whose generation_config.json lists these tokens."""
+
+    def make(template: str, *tokens: str):
+        directory = chat_dir(template)
+        ids = load_chat(directory).tokenizer.convert_tokens_to_ids(tokens)
+        path = pathlib.Path(directory) / "generation_config.json"
+        path.write_text(json.dumps({"eos_token_id": ids}))
+        return load_chat(directory)
+
+    return make
+
+
+def test_a_teacher_must_end_turns_where_the_student_stops(stopping, caplog):
+    student, teacher = stopping("gemma", "<eos>"), stopping("llama3", "<eos>")
+    with pytest.raises(UserError) as caught:
+        stopping_with(student, teacher)
+    told = str(caught.value)
+    for chat in (student, teacher):
+        assert chat.directory in told and f"{chat.end_of_turn} ({chat.stop_ids[0]})" in told
+    # As the message advises: the student stops at the teacher's end as well.
+    student = stopping("gemma", "<eos>", "<|eot_id|>")
+    assert stopping_with(student, teacher) is student and "learns to end with" in caplog.text
+    same = stopping("llama3", "<eos>")
+    assert stopping_with(same, teacher) is same
+
+
+def test_the_student_stops_wherever_the_teachers_text_ends(stopping):
+    student, teacher = stopping("llama3", "<eos>"), stopping("llama3", "<eos>", "<|im_end|>")
+    assert set(teacher.stop_ids) - set(student.stop_ids) == {
+        student.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    }
+    found = stopping_with(student, teacher)
+    assert set(found.stop_ids) == set(teacher.stop_ids)
+    assert found.stop_ids[: len(student.stop_ids)] == student.stop_ids
+    assert stopping_with(teacher, student) is teacher

@@ -1,5 +1,6 @@
 """Model directories that are handed over, read back by torch's transformers and byte by byte."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -10,15 +11,19 @@ import factories
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import safetensors.torch
 import torch
 import transformers
 from checkpoints import KINDS, MULTIMODAL, assert_same_bytes, load_torch, tensors, torch_logits
 
-from gkdjax import lora
+from gkdjax import config, lora
+from gkdjax.data.chat import load_chat
 from gkdjax.errors import UserError
 from gkdjax.hf import export, pretrained
+from gkdjax.sampler import Sampling, sample
+from gkdjax.types import Message
 
 INDEX = "model.safetensors.index.json"
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -355,3 +360,83 @@ def test_vocabulary_padding_is_kept(tmp_path):
     decoder, params = pretrained.load_pretrained(source)
     export.export_merged(tmp_path / "out", decoder.spec, params, None, source)
     assert len(tensors(tmp_path / "out")["model.embed_tokens.weight"]) == factories.VOCAB_SIZE + 5
+
+
+@pytest.fixture(scope="module")
+def base_like(tmp_path_factory):
+    """(directory, decoder, params, adapters, chat): a student that ends its turns, whose
+    generation_config.json does not know it, as base checkpoints with a chat template come."""
+    directory = tmp_path_factory.mktemp("base") / "student"
+    shutil.copytree(config.ASSETS / "quickstart" / "student", directory)
+    fields = {"bos_token_id": 2, "eos_token_id": 1, "top_k": 7}
+    (directory / "generation_config.json").write_text(json.dumps(fields))
+    decoder, params = pretrained.load_pretrained(directory)
+    adapters = {
+        path: dataclasses.replace(adapter, scale=1e-3)
+        for path, adapter in builders.adapters(decoder, rank=2).items()
+    }
+    return directory, decoder, params, adapters, load_chat(directory)
+
+
+ASKED = [{"role": "user", "content": "sort: fbdac"}]
+
+
+def generated(model, exported, **settings) -> list[int]:
+    """What transformers writes with the tokenizer and the template of an export."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    rendered = tokenizer.apply_chat_template(
+        ASKED, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    out = model.generate(**rendered, **settings)
+    return out[0, rendered["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_exports_stop_where_the_run_stops(base_like, tmp_path):
+    directory, decoder, params, adapters, chat = base_like
+    ending = export.Ending(chat.stop_ids, chat.pad_id)
+    merged, adapter = tmp_path / "merged", tmp_path / "adapter"
+    export.export_merged(merged, decoder.spec, params, adapters, directory, ending=ending)
+    export.export_adapter(adapter, decoder.spec, adapters, directory, ending=ending)
+    for exported in (merged, adapter):
+        told = json.loads((exported / "generation_config.json").read_text())
+        wanted = {"bos_token_id": 2, "eos_token_id": [5, 1], "pad_token_id": 0, "top_k": 7}
+        assert told == wanted
+        assert load_chat(exported).stop_ids == chat.stop_ids
+    (ours,) = sample(
+        decoder,
+        lora.merge(params, adapters),
+        [chat.prompt_ids([Message(**ASKED[0])])],
+        [0],
+        Sampling(40, temperature=0.0, top_p=1.0),
+        stop_ids=chat.stop_ids,
+        batch_size=1,
+        lengths=(32,),
+    )
+    assert ours.finished and 5 < len(ours.ids) < 10
+    greedy = {"max_new_tokens": 40, "do_sample": False}
+    assert generated(load_torch(merged), merged, **greedy) == ours.ids.tolist()
+    model = peft.PeftModel.from_pretrained(load_torch(directory), adapter)
+    assert len(generated(model, adapter, **greedy)) == 40  # by its base's generation_config.json
+    own = transformers.GenerationConfig.from_pretrained(adapter, **greedy)
+    assert generated(model, adapter, generation_config=own) == ours.ids.tolist()
+
+
+@pytest.mark.parametrize(
+    "fields, wanted",
+    [
+        (None, {"eos_token_id": [5, 1], "pad_token_id": 3}),
+        ({"eos_token_id": 5, "pad_token_id": 0}, {"eos_token_id": [5, 1], "pad_token_id": 0}),
+        ({"eos_token_id": [1, 5], "pad_token_id": 0, "a": 1}, None),  # the same stops: left alone
+    ],
+)
+def test_a_generation_config_is_changed_only_where_it_must_be(base_like, tmp_path, fields, wanted):
+    directory, decoder, params, *_ = base_like
+    source = shutil.copytree(directory, tmp_path / "source")
+    path = source / "generation_config.json"
+    path.unlink() if fields is None else path.write_text(json.dumps(fields))
+    ending = export.Ending((5, 1), 3)
+    out = tmp_path / "out"
+    export.export_merged(out, decoder.spec, params, None, source, ending=ending)
+    said = (out / "generation_config.json").read_text()
+    assert said == json.dumps(fields) if wanted is None else json.loads(said) == wanted

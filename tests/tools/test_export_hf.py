@@ -17,6 +17,7 @@ from gkdjax.errors import Preempted
 from gkdjax.tools import export_hf
 
 FILES = ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja")
+FILES += ("generation_config.json",)
 
 
 def export(run, out, *flags: str) -> int:
@@ -25,9 +26,14 @@ def export(run, out, *flags: str) -> int:
 
 @pytest.fixture(scope="module")
 def lora_run(student, tmp_path_factory) -> pathlib.Path:
-    """Saved at steps 2 and 4; at step 2 it was stopped, and exported to "stopped"."""
+    """Saved at steps 2 and 4; at step 2 it was stopped, and exported to "stopped".
+
+    The student's generation_config.json does not have the chat template's end of turn.
+    """
     root = tmp_path_factory.mktemp("lora")
-    config = small(student, teacher__top_k=1, train__export="both")
+    base = shutil.copytree(student, root / "student")
+    (base / "generation_config.json").write_text('{"eos_token_id": 1}')
+    config = small(str(base), teacher__top_k=1, train__export="both")
     config.student.lora.alpha = 7.0
     with pytest.raises(Preempted):
         loop.run(config, root / "run", teacher=ConstantTeacher(50, 5, stopped_at=2))
@@ -54,11 +60,23 @@ def test_the_last_step_is_what_the_run_exported(lora_run, tmp_path, capsys, flag
 
 def test_the_adapter_is_what_the_run_exported(lora_run, tmp_path):
     assert export(lora_run, tmp_path / "out", "--adapter") == 0
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
+    for name in ("adapter_model.safetensors", "adapter_config.json", *FILES[2:]):
         ours, runs = (d / name for d in (tmp_path / "out", lora_run / "adapter"))
         assert ours.read_bytes() == runs.read_bytes(), name
     fields = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert (fields["r"], fields["lora_alpha"]) == (2, 7.0)
+
+
+def test_exports_stop_where_the_run_did(lora_run, tmp_path):
+    def stops(directory) -> list[int]:
+        return json.loads((directory / "generation_config.json").read_text())["eos_token_id"]
+
+    assert stops(lora_run / "merged") == stops(lora_run / "adapter") == [5, 1]
+    run = shutil.copytree(lora_run, tmp_path / "run")
+    (run / "ending.json").write_text('{"stop_ids": [5, 1, 9], "pad_id": 0}')  # a teacher's, too
+    assert export(run, tmp_path / "out") == 0 and stops(tmp_path / "out") == [5, 1, 9]
+    (run / "ending.json").unlink()  # an older run
+    assert export(run, tmp_path / "out") == 0 and stops(tmp_path / "out") == [5, 1]
 
 
 def test_an_earlier_step_is_what_the_run_was_then(lora_run, tmp_path):
@@ -111,7 +129,7 @@ def test_a_save_that_is_going_on_is_left_alone(lora_run, tmp_path):
     assert_same_bytes(tmp_path / "out", lora_run / "merged")
 
 
-def test_only_its_own_kind_of_directory_is_replaced(lora_run, student, tmp_path, capsys):
+def test_only_its_own_kind_of_directory_is_replaced(lora_run, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     assert export(lora_run, out, "--step=2") == 0  # an empty one is
@@ -127,7 +145,7 @@ def test_only_its_own_kind_of_directory_is_replaced(lora_run, student, tmp_path,
         assert "is there and not the directory of a model" in capsys.readouterr().err
     assert export(run, out, "--adapter") == 2
     assert "not the directory of an adapter" in capsys.readouterr().err
-    assert export(run, student) == 2
+    assert export(run, lora_run.parent / "student") == 2
     assert "is what the run began with" in capsys.readouterr().err
     assert (work / "thesis.tex").exists() and (run / "checkpoints").exists()
 
