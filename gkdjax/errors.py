@@ -43,3 +43,9 @@ class CoordinatorUnreachable(GkdjaxError):
     """The processes of a run did not find each other in the time that they were given."""
 
     exit_code = 4
+
+
+def one_line(error: BaseException, longest: int = 300) -> str:
+    """What another library's error says, for a message of ours: in one line, cut at `longest`."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= longest else f"{text[: longest - 4]} ..."

@@ -22,6 +22,7 @@ from gkdjax.data import message_spans
 from gkdjax.data.message_spans import Misfit, thinks
 from gkdjax.data.stop_ids import stop_ids
 from gkdjax.data.template import SYSTEM_ADVICE, Template
+from gkdjax.data.tokenizer_files import load_tokenizer
 from gkdjax.errors import UserError
 from gkdjax.types import Message
 
@@ -163,7 +164,7 @@ def load_chat(
       UserError: no such directory, no fast tokenizer in it, no chat template, or a template that
         ends no turn with a special token.
     """
-    tokenizer = _load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
     if not tokenizer.chat_template:
         raise UserError(
             f"{directory}: the tokenizer has no chat template; take an instruction-tuned model, "
@@ -176,20 +177,6 @@ def load_chat(
     end_of_turn = tokenizer.convert_ids_to_tokens(ends[0])
     made = Chat(str(directory), tokenizer, pad_id, ends, end_of_turn, template_kwargs)
     return dataclasses.replace(made, clock=clock)
-
-
-def _load_tokenizer(directory: str) -> transformers.PreTrainedTokenizerBase:
-    if not pathlib.Path(directory).is_dir():
-        raise UserError(f"{directory}: no such model directory")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(directory), local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # of transformers, of tokenizers, and KeyError for half a file
-        raise UserError(f"{directory}: holds no tokenizer that can be read: {error!r}") from error
-    if not tokenizer.is_fast:
-        raise UserError(f"{directory}: needs a tokenizer.json (a fast tokenizer, with offsets)")
-    return tokenizer
 
 
 class _Said(NamedTuple):

@@ -20,7 +20,7 @@ import yaml
 from gkdjax.config import Context
 from gkdjax.data.fields import kind, text
 from gkdjax.data.files import json_value, jsonl_values, read_text
-from gkdjax.errors import UserError
+from gkdjax.errors import UserError, one_line
 from gkdjax.types import Message
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -66,8 +66,7 @@ def _file_messages(source: str) -> tuple[Message, ...]:
             listed = yaml.load(told, Loader=_UniqueKeys)
         # A day that no month has is a ValueError, and so are too many digits.
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            told = " ".join(str(error).split())
-            raise UserError(f"{where}: does not parse as YAML: {told}") from error
+            raise UserError(f"{where}: does not parse as YAML: {one_line(error)}") from error
     else:
         raise UserError(
             f"{where}: its name must end in .json, .yaml or .yml; plain text is"

@@ -4,7 +4,7 @@ import json
 import pathlib
 import re
 
-from gkdjax.errors import UserError
+from gkdjax.errors import UserError, one_line
 from gkdjax.types import Message
 
 # In place of a message's content. Letters and digits only: no template trims, escapes or splits it.
@@ -36,7 +36,9 @@ def _end_of_turn_id(directory: str, tokenizer, template_kwargs: dict) -> int:
             [m.for_template() for m in asked], tokenize=False, **template_kwargs
         )
     except Exception as error:  # a template is a program
-        raise UserError(f"{directory}: the chat template fails on a question: {error}") from error
+        raise UserError(
+            f"{directory}: the chat template fails on a question: {one_line(error)}"
+        ) from error
     after = PLACEHOLDER.split(text)[-1]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.update(tokenizer.all_special_ids)

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from gkdjax.data.fields import Ambiguous
-from gkdjax.errors import UserError
+from gkdjax.errors import UserError, one_line
 
 _ROWS = 1024  # that are Python objects at once
 _JSON = (".json", ".jsonl", ".ndjson")
@@ -36,7 +36,7 @@ def parquet_rows(source: str, where: str) -> Iterator[tuple[str, dict]]:
         with parquet.ParquetFile(path) as file:
             yield from _rows(file.iter_batches(batch_size=_ROWS), path.name)
     except (OSError, arrow.ArrowException) as error:
-        raise UserError(f"{where}: cannot be read as Parquet: {error}") from error
+        raise UserError(f"{where}: cannot be read as Parquet: {one_line(error)}") from error
 
 
 def json_files(path: pathlib.Path, config: str | None, where: str) -> dict[str, list[str]] | None:

@@ -10,7 +10,7 @@ import transformers
 
 from gkdjax.data import clock as clocks
 from gkdjax.data.message_spans import REASONING
-from gkdjax.errors import UserError
+from gkdjax.errors import UserError, one_line
 from gkdjax.types import Message
 
 SYSTEM_ADVICE = (
@@ -131,7 +131,7 @@ class Template:
             roles = [message["role"] for message in given]
             raise UserError(
                 f"{name}: the chat template of {self.directory} refuses the roles "
-                f"{', '.join(roles)}: {error}{SYSTEM_ADVICE if 'system' in roles else ''}"
+                f"{', '.join(roles)}: {one_line(error)}{SYSTEM_ADVICE if 'system' in roles else ''}"
             ) from error
 
 

@@ -5,7 +5,7 @@ import pathlib
 from huggingface_hub.errors import StrictDataclassError  # how transformers' configs refuse a field
 
 from gkdjax import json_object
-from gkdjax.errors import UserError
+from gkdjax.errors import UserError, one_line
 from gkdjax.hf import config_keys
 from gkdjax.models import families
 from gkdjax.models.spec import DecoderSpec
@@ -47,20 +47,16 @@ def load_spec(directory: str | pathlib.Path) -> DecoderSpec:
     try:
         spec = families.MODEL_TYPES[config["model_type"]].decoder_spec(read)
     except StrictDataclassError as error:
-        raise UserError(f"{path}: {_one_line(error)}") from error
+        raise UserError(f"{path}: {one_line(error)}") from error
     except ValueError as error:
-        raise UserError(f"{path}: {_one_line(error)}") from error
+        raise UserError(f"{path}: {one_line(error)}") from error
     except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(
             f"{path}: a field is missing or of another type than transformers expects"
-            f" ({type(error).__name__}: {_one_line(error)})"
+            f" ({type(error).__name__}: {one_line(error)})"
         ) from error
     _check_spec(path, spec)
     return spec
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _check_spec(path: pathlib.Path, spec: DecoderSpec) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import safetensors.numpy
 
 from gkdjax import lora, sharding
-from gkdjax.errors import UserError
+from gkdjax.errors import UserError, one_line
 from gkdjax.hf import output, peft_config
 from gkdjax.models import families
 from gkdjax.models.hf_tables import Layout
@@ -112,7 +112,7 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         tensors = safetensors.numpy.load_file(path)
     except Exception as error:  # safetensors raises its own type for each kind of damage
-        raise UserError(f"{path} is not a readable safetensors file: {error}") from error
+        raise UserError(f"{path} is not a readable safetensors file: {one_line(error)}") from error
     for name, tensor in tensors.items():
         if tensor.dtype.name not in _DTYPES:
             raise UserError(f"{path}: {name} is {tensor.dtype}; supported: {', '.join(_DTYPES)}")
