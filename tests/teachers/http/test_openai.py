@@ -1,5 +1,8 @@
 """Answers in text: the recorded ones of five servers, and what cannot be is refused."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 from recorded_answers import (
@@ -19,6 +22,9 @@ from gkdjax.errors import WrongAnswer
 from gkdjax.sampler import Sampling
 from gkdjax.teachers.http.dialects import openai, sglang, vllm
 from gkdjax.teachers.http.dialects.openai import ChatById, CompletionsById
+from gkdjax.teachers.http.storage.identity import KnownTeacher
+from gkdjax.teachers.http.storage.store import sample_key
+from gkdjax.types import Message
 
 
 @pytest.mark.parametrize("server", ["vllm", "sgl"])
@@ -138,6 +144,33 @@ def test_what_is_asked_for():
     for dialect in (completions(), chat()):
         request = sample_request([5], sampling=Sampling(9, 0.7, 0.9, top_k=40))
         assert dialect.sample(request).body["top_k"] == 40
+
+
+def test_a_chat_server_gets_tools_and_calls_in_the_form_of_its_route():
+    call = {"name": "look", "arguments": {"at": "é"}}
+    tools = [{"name": "look", "parameters": {}}, {"type": "function", "function": {"name": "go"}}]
+    given = {"id": "c", "type": "function", "function": call | {"arguments": '{"at": 1}'}}
+    talk = (
+        Message("assistant", "", json.dumps({"tool_calls": [call, given]})),
+        *(Message("tool", "3"), Message("tool", "4", '{"tool_call_id":"c"}')),
+    )
+    request = dataclasses.replace(sample_request([5]), messages=talk, tools=json.dumps(tools))
+    body = chat().sample(request).body
+    assert body["tool_choice"] == "none"  # so that what is drawn comes as text
+    assert body["tools"] == [{"type": "function", "function": tools[0]}, tools[1]]
+    first = {"name": "look", "arguments": '{"at": "é"}'}
+    first = {"id": "call00000", "type": "function", "function": first}
+    assert body["messages"] == [
+        {"role": "assistant", "content": "", "tool_calls": [first, given]},
+        {"role": "tool", "content": "3", "tool_call_id": "call00000"},
+        {"role": "tool", "content": "4", "tool_call_id": "c"},
+    ]
+    known = KnownTeacher("f", "m", "t", None, {}, "")
+    keys = {
+        sample_key(known, dataclasses.replace(request, tools=t), by_messages=b)
+        for t, b in (("", True), (request.tools, True), ("", False), (request.tools, False))
+    }
+    assert len(keys) == 3  # ids have the tools in them
 
 
 def test_chat_scores_nothing():

@@ -6,6 +6,7 @@ they are asked: text does not tell the tokens that are parts of characters.
 
 import dataclasses
 import functools
+import json
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -170,10 +171,14 @@ class Chat(_ByText):
         dialect.check_sample(request, self)
         body = completions.drawing(self.model, request)
         body |= {
-            "messages": [m.for_template() for m in request.messages],
+            "messages": _messages(request),
             "logprobs": True,
             "top_logprobs": request.top_k,
         }
+        if request.tools:
+            # What is drawn is read as text. A server that leaves the tools out of the prompt then
+            # is noticed by the prompt's length.
+            body |= {"tools": list(map(_wrapped, json.loads(request.tools))), "tool_choice": "none"}
         if request.template_kwargs:  # a field of vLLM, SGLang and llama-server; others refuse it
             body["chat_template_kwargs"] = request.template_kwargs
         body |= self._more(request)
@@ -209,6 +214,33 @@ def _after_part(said: Said) -> Said:
 
 
 _NAMELESS = ""  # no token reads so
+
+
+def _messages(request: SampleRequest) -> list[dict]:
+    """As the route has them: calls have an id and a type, and their arguments are JSON text."""
+    messages, waiting, count = [m.for_template() for m in request.messages], [], 0
+    for message in messages:
+        if message.get("tool_calls"):
+            calls = [
+                {"id": f"call{count + i:05d}", "type": "function"} | dict(call)  # 9, as Mistral's
+                for i, call in enumerate(map(_wrapped, message["tool_calls"]))
+            ]
+            for call in calls:
+                said = {"arguments": {}} | call["function"]
+                if not isinstance(said["arguments"], str):
+                    said["arguments"] = json.dumps(said["arguments"], ensure_ascii=False)
+                call["function"] = said
+            count += len(calls)
+            message["tool_calls"] = calls
+            waiting = [call["id"] for call in calls]
+        elif message["role"] == "tool" and "tool_call_id" not in message and waiting:
+            message["tool_call_id"] = waiting.pop(0)
+    return messages
+
+
+def _wrapped(function: dict) -> dict:
+    """A tool, or the call of one, in the longer of the two forms."""
+    return function if "function" in function else {"type": "function", "function": function}
 
 
 def _content(content: Field) -> list[Said]:
