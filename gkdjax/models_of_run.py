@@ -77,11 +77,11 @@ def find(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> Sour
         template, two vocabularies that differ, or a teacher that ends turns where the student
         does not stop.
     """
-    kwargs = config.data.template_kwargs
+    how = config.data.template_kwargs, workdirs.clock(workdir)
     student = local_directory(config.student.model, workdir)
     # First: an unknown architecture matters more than its template.
     spec = model_config.load_spec(student)
-    chat = vocabulary.of_model(load_chat(student, kwargs), spec.vocab_size)
+    chat = vocabulary.of_model(load_chat(student, *how), spec.vocab_size)
     c, directory = config.teacher, None
     if teacher is not None:
         teacher_chat, name = teacher.chat or chat, teacher.description
@@ -91,15 +91,13 @@ def find(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> Sour
         # Of a server nothing but its tokenizer can be here; what its embedding has is its own.
         name = c.tokenizer
         borrowed = local_directory(name, workdir, weights=False)
-        teacher_chat = vocabulary.of_model(load_chat(borrowed, kwargs), spec.vocab_size)
+        teacher_chat = vocabulary.of_model(load_chat(borrowed, *how), spec.vocab_size)
     else:
         directory = local_directory(c.model, workdir)
         spec = model_config.load_spec(directory)
         name = c.tokenizer or c.model
         borrowed = c.tokenizer and local_directory(c.tokenizer, workdir, weights=False)
-        teacher_chat = vocabulary.of_model(
-            load_chat(borrowed or directory, kwargs), spec.vocab_size
-        )
+        teacher_chat = vocabulary.of_model(load_chat(borrowed or directory, *how), spec.vocab_size)
     difference = vocabulary.difference(chat, teacher_chat)
     if difference is not None:
         raise UserError(

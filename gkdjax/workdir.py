@@ -1,6 +1,7 @@
 """A run's directory: which config it belongs to, and whether the run is finished."""
 
 import contextlib
+import datetime
 import fcntl
 import json
 import pathlib
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from absl import logging
 
 from gkdjax import config as config_lib
+from gkdjax import processes
 from gkdjax.config_models import REACH_KEYS
 from gkdjax.errors import UserError
 
@@ -107,6 +109,24 @@ def claim_rows(workdir: pathlib.Path, fingerprints: dict[str, int]) -> None:
                 " a prefix file, the tokenizer or the chat template changed since. Put them back,"
                 " or give --workdir another directory"
             )
+
+
+def clock(workdir: pathlib.Path) -> datetime.datetime | None:
+    """The local time that chat templates see: when the run began, at every start of it.
+
+    Several processes see the leader's. None in a run that began before there was a clock.json: its
+    templates see the time, as they did.
+    """
+    path = workdir / "clock.json"
+    kept = read_json(path)
+    if kept is None and not (workdir / "rows.json").exists():
+        kept = {"began": datetime.datetime.now().isoformat(timespec="seconds")}
+    (kept, *_) = processes.exchange(kept)
+    if kept is None:
+        return None
+    if not path.exists():
+        write_json(path, kept)
+    return datetime.datetime.fromisoformat(kept["began"])
 
 
 def read_json(path: pathlib.Path) -> dict | None:

@@ -1,5 +1,6 @@
 """Whole runs with models from the hub, starting adapters, and teachers that carry one."""
 
+import datetime
 import json
 import pathlib
 import shutil
@@ -8,10 +9,11 @@ import builders
 import numpy as np
 import pytest
 
-from gkdjax import config, loop, lora, models_of_run
+from gkdjax import config, loop, lora, models_of_run, workdir
 from gkdjax.errors import UserError
 from gkdjax.hf import export, model_config, peft, pretrained
 from gkdjax.tools.export_hf import export_step
+from gkdjax.types import Message
 from tests.small_runs import metrics, small
 
 TARGETS = ("k_proj", "q_proj")
@@ -191,3 +193,28 @@ def test_models_by_their_hub_ids(student, tmp_path, monkeypatch, capsys):
     for model in ("org/tiny", "org/absent"):
         with pytest.raises(UserError, match=model):
             loop.run(small(model), tmp_path / "another")
+
+
+def test_templates_see_the_day_on_which_the_run_began(student, tmp_path):
+    """Or a run that is stopped and goes on the next day would find its rows changed."""
+    model, run = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(student, model)
+    template = model / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}" + template.read_text())
+    c = config.parse(small(str(model)))
+    run.mkdir()
+
+    def prompt():
+        chat = models_of_run.find(c, run, None).teacher_chat
+        return chat.tokenizer.decode(chat.prompt_ids([Message("user", "so?")]))
+
+    first = prompt()
+    clock = run / "clock.json"
+    began = datetime.datetime.fromisoformat(json.loads(clock.read_text())["began"])
+    assert began.strftime("%d %b %Y") in first
+    clock.write_text('{"began": "2025-03-09T23:59:59"}')  # as if it had begun then
+    assert prompt() == first.replace(began.strftime("%d %b %Y"), "09 Mar 2025")
+    clock.unlink()
+    (run / "rows.json").write_text("{}")  # a run of a time before: it sees the time
+    assert workdir.clock(run) is None and not clock.exists()
+    assert datetime.datetime.now().strftime("%Y") in prompt()
