@@ -39,6 +39,7 @@ from gkdjax.teachers.http.dialects.vllm import PromptLogprobs
 from gkdjax.teachers.http.pool import Pool
 from gkdjax.teachers.http.storage.identity import KnownTeacher
 from gkdjax.teachers.http.storage.store import AnswerStore
+from gkdjax.teachers.http.storage.suspects import Suspects
 from gkdjax.teachers.http.teacher import HttpTeacher
 from gkdjax.teachers.http.wire.transport import Limits, Transport
 from gkdjax.train_step import init_state, make_train_step
@@ -192,7 +193,7 @@ def _teacher(base: str, directory: pathlib.Path, top_k: int) -> HttpTeacher:
     transport = Transport(base, "", limits, trust_env=False)
     dialect = PromptLogprobs(known.model, VOCAB, None)
     how = {"concurrency": 1, "max_unreadable": 0.0}
-    pool = Pool(dialect, transport, store, known, probe=lambda: probe, **how)
+    pool = Pool(dialect, transport, store, known, Suspects(None), probe=lambda: probe, **how)
     can = declared(config.Teacher(top_k=top_k))
     sizes = {"top_k": top_k, "context_length": None, "context_source": ""}
     return HttpTeacher(pool, None, "a benchmark", can, **sizes, template_kwargs={})

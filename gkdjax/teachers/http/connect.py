@@ -23,11 +23,14 @@ from gkdjax.teachers.http.preflight import Findings, Server, examine, probe_agai
 from gkdjax.teachers.http.storage import payload, shares
 from gkdjax.teachers.http.storage.identity import KnownTeacher, fingerprint_of, same_teacher
 from gkdjax.teachers.http.storage.store import AnswerStore
+from gkdjax.teachers.http.storage.suspects import Suspects
 from gkdjax.teachers.http.teacher import HttpTeacher
 from gkdjax.teachers.http.wire.transport import Limits, Transport
 from gkdjax.teachers.protocol import Capabilities
 
-_BEGUN_WITH = "teacher.json"  # in the run's directory
+# In the run's directory:
+_BEGUN_WITH = "teacher.json"
+_ENDED_AT = "teacher_ended_at.json"
 
 # teacher.backend -> the dialects that are tried, in this order.
 DIALECTS = {
@@ -123,8 +126,9 @@ def _connect(
     findings = Findings(**known.findings)
     dialect = _dialect(c.backend, findings, chat, vocab_size)
     probe = functools.partial(probe_again, transport, server, chat) if server else None
+    ended = Suspects(shares.of_process(workdir / _ENDED_AT, jax.process_index()))
     pool = Pool(
-        *(dialect, transport, store, known),
+        *(dialect, transport, store, known, ended),
         probe=probe,
         concurrency=c.concurrency,
         max_unreadable=c.max_unreadable,

@@ -19,7 +19,9 @@ from gkdjax.teachers.http.dialects.dialect import Dialect
 from gkdjax.teachers.http.exchange import exchange
 from gkdjax.teachers.http.storage.identity import KnownTeacher, same_teacher
 from gkdjax.teachers.http.storage.store import AnswerStore, sample_key, score_key
-from gkdjax.teachers.http.wire.transport import RepeatedServerError, Transport
+from gkdjax.teachers.http.storage.suspects import Suspects
+from gkdjax.teachers.http.wire.transport import RepeatedServerError, ServerEnded, Transport
+from gkdjax.teachers.http.wire.turns import Turns
 
 # Of one request: a server that keeps the logprobs of a prompt needs 6 bytes a token and id.
 REQUEST_TOKENS = 4096
@@ -42,6 +44,7 @@ class Pool:
         transport: Transport | None,
         store: AnswerStore | None,
         known: KnownTeacher,
+        suspects: Suspects,
         *,
         probe: Callable[[], Answer] | None,
         concurrency: int,
@@ -54,12 +57,14 @@ class Pool:
           transport: to the server; None: the store has to have everything.
           store: of answers; None: what was answered is forgotten.
           known: whose answers they are.
+          suspects: what is asked alone, because the server went away when it was asked before.
           probe: asks the server what it says now where it said `known.probe`; None without one.
           concurrency: requests at a time.
           max_unreadable: share of the responses bought that may name tokens by what names no id.
         """
         self._dialect, self._transport, self._store = dialect, transport, store
         self._known, self._probe = known, probe
+        self._suspects, self._turns = suspects, Turns()
         self._outages, self._since_probe = 0, 0  # of the transport when its weights were tried last
         self._threads = concurrent.futures.ThreadPoolExecutor(concurrency, "teacher")
         self._in_flight: dict[str, concurrent.futures.Future] = {}
@@ -117,8 +122,10 @@ class Pool:
         if rest and (self._transport is None or self._missing is not None):
             found |= self._miss(rest)
             return lambda: [found[key] for key in keys]
-        for part in _parts(rest) if several else [{key: r} for key, r in rest.items()]:
-            future = self._threads.submit(self._buy, part)
+        alone = {key: rest.pop(key) for key in list(rest) if key in self._suspects}
+        parts = _parts(rest) if several else _one_by_one(rest)
+        for part in parts + _one_by_one(alone):
+            future = self._threads.submit(self._buy, part, alone=part.keys() <= alone.keys())
             on_the_way |= dict.fromkeys(part, future)
         self._in_flight |= on_the_way
 
@@ -139,18 +146,24 @@ class Pool:
                 return future.result()
         raise Preempted("stopped by SIGTERM while a teacher's answer was on its way")
 
-    def _buy(self, part: _Part) -> _Answers:
+    def _buy(self, part: _Part, *, alone: bool = False) -> _Answers:
         requests = list(part.values())
         try:
-            answers = exchange(self._transport, self._dialect, requests)
+            with self._turns.alone() if alone else self._turns.together():
+                answers = exchange(self._transport, self._dialect, requests)
+        except ServerEnded as error:
+            self._suspects.add(part)
+            if not alone and error.is_back:
+                # All that was under way has the same to tell: only one by one it comes out which.
+                return self._buy_all(_one_by_one(part), alone=True)
+            raise _ended(requests, error, alone=alone) from None
         except (RepeatedServerError, TeacherRefused) as error:
             if len(part) == 1:
                 raise _about(requests[0], error) from None
             # One row of it may be what the server cannot stand: the halves tell which.
             keys = list(part)
             halves = keys[: len(keys) // 2], keys[len(keys) // 2 :]
-            bought = [self._buy({key: part[key] for key in half}) for half in halves]
-            return bought[0] | bought[1]
+            return self._buy_all([{key: part[key] for key in half} for half in halves], alone=alone)
         except GkdjaxError as error:
             raise (_about(requests[0], error) if len(part) == 1 else error) from None
         self._check_weights()
@@ -158,9 +171,16 @@ class Pool:
             kind = "score" if isinstance(requests[0], ScoreRequest) else "sample"
             items = [(key, kind, a) for key, a in zip(part, answers, strict=True)]
             self._store.put(self._known.fingerprint, items)
+        self._suspects.remove(part)
         self._count(requests, answers)
         self._check_readable()
         return dict(zip(part, answers, strict=True))
+
+    def _buy_all(self, parts: Sequence[_Part], *, alone: bool) -> _Answers:
+        bought: _Answers = {}
+        for part in parts:
+            bought |= self._buy(part, alone=alone)
+        return bought
 
     def _check_weights(self) -> None:
         """Raises TeacherRefused if the server has other weights than when it was tried."""
@@ -169,7 +189,7 @@ class Pool:
             outages = self._transport.outages
             if outages == self._outages and self._since_probe < _PROBE_EVERY:
                 return
-            if not same_teacher(self._known.probe, self._probe()):
+            if not same_teacher(self._known.probe, self._probe_again()):
                 raise TeacherRefused(
                     f"the server answers {self._known.model!r} with other weights than before;"
                     " serve those again"
@@ -189,6 +209,14 @@ class Pool:
                 " teacher.backend='vllm' or 'sglang' where the server is one: they name tokens by"
                 " id. Or else a server that gives the bytes of tokens"
             )
+
+    def _probe_again(self) -> Answer:
+        try:
+            with self._turns.together():
+                return self._probe()
+        except ServerEnded:  # because of what was asked beside it
+            with self._turns.alone():
+                return self._probe()
 
     def _miss(self, rest: _Part) -> _Answers:
         if self._missing is None:
@@ -237,6 +265,24 @@ def _about(request: Request, error: GkdjaxError) -> GkdjaxError:
     if request.name in str(error):  # whoever read the answer has said it
         return error
     return type(error)(f"{request.name}: {error}")
+
+
+def _ended(requests: Sequence[Request], error: ServerEnded, *, alone: bool) -> ServerEnded:
+    names = row_lengths.some([request.name for request in requests])
+    if alone:
+        return type(error)(
+            f"{names}: {error}. This process asked nothing else meanwhile: the server does not"
+            " survive this row. Its log says why; leave the row out, or serve the model otherwise."
+            " All other answers that came are kept"
+        )
+    return type(error)(
+        f"{error}. It was asked about {names}, perhaps among others: the same command asks for"
+        " these one by one, and names what the server does not survive"
+    )
+
+
+def _one_by_one(requests: _Part) -> list[_Part]:
+    return [{key: request} for key, request in requests.items()]
 
 
 def _parts(requests: _Part) -> list[_Part]:

@@ -27,6 +27,8 @@ class Failed:
     answered: bool = False  # there was a whole answer
     least_wait_s: float = 0.0  # the server's Retry-After
     server_error: tuple[int, bytes] | None = None  # a 5xx status and its body
+    away: bool = False  # nobody listens at the address
+    refusals: int = 0  # so often nobody listened until now, whoever asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,7 @@ class GaveUp:
     attempts: int
     seconds: float
     repeated: bool  # it came as often as was to be the end of it, and is a 5xx answer
+    ended: int  # so often the server went away while this was asked
 
 
 def persist(
@@ -45,6 +48,7 @@ def persist(
     max_retries: int,
     deadline_s: float,
     most_same: int,
+    most_ended: int,
     closed: threading.Event,
     before_sleep: Callable[[Failed, float], None],
 ) -> Answer | GaveUp:
@@ -58,22 +62,25 @@ def persist(
       max_retries: attempts after the first.
       deadline_s: no attempt begins later than that after the first.
       most_same: give up as soon as so many 5xx answers in a row are the same; 0: do not count.
+      most_ended: give up as soon as the server has gone away so often while this was asked; 0: do
+        not count.
       closed: ends the waiting.
       before_sleep: called with the failure and the seconds until the next attempt.
     """
-    same = _Same()
+    same, ended = _Same(), _Ended()
 
     def gave_up(state: tenacity.RetryCallState) -> GaveUp:
         repeated = 0 < most_same <= same.in_a_row
-        return GaveUp(
-            state.outcome.result(), state.attempt_number, state.seconds_since_start, repeated
-        )
+        seconds = state.seconds_since_start
+        failed = state.outcome.result()
+        return GaveUp(failed, state.attempt_number, seconds, repeated, ended.times)
 
     return tenacity.Retrying(
         retry=tenacity.retry_if_result(lambda result: isinstance(result, Failed)),
         wait=_wait,
         stop=tenacity.stop_any(
             lambda state: 0 < most_same <= same.count(state),
+            lambda state: 0 < most_ended <= ended.count(state),
             tenacity.stop_after_attempt(max_retries + 1),
             tenacity.stop_before_delay(deadline_s),
             tenacity.stop_when_event_set(closed),
@@ -121,3 +128,20 @@ class _Same:
         else:
             self.in_a_row = self.in_a_row + 1 if self._last == last else 1
         return self.in_a_row
+
+
+class _Ended:
+    """Of the failures of one request: how often the server was there, failed, and then was not.
+
+    Whoever saw that it was not there: it may be back before this request is made again.
+    """
+
+    def __init__(self):
+        self.times = 0
+        self._last: Failed | None = None
+
+    def count(self, state: tenacity.RetryCallState) -> int:
+        last, self._last = self._last, state.outcome.result()
+        if last is not None and not last.away:
+            self.times += self._last.refusals > last.refusals
+        return self.times

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import socket
 import ssl
 import sys
 import threading
@@ -11,7 +12,7 @@ import requests
 import urllib3
 from absl import logging
 
-from gkdjax.errors import TeacherRefused, TeacherUnreachable, WrongAnswer
+from gkdjax.errors import GkdjaxError, TeacherRefused, TeacherUnreachable, WrongAnswer
 from gkdjax.teachers.http.wire import replies, retries, session, strict_json
 from gkdjax.teachers.http.wire.replies import Reply
 from gkdjax.teachers.http.wire.retries import Failed
@@ -21,6 +22,7 @@ _ERROR_BYTES = 2**16  # of an error's body; more is not read
 # Also ValueError: of a chunk with a negative size.
 _BROKEN = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
 _AGAIN = (408, 409, 429)  # beside those from 500 on
+_MOST_ENDED = 2  # times that a server goes away while it is asked one thing
 _NEVER = (501, 505)  # of those: what the server does not have it will not have later
 _HINTS = {
     401: "; see config.teacher.api_key_env",
@@ -34,6 +36,18 @@ class RepeatedServerError(TeacherUnreachable):
 
     Only of requests whose caller said how often is enough.
     """
+
+
+class ServerEnded(TeacherUnreachable):
+    """The server went away while it was asked this, and again when it was back; or stayed away.
+
+    It may be the request that it does not survive, or another that was under way beside it.
+
+    Attributes:
+      is_back: it went away as often as it may, so it comes back; else it stayed away to the end.
+    """
+
+    is_back = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +89,7 @@ class Transport:
         self.root = session.root_of(api_base)
         self.retries = 0
         self.outages = 0
+        self._refusals = 0
         self._limits = limits
         self._key = session.read_key(api_key_env)
         self._session = session.open_session(self._key, trust_env=trust_env)
@@ -121,6 +136,7 @@ class Transport:
           WrongAnswer: too long, no JSON to the end, or none as its standard has it.
           TeacherUnreachable: no answer within the limits, or the transport is closed.
           RepeatedServerError: the same 5xx answer `most_same` times in a row.
+          ServerEnded: the server went away twice while it was asked this, or once and for good.
         """
         data = json.dumps(body, allow_nan=False).encode()
         question = _Question("POST", path, data, max_bytes)
@@ -138,16 +154,26 @@ class Transport:
             max_retries=0 if once else self._limits.max_retries,
             deadline_s=self._limits.deadline_s,
             most_same=most_same,
+            most_ended=_MOST_ENDED,
             closed=self._closed,
             before_sleep=self._count,
         )
         if isinstance(result, retries.GaveUp):
-            error = RepeatedServerError if result.repeated else result.failed.error
-            raise error(
-                f"{self._where(question)} got no usable answer in {result.seconds:.1f} s;"
-                f" attempts: {result.attempts}; the last one: {result.failed.reason}"
-            )
+            raise self._given_up(self._where(question), result)
         return result
+
+    def _given_up(self, where: str, last: retries.GaveUp) -> GkdjaxError:
+        told = (
+            f"{where} got no usable answer in {last.seconds:.1f} s; attempts: {last.attempts}; the"
+            f" last one: {last.failed.reason}"
+        )
+        if last.repeated:
+            return RepeatedServerError(told)
+        if last.ended:
+            error = ServerEnded(f"{told}; so often the server went away meanwhile: {last.ended}")
+            error.is_back = last.ended == _MOST_ENDED
+            return error
+        return last.failed.error(told)
 
     def _count(self, failed: Failed, seconds: float) -> None:
         with self._lock:
@@ -169,7 +195,11 @@ class Transport:
         # Not raised above, where it would have those as context that hold the request's headers.
         if isinstance(outcome, TeacherRefused):
             raise outcome
-        return self._judged(question, outcome) if isinstance(outcome, Reply) else outcome
+        if isinstance(outcome, Reply):
+            outcome = self._judged(question, outcome)
+        if isinstance(outcome, Failed):
+            return dataclasses.replace(outcome, refusals=self._refusals)
+        return outcome
 
     def _exchange(self, question: "_Question", seconds: float) -> Reply:
         with self._session.request(
@@ -195,7 +225,10 @@ class Transport:
             )
         if isinstance(error, TimeoutError):
             return Failed(f"no whole answer within {seconds:.3g} s")
-        return Failed(self._quoted(f"{type(error).__name__}: {error}", 300))
+        away = isinstance(error, ConnectionRefusedError | socket.gaierror)
+        with self._lock:
+            self._refusals += away
+        return Failed(self._quoted(f"{type(error).__name__}: {error}", 300), away=away)
 
     def _judged(self, question: "_Question", reply: Reply) -> dict | list | Failed:
         if reply.is_success:
