@@ -12,10 +12,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from absl import logging
 
 from gkdjax import lora, sharding
 from gkdjax.errors import UserError, one_line
 from gkdjax.hf import output, peft_config
+from gkdjax.hf.tensor_files import is_finite
 from gkdjax.models import families
 from gkdjax.models.hf_tables import Layout
 from gkdjax.models.spec import DecoderSpec, layer_shapes
@@ -23,6 +25,7 @@ from gkdjax.models.spec import DecoderSpec, layer_shapes
 _WEIGHTS = "adapter_model.safetensors"
 _DTYPES = ("float32", "bfloat16", "float16")
 # PEFT leaves the adapter's name, "default", out of a file; a plain state dict has it.
+_OF_MODULE = re.compile(r"base_model\.model\.(.+?)\.lora_\w+(?:\.\w+)*")
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 Names = dict[tuple[int, str], str]  # (layer, "A" or "B") -> tensor name, of one stacked kernel
@@ -45,12 +48,14 @@ def load_adapter(directory: str | pathlib.Path, spec: DecoderSpec) -> Loaded:
 
     Raises:
       UserError: a file is missing or damaged; the adapter is more than plain LoRA of the decoder's
-        projections; a tensor is missing, unknown, doubled, or does not fit the base. All named.
+        projections; a tensor is missing, unknown, doubled, not finite, or does not fit the base.
+        All named. Tensors of modules that adapter_config.json excludes are passed over, as peft
+        does, and told.
     """
     directory = pathlib.Path(directory)
     config = peft_config.read(directory)
     path = directory / _WEIGHTS
-    tensors = _read(path)
+    tensors = _of_targets(config, _read(path))
     kernels, layouts = _place(path, tensors, spec)
     _check_targets(config, kernels, layouts, spec)
     adapters = {}
@@ -116,7 +121,30 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
     for name, tensor in tensors.items():
         if tensor.dtype.name not in _DTYPES:
             raise UserError(f"{path}: {name} is {tensor.dtype}; supported: {', '.join(_DTYPES)}")
+        if not is_finite(tensor):
+            raise UserError(
+                f"{path}: tensor {name!r} holds NaN or infinity, so the file is damaged or the"
+                " training that wrote it had failed; get it once more, or take an earlier one"
+            )
     return tensors
+
+
+def _of_targets(config: peft_config.PeftConfig, tensors: dict) -> dict[str, np.ndarray]:
+    modules = {name: _OF_MODULE.fullmatch(name) for name in tensors}
+    other = [name for name, found in modules.items() if found and not config.is_target(found[1])]
+    if tensors and len(other) == len(tensors):
+        raise UserError(
+            f"{config.path}: target_modules = {config.targets!r}, exclude_modules and"
+            f" layers_to_transform leave out every tensor of {_WEIGHTS}, {_listed(other)}; name"
+            " the modules that were trained"
+        )
+    if other:
+        logging.warning(
+            "%s: %d tensors are of modules that target_modules, exclude_modules or"
+            " layers_to_transform leave out, and passed over, as peft does: %s",
+            *(config.path, len(other), _listed(other)),
+        )
+    return {name: tensor for name, tensor in tensors.items() if name not in other}
 
 
 def _place(

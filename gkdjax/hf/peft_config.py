@@ -19,14 +19,16 @@ NAME = "adapter_config.json"
 _READ = {
     *("peft_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora"),
     *("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "init_lora_weights"),
-    "bias",
+    *("layers_to_transform", "layers_pattern", "bias"),
 }
 _WITHOUT_EFFECT = {
     *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode"),
-    *("layers_to_transform", "layers_pattern"),  # the tensors tell
     *("megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),  # of init_lora_weights
 }
+# What PEFT takes where the file does not say; also its targets for all families here.
+_DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0}
+_DEFAULT_TARGETS = ["q_proj", "v_proj"]
 # The other ways to begin change the base's weights too: the adapter alone is not what was trained.
 _INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
@@ -40,8 +42,10 @@ class PeftConfig:
       base: name of the model that the adapter was trained on, or None.
       rank: r, where no pattern of `rank_pattern` says another one; `alpha` likewise.
       rslora: the scale is alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732), not alpha / r.
-      targets: ends of module names, a regular expression of whole names, or None: not said.
-      excluded: of the same forms.
+      targets: ends of module names, or a regular expression of whole names.
+      excluded: of the same forms, or None.
+      layers: numbers of the layers that are targets where `targets` is a list; None: all.
+      layers_patterns: names of the list of layers, as regular expressions; empty: any.
     """
 
     path: pathlib.Path
@@ -52,8 +56,10 @@ class PeftConfig:
     rslora: bool
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
-    targets: list[str] | str | None
+    targets: list[str] | str
     excluded: list[str] | str | None
+    layers: list[int] | None
+    layers_patterns: list[str]
 
     def scale(self, rank: int, alpha: float) -> float:
         """The factor on A B of an adapter of this rank and alpha."""
@@ -80,9 +86,20 @@ class PeftConfig:
           UserError: target_modules or exclude_modules is no regular expression.
         """
         try:
-            return _matches(self.targets, module) and not _matches(self.excluded, module)
+            if _matches(self.excluded, module) or not _matches(self.targets, module):
+                return False
+            return self.layers is None or self._layer(module) in self.layers
         except re.error as error:
             raise UserError(f"{self.path}: no regular expression of modules: {error}") from None
+
+    def _layer(self, module: str) -> int | None:
+        """The number after the list of layers in a module's name."""
+        starts = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_patterns]
+        for start in starts or [r".*?\.[^.]*"]:
+            found = re.match(rf"{start}\.(\d+)\.", module)
+            if found:
+                return int(found[found.re.groups])
+        return None
 
     def _one(self, field: str, general: float, modules: list[str]):
         pattern = getattr(self, field)
@@ -123,8 +140,18 @@ def read(directory: pathlib.Path) -> PeftConfig:
     if not path.is_file():
         raise UserError(f"{directory} holds no {NAME}, so it is not a PEFT adapter directory")
     fields = json_object.read(path)
+    if "peft_type" not in fields and fields.keys() & {"lora_parameters", "fine_tune_type"}:
+        raise UserError(
+            f"{path} is of an MLX adapter, not of PEFT's: its matrices have other names and forms;"
+            " fuse it into a base that is not quantised with mlx_lm.fuse, and name the fused model"
+            " as the model"
+        )
     _refuse_more_than_lora(path, fields)
+    fields = _DEFAULTS | fields
     _check_numbers(path, fields)
+    targets = _modules(path, fields, "target_modules")
+    targets = _DEFAULT_TARGETS if targets is None else targets
+    patterns = _modules(path, fields, "layers_pattern") or []
     return PeftConfig(
         path=path,
         base=fields.get("base_model_name_or_path"),
@@ -134,9 +161,21 @@ def read(directory: pathlib.Path) -> PeftConfig:
         rslora=bool(fields.get("use_rslora")),
         rank_pattern=fields.get("rank_pattern") or {},
         alpha_pattern=fields.get("alpha_pattern") or {},
-        targets=_modules(path, fields, "target_modules"),
+        targets=targets,
         excluded=_modules(path, fields, "exclude_modules"),
+        layers=None if isinstance(targets, str) else _layers(path, fields),
+        layers_patterns=[patterns] if isinstance(patterns, str) else patterns,
     )
+
+
+def _layers(path: pathlib.Path, fields: dict) -> list[int] | None:
+    value = fields.get("layers_to_transform")
+    numbers = value if isinstance(value, list) else [value]
+    if value is None or value == []:
+        return None
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+        raise UserError(f"{path}: layers_to_transform = {value!r} must be numbers of layers")
+    return numbers
 
 
 def _modules(path: pathlib.Path, fields: dict, key: str) -> list[str] | str | None:

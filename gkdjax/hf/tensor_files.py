@@ -172,6 +172,15 @@ def pickle_refusal(where: str, files: list[str]) -> str:
     )
 
 
+def is_finite(part: np.ndarray) -> bool:
+    """Tells whether float32, bfloat16 or float16 numbers hold no NaN and no infinity.
+
+    Looks at the bits of the exponents: `np.isfinite` doubles the time that loading bfloat16 takes.
+    """
+    bits, infinity = (x.view(f"u{x.itemsize}") << 1 for x in (part, np.array(np.inf, part.dtype)))
+    return not bits.size or bool(bits.max() < infinity)
+
+
 def _open(path: pathlib.Path):
     try:
         return safetensors.safe_open(path, framework="numpy")

@@ -216,3 +216,54 @@ def test_an_adapter_directory_is_what_peft_documents(base, tmp_path):
     name = "base_model.model.model.layers.0.mlp.down_proj.lora_{}.weight"
     assert tensors[name.format("A")].shape == (4, 80)
     assert tensors[name.format("B")].shape == (48, 4)
+
+
+def edit(directory: pathlib.Path, without: tuple[str, ...] = (), **changed) -> None:
+    fields = json.loads((directory / CONFIG).read_text()) | changed
+    (directory / CONFIG).write_text(
+        json.dumps({key: value for key, value in fields.items() if key not in without})
+    )
+
+
+def test_a_config_that_leaves_fields_out_has_pefts_defaults(base, tmp_path):
+    source, decoder, params = base("llama")
+    trained_in_torch(source, tmp_path, r=8, target_modules=["q_proj", "v_proj"])
+    edit(tmp_path, without=("r", "lora_alpha", "lora_dropout", "target_modules"))
+    rules = load_adapter(tmp_path, decoder.spec).rules
+    theirs = peft.LoraConfig()
+    assert (rules.rank, rules.alpha, rules.dropout) == (
+        *(theirs.r, theirs.lora_alpha, theirs.lora_dropout),
+    )
+    found = load_adapter(tmp_path, decoder.spec).adapters
+    assert set(found) == {"layers/q_proj", "layers/v_proj"}
+    wanted = peft_logits(source, tmp_path)
+    np.testing.assert_allclose(attached_logits(decoder, params, found), wanted, atol=1e-4)
+    assert np.abs(wanted - torch_logits(load_torch(source))).max() > 0.1
+
+
+EXCLUDING = {
+    "fewer targets": {"target_modules": ["q_proj", "o_proj"]},
+    "no targets": {"target_modules": None},  # peft's own: q_proj and v_proj
+    "excluded": {"exclude_modules": ["mlp.down_proj"]},
+    "excluded by a regular expression": {"exclude_modules": r".*\.(down|v)_proj"},
+}
+
+
+@pytest.mark.parametrize("changed", EXCLUDING)
+def test_tensors_that_the_config_excludes_are_passed_over_as_peft_does(
+    base, changed, tmp_path, caplog
+):
+    source, decoder, params = base("llama")
+    kernels = [*SOME, "v_proj"]
+    every = trained_in_torch(source, tmp_path, target_modules=kernels)
+    edit(tmp_path, **EXCLUDING[changed])
+    tensors = safetensors.torch.load_file(tmp_path / WEIGHTS)
+    more = {"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 48)}
+    safetensors.torch.save_file(tensors | more, tmp_path / WEIGHTS)
+    wanted = peft_logits(source, tmp_path)
+    assert np.abs(wanted - every).max() > 0.1
+    with caplog.at_level("WARNING"):
+        found = load_adapter(tmp_path, decoder.spec).adapters
+    np.testing.assert_allclose(attached_logits(decoder, params, found), wanted, atol=1e-4)
+    assert len(found) < len(kernels)
+    assert "passed over, as peft does: base_model.model.lm_head.lora_A.weight" in caplog.text

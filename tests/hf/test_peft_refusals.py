@@ -106,6 +106,13 @@ REFUSED = {
     "replicated layers": (field(layer_replication=[[0, 2]]), "layer_replication"),
     "a field of the future": (field(use_anything=True), "use_anything = True"),
     "a changed base": (field(init_lora_weights="pissa_niter_4"), "init_lora_weights = 'pissa"),
+    "MLX's": (
+        config_text('{"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": {"rank": 8}}'),
+        rf"{CONFIG} is of an MLX adapter, not of PEFT's.*mlx_lm\.fuse",
+    ),
+    "a NaN": (tensors(lambda t: t[NAME].fill(np.nan)), f"tensor '{NAME}' holds NaN or infinity"),
+    "layers of text": (field(layers_to_transform=["0"]), r"layers_to_transform = \['0'\] must be"),
+    "some layers": (field(layers_to_transform=[0, 1]), r"lacks layer 2 lora_A.*all 3 layers"),
     "no rank": (field(r=None), "rank of None"),
     "a rank of 0": (field(r=0), "rank of 0"),
     "a rank of text": (field(rank_pattern={"q_proj": "4"}), "rank of '4'"),
@@ -134,8 +141,18 @@ REFUSED = {
     ),
     "no regex": (field(target_modules="("), "no regular expression"),
     "no tensors": (tensors(dict.clear), "no place for nothing"),
-    "unknown tensor": (renamed("q_proj", "qkv_proj"), r"no place for .*qkv_proj.*and 1 more"),
-    "lm_head": (tensors(lambda t: t.update({LM_HEAD: t[NAME]})), f"no place for {LM_HEAD}"),
+    "unknown tensors": (renamed("_proj", "_pro"), r"target_modules = .* leave out every tensor"),
+    "unknown target": (
+        lambda d: (renamed("q_proj", "qkv_proj")(d), field(target_modules=["qkv_proj"])(d)),
+        r"no place for .*qkv_proj.*and 1 more",
+    ),
+    "lm_head": (
+        lambda d: (
+            tensors(lambda t: t.update({LM_HEAD: t[NAME]}))(d),
+            field(target_modules=["q_proj", "o_proj", "lm_head"])(d),
+        ),
+        f"no place for {LM_HEAD}",
+    ),
     "embedding": (tensors(lambda t: t.update({EMBEDDING: t[NAME]})), f"no place for {EMBEDDING}"),
     "image encoder": (tensors(lambda t: t.update({VISION: t[NAME]})), f"no place for {VISION}"),
     "magnitudes": (tensors(lambda t: t.update({MAGNITUDE: t[NAME]})), "lora_magnitude_vector"),
@@ -172,7 +189,8 @@ def test_an_adapter_of_another_base_is_told_with_both_shapes(adapter):
     [
         {"rank_pattern": None, "alpha_pattern": None, "init_lora_weights": "gaussian"},
         {"target_modules": "all-linear", "exclude_modules": ["k_proj", "v_proj", "mlp.gate_proj"]},
-        {"target_modules": None},
+        {"layers_to_transform": [0, 1, 2], "layers_pattern": "layers"},
+        {"layers_to_transform": [], "layers_pattern": None},
         {"megatron_core": "megatron.core", "loftq_config": {"bits": 4}, "qalora_group_size": 16},
     ],
 )
