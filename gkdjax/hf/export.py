@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import shutil
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -41,6 +42,13 @@ _COMPANIONS = (
     "config.json",
     *_TEXT_COMPANIONS,
     *("preprocessor_config.json", "processor_config.json"),
+)
+
+# The terms on which the source may be passed on: Llama's USE_POLICY.md, say.
+_TERMS = re.compile(
+    r"[\w .-]*(licen[cs]e|use[_ -]?policy|notice|terms[_ -]of[_ -]use|copying)[\w -]*"
+    r"([.]\d+)*([.](txt|md|rst))?",
+    re.IGNORECASE,
 )
 
 
@@ -107,7 +115,8 @@ def export_adapter(
     """A directory that `peft.PeftModel.from_pretrained` loads: float32 A (r, in) and B (out, r).
 
     The tokenizer, its chat template and generation_config.json lie beside them. PEFT takes the
-    base's own generation_config.json, so whoever generates passes this one.
+    base's own generation_config.json, so whoever generates passes this one. The source's licence
+    files come along.
 
     Args:
       directory: replaced as a whole, see `output.whole_directory`.
@@ -224,6 +233,7 @@ def _copy_companions(
             target = directory / file.relative_to(source)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target)
+    _copy_terms(source, directory)
     if ending is not None:
         _set_ending(directory / _GENERATION, ending)
 
@@ -239,6 +249,12 @@ def _set_ending(path: pathlib.Path, ending: Ending) -> None:
         fields["pad_token_id"] = ending.pad_id
     if fields != found:
         path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
+def _copy_terms(source: pathlib.Path, directory: pathlib.Path) -> None:
+    for file in source.iterdir():
+        if file.is_file() and _TERMS.fullmatch(file.name):
+            shutil.copyfile(file, directory / file.name)
 
 
 def _set_dtype(path: pathlib.Path, dtype: str) -> None:

@@ -8,6 +8,7 @@ import os
 import pathlib
 
 import huggingface_hub
+from absl import logging
 from huggingface_hub import errors
 
 from gkdjax.errors import UserError
@@ -16,6 +17,8 @@ from gkdjax.hf.tensor_files import PICKLES, pickle_refusal
 _WEIGHTS = "*.safetensors"
 # Everything small beside the weights that a model, a tokenizer or an adapter is loaded with.
 _PATTERNS = ("*.json", "tokenizer.model", "merges.txt", "*.jinja")
+# The terms that exports pass on; the hub's patterns know big and small letters apart.
+_TERMS = ("*LICEN[CS]E*", "*icen[cs]e*", "*USE_POLICY*", "*se_[Pp]olicy*", "*NOTICE*", "*otice*")
 _SUBFOLDERS = "*/*"  # other formats of the same weights
 
 
@@ -47,7 +50,27 @@ def local_directory(model: str, weights: bool = True, revision: str | None = Non
         raise UserError(_advice(model, error)) from None
     if weights:
         _check_weights(model, pathlib.Path(fetched))
+        _fetch_terms(model, pathlib.Path(fetched))
     return pathlib.Path(fetched)
+
+
+def _fetch_terms(model: str, directory: pathlib.Path) -> None:
+    """Fetches licence files; apart, as a cache that others filled is whole without them."""
+    if any(any(directory.glob(pattern)) for pattern in _TERMS):
+        return
+    try:
+        huggingface_hub.snapshot_download(
+            model,
+            revision=directory.name,
+            allow_patterns=list(_TERMS),
+            ignore_patterns=[_SUBFOLDERS],
+        )
+    except Exception as error:  # as above
+        logging.warning(
+            "the licence files of %r are not in the cache and could not be fetched (%s): exports"
+            " of it will lack them",
+            *(model, type(error).__name__),
+        )
 
 
 def _check_weights(model: str, directory: pathlib.Path) -> None:

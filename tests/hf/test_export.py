@@ -26,6 +26,14 @@ from gkdjax.sampler import Sampling, sample
 from gkdjax.types import Message
 
 INDEX = "model.safetensors.index.json"
+TERMS = (
+    "LICENSE",
+    "LICENCE.txt",
+    "Llama3_license.md",
+    "USE_POLICY.md",
+    "Notice.txt",
+    "LICENSE-2.0",
+)
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 
@@ -88,6 +96,10 @@ def test_what_is_no_text_decoder_comes_back_as_it_was(tmp_path):
 def test_files_beside_the_weights_come_along(tmp_path):
     source = pathlib.Path(checkpoints.make(tmp_path / "source", MULTIMODAL))
     (source / "training_args.bin").write_bytes(b"not ours to keep")
+    for name in ("README.md", "license_of_code.py", "model_card.txt"):
+        (source / name).write_text("of other things")
+    for name in TERMS:
+        (source / name).write_text(f"{name} of the source")
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates/tools.jinja").write_text("a second template")
     decoder, params = pretrained.load_pretrained(str(source))
@@ -98,6 +110,7 @@ def test_files_beside_the_weights_come_along(tmp_path):
         *("chat_template.jinja", "additional_chat_templates/tools.jinja"),
         *("preprocessor_config.json", "processor_config.json"),
     }
+    kept |= set(map(pathlib.Path, TERMS))
     found = {p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert found == kept | {pathlib.Path("model.safetensors")}
     for path in kept:

@@ -19,6 +19,10 @@ from gkdjax.hf import hub, pretrained
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_" + "S3cret" * 6
+FETCHED = (
+    *("adapter_config.json", "adapter_model.safetensors"),
+    *("LICENSE", "USE_POLICY.md", "Notice.txt", "license.md"),
+)
 REPOSITORY = pathlib.Path(__file__).parents[1]
 # huggingface_hub reads its environment as it is imported, so each case has a process of its own.
 FETCH = """
@@ -179,7 +183,7 @@ def server(tmp_path_factory, student):
         (pickled / name).write_bytes(b"0" * 10)
     adapter = root / "org/adapter"
     (adapter / "checkpoint-1").mkdir(parents=True)
-    for name in ("adapter_config.json", "adapter_model.safetensors", "README.md", "run.py"):
+    for name in (*FETCHED, "README.md", "run.py"):
         (adapter / name).write_text("{}")
     with serving(root) as running:
         yield running
@@ -241,7 +245,17 @@ def test_a_tokenizer_comes_without_the_weights(tmp_path, server, student):
 def test_an_adapter_comes_without_what_is_not_needed(tmp_path, server):
     found = fetch(tmp_path, "org/adapter", **online(server))
     names = sorted(path.name for path in pathlib.Path(found).iterdir())
-    assert names == ["adapter_config.json", "adapter_model.safetensors"]
+    assert names == sorted(FETCHED)
+
+
+def test_a_cache_that_others_filled_is_whole_without_the_licence(tmp_path, server):
+    """huggingface_hub refuses, offline, a snapshot that lacks one file of the patterns."""
+    theirs = "import huggingface_hub, sys; huggingface_hub.snapshot_download("
+    theirs += "'org/adapter', allow_patterns=['*.json', '*.safetensors'], ignore_patterns='*/*')"
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"} | online(server)
+    subprocess.run([sys.executable, "-c", theirs], env=environment, check=True)
+    found = pathlib.Path(fetch(tmp_path, "org/adapter", HF_HUB_OFFLINE="1"))
+    assert {path.name for path in found.iterdir()} == set(FETCHED[:2])
 
 
 def test_a_dead_network_is_named_and_the_cache_serves(tmp_path, source):

@@ -202,9 +202,14 @@ def test_an_adapter_directory_is_what_peft_documents(base, tmp_path):
     adapters = builders.adapters(decoder, rank=4, dropout=0.1, names=SOME)
     out = tmp_path / "adapter"
     (out / "left_over").mkdir(parents=True)
-    export.export_adapter(out, decoder.spec, adapters, source)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
-    assert sorted(path.name for path in out.iterdir()) == [CONFIG, WEIGHTS]
+    licensed = pathlib.Path(shutil.copytree(source, tmp_path / "licensed"))
+    (licensed / "USE_POLICY.md").write_text("be kind")
+    export.export_adapter(out, decoder.spec, adapters, licensed)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "licensed"]
+    assert {path.name for path in out.iterdir()} == {
+        *("USE_POLICY.md", CONFIG, WEIGHTS, "chat_template.jinja", "generation_config.json"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    }
     fields = json.loads((out / CONFIG).read_text())
     assert (fields["peft_type"], fields["task_type"]) == ("LORA", "CAUSAL_LM")
     assert (fields["r"], fields["lora_alpha"], fields["lora_dropout"]) == (4, 6.0, 0.1)
