@@ -6,6 +6,7 @@ import math
 import pathlib
 import zlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from absl import logging
@@ -18,6 +19,25 @@ from gkdjax.trajectories.reuse import Source, write_or_take
 from gkdjax.trajectories.rules import Author, ResponseRules, Written, write_accepted
 from gkdjax.trajectories.text_files import Asked
 from gkdjax.types import Batch, Example, Trajectory, ViewPair
+
+
+class Rendered(NamedTuple):
+    """An example with all that is rendered of it before anybody writes anything."""
+
+    example: Example
+    prompts: tuple[np.ndarray, np.ndarray]  # of the student's and the teacher's view
+    untargeted: int  # tokens of the teacher's prompt up to where its first target is predicted
+    own: tuple[ViewPair | None, views.Fate] | None  # with its own response; None: not asked for
+
+    @classmethod
+    def of(cls, example: Example, rules: ViewRules, *, response: bool) -> "Rendered":
+        """Renders it, with its own response only where that is wanted and there.
+
+        Raises:
+          UserError: the chat template does not take it.
+        """
+        own = rules.pair(example, None) if response and example.answer is not None else None
+        return cls(example, rules.prompts(example), len(rules.before_targets(example)), own)
 
 
 class Feed:
@@ -41,6 +61,7 @@ class Feed:
         batch_size: int,
         allowed_lengths: Sequence[int],
         seed: int,
+        rendered: Sequence[Rendered] = (),
         unusable: Sequence[str] = (),
     ):
         self._purpose, self.rules, self.responses = purpose, rules, responses
@@ -53,9 +74,14 @@ class Feed:
         self.padding: dict[str, float] = {}  # shares of the off-policy batches
         self._prefixes = {example.row_id: example.prefix for example in examples}  # not shortened
         examples = self._shorten(examples)
-        self._prompts = {example.row_id: rules.prompts(example) for example in examples}
-        # Tokens of the teacher's prompt up to where its first target is predicted.
-        self._untargeted = {e.row_id: len(rules.before_targets(e)) for e in examples}
+        known = {id(one.example): one for one in rendered}  # of the same rules
+        made = [
+            known[id(e)] if id(e) in known else Rendered.of(e, rules, response=False)
+            for e in examples
+        ]
+        self._prompts = {one.example.row_id: one.prompts for one in made}
+        self._untargeted = {one.example.row_id: one.untargeted for one in made}
+        self._own = {one.example.row_id: one.own for one in made if one.own is not None}
         # Of the off-policy batches: with the first responses, and as they are at the moment.
         self.first_pairs: list[ViewPair] = []
         self._pairs: list[ViewPair] = []
@@ -129,6 +155,7 @@ class Feed:
             if pair is not None:
                 kept.append(row)
                 self.first_pairs.append(pair)
+        self._own = {}  # they are kept as `first_pairs`
         texts = [self.rules.teacher_chat.decode(w.trajectory.ids) for w in written.values()][:1]
         self._take_rows(kept)
         self._pairs = list(self.first_pairs)
@@ -268,6 +295,8 @@ class Feed:
             fate = self.responses.fate(trajectory, self.rules.teacher_chat)
             if fate is not views.Fate.KEPT:
                 return None, fate
+        if trajectory is None and example.row_id in self._own:
+            return self._own[example.row_id]
         return self.rules.pair(example, trajectory)
 
     def _batch_pairs(self, step: int) -> list[ViewPair]:

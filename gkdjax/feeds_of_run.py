@@ -17,7 +17,7 @@ from gkdjax.data.row_lengths import Limit
 from gkdjax.data.targets import TargetRules
 from gkdjax.data.views import ViewRules
 from gkdjax.examples_of_run import Examples
-from gkdjax.feed import Feed
+from gkdjax.feed import Feed, Rendered
 from gkdjax.hf import model_config
 from gkdjax.models_of_run import Sources
 from gkdjax.teachers.flax import FlaxTeacher
@@ -83,7 +83,8 @@ def one_feed(
     elif divided := {example for example in examples if _is_divided(example, rules)}:
         examples = answers_apart(examples, key, rules.targets, divided.__contains__)
     of_rows = key != "data.train" or needs_teacher_text(config.gkd)  # are trained as they stand
-    examples = rendered(key, examples, rules, bad_rows, responses=of_rows)
+    rendered = _rendered(key, examples, rules, bad_rows, responses=of_rows)
+    examples = [one.example for one in rendered]
     row_lengths.require_room_beside_prefix(key, examples, rules, config.context)
     feed = Feed(
         key,
@@ -96,6 +97,7 @@ def one_feed(
         batch_size=batch_size,
         allowed_lengths=config.data.bucket_lengths,
         seed=config.train.seed,
+        rendered=rendered,
         unusable=bad_rows.dropped.get(key) or (),
     )
     row_lengths.require_contexts(
@@ -114,10 +116,10 @@ def _is_divided(example: Example, rules: ViewRules) -> bool:
     return len(parts) > 1 and not rules.learns_at_once(example, parts)
 
 
-def rendered(
+def _rendered(
     key: str, examples: list[Example], rules: ViewRules, bad_rows: BadRows, *, responses: bool
-) -> list[Example]:
-    """The rows that the chat templates take, and their responses if these are wanted.
+) -> list[Rendered]:
+    """The rows that the chat templates take.
 
     Raises:
       UserError: there are others, and they are not to be dropped.
@@ -125,12 +127,9 @@ def rendered(
     found = []
     for example in examples:
         with bad_rows.row(example.name):
-            rules.prompts(example)
-            if responses and example.answer is not None:
-                rules.pair(example, None)
-            found.append(example)
+            found.append(Rendered.of(example, rules, response=responses))
     bad_rows.settle(key, key, len(found))
-    return examples if len(found) == len(examples) else found
+    return found
 
 
 def _anchor_rules(

@@ -191,10 +191,13 @@ def _askable(config: Config, examples: Examples, rules: ViewRules, bad_rows: Bad
     """Without questions and prompts that the chat templates do not take, if they are dropped."""
 
     def kept(key: str, rows: list[Example]) -> list[Example]:
-        unanswered = [dataclasses.replace(row, answer=None) for row in rows]
-        left = feeds_of_run.rendered(key, unanswered, rules, bad_rows, responses=False)
-        names = {row.name for row in left}
-        return rows if left is unanswered else [row for row in rows if row.name in names]
+        left = []
+        for row in rows:
+            with bad_rows.row(row.name):
+                rules.prompts(row)
+                left.append(row)
+        bad_rows.settle(key, key, len(left))
+        return left
 
     questions = kept("eval.questions", examples.questions)
     same = examples.prompts is examples.questions
