@@ -74,6 +74,7 @@ def test_an_unset_model_or_data_is_asked_for():
         ("context.target_span", "mach", "did you mean 'match'"),
         ("context.student_retained_turns", -1, "at least 0"),
         ("data.too_long", "cut", "drop, truncate-right, truncate-left"),
+        ("data.bad_rows", "skip", "refuse, drop"),
         ("trajectory.top_p", 0.0, r"\(0, 1\]"),
         ("trajectory.top_k", 0, "at least 1, or None"),
         ("trajectory.refresh_every_steps", 0, "at least 1, or None"),

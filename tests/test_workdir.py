@@ -109,3 +109,15 @@ def test_two_processes_are_never_at_work_in_one_directory(student, tmp_path):
     (tmp_path / "results.json").touch()
     with workdir.held(tmp_path):  # a finished run is only shown, also where nobody may write
         assert {path.name for path in tmp_path.iterdir()} == {"run", "results.json"}
+
+
+def test_a_run_from_before_a_key_was_there_goes_on_with_its_default(student, tmp_path):
+    workdir.claim(tmp_path, config.parse(small(student)))
+    (tmp_path / "before.json").touch()
+    path = tmp_path / "config.json"
+    old = json.loads(path.read_text())
+    assert old["data"].pop("bad_rows") == "refuse"
+    path.write_text(json.dumps(old))
+    assert claims(tmp_path, small(student))
+    with pytest.raises(UserError, match=r"data\.bad_rows \(now 'drop', was 'refuse'\)"):
+        workdir.claim(tmp_path, config.parse(small(student, data__bad_rows="drop")))
