@@ -1,21 +1,28 @@
 """Whole runs with a real vLLM for a teacher, beside the same runs with it in this process."""
 
 import concurrent.futures
+import json
+import shutil
 import time
+import urllib.request
 
 import factories
+import jax
 import numpy as np
 import pytest
 from small_runs import metrics, small
 from vllm_server import connected
 
-from gkdjax import loop
-from gkdjax.config import parse
+from gkdjax import loop, lora
+from gkdjax.config import ASSETS, parse
+from gkdjax.data.chat import load_chat
+from gkdjax.hf import export, pretrained
 from gkdjax.sampler import Sampling
 from gkdjax.types import Prompt
 
 pytestmark = pytest.mark.integration
 NATS = 1e-4  # a loss here and there
+ASKED = [{"role": "user", "content": "sort: fbdac"}]
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +141,36 @@ def test_the_exported_adapter_says_at_vllm_what_it_says_here(serve, student, loc
         baked, ours = texts_of(c, tmp_path / "baked", str(adapter))
         base, _ = texts_of(exported(student, server, "base"), tmp_path / "base")
     assert baked == ours and baked != base
+
+
+def served_text(server, name) -> tuple[str, str]:
+    """(what it writes in a chat, told nothing of where to stop, why it stopped)."""
+    asked = {"model": name, "messages": ASKED, "temperature": 0.0, "max_tokens": 40}
+    request = urllib.request.Request(
+        f"{server.base}/chat/completions",
+        json.dumps(asked).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=300.0) as reply:
+        (choice,) = json.load(reply)["choices"]
+    return choice["message"]["content"], choice["finish_reason"]
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+def test_a_served_export_stops_on_its_own(serve, tmp_path, kind):
+    """The student's generation_config.json does not have its template's end of turn."""
+    base = shutil.copytree(ASSETS / "quickstart" / "student", tmp_path / "base")
+    (base / "generation_config.json").write_text('{"eos_token_id": 1}')
+    chat, (decoder, params) = load_chat(base), pretrained.load_pretrained(base)
+    ending, none_yet = export.Ending(chat.stop_ids, chat.pad_id), lora.LoraRules(4, 8.0)
+    adapters = lora.init(jax.random.key(0), params, none_yet)
+    out = tmp_path / kind
+    if kind == "merged":
+        export.export_merged(out, decoder.spec, params, None, base, ending=ending)
+        served = serve(out, "baked")
+    else:  # as the README has it
+        export.export_adapter(out, decoder.spec, adapters, base, ending=ending)
+        lora_flags = ("--enable-lora", "--lora-modules", f"baked={out}")
+        served = serve(base, "base", *lora_flags, "--generation-config", str(out))
+    with served as server:
+        assert served_text(server, "baked") == ("abcdf", "stop")
