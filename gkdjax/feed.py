@@ -173,6 +173,7 @@ class Feed:
             *(self._purpose, len(self), ", ".join(map(str, map(tuple, self._first_shapes)))),
             ", ".join(f"{share:.0%} of the {name}" for name, share in self.padding.items()),
         )
+        logging.info("%s: the first row, %s", self._purpose, self.rules.described(self._pairs[0]))
 
     def refresh(
         self, path: pathlib.Path, steps: Sequence[int], step: int, teacher: Author, **how

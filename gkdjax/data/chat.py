@@ -282,7 +282,11 @@ def _is_history(
         # Whether an answer without a thought teaches not to think is for the user to say.
         if not added or _SWITCH not in chat.template.source or _SWITCH in chat.template_kwargs:
             return False
-        raise _does_not_follow(chat, message, prompt, name)
+        raise UserError(
+            f"{name}: message {i} has no thought, and the chat template of {chat.directory} writes"
+            f" an empty one before it, which would be learnt; data.template_kwargs={{'{_SWITCH}':"
+            f" False}} puts it into the prompt, and {{'{_SWITCH}': True}} learns it"
+        )
     last = i + 1 == len(said.messages) and not said.generation_prompt
     inline = "</think>" in message.content and "tool_calls" not in message.fields
     begun = prompt.rstrip()

@@ -152,6 +152,18 @@ class ViewRules:
         pair = ViewPair(example.name, example.row_id, student, teacher, target_ids, kept)
         return _fit(pair, self.max_length, too_long or self.too_long)
 
+    def described(self, pair: ViewPair) -> str:
+        """What becomes of a row, for people: both views up to the first target, and all targets."""
+        told = []
+        for who, chat, view in (
+            ("student", self.student_chat, pair.student),
+            ("teacher", self.teacher_chat, pair.teacher),
+        ):
+            read = _shown(chat, view.ids[: view.at[0] + 1])
+            told.append(f"the {who} reads {view.at[0] + 1} tokens, {read}")
+        learnt = f"{len(pair.target_ids)} tokens, {_shown(self.student_chat, pair.target_ids)}"
+        return f"{pair.name}: {'; '.join(told)}; learnt are {learnt}"
+
     def with_whole_responses(self) -> "ViewRules":
         """The same, whatever a trajectory says."""
         return dataclasses.replace(
@@ -247,6 +259,12 @@ def _rendered(
         generation_prompt=to_be_answered,
         tools=example.tools,
     )
+
+
+def _shown(chat: Chat, ids: np.ndarray) -> str:
+    """The text of ids with its special tokens, in quotes; of a long one its ends."""
+    text = chat.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return repr(text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}")
 
 
 def _target_ids(view: View) -> np.ndarray:

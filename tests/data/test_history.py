@@ -12,7 +12,7 @@ from gkdjax.data.targets import TargetRules
 from gkdjax.errors import UserError
 from gkdjax.types import Example, Expected, Message
 
-_ROLES = {"s": "system", "u": "user", "a": "assistant"}
+_ROLES = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
 
 
 def _said(words: str) -> tuple[Message, ...]:
@@ -47,6 +47,8 @@ def _shown(examples: list[Example]) -> list[tuple[str, str, str | None]]:
         ("s1 s2 a1", [("s1", "s2", "a1")]),
         ("s a1 u1 a2", [("", "s", "a1"), ("s a1", "u1", "a2")]),
         ("u1 a1 a2 u2 a3", [("", "u1 a1", "a2"), ("u1 a1 a2", "u2", "a3")]),
+        # A tool's result belongs to the turn of the answer that has called it.
+        ("u1 a1 t1 a2 u2 a3", [("", "u1 a1 t1", "a2"), ("u1 a1 t1 a2", "u2", "a3")]),
     ],
 )
 def test_each_turn_of_the_assistant_is_an_example_with_all_before_it(conversation, expected):

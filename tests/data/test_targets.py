@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gkdjax.data.chat import Sought
 from gkdjax.data.targets import TargetRules
 from gkdjax.types import Example, Message, Trajectory
 
@@ -30,6 +31,16 @@ def test_a_message_is_a_target_by_role_and_by_what_it_says(pattern, span, expect
     rules = TargetRules(("assistant",), pattern, span)
     assert rules.of_message(_SAID) == expected
     assert rules.of_message(_SAID._replace(role="user")) is False
+
+
+def test_results_of_tools_and_messages_of_no_weight_are_no_targets():
+    rules = TargetRules(("assistant", "tool"))
+    assert rules.of_message(Message("tool", "3")) is False
+    assert rules.of_message(_SAID._replace(learn=False)) is False
+    # What a template may write otherwise than it stands is sought there.
+    for odd in (_SAID._replace(fields='{"tool_calls":[]}'), Message("assistant", "</think>yes")):
+        assert rules.of_message(odd) is True
+        assert _match("yes").of_message(odd) == Sought("yes", False)
 
 
 def test_given_turns_are_no_targets():

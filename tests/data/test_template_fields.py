@@ -218,7 +218,7 @@ def test_a_thought_that_others_follow_is_learnt_at_an_end_or_not_at_all(chat_of)
 )
 def test_advice_is_true_of_the_template(chat_dir, template, kwargs, answer, advice):
     chat = load_chat(chat_dir(template), kwargs)
-    with pytest.raises(UserError, match=f"^rows:3: .*{advice}$"):
+    with pytest.raises(UserError, match=f"^rows:3: .*{advice}"):
         chat.render((_USER, Message("assistant", answer)), (False, True), "rows:3")
 
 
@@ -268,3 +268,17 @@ def test_a_standing_clock_changes_nothing_else(chat_dir, template, monkeypatch):
     stood = tokenizer.apply_chat_template(given, tokenize=False, **clock.standing(template, then))
     monkeypatch.setattr(chat_template_utils, "datetime", Then)
     assert stood == tokenizer.apply_chat_template(given, chat_template=template, tokenize=False)
+
+
+def test_a_call_without_a_thought_teaches_not_to_think_only_if_that_is_said(chat_dir):
+    talk = (_USER, _call({"at": 1}), _RESULT, Message("assistant", "It is 3."))
+    chat = load_chat(chat_dir(templates.MAY_THINK))
+    with pytest.raises(UserError, match=r"row: message 1 has no thought, .*: False\} puts it into"):
+        chat.render(talk[:2], (False, True), "row", tools=TOOLS)
+    chat = load_chat(chat_dir(templates.MAY_THINK), {"enable_thinking": False})
+    for end in (2, 4):
+        learnt = (False,) * (end - 1) + (True,)
+        ids, flags = chat.render(talk[:end], learnt, "row", tools=TOOLS)
+        assert ids.tolist() == _apply(chat, talk[:end])["input_ids"]
+        (said,) = _said(chat, ids, flags)
+        assert said.startswith(("<tool_call>", "It is 3.")) and said.endswith("<|im_end|>")

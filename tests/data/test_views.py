@@ -1,13 +1,16 @@
 """What teacher and student read of a row, and that they predict the same targets."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
+import tool_templates
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gkdjax.data.history import answers_apart
+from gkdjax.data.history import answers_apart, answers_of
+from gkdjax.data.message_spans import is_plain
 from gkdjax.data.targets import TargetRules
 from gkdjax.data.views import Fate, ViewRules
 from gkdjax.errors import UserError
@@ -168,6 +171,71 @@ def test_a_row_without_a_target_is_an_error(chat, trajectory):
     written = _trajectory(chat, "yes") if trajectory else None
     with pytest.raises(UserError, match=r"rows:7: no target tokens.* roles tool"):
         _view(example, chat, trajectory=written, targets=TargetRules(("tool",)))
+
+
+_LOOK = '[{"type":"function","function":{"name":"look"}}]'
+
+
+def _calling(name="look"):
+    fields = {"tool_calls": [{"function": {"name": name, "arguments": {}}}]}
+    return Message("assistant", "", json.dumps(fields))
+
+
+def test_tools_and_calls_are_in_both_views_and_in_prompts(chat_of):
+    chat = chat_of(tool_templates.PLAIN_CALLS)
+    turns = (Message("user", "?"), _calling(), Message("tool", "3"), Message("user", "so?"))
+    example = dataclasses.replace(_row(turns, "It is 3."), tools=_LOOK)
+    pair, fate = _view(example, chat, _PREFIX)
+    assert fate is Fate.KEPT
+    call = '<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call><|im_end|>'
+    assert chat.tokenizer.decode(pair.target_ids) == f"{call}It is 3.<|im_end|>"
+    _check(pair)
+    prompts = _rules(chat).prompts(dataclasses.replace(example, prefix=_PREFIX))
+    for view, prompt in zip((pair.student, pair.teacher), prompts, strict=True):
+        tools = "<tools>\n" + json.dumps(json.loads(_LOOK)[0]) + "\n</tools>"
+        assert tools in chat.tokenizer.decode(view.ids)
+        np.testing.assert_array_equal(view.ids[: len(prompt)], prompt)
+    row, answer = dataclasses.replace(example, answer=None), _trajectory(chat, "3")
+    written, _ = _view(row, chat, _PREFIX, trajectory=answer)
+    np.testing.assert_array_equal(written.teacher.ids, np.concatenate([prompts[1], answer.ids]))
+
+
+def test_a_row_is_described_as_it_is_read(chat_of):
+    chat = chat_of("chatml")
+    pair, _ = _view(_row([Message("user", "?")], "yes"), chat, (Message("system", "S" * 999),))
+    told = _rules(chat).described(pair)
+    student = "<|im_start|>user\\n?<|im_end|>\\n<|im_start|>assistant\\n'; the teacher reads"
+    assert student in told and "SSS ... SSS" in told and len(told) < 1200
+    assert told.endswith(f"; learnt are {len(pair.target_ids)} tokens, 'yes<|im_end|>'")
+
+
+_THINKS = "<think>\nEasy.\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "answers", "at_once"),
+    [
+        (tool_templates.PLAIN_CALLS, ["yes", "no"], True),
+        (tool_templates.PLAIN_CALLS, [f"{_THINKS}yes", "no"], True),
+        (tool_templates.MAY_THINK, [f"{_THINKS}yes", f"{_THINKS}no"], False),
+        (tool_templates.STRIPS, [f"{_THINKS}yes", f"{_THINKS}no"], False),
+        (tool_templates.LATE, ["yes", "no"], False),  # its tools move to the last question
+    ],
+)
+def test_a_row_is_divided_where_its_rendering_would_teach_something_else(
+    chat_of, template, answers, at_once
+):
+    chat = chat_of(template)
+    first, last = (Message("assistant", answer) for answer in answers)
+    turns = (Message("user", "?"), first, Message("user", "so?"))
+    tools = _LOOK if template == tool_templates.LATE else ""
+    row = dataclasses.replace(_row(turns, last.content), tools=tools)
+    rules = _rules(chat)
+    parts = answers_of(row, rules.targets)
+    assert rules.learns_at_once(row, parts) is at_once
+    assert not is_plain(row) or answers == ["yes", "no"]
+    taught = [chat.tokenizer.decode(rules.pair(part, None)[0].target_ids) for part in parts]
+    assert [one.strip() for one in taught] == [f"{said}{chat.end_of_turn}" for said in answers]
 
 
 def test_views_that_tokenise_differently_are_an_error(chat_of):

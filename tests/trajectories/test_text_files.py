@@ -65,6 +65,17 @@ def test_chunks_in_order(tmp_path, whole):
     assert whole[1].count(b"\n") == 7
 
 
+def test_tools_are_told_and_reach_the_writer(tmp_path):
+    plain, path = ASKED[0], tmp_path / "file.jsonl"
+    asked = plain._replace(tools='[{"name":"look"}]')
+    assert asked.for_writer().tools == asked.tools and asked.key() == plain.key()
+    for given, there in ((asked, [{"name": "look"}]), (plain, None)):
+        path.unlink(missing_ok=True)
+        write_once(path, [given], Writer(), CHAT, step=0, chunk=1, show=False)
+        (line,) = path.read_text().splitlines()
+        assert json.loads(line).get("tools") == there
+
+
 def test_a_complete_file_is_read_and_nothing_is_written(tmp_path, whole):
     path = tmp_path / "whole.jsonl"
     writer = Writer()
