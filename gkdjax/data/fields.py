@@ -43,7 +43,9 @@ _MESSAGE_REFUSED = {
 _IN_QUESTION = "write it into the question where the model is to read it, or remove the column"
 ROW_REFUSED = {
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _NOT_TEXT),
-    **dict.fromkeys(("context", "documents", "choices", "options"), _IN_QUESTION),
+    **dict.fromkeys(
+        ("context", "documents", "passage", "passages", "choices", "options"), _IN_QUESTION
+    ),
     **dict.fromkeys(
         ("chosen", "rejected"),
         "preferences are not learnt; name what is to be learnt 'response', and remove both columns",

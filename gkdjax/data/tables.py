@@ -18,6 +18,7 @@ from gkdjax.data.fields import Ambiguous
 from gkdjax.errors import UserError, one_line
 
 _ROWS = 1024  # that are Python objects at once
+_QUOTED = 64  # strings in quotes, one after the other, that nobody has written so
 _JSON = (".json", ".jsonl", ".ndjson")
 
 
@@ -166,23 +167,27 @@ def _dataset_rows(datasets, loaded, name: str, split: str | None, where: str):
         ((split, loaded),) = loaded.items()
     label = f"{name}:{split}" if split else name
     # As Arrow and not decoded: images and sounds beside the text are nothing that is read.
-    return _rows(loaded.with_format("arrow").iter(batch_size=_ROWS), label)
+    of_json = loaded.info.builder_name == "json"
+    return _rows(loaded.with_format("arrow").iter(batch_size=_ROWS), label, of_json)
 
 
-def _rows(batches: Iterable, label: str) -> Iterator[tuple[str, dict]]:
-    start = 0
+def _rows(batches: Iterable, label: str, of_json: bool = False) -> Iterator[tuple[str, dict]]:
+    start, decoders = 0, None
     for batch in batches:
         names = batch.column_names
         twice = [name for name in names if names.count(name) > 1]
         if twice:  # a dict would keep the last and say nothing
             raise UserError(f"{label}: has the column {twice[0]!r} twice; keep one")
-        columns = [_values(batch, i, label, start) for i in range(len(names))]
+        if decoders is None:  # once, they keep an eye on what they see
+            watched = label if of_json else None
+            decoders = [_decoder(batch.schema.field(i), watched) for i in range(len(names))]
+        columns = [_values(batch, i, decode, label, start) for i, decode in enumerate(decoders)]
         for i, values in enumerate(zip(*columns, strict=True)):
             yield f"{label}:{start + i}", dict(zip(names, values, strict=True))
         start += batch.num_rows
 
 
-def _values(batch, place: int, label: str, start: int) -> list:
+def _values(batch, place: int, decode: Callable | None, label: str, start: int) -> list:
     """A column as Python objects."""
     field, column = batch.schema.field(place), batch.column(place)
     try:
@@ -191,7 +196,6 @@ def _values(batch, place: int, label: str, start: int) -> list:
         row = next(row for row in range(len(column)) if not _decodes(column[row]))
         what = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "cannot be read"
         raise UserError(f"{label}:{start + row}: {field.name} {what}: {error}") from error
-    decode = _decoder(field)
     return values if decode is None else [None if v is None else decode(v) for v in values]
 
 
@@ -203,25 +207,56 @@ def _decodes(value) -> bool:
     return True
 
 
-def _decoder(field) -> Callable | None:
-    """A function of the values of an Arrow field that are not null; None: they stay."""
+def _decoder(field, watched: str | None) -> Callable | None:
+    """A function of the values of an Arrow field that are not null; None: they stay.
+
+    Strings of the dataset `watched` are looked at: see `_Watch`.
+    """
     types, of = _extra("pyarrow.types", field.name), field.type
     marks = field.metadata or {}  # where pyarrow does not know the type
     named = getattr(of, "extension_name", "") or ""
     if named == "arrow.json" or marks.get(b"ARROW:extension:name") == b"arrow.json":
         return _json_value
     if types.is_struct(of):
-        inner = [(f.name, _decoder(f)) for f in (of.field(i) for i in range(of.num_fields))]
+        parts = [of.field(i) for i in range(of.num_fields)]
+        inner = [(part.name, _decoder(part, watched)) for part in parts]
         return lambda value: {
             name: value[name] if decode is None else decode(value[name])
             for name, decode in inner
             if value[name] is not None
         }
     if types.is_list(of) or types.is_large_list(of) or types.is_fixed_size_list(of):
-        decode = _decoder(of.value_field)
+        decode = _decoder(of.value_field, watched)
         if decode is not None:
             return lambda value: [None if one is None else decode(one) for one in value]
+    if watched is not None and (types.is_string(of) or types.is_large_string(of)):
+        return _Watch(watched, field.name)
     return None
+
+
+class _Watch:
+    """Lets strings pass, unless many on end are JSON texts of strings.
+
+    Where a late value of a JSON file is no string, `datasets` writes that whole part of the column,
+    some megabytes, as JSON text, and calls it a column of strings all the same.
+    """
+
+    def __init__(self, dataset: str, name: str):
+        self._dataset, self._name, self._quoted = dataset, name, 0
+
+    def __call__(self, value: str) -> str:
+        plain = value[:1] not in '"[{-0123456789tfn' or _json_value(value) == value
+        if plain:
+            self._quoted = 0
+        elif value[0] == '"':  # numbers and the like between them change nothing
+            self._quoted += 1
+        if self._quoted == _QUOTED:
+            raise UserError(
+                f"{self._dataset}: {_QUOTED} values of {self._name!r} on end are JSON text in"
+                " quotes: datasets writes strings so where a later one of its JSON file is no"
+                " string; download the files, and name their directory"
+            )
+        return value
 
 
 def _json_value(stored: str) -> object:

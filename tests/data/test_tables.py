@@ -263,6 +263,20 @@ def test_what_arrow_has_lost_is_refused_by_column_and_row(tmp_path, rows, told):
             read_examples(source, "data.train")
 
 
+def test_strings_that_datasets_rewrote_for_a_late_number_are_refused(tmp_path):
+    rows = [{"talk": [{"content": f'say "{i}"'}], "prompt": f"ask {i}"} for i in range(3000)]
+    rows[2800]["talk"][0]["content"] = 7
+    home = _one_for_all(rows, tmp_path / "big")
+    made = datasets.load_dataset(home, split="train", chunksize=50_000)
+    assert made[2799]["talk"] == [{"content": json.dumps(rows[2799]["talk"][0]["content"])}]
+    made.save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(UserError, match=r"^saved: 64 values of 'content' on end are JSON text in"):
+        read_examples(str(tmp_path / "saved"), "data.train")
+    assert len(read_examples(home, "data.train")) == 3000  # and its files are what they are
+    made.select(range(50)).save_to_disk(str(tmp_path / "good"))
+    assert len(read_examples(str(tmp_path / "good"), "data.train")) == 50
+
+
 def test_values_that_python_cannot_hold_are_named(tmp_path):
     days = pa.array([0, 10**12], pa.timestamp("s"))
     pyarrow.parquet.write_table(
