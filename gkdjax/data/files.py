@@ -69,8 +69,16 @@ def read_text(source: str, where: str) -> str:
     Raises:
       UserError: it cannot be read, is not UTF-8, or holds nothing; `where` starts the message.
     """
+    text = _text(source, where)
+    if not text.strip():
+        raise UserError(f"{where}: the file is empty")
+    return text
+
+
+def _text(source: str, where: str) -> str:
+    """The same, and a file may be empty."""
     try:
-        text = pathlib.Path(source).read_text(encoding="utf-8-sig")
+        return pathlib.Path(source).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"{where[:400]}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -81,9 +89,6 @@ def read_text(source: str, where: str) -> str:
         ) from error
     except ValueError as error:  # a NUL
         raise UserError(f"{shown(where[:400])}: is no path: {error}") from error
-    if not text.strip():
-        raise UserError(f"{where}: the file is empty")
-    return text
 
 
 def json_value(source: str, where: str) -> object:
@@ -193,11 +198,11 @@ class _Splits(Mapping):
         return [row for file in self._files[split] for row in self._rows_of(pathlib.Path(file))]
 
     def _rows_of(self, file: pathlib.Path) -> Iterator[object]:
-        if not file.read_bytes().strip():
-            return  # one of several may be empty
         name = str(file.relative_to(self._path) if file.is_relative_to(self._path) else file)
-        read = _json_rows if file.suffix == ".json" else _lines
-        yield from (row for _, row in read(read_text(str(file), name), name))
+        text = _text(str(file), name)
+        if text.strip():  # one of several may be empty
+            read = _json_rows if file.suffix == ".json" else _lines
+            yield from (row for _, row in read(text, name))
 
 
 def _directory_rows(
