@@ -153,7 +153,8 @@ def test_rows_that_are_too_long_are_counted_and_named(student, tmp_path, caplog)
     ]
     assert dropped["samples"]["question"] == ["ask 1", "ask 2", "ask 4"]
     assert "data.train: 3 rows dropped" in caplog.text and "data.train:3" in caplog.text
-    c = small(student, data__train=rows, data__too_long="truncate-right")
+    rows.append({"prompt": "ask 5", "response": ""})
+    c = small(student, data__train=rows, data__too_long="truncate-right", data__bad_rows="drop")
     cut = loop.run(c, tmp_path / "cut")
     found = dict(cut["rows"]["train"])
     assert 0 < found.pop("padding")["student"] < 1
@@ -161,9 +162,12 @@ def test_rows_that_are_too_long_are_counted_and_named(student, tmp_path, caplog)
         "rows": 3,
         "dropped": ["data.train:0", "data.train:3"],
         "truncated": ["data.train:1"],
+        "unusable": ["data.train:5"],
         "refused_responses": 0,
     }
-    assert "2 dropped, 1 truncated" in results.render(cut, tmp_path)
+    assert cut["dropped_rows"] == {"data.train": ["data.train:5"]}
+    shown = results.render(cut, tmp_path)
+    assert all(told in shown for told in ("1 unusable", "2 dropped", "1 truncated"))
 
 
 def test_questions_that_do_not_fit_are_named(student, tmp_path):
