@@ -16,7 +16,7 @@ from gkdjax.errors import UserError
 
 _LOCK = ".gkdjax-lock"
 # What a run writes down before it computes anything, beside its config.
-_BEGUN_WITH = ("models.json", "teacher.json", "ending.json")
+_BEGUN_WITH = ("models.json", "clock.json", "teacher.json", "ending.json")
 
 
 @contextlib.contextmanager
