@@ -1,10 +1,12 @@
 """A server is trusted only after it has been tried: what it can do, and whether its numbers fit.
 
-One short text is written greedily and then scored again. A server that inserts a token, shifts its
-answer by one position, ignores `echo` or `logprobs`, or has another tokenizer does not get past it.
+Short texts are written, greedily and drawn at temperature 1, and then scored again. A server that
+inserts a token, shifts its answer by one position, ignores `echo` or `logprobs`, has another
+tokenizer, or draws otherwise than it reports does not get past it.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +15,7 @@ from absl import logging
 from gkdjax.data.chat import Chat
 from gkdjax.errors import TeacherRefused, UserError, WrongAnswer
 from gkdjax.sampler import Sampling
-from gkdjax.teachers.http import served
+from gkdjax.teachers.http import agreement, draws, served
 from gkdjax.teachers.http.answers import Answer, SampleRequest, ScoreRequest
 from gkdjax.teachers.http.dialects.dialect import Dialect
 from gkdjax.teachers.http.exchange import exchange
@@ -35,12 +37,12 @@ _PENALTY = (
 )
 _REFUSALS = 3  # the same 5xx answer to one dialect, in a row
 _DRAWS = 3  # at most, until one is a text
+_TEXTS = 6  # that are drawn at temperature 1, each after another part of the probe,
+_DRAWN_TOKENS = 16  # of so many tokens,
+_ROUNDS = 4  # and at most so often, until they tell an honest server from others
 NAME = "the preflight"
 
-# Of a token that the server drew and then scored, in nats. In bfloat16 reading and writing differ
-# by up to the second number in a few tokens; a wrong position, a wrong temperature or another
-# beginning moves most of them by more than the first.
-_MEDIAN_DIFFERENCE, _LARGEST_DIFFERENCE = 1e-2, 0.25
+_BEHIND = 1e-2  # nats, of a greedy answer's token behind the best one there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,11 +177,13 @@ def _try(
     try:
         written = _write(transport, dialect, chat, ids, top_k)
         _check_drawn(transport, dialect, chat, ids, written, sampling)
+        drawn = _draw(transport, dialect, chat, ids, top_k, judged=sampling.temperature > 0)
     except (WrongAnswer, TeacherRefused, RepeatedServerError) as error:
         reason = f"{name} writes nothing that can be used: {error}"
         return _Trial(None, reason, isinstance(error, RepeatedServerError))
     try:
-        scored, difference = _score_again(transport, dialect, ids, written, top_k)
+        texts = [Text(sample_request(chat, ids, top_k, _WRITTEN_TOKENS), written), *drawn]
+        scored, difference = _score_again(transport, dialect, texts)
     except (WrongAnswer, TeacherRefused, RepeatedServerError, NotImplementedError) as error:
         found = dataclasses.replace(found, limits=str(error))
         reason = f"{name} does not score given ids: {error}"
@@ -232,7 +236,7 @@ def _write(
         )
     _check_count(answer, top_k)
     behind = answer.top_logprobs[:, 0] - answer.target_logprob
-    if behind.max() > _MEDIAN_DIFFERENCE:
+    if behind.max() > _BEHIND:
         worst = int(behind.argmax())
         before = {*ids.tolist(), *answer.target_ids[:worst].tolist()}
         penalised = answer.top_ids[worst, 0] in before and answer.target_ids[worst] not in before
@@ -286,27 +290,121 @@ def _check_count(answer: Answer, top_k: int) -> None:
         )
 
 
+class Text(NamedTuple):
+    """What a server wrote, and after what."""
+
+    request: SampleRequest
+    answer: Answer
+
+    @property
+    def whole(self) -> np.ndarray:
+        """int32 [T], the prompt and the answer."""
+        return np.concatenate([self.request.ids, self.answer.target_ids])
+
+
+def _draw(
+    transport: Transport,
+    dialect: Dialect,
+    chat: Chat,
+    ids: np.ndarray,
+    top_k: int,
+    *,
+    judged: bool,
+) -> list[Text]:
+    """Texts drawn at temperature 1.
+
+    Raises:
+      WrongAnswer: if `judged`: they are not from the distributions that came with them.
+    """
+    texts: list[Text] = []
+    for number in range(_ROUNDS):
+        for k in range(_TEXTS):
+            part = ids[: len(ids) - k * (len(ids) // (2 * _TEXTS))]
+            request = dataclasses.replace(
+                sample_request(chat, part, top_k, _DRAWN_TOKENS),
+                sampling=Sampling(_DRAWN_TOKENS, temperature=1.0, top_p=1.0),
+                seed=number * _TEXTS + k,
+            )
+            (answer,) = exchange(transport, dialect, [request])
+            if not answer.lost:
+                texts.append(Text(request, answer))
+        tokens = [token for text in texts for token in draws.tokens_of(*text)]
+        if not judged:
+            return texts
+        if tokens:
+            verdict = draws.judge(tokens)
+            if verdict.caught:
+                raise _not_its_own(len(tokens), verdict)
+            if verdict.enough:
+                return texts
+    logging.warning(
+        "%s: whether it draws as it reports is not known from %d drawn tokens: they are nearly"
+        " certain, lost, or odd but not enough",
+        *(transport.root, len(tokens)),
+    )
+    return texts
+
+
+def _not_its_own(tokens: int, verdict: draws.Verdict) -> WrongAnswer:
+    return WrongAnswer(
+        f"{NAME}: {tokens} tokens that it drew at temperature 1 are not from the distributions that"
+        f" it reports: their mean negative logprob is {verdict.surprise:.2f} nats and should be"
+        f" {verdict.entropy:.2f}, and chance makes that of an honest server less than once in a"
+        f" million times. Most likely {verdict.kind}. Switch that off where the model is served,"
+        " or use another server"
+    )
+
+
 def _score_again(
-    transport: Transport, dialect: Dialect, ids: np.ndarray, written: Answer, top_k: int
+    transport: Transport, dialect: Dialect, texts: Sequence[Text]
 ) -> tuple[Answer, float]:
-    """(every position of the probe and the answer to it, median difference in nats)."""
-    whole = np.concatenate([ids, written.target_ids])
-    (scored,) = exchange(transport, dialect, [score_request(whole, top_k)])
-    _check_count(scored, top_k)
-    again = scored.rows(slice(len(ids) - 1, None))
-    apart = np.abs(again.target_logprob - written.target_logprob)
-    median, most = float(np.median(apart)), float(apart.max())
-    if median > _MEDIAN_DIFFERENCE or most > _LARGEST_DIFFERENCE:
-        worst = int(apart.argmax())
+    """(every position of the first text, median difference of drawn and scored tokens in nats).
+
+    Raises:
+      WrongAnswer: they differ by more than the server's own noise explains.
+    """
+    requests = [score_request(text.whole, text.request.top_k) for text in texts]
+    (first,) = exchange(transport, dialect, requests[:1])
+    _check_count(first, texts[0].request.top_k)
+    rest = [requests[1:]] if dialect.rows_per_request else [[one] for one in requests[1:]]
+    answers = [first, *[a for part in rest if part for a in exchange(transport, dialect, part)]]
+    scored = [
+        answer.rows(slice(len(text.request.ids) - 1, None))
+        for text, answer in zip(texts, answers, strict=True)
+    ]
+    found = agreement.apart([text.answer for text in texts], scored)
+    if found.within(agreement.FLOOR):
+        return first, found.median
+    noise = _noise(transport, dialect, texts[1:])
+    if not found.within(agreement.most(noise)):
+        drawn, again = found.worst
         raise WrongAnswer(
-            f"{NAME}: a token that it drew with the logprob {written.target_logprob[worst]:.3f} has"
-            f" {again.target_logprob[worst]:.3f} when it is scored: it shifts positions, adds a"
-            " token, or does not compute at temperature 1"
+            f"{NAME}: tokens that it drew have other logprobs when they are scored, one of them"
+            f" {drawn:.3f} and then {again:.3f}: {found.median:.3f} nats apart (median of"
+            f" {found.tokens}; its own noise of {noise:.4f} allows {agreement.most(noise):.3f}),"
+            f" and a scored logprob moves by {found.slope:.2f} where a drawn one moves by 1 (from"
+            " 0.95 to 1.05 is right): it shifts positions, adds a token, or does not compute at"
+            " temperature 1"
         )
-    if most > _MEDIAN_DIFFERENCE:
-        logging.warning(
-            "drawn and scored logprobs of the same tokens differ by up to %.3f nats: the server"
-            " computes in a low precision",
-            most,
-        )
-    return scored, median
+    logging.warning(
+        "drawn and scored logprobs of the same tokens differ by %.3f nats (median), the server's"
+        " own by %.3f (mean): it computes in a low precision",
+        *(found.median, noise),
+    )
+    return first, found.median
+
+
+def _noise(transport: Transport, dialect: Dialect, texts: Sequence[Text]) -> float:
+    """How far a server is from itself: what it says of a place after it wrote or read the text."""
+    written, read = [], []
+    for request, answer in texts:
+        half = len(answer.target_ids) // 2
+        if not half:
+            continue
+        ids = np.concatenate([request.ids, answer.target_ids[:half]])
+        once = dataclasses.replace(request, ids=ids, sampling=Sampling(1, 0.0, 1.0))
+        (again,) = exchange(transport, dialect, [once])
+        if not again.lost:
+            written.append(answer.rows(slice(half, half + 1)))
+            read.append(again.rows(slice(1)))
+    return agreement.noise(written, read)

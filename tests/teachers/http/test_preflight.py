@@ -6,7 +6,7 @@ import factories
 import numpy as np
 import pytest
 from fake_server import FakeServer, Reply, script
-from fake_teacher import LOGPROBS, MODEL, VOCAB, FakeTeacher
+from fake_teacher import END, LOGPROBS, MODEL, VOCAB, FakeTeacher
 
 from gkdjax.data.chat import load_chat
 from gkdjax.errors import TeacherRefused, TeacherUnreachable, UserError
@@ -20,6 +20,8 @@ from gkdjax.teachers.http.wire.transport import Limits, Transport
 IDS = ("return_token_ids", "return_tokens_as_token_ids")
 PARTS = tuple(range(1, VOCAB, 2))  # of characters, as a byte-level tokenizer has them
 
+SAMPLING = Sampling(20, temperature=0.8, top_p=0.9)
+
 
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory):
@@ -28,7 +30,17 @@ def chat(tmp_path_factory):
     return load_chat(directory)
 
 
-def examined(handler, chat, backend="vllm", *, model="", top_k=5, vocab_size=VOCAB, max_retries=0):
+def examined(
+    handler,
+    chat,
+    backend="vllm",
+    *,
+    model="",
+    top_k=5,
+    vocab_size=VOCAB,
+    sampling=SAMPLING,
+    max_retries=0,
+):
     """(what `examine` finds, the server's requests)."""
     limits = Limits(timeout_s=5.0, deadline_s=30.0, max_retries=max_retries)
     with FakeServer(handler) as server:
@@ -41,7 +53,7 @@ def examined(handler, chat, backend="vllm", *, model="", top_k=5, vocab_size=VOC
                 chat,
                 vocab_size,
                 top_k,
-                Sampling(20, temperature=0.8, top_p=0.9),
+                sampling,
                 must_score=backend != "openai",
             )
         return found, server.requests
@@ -237,6 +249,122 @@ class Cooler(FakeTeacher):
 
 def test_another_temperature(chat):
     refused(Cooler(), chat, "temperature 1")
+
+
+class LowPrecision(FakeTeacher):
+    """Text that it has written it sums up otherwise than text that it has read."""
+
+    noise, warmer = 0.06, 0.0
+
+    def _row(self, ids, at):
+        row = self.logprob_table[ids[at - 1]]
+        if at <= self.read:
+            return row * (1.0 + self.warmer * self.scoring)
+        row = row + np.random.default_rng(ids[:at]).normal(0.0, self.noise, len(row))
+        return row - np.log(np.exp(row).sum())
+
+    def _choice(self, index, ids, body):
+        self.read = len(ids)
+        self.scoring = "prompt_logprobs" in body or "echo" in body
+        return super()._choice(index, ids, body)
+
+
+class Warmer(LowPrecision):
+    """And scores at another temperature, which moves a median by no more than that."""
+
+    warmer = 0.06
+
+
+class Coarse(LowPrecision):
+    """So much noise that nothing else would be seen."""
+
+    noise = 0.25
+
+
+def test_a_low_precision_is_known_by_its_own_noise_and_nothing_hides_in_it(chat):
+    server, requests = examined(LowPrecision(), chat)
+    assert server.findings.scores and 0.01 < server.findings.difference < 0.1
+    assert len(requests) == 18 and len(examined(FakeTeacher(), chat)[1]) == 12
+    refused(Warmer(), chat, "does not compute at temperature 1")
+    refused(Coarse(), chat, "its own noise of", "allows 0.100")
+
+
+class Lower(LowPrecision):
+    """An error of the same size, and no noise that explains it."""
+
+    def _row(self, ids, at):
+        return self.logprob_table[ids[at - 1]] - 0.03 * self.scoring
+
+
+def test_what_noise_may_do_an_exact_server_may_not(chat):
+    refused(Lower(), chat, "its own noise of 0.0000 allows 0.010")
+
+
+class Drawing(FakeTeacher):
+    """Draws otherwise than it says; a greedy answer is what it should be."""
+
+    def changed(self, p, written):
+        """What it draws from."""
+        return np.eye(len(p))[p.argmax()]
+
+    def _write(self, ids, body):
+        if not body.get("temperature"):
+            return super()._write(ids, body)
+        draw, written = np.random.default_rng([body["seed"], len(ids)]), []
+        while len(written) < body["max_tokens"] and END not in written:
+            last = [*ids, *written][-1]
+            p = self.changed(np.exp(self.logprob_table[last]), [*ids, *written])
+            written.append(int(draw.choice(len(p), p=p / p.sum())))
+        return written
+
+
+class Cold(Drawing):
+    def changed(self, p, written):
+        return p**2
+
+
+class Nucleus(Drawing):
+    def changed(self, p, written):
+        above = np.asarray([p[p > one].sum() for one in p])
+        return np.where(above < 0.8, p, 0.0)
+
+
+class Hot(Drawing):
+    def changed(self, p, written):
+        return p**0.4
+
+
+class Avoiding(Drawing):
+    def changed(self, p, written):
+        return p * np.where(np.isin(np.arange(len(p)), written), np.exp(-2.0), 1.0)
+
+
+class Another(Drawing):
+    def changed(self, p, written):
+        return np.roll(p, 1)
+
+
+@pytest.mark.parametrize("by_text", [False, True])
+@pytest.mark.parametrize(
+    "teacher, told",
+    [
+        (Drawing, "it draws greedily"),
+        (Cold, "a lower temperature"),
+        (Nucleus, "only from the best"),
+        (Hot, "a higher temperature"),
+        (Avoiding, "a repetition penalty"),
+        (Another, "from something else"),
+    ],
+)
+def test_draws_that_are_not_from_what_is_reported(chat, teacher, told, by_text):
+    backend = "openai" if by_text else "vllm"
+    words = "mean negative logprob", told
+    refused(teacher(by_text=by_text), chat, *words, backend=backend, top_k=20)
+
+
+def test_a_run_whose_text_is_greedy_takes_a_greedy_server(chat):
+    server, _ = examined(Drawing(), chat, sampling=Sampling(20, temperature=0.0, top_p=1.0))
+    assert server.findings.scores
 
 
 class Processed(FakeTeacher):

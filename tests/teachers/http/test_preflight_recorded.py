@@ -9,7 +9,7 @@ from recorded_answers import VOCAB_SIZE, byte_level, load, texts
 from gkdjax.errors import WrongAnswer
 from gkdjax.sampler import Sampling
 from gkdjax.teachers.http import preflight
-from gkdjax.teachers.http.answers import Answer
+from gkdjax.teachers.http.answers import Answer, SampleRequest
 from gkdjax.teachers.http.dialects import openai, vllm
 
 
@@ -42,7 +42,15 @@ class RecordedChat:
         return {"input_ids": self.ids}
 
 
-def test_llama_server_ignores_echo_and_may_only_write():
+def text(ids, drawn: Answer) -> preflight.Text:
+    """What was drawn after `ids`."""
+    top_k = drawn.top_ids.shape[1]
+    request = SampleRequest("m", ids, (), Sampling(8, 0.0, 1.0), 0, (1,), top_k)
+    return preflight.Text(request, drawn)
+
+
+def test_llama_server_ignores_echo_and_may_only_write(monkeypatch):
+    monkeypatch.setattr(preflight, "_TEXTS", 1)  # one prompt was recorded
     written = load("llama-server-v1")["response"]
     written["choices"][0]["finish_reason"] = "stop"  # it was asked for one token, and here for more
     echoed = load("llama-server-echo")["response"]
@@ -81,8 +89,8 @@ def test_llama_cpp_pythons_scores_are_off_by_one():
     rows[:, 0] = -1.0
     tops = np.zeros((4, 20), np.int32)
     drawn = Answer(ids[-4:], rows[:, 0], tops, rows, np.full(4, -0.5, np.float32))
-    with pytest.raises(WrongAnswer, match=r"has -1[01]\.\d+ when .*: it shifts positions"):
-        preflight._score_again(Replay(answer, {}), dialect, ids[:-4], drawn, top_k=20)
+    with pytest.raises(WrongAnswer, match=r"and then -1[01]\.\d+: .*: it shifts positions"):
+        preflight._score_again(Replay(answer, {}), dialect, [text(ids[:-4], drawn)])
 
 
 def test_the_same_scores_pass_if_they_are_those_it_drew_with():
@@ -95,9 +103,9 @@ def test_the_same_scores_pass_if_they_are_those_it_drew_with():
     rows = np.asarray([[p, -9.0, -9.0] for p in own], np.float32)
     drawn = Answer(ids[-4:], rows[:, 0], np.zeros((4, 3), np.int32), rows, np.zeros(4, np.float32))
     replay = Replay({}, recorded["response"])
-    scored, apart = preflight._score_again(replay, dialect, ids[:-4], drawn, top_k=3)
+    scored, apart = preflight._score_again(replay, dialect, [text(ids[:-4], drawn)])
     assert apart < 1e-6
     assert len(scored.target_ids) == len(ids) - 1
     shifted = dataclasses.replace(drawn, target_logprob=np.roll(drawn.target_logprob, 1))
     with pytest.raises(WrongAnswer, match="shifts positions"):
-        preflight._score_again(replay, dialect, ids[:-4], shifted, top_k=3)
+        preflight._score_again(replay, dialect, [text(ids[:-4], shifted)])
