@@ -38,9 +38,8 @@ def contexts_of(config: Config, sources: Sources, teacher: Teacher | None) -> di
         limit = Limit(None, "")
         if isinstance(teacher, FlaxTeacher):
             limit = Limit(teacher.decoder.spec.context_length, _IN_CONFIG)
-        elif isinstance(teacher, HttpTeacher) and teacher.context_length is not None:
-            length = teacher.context_length
-            limit = Limit(length, teacher.context_source, written=length + 1)
+        elif isinstance(teacher, HttpTeacher) and teacher.window is not None:
+            limit = Limit(teacher.window.tokens, teacher.window.source, teacher.window.written)
         return found | {f"the teacher ({teacher.description})": limit}
     if sources.teacher is None:
         return found | {"the teacher (the student's base)": student}

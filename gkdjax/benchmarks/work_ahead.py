@@ -195,7 +195,7 @@ def _teacher(base: str, directory: pathlib.Path, top_k: int) -> HttpTeacher:
     how = {"concurrency": 1, "max_unreadable": 0.0}
     pool = Pool(dialect, transport, store, known, Suspects(None), probe=lambda: probe, **how)
     can = declared(config.Teacher(top_k=top_k))
-    sizes = {"top_k": top_k, "context_length": None, "context_source": ""}
+    sizes = {"top_k": top_k, "window": None}
     return HttpTeacher(pool, None, "a benchmark", can, **sizes, template_kwargs={})
 
 

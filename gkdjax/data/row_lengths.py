@@ -89,7 +89,7 @@ class Limit(NamedTuple):
 
     tokens: int | None  # None: nobody says
     source: str  # what says so, for people
-    written: int | None = None  # of a server: with what it writes, it ends or refuses there
+    written: int | None = None  # with what it writes itself: a server ends or refuses there
 
 
 def require_contexts(

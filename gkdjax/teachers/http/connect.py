@@ -20,6 +20,7 @@ from gkdjax.teachers.http.dialects import openai, sglang, vllm
 from gkdjax.teachers.http.dialects.dialect import Dialect
 from gkdjax.teachers.http.pool import Pool
 from gkdjax.teachers.http.preflight import Findings, Server, examine, probe_again
+from gkdjax.teachers.http.served import Window
 from gkdjax.teachers.http.storage import payload, shares
 from gkdjax.teachers.http.storage.identity import KnownTeacher, fingerprint_of, same_teacher
 from gkdjax.teachers.http.storage.store import AnswerStore
@@ -142,10 +143,16 @@ def _connect(
         f"{findings.model} ({c.backend}, {known.fingerprint[:12]})",
         can,
         top_k=c.top_k,
-        context_length=findings.context_length,
-        context_source=f"{findings.context_source}, {c.api_base}",
+        window=_window(findings, c.api_base),
         template_kwargs=template_kwargs,
     )
+
+
+def _window(findings: Findings, api_base: str) -> Window | None:
+    if findings.context_length is None:
+        return None
+    source = findings.context_source or "as its server said"  # when an older store was filled
+    return Window(findings.context_length, findings.context_written, f"{source}, {api_base}")
 
 
 def tokenizer_hash(chat: Chat) -> str:

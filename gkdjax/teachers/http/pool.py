@@ -204,10 +204,11 @@ class Pool:
                 return
             raise WrongAnswer(
                 f"{len(lost)} of {written} responses bought are lost, more than"
-                f" config.teacher.max_unreadable={self._max_unreadable} allows: the server names"
-                f" tokens by text that names no id here. {'; '.join(lost[:3])}. Use"
-                " teacher.backend='vllm' or 'sglang' where the server is one: they name tokens by"
-                " id. Or else a server that gives the bytes of tokens"
+                f" config.teacher.max_unreadable={self._max_unreadable} allows, for a token that"
+                f" names no id here: {'; '.join(lost[:3])}. Where they are named by text, use"
+                " teacher.backend='vllm' or 'sglang' if one of them serves the model: they name"
+                " tokens by id. Where it is an id, the student has no such token: raise"
+                " config.teacher.max_unreadable if so much may be lost"
             )
 
     def _probe_again(self) -> Answer:

@@ -59,6 +59,7 @@ class Findings:
       tokenizer: how the vocabulary was compared.
       difference: median in nats between a token drawn and the same token scored; None: not scored.
       context_source: what says how long a view may be, for people; "" where nothing does.
+      context_written: most tokens of a prompt and its answer; None: as `context_length`.
     """
 
     model: str
@@ -70,6 +71,7 @@ class Findings:
     tokenizer: str
     difference: float | None
     context_source: str = ""  # of what older stores keep
+    context_written: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +113,7 @@ def examine(
     model, listed = served.model_of(transport, api_model)
     compared, told = served.compare_tokenizers(transport, model, chat, PROBE)
     window = listed or told or served.proxied(transport, model)
-    context_length, context_source = window or (None, "")
+    read, written, source = window or (None, None, "")
     ids = probe_ids(chat)
     trials: dict[str, _Trial] = {}
 
@@ -119,7 +121,9 @@ def examine(
         """Whether it scores, so that no other has to be tried."""
         dialect = dialects[name](model, vocab_size, chat.tokenizer)
         found = Findings(
-            *(model, name, False, "", context_length, top_k, compared, None, context_source)
+            *(model, name, False, "", read, top_k, compared, None),
+            context_source=source,
+            context_written=written,
         )
         trials[name] = _try(asked, dialect, found, chat, ids, sampling)
         return trials[name].scores

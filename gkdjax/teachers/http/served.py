@@ -15,6 +15,7 @@ class Window(NamedTuple):
     """How much a server reads."""
 
     tokens: int  # of a view, at most
+    written: int | None  # with what it writes; None: that does not count
     source: str  # what says so, for people
 
 
@@ -99,18 +100,16 @@ def proxied(transport: Transport, model: str) -> Window | None:
     except (TeacherRefused, TeacherUnreachable, WrongAnswer):
         return None
     entries = said.get("data") if isinstance(said, dict) else None
-    lengths = [
-        info.get("max_input_tokens")
+    windows = [
+        _input(info.get("max_input_tokens"), f"{model} in /model/info")
         for entry in entries or ()
         if isinstance(entry, dict) and entry.get("model_name") == model
         for info in [entry.get("model_info")]
         if isinstance(info, dict)
     ]
-    known = [length for length in lengths if type(length) is int and length > 0]
-    if not known:
-        return None
     # Several servers of one name take turns.
-    return Window(min(known), f"max_input_tokens={min(known)} of {model} in /model/info")
+    found = [window for window in windows if window is not None]
+    return min(found, key=lambda window: window.tokens, default=None)
 
 
 def _listed(entries: Sequence[dict], name: str) -> Window | None:
@@ -119,7 +118,9 @@ def _listed(entries: Sequence[dict], name: str) -> Window | None:
     seen: list[str] = []
     while isinstance(name, str) and name in by_name and name not in seen:
         seen.append(name)
-        window = _window(by_name[name].get("max_model_len"), f"{name} in /v1/models")
+        entry, where = by_name[name], f"{name} in /v1/models"
+        window = _window(entry.get("max_model_len"), where)
+        window = window or _input(entry.get("max_input_tokens"), where)  # LiteLLM's name
         if window is not None:
             return window
         name = by_name[name].get("parent")
@@ -130,4 +131,10 @@ def _window(max_model_len: Any, where: str) -> Window | None:
     """One token is always written, and has to find room."""
     if type(max_model_len) is not int or max_model_len < 2:
         return None
-    return Window(max_model_len - 1, f"max_model_len={max_model_len} of {where}")
+    return Window(max_model_len - 1, max_model_len, f"max_model_len={max_model_len} of {where}")
+
+
+def _input(max_input_tokens: Any, where: str) -> Window | None:
+    if type(max_input_tokens) is not int or max_input_tokens < 1:
+        return None
+    return Window(max_input_tokens, None, f"max_input_tokens={max_input_tokens} of {where}")

@@ -11,6 +11,7 @@ from gkdjax.data.chat import Chat
 from gkdjax.sampler import Sampling
 from gkdjax.teachers.http.answers import Answer, SampleRequest, ScoreRequest
 from gkdjax.teachers.http.pool import Pool
+from gkdjax.teachers.http.served import Window
 from gkdjax.teachers.http.storage import payload
 from gkdjax.teachers.protocol import Capabilities
 from gkdjax.types import Batch, KeptTopK, Prompt, TopKTargets, Trajectory
@@ -27,8 +28,7 @@ class HttpTeacher:
         capabilities: Capabilities,
         *,
         top_k: int,
-        context_length: int | None,
-        context_source: str,
+        window: Window | None,
         template_kwargs: dict,
     ):
         """Keeps what it is given; the pool is its to close.
@@ -39,13 +39,11 @@ class HttpTeacher:
           description: a few words for the log, without an address.
           capabilities: of the server, as they were found.
           top_k: K of what is asked for.
-          context_length: most tokens of a view, or None where the server does not tell.
-          context_source: what says so, for people.
+          window: how much the server reads, or None where it does not tell.
           template_kwargs: for a server that renders the prompt itself.
         """
         self.pool, self.chat, self.description = pool, chat, description
-        self.capabilities = capabilities
-        self.context_length, self.context_source = context_length, context_source
+        self.capabilities, self.window = capabilities, window
         self._top_k, self._template_kwargs = top_k, template_kwargs
 
     def ask(self, batch: Batch, names: Sequence[str]) -> Callable[[], TopKTargets]:

@@ -449,6 +449,7 @@ def _info(*lengths):
         ),
         ({"entries": [ADAPTER | {"parent": MODEL}], "tells": True}, 511, "in /tokenize"),
         ({"entries": [ADAPTER], "tells": True, "window": 300}, 299, "max_model_len=300 of"),
+        ({"entries": [{"id": MODEL, "max_input_tokens": 80}]}, 80, f"=80 of {MODEL} in /v1/models"),
         ({"entries": [{"id": MODEL}], "proxied": _info(70, None, 60)}, 60, "max_input_tokens=60"),
         ({"entries": [{"id": MODEL}], "proxied": [{"model_name": "other"}, 3]}, None, ""),
         ({"entries": [{"id": MODEL}]}, None, ""),
@@ -457,6 +458,9 @@ def _info(*lengths):
 def test_how_much_it_reads_and_who_says_so(chat, how, length, source):
     found = examined(FakeTeacher(**how), chat, model=MODEL)[0].findings
     assert found.context_length == length
+    assert found.context_written == (
+        length + 1 if "max_model_len" in found.context_source else None
+    )
     assert source in found.context_source and bool(found.context_source) == bool(source)
 
 
