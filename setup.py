@@ -32,7 +32,7 @@ setuptools.setup(
         "tensorboardX",
         "tokenizers",
         "tqdm",
-        "transformers>=5",
+        "transformers>=5.20",
     ],
     extras_require={
         "test": [

@@ -27,6 +27,12 @@ def ask(
       kept: what it said of some rows when it wrote them: of those it is not asked again.
       mesh: its devices share the rows.
     """
+    found = _ask(teacher, batch, names, kept, mesh)
+    shared = None if teacher.chat is None else teacher.chat.shared
+    return found if shared is None else lambda: dataclasses.replace(found(), shared=shared)
+
+
+def _ask(teacher, batch: Batch, names, kept: Kept | None, mesh) -> Callable[[], TeacherTargets]:
     if kept is not None:
         if kept.known_B.all():
             return lambda: sharding.shard_rows(mesh, kept.targets)

@@ -70,8 +70,9 @@ def assemble(rows: Rows, workdir: pathlib.Path) -> Run:
         own = (decoder, frozen) if rows.toggles else None
         teacher = in_process.config_teacher(sources, own)
     shared_vocab = decoder.spec.vocab_size
+    if teacher.chat is not None and teacher.chat.shared is not None:
+        shared_vocab = teacher.chat.shared
     if isinstance(teacher, FlaxTeacher):
-        shared_vocab = min(shared_vocab, teacher.decoder.spec.vocab_size)
         teacher.prefixes.learn(rows.prompts_by_prefix)
     anchor_teacher = None
     if rows.anchor_feeds:

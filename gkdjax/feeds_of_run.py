@@ -89,7 +89,7 @@ def one_feed(
         key,
         examples,
         rules,
-        ResponseRules(rules.targets, c.max_refills, c.max_new_tokens),
+        ResponseRules(rules.targets, c.max_refills, c.max_new_tokens, rules.teacher_chat.shared),
         per_prompt=per_prompt or c.per_prompt,
         # Rows of one length may be of one kind of task; an anchor's batch is to hold of every kind.
         most_padding=_MOST_PADDING if key == "data.train" else 1.0,

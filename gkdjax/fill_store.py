@@ -33,7 +33,8 @@ def fill(rows: Rows, teacher: HttpTeacher, workdir: pathlib.Path, steps: int) ->
       workdir: of the run, for the text.
       steps: of the run, all of them.
     """
-    config, vocab_size = rows.config, rows.vocab_size
+    config = rows.config
+    vocab_size = rows.sources.teacher_chat.shared or rows.vocab_size
     curriculum = Curriculum(config.gkd, config.train.seed, steps)
     if needs_teacher_text(config.gkd):
         training_text.prepare(config, "train", rows.feed, teacher, workdir, vocab_size)

@@ -84,27 +84,47 @@ def find(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> Sour
     chat = vocabulary.of_model(load_chat(student, *how), spec.vocab_size)
     c, directory = config.teacher, None
     if teacher is not None:
-        teacher_chat, name = teacher.chat or chat, teacher.description
+        teacher_chat, rows = teacher.chat or chat, None
     elif c.backend == "local-toggle" or (c.backend in SERVERS and not c.tokenizer):
         return Sources(student, chat, None, chat)
     elif c.backend in SERVERS:
         # Of a server nothing but its tokenizer can be here; what its embedding has is its own.
-        name = c.tokenizer
-        borrowed = local_directory(name, workdir, weights=False)
-        teacher_chat = vocabulary.of_model(load_chat(borrowed, *how), spec.vocab_size)
+        borrowed = local_directory(c.tokenizer, workdir, weights=False)
+        teacher_chat = load_chat(borrowed, *how)
+        rows = spec.vocab_size
     else:
         directory = local_directory(c.model, workdir)
-        spec = model_config.load_spec(directory)
-        name = c.tokenizer or c.model
+        rows = model_config.load_spec(directory).vocab_size
         borrowed = c.tokenizer and local_directory(c.tokenizer, workdir, weights=False)
-        teacher_chat = vocabulary.of_model(load_chat(borrowed or directory, *how), spec.vocab_size)
-    difference = vocabulary.difference(chat, teacher_chat)
-    if difference is not None:
-        raise UserError(
-            f"the teacher's tokenizer ({name}) is not the student's ({config.student.model}):"
-            f" {difference}. Distillation compares probabilities id by id, so both must be one"
-        )
+        teacher_chat = load_chat(borrowed or directory, *how)
+    shared = vocabulary.shared_ids(chat, teacher_chat)
+    if shared is not None:
+        shared = min(shared, chat.vocab_size)
+        _check_shared(config, teacher, shared)
+        teacher_chat = dataclasses.replace(teacher_chat, shared=shared)
+    if rows is not None and (shared is None or c.backend not in SERVERS):
+        teacher_chat = vocabulary.of_model(teacher_chat, rows)
     return Sources(student, vocabulary.stopping_with(chat, teacher_chat), directory, teacher_chat)
+
+
+def _check_shared(config: Config, teacher: Teacher | None, shared: int) -> None:
+    if teacher is not None:
+        raise UserError(
+            f"the tokenizer of {teacher.description} and the student's part at id {shared}; a"
+            " teacher of one's own needs the student's tokenizer"
+        )
+    if config.mesh.tensor > 1 and shared % config.mesh.tensor:
+        raise UserError(
+            f"config.mesh.tensor = {config.mesh.tensor}: student and teacher have {shared} ids in"
+            " common, which so many devices cannot share; set mesh.tensor=1"
+        )
+
+
+def ids_of_server(sources: Sources, rows: int) -> int:
+    """What a server may name: ids below the student's `rows`, and all of a larger tokenizer."""
+    if sources.teacher_chat.shared is None:
+        return rows
+    return max(rows, 1 + max(sources.teacher_chat.tokenizer.get_vocab().values()))
 
 
 def load_student(config: Config, directory: pathlib.Path, mesh: Mesh) -> tuple[Decoder, dict]:
@@ -212,6 +232,7 @@ class InProcess:
     def teacher(self, decoder: Decoder, params: dict, chat: Chat, description: str) -> FlaxTeacher:
         """As the config wants teachers, with its best K tokens or the whole vocabulary."""
         k, shared = self.config.teacher.top_k, min(self.vocab_size, decoder.spec.vocab_size)
+        shared = min(shared, chat.shared or shared)
         if self.config.teacher.backend in SERVERS:
             k = None  # its K is the server's; whoever is in this process is exact
         if k is not None and k > shared:

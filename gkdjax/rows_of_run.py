@@ -113,7 +113,7 @@ def read(
         teacher = connect.connect(
             config.teacher,
             sources.teacher_chat,
-            vocab_size,
+            models_of_run.ids_of_server(sources, vocab_size),
             workdir,
             shared or workdir,
             sampling=models_of_run.sampling(config),

@@ -43,7 +43,13 @@ def weighted_divergence(
     """The student's divergence from dense or top-k targets -> (weighted sum, per token [B,N]).
 
     Fused from hidden states, see `gkdjax.losses.fused`; the mesh's devices share the rows.
-    Vocabularies padded to different sizes are compared on the ids that both have.
+
+    Models are compared on the ids v < S that both have: those below `targets.shared`, or all rows
+    of the smaller table. The student is q_v = exp(z_v) / sum_{u < S} exp(z_u), whatever the teacher
+    is; rows that are no token of both are on neither side. A dense teacher is p_v so, too. A top-k
+    teacher keeps p_v under its whole vocabulary: its K are those below S, and its tail 1 - P holds
+    what it gives to tokens that the student lacks, see `losses.within`. Where it has no such tokens
+    K = S is the dense case.
     """
     options = {
         "divergence": divergence,
@@ -54,7 +60,7 @@ def weighted_divergence(
         **sharding.head_axes(mesh),
     }
     if isinstance(targets, DenseTargets):
-        shared = min(unembedding_VD.shape[0], targets.unembedding_VE.shape[0])
+        shared = shared_ids(unembedding_VD, targets)
         return losses.fused_dense_divergence(
             hidden_BND,
             unembedding_VD[:shared],
@@ -65,8 +71,19 @@ def weighted_divergence(
             **options,
         )
     return losses.fused_topk_divergence(
-        hidden_BND, unembedding_VD, targets.topk, weights_BN, tail=gkd.tail, **options
+        hidden_BND,
+        unembedding_VD[: targets.shared],
+        losses.within(targets.topk, targets.shared),
+        weights_BN,
+        tail=gkd.tail,
+        **options,
     )
+
+
+def shared_ids(unembedding_VD: jax.Array, targets: DenseTargets) -> int:
+    """How many ids of the student's table and of a dense teacher's are compared."""
+    rows = unembedding_VD.shape[0], targets.unembedding_VE.shape[0]
+    return min(rows if targets.shared is None else (*rows, targets.shared))
 
 
 def token_weights(mask_BN: jax.Array, reduction: str) -> jax.Array:

@@ -135,6 +135,7 @@ class DenseTargets:
     hidden_BNE: jax.Array  # at the N predicting positions
     unembedding_VE: jax.Array
     softcap: float | None = dataclasses.field(metadata={"static": True})  # None: no cap
+    shared: int | None = dataclasses.field(default=None, metadata={"static": True})  # see below
 
 
 @jax.tree_util.register_dataclass
@@ -144,6 +145,8 @@ class TopKTargets:
 
     topk: TopKLogprobs  # [B,N,K], natural logs under the teacher's whole vocabulary
     target_logprob_BN: jax.Array  # float32, the target token's own logprob
+    # Ids below it are the student's and the teacher's; None: all that both tables have.
+    shared: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 TeacherTargets = DenseTargets | TopKTargets

@@ -151,7 +151,7 @@ def test_hidden_states_do_not_depend_on_who_reads_the_prefix(prefixes, reads):
 
 @pytest.mark.parametrize("top_k", [None, 4])
 def test_a_teacher_says_the_same_with_and_without(top_k):
-    chat = types.SimpleNamespace(stop_ids=NEVER)
+    chat = types.SimpleNamespace(stop_ids=NEVER, shared=None)
     how = {"top_k": top_k, "temperature": 1.0, "vocab_size": 32, "lengths": (16,), "batch_size": 4}
     how |= {"chunk_size": 8, "mesh": MESH, "prefix_bytes": 2**20}
     knows, does_not = (FlaxTeacher(DECODER, REPLICATED, chat, "a teacher", **how) for _ in range(2))

@@ -13,6 +13,7 @@ from gkdjax.config import Gkd
 from gkdjax.losses import top_k_logprobs
 from gkdjax.train_step import weighted_divergence
 from gkdjax.types import TopKTargets
+from tests.losses import numpy_reference
 from tests.losses.loss_cases import DENSE, SHORT, TOPK
 from tests.losses.numpy_reference import BETA
 
@@ -84,3 +85,35 @@ def test_vocabularies_padded_differently_are_compared_on_what_both_have(teacher_
     beyond[shared:], table[shared:] = 50.0, 50.0
     again = ours(table, dataclasses.replace(targets, unembedding_VE=beyond))
     np.testing.assert_array_equal(again, got)
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_rows_that_only_the_student_has_are_nowhere_whether_dense_or_top_k(name):
+    """K = all ids that both have is the dense case; both are NumPy's in float64."""
+    dense = builders.dense_targets(BATCH, vocab=27)
+    teacher_BNV = builders.teacher_logits(dense)
+    top_k = top_k_logprobs(teacher_BNV, 27)
+    every = TopKTargets(top_k, jnp.zeros(top_k.ids.shape[:2]), shared=27)
+    few = TopKTargets(top_k_logprobs(teacher_BNV, 5), every.target_logprob_BN, shared=27)
+    gkd = Gkd(name, jsd_beta=BETA, chunk_size=7)
+    table = np.concatenate([TABLE_VD[:27], TABLE_VD[27:] * 9])
+    student_BNV = builders.logits(HIDDEN_BND, table[:27], CAP)
+    for targets, ids in ((dense, None), (every, None), (few, np.asarray(few.topk.ids))):
+        got = divergence(table, CAP, targets, name, gkd)
+        wanted = numpy_reference.divergence(SHORT[name], student_BNV, teacher_BNV, ids)
+        np.testing.assert_allclose(got, WEIGHTS_BN * wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_within_moves_what_the_student_lacks_to_the_tail():
+    logits = np.random.default_rng(3).standard_normal((2, 30)) * 3
+    p = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    top_k = top_k_logprobs(jnp.asarray(logits), 12)
+    inside = losses.within(top_k, 20)
+    kept = np.asarray(top_k.ids) < 20
+    assert kept.any() and not kept.all()
+    np.testing.assert_array_equal(inside.logprobs != -np.inf, kept)
+    left = 1 - np.where(kept, np.take_along_axis(p, np.asarray(top_k.ids), -1), 0).sum(axis=-1)
+    np.testing.assert_allclose(np.exp(inside.tail_logprob), left, rtol=1e-5)
+    derived = losses.within(dataclasses.replace(top_k, tail_logprob=None), 20)
+    assert derived.tail_logprob is None  # it is what the others leave
+    assert losses.within(top_k, None) is top_k

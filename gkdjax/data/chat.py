@@ -56,6 +56,7 @@ class Chat:
     end_of_turn: str  # the special token after an assistant's content, as text
     template_kwargs: dict  # what the template is given beside the messages
     vocab_size: int | None = None  # rows of the model's embedding; None: of no model yet
+    shared: int | None = None  # of a teacher: the student has the ids below it; None: all
     clock: datetime.datetime | None = None  # the time that the template sees; None: that it is
 
     def prompt_ids(

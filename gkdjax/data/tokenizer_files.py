@@ -7,7 +7,7 @@ other ids, without a word. So what it built is compared with the file.
 
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import tokenizers
 import transformers
@@ -112,20 +112,36 @@ def _is_tiktoken(path: pathlib.Path) -> bool:
     return rank.isdigit() and token.isascii()
 
 
-def _difference(file: tokenizers.Tokenizer, other: tokenizers.Tokenizer) -> str:
-    """The first text that the two give other ids, or else that they read back otherwise; ""."""
-    for each in (file, other):
+def text_difference(
+    a: tokenizers.Tokenizer, b: tokenizers.Tokenizer, of_a: str, of_b: str, more: Iterable[str] = ()
+) -> str:
+    """The first text to which two tokenizers give other ids, for people; "": none was found.
+
+    Args:
+      a, b: both have the same vocabulary where the texts are.
+      of_a, of_b: what they are, as "the file".
+      more: texts beside those that are tried of all tokenizers.
+    """
+    for each in (a, b):
         each.no_truncation()
         each.no_padding()
-    for probe in (*_PROBES, *_of_added_tokens(file)):
-        a, b = (each.encode(probe, add_special_tokens=False) for each in (file, other))
-        if a.ids != b.ids:
-            longest = max(len(a.ids), len(b.ids))
-            i = next(i for i in range(longest) if a.ids[i : i + 1] != b.ids[i : i + 1])
-            at = (a if i < len(a.ids) else b).offsets[i][0]
+    for probe in (*_PROBES, *more):
+        x, y = (each.encode(probe, add_special_tokens=False) for each in (a, b))
+        if x.ids != y.ids:
+            longest = max(len(x.ids), len(y.ids))
+            i = next(i for i in range(longest) if x.ids[i : i + 1] != y.ids[i : i + 1])
+            at = (x if i < len(x.ids) else y).offsets[i][0]
             text = probe[max(0, at - _NEAR) : at + _NEAR]
-            shown = [each.tokens[i : i + _SHOWN] for each in (a, b)]
-            return f"{text!r} goes on with {shown[0]} by the file and {shown[1]} by the class"
+            shown = [each.tokens[i : i + _SHOWN] for each in (x, y)]
+            return f"{text!r} goes on with {shown[0]} by {of_a} and {shown[1]} by {of_b}"
+    return ""
+
+
+def _difference(file: tokenizers.Tokenizer, other: tokenizers.Tokenizer) -> str:
+    """The first text that the two give other ids, or else that they read back otherwise; ""."""
+    found = text_difference(file, other, "the file", "the class", _of_added_tokens(file))
+    if found:
+        return found
     for probe in _PROBES:
         ids = file.encode(probe, add_special_tokens=False).ids
         a, b = (each.decode(ids) for each in (file, other))

@@ -5,24 +5,57 @@ import dataclasses
 from absl import logging
 
 from gkdjax.data.chat import Chat
+from gkdjax.data.tokenizer_files import text_difference
 from gkdjax.errors import UserError
 from gkdjax.types import Message
 
 
-def difference(a: Chat, b: Chat) -> str | None:
-    """None if both tokenizers give the same ids to the same tokens, else the first difference."""
-    tokens_a, tokens_b = ({i: t for t, i in c.tokenizer.get_vocab().items()} for c in (a, b))
-    if tokens_a == tokens_b:
-        return None
-    shared = tokens_a.keys() & tokens_b.keys()
-    differing = sorted(i for i in shared if tokens_a[i] != tokens_b[i])
-    if differing:
-        i = differing[0]
-        return f"id {i} is {tokens_a[i]!r} in {a.directory} and {tokens_b[i]!r} in {b.directory}"
-    i = min(tokens_a.keys() ^ tokens_b.keys())
-    has, lacks = (a, b) if i in tokens_a else (b, a)
-    token = (tokens_a | tokens_b)[i]
-    return f"{token!r} (id {i}) is in {has.directory} and not in {lacks.directory}"
+def shared_ids(student: Chat, teacher: Chat) -> int | None:
+    """The first id at which two tokenizers part; None: nowhere.
+
+    One may have added tokens that the other lacks, or has under another name, as Qwen 3 over
+    Qwen 2.5 and R1-Distill over it have: then only the ids below are compared, and only they are
+    written. What both stop at is one token, whatever its name. All else has to be the same: the
+    ids of plain text, the token at which the teacher's text ends.
+
+    Raises:
+      UserError: that is not so; with the first token or the first text that differs.
+    """
+    a, b = ({i: t for t, i in c.tokenizer.get_vocab().items()} for c in (student, teacher))
+    stops = {*student.stop_ids} & {*teacher.stop_ids}
+    names = f"the teacher's ({teacher.directory})", f"the student's ({student.directory})"
+    differing = [i for i in a.keys() | b.keys() if a.get(i) != b.get(i) and i not in stops]
+    cut = min(differing, default=None)
+    backends = (chat.tokenizer.backend_tokenizer for chat in (teacher, student))
+    refused = text_difference(*backends, *names)
+    if cut is not None and not refused:
+        ends = teacher.stop_ids[0] >= cut
+        added = all(
+            {*c.tokenizer.added_tokens_decoder} >= {i for i in of if i >= cut}
+            for c, of in ((student, a), (teacher, b))
+        )
+        if ends or not added:
+            refused = _named(cut, b, a, *names)
+            if ends:
+                refused += f", and the teacher ends its text with {b[teacher.stop_ids[0]]!r}"
+    if refused:
+        raise UserError(
+            f"the teacher's tokenizer is not the student's: {refused}. Distillation compares"
+            " probabilities id by id, so both must be one, but for added tokens behind all others"
+        )
+    if cut is not None:
+        logging.warning(
+            "the tokenizers part at %s. Ids from there on are left out: nobody writes them, the"
+            " student's probabilities are those of the others, and what the teacher gives them"
+            " counts as outside its best (with teacher.top_k=None they are left out there, too)",
+            _named(cut, b, a, *names),
+        )
+    return cut
+
+
+def _named(i: int, a: dict[int, str], b: dict[int, str], of_a: str, of_b: str) -> str:
+    said = [f"{of[i]!r} in" if i in of else "no token of" for of in (a, b)]
+    return f"id {i}, {said[0]} {of_a}, {said[1]} {of_b}"
 
 
 def tokens_without_row(chat: Chat, vocab_size: int) -> list[tuple[int, str]]:
@@ -87,6 +120,7 @@ def stopping_with(student: Chat, teacher: Chat) -> Chat:
             *(other, id_other, own, id_own),
         )
     known = {*student.tokenizer.get_vocab().values()}
+    known = {i for i in known if teacher.shared is None or i < teacher.shared}
     more = [i for i in teacher.stop_ids if i not in student.stop_ids and i in known]
     return dataclasses.replace(student, stop_ids=(*student.stop_ids, *more)) if more else student
 

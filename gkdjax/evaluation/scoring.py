@@ -16,6 +16,7 @@ from gkdjax.losses.chunks import Chunks, over_chunks
 from gkdjax.losses.head import Head
 from gkdjax.models.decoder import Decoder, unembedding_table
 from gkdjax.prefix_store import PrefixStore, predicting_hidden
+from gkdjax.train_step import shared_ids
 from gkdjax.types import Batch, DenseTargets, TeacherTargets
 
 _ARRAYS = 8  # [tokens, V] held at once with dense targets, counted as in `losses.fused`
@@ -130,7 +131,7 @@ def fused_agreement(
     chunks = Chunks.of_memory(gkd.chunk_size, _ARRAYS, **sharding.head_axes(mesh))
     join = chunks.vocabulary.join  # of a chunk's tokens each device then has all logits
     if isinstance(targets, DenseTargets):
-        shared = min(unembedding_VD.shape[0], targets.unembedding_VE.shape[0])
+        shared = shared_ids(unembedding_VD, targets)
         tables = unembedding_VD[:shared], targets.unembedding_VE[:shared]
         teacher, k = Head(targets.softcap, 1.0), min(_MASS_TOP_K, shared)
 
@@ -149,7 +150,8 @@ def fused_agreement(
             agreement = losses.topk_agreement(logits, topk, tail=gkd.tail, temperature=temperature)
             return agreement, _surprise(logits, ids)
 
-        per_token, tables = targets.topk, unembedding_VD
+        per_token = losses.within(targets.topk, targets.shared)
+        tables = unembedding_VD[: targets.shared]
     _, found = over_chunks(
         lambda nothing, chunk, tables: (nothing, compare(*chunk, tables)),
         (),

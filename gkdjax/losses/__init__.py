@@ -19,7 +19,7 @@ from gkdjax.losses.divergences import (
 )
 from gkdjax.losses.fused import fused_dense_divergence, fused_top_k, fused_topk_divergence
 from gkdjax.losses.masked import example_weights, masked_count, masked_mean, masked_sum
-from gkdjax.losses.topk import TopKLogprobs, top_k_logprobs
+from gkdjax.losses.topk import TopKLogprobs, top_k_logprobs, within
 
 __all__ = [
     "Agreement",
@@ -42,4 +42,5 @@ __all__ = [
     "topk_generalized_jsd",
     "topk_jsd",
     "topk_reverse_kl",
+    "within",
 ]

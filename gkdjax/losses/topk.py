@@ -118,6 +118,24 @@ def top_k(x_V: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     return values_K, (block_K * _BLOCK + places_K % _BLOCK).astype(jnp.int32)
 
 
+def within(teacher: TopKLogprobs, vocabulary: int | None) -> TopKLogprobs:
+    """The same, of ids below `vocabulary` alone: the mass of the others becomes part of the tail.
+
+    With p the teacher's probabilities and S the ids below `vocabulary`, the K become those in S,
+    and tail' = tail + sum of p over the K that are not in S. Nothing is renormalised.
+    """
+    if vocabulary is None:
+        return teacher
+    inside_K = jnp.asarray(teacher.ids) < vocabulary
+    logprobs_K = jnp.asarray(teacher.logprobs)
+    tail = teacher.tail_logprob
+    if tail is not None:  # else it is what the others leave
+        beyond = jax.nn.logsumexp(jnp.where(inside_K, -jnp.inf, logprobs_K), axis=-1)
+        tail = jnp.logaddexp(jnp.asarray(tail), beyond)
+    logprobs_K = jnp.where(inside_K, logprobs_K, -jnp.inf)
+    return dataclasses.replace(teacher, logprobs=logprobs_K, tail_logprob=tail)
+
+
 def topk_categories(
     student_logits: jax.Array, teacher: TopKLogprobs, tail: str, temperature: float
 ) -> tuple[Categories, ...]:

@@ -1,5 +1,6 @@
 """A teacher in this process: a decoder and its parameters, frozen."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -48,7 +49,8 @@ class FlaxTeacher:
           description: a few words for the log.
           top_k: None for `DenseTargets`, K for `TopKTargets`.
           vocab_size: of the student, whose checkpoint may pad the same vocabulary to another size;
-            top-k entries come from the ids that both have.
+            top-k entries come from the ids that both have, and where `chat.shared` says that the
+            tokenizers differ, from all of the teacher's tokens: see `losses.within`.
           temperature: at which the logprobs of `TopKTargets` are taken.
           lengths: padded prompt lengths for sampling.
           batch_size: rows sampled at once.
@@ -56,10 +58,20 @@ class FlaxTeacher:
           mesh: its devices share the rows.
           prefix_bytes: of keys and values of prefixes that are kept, see `PrefixStore`.
         """
-        self.decoder, self.params, self.chat = decoder, params, chat
+        self.decoder, self.params = decoder, params
         self.description = description
         self._top_k, self._temperature = top_k, temperature
-        self._shared_vocab = min(vocab_size, decoder.spec.vocab_size)
+        rows = decoder.spec.vocab_size
+        self._shared_vocab = self._vocab = min(vocab_size, rows)
+        if (
+            chat is not None and chat.shared is not None
+        ):  # its own tokens count, and no row that is no token
+            self._shared_vocab = min(self._shared_vocab, chat.shared)
+            known = max(chat.tokenizer.get_vocab().values()) + 1
+            self._vocab = max(self._shared_vocab, min(rows, known))
+        self.chat = chat
+        if chat is not None and self._shared_vocab < vocab_size:
+            self.chat = dataclasses.replace(chat, shared=self._shared_vocab)
         self._lengths, self._batch_size = tuple(lengths), batch_size
         self._chunk_size, self._mesh = chunk_size, mesh
         self.prefixes = PrefixStore(decoder, params, prefix_bytes)
@@ -77,7 +89,7 @@ class FlaxTeacher:
             *sharding.shard_rows(self._mesh, (batch.target_ids_BN, batch.target_mask_BN)),
             self._top_k,
             self._temperature,
-            self._shared_vocab,
+            self._vocab,
             self._chunk_size,
             self._mesh,
         )
@@ -88,7 +100,7 @@ class FlaxTeacher:
         """See `protocol.Teacher`; with a top k, it keeps what it will be asked about the text."""
         keep = None
         if self._top_k is not None:
-            keep = Keep(self._top_k, self._temperature, self._shared_vocab)
+            keep = Keep(self._top_k, self._temperature, self._vocab)
         return self.prefixes.sample(
             [prompt.ids for prompt in prompts],
             seeds,

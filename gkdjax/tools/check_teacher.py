@@ -64,7 +64,8 @@ def rows(config: Config, local: str | None) -> Iterator[Row]:
         )
     with tempfile.TemporaryDirectory() as aside:
         sources = models_of_run.find(config, pathlib.Path(aside), None)
-    chat, vocab_size = sources.teacher_chat, model_config.load_spec(sources.student).vocab_size
+    chat, rows = sources.teacher_chat, model_config.load_spec(sources.student).vocab_size
+    vocab_size = models_of_run.ids_of_server(sources, rows)
     limits = Limits(c.timeout_s, c.deadline_s, c.max_retries)
     transport = Transport(c.api_base, c.api_key_env, limits, trust_env=c.trust_env)
     with contextlib.closing(transport):

@@ -27,15 +27,19 @@ class ResponseRules:
       targets: something of the response has to be a target by them, if it is to be trained at all.
       max_refills: a response that is refused is written again at most so many times.
       max_new_tokens: the longest that it may be.
+      shared: ids that are not below it are none of the student's; None: all are.
     """
 
     targets: TargetRules
     max_refills: int
     max_new_tokens: int
+    shared: int | None = None
 
     def fate(self, trajectory: Trajectory, chat: Chat) -> Fate:
         """KEPT, EMPTY or UNMATCHED."""
         if len(trajectory.ids) == 0:
+            return Fate.EMPTY
+        if self.shared is not None and trajectory.ids.max() >= self.shared:
             return Fate.EMPTY
         trained = "assistant" in self.targets.roles
         if trained and not self.targets.of_trajectory(trajectory, chat).any():

@@ -95,7 +95,6 @@ def test_the_file_is_taken_where_the_class_means_something_else(
     ("model_type", "name", "make", "settings"),
     [
         ("llama", "PreTrainedTokenizerFast", own_regex, {}),
-        ("llama", "LlamaTokenizerFast", own_regex, {}),
         ("llama", "GPT2Tokenizer", byte_level, {}),
         ("llama", "LlamaTokenizer", lambda: llama2(first_only=True), {"legacy": False}),
     ],

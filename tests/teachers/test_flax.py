@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from gkdjax import sharding
-from gkdjax.losses import TopKLogprobs
+from gkdjax.asking import ask
+from gkdjax.data.chat import Chat
+from gkdjax.losses import TopKLogprobs, within
 from gkdjax.sampler import Sampling, sample
 from gkdjax.teachers.flax import FlaxTeacher
 from gkdjax.teachers.protocol import Teacher
@@ -24,12 +26,19 @@ STOPS = (7, 11)
 
 
 def teacher(
-    top_k: int | None = None, temperature: float = 1.0, vocab_size: int = 32
+    top_k: int | None = None,
+    temperature: float = 1.0,
+    vocab_size: int = 32,
+    shared: int | None = None,
+    known: int = 32,
 ) -> FlaxTeacher:
+    """Its tokenizer knows the ids below `known`, the student's those below `shared`."""
     mesh = sharding.make_mesh()
+    tokenizer = types.SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(known)})
+    chat = Chat("a directory", tokenizer, 0, STOPS, "<end>", {}, shared=shared)
     return FlaxTeacher(
         *(DECODER, sharding.replicate(mesh, PARAMS)),
-        *(types.SimpleNamespace(stop_ids=STOPS), "a teacher"),
+        *(chat, "a teacher"),
         **{"top_k": top_k, "temperature": temperature, "lengths": (6,), "batch_size": 4},
         chunk_size=8,
         mesh=mesh,
@@ -129,3 +138,31 @@ def test_top_k_keeps_to_the_ids_that_the_student_has_too():
     expected = np.sort(log_softmax(logits_by_hand("teacher")[..., :20]), axis=-1)[..., ::-1]
     mask = BATCH.target_mask_BN
     np.testing.assert_allclose(cut.logprobs[mask], expected[mask], atol=1e-5)
+
+
+def test_tokens_that_the_student_lacks_are_in_the_tail_and_not_renormalised():
+    """The student has 20 ids, the teacher's tokenizer 26; 32 rows, of which six are no token."""
+    logprobs = log_softmax(logits_by_hand("teacher")[..., :26])[BATCH.target_mask_BN]
+    some = teacher(8, shared=20, known=26)
+    targets = ask(some, BATCH, [""] * 4, None, sharding.make_mesh())()
+    assert targets.shared == 20
+    assert some.targets(BATCH).shared is None  # `ask` says it, of what was kept as well
+    topk = within(targets.topk, targets.shared)
+    ids, values, tail = (
+        np.asarray(x)[BATCH.target_mask_BN] for x in (topk.ids, topk.logprobs, topk.tail_logprob)
+    )
+    order = np.argsort(-logprobs, axis=-1)[:, :8]
+    best = np.take_along_axis(logprobs, order, axis=-1)
+    assert (order >= 20).any() and (order < 20).any(axis=-1).all()
+    np.testing.assert_array_equal(ids, order)
+    np.testing.assert_allclose(values, np.where(order < 20, best, -np.inf), atol=1e-5)
+    left = 1 - np.exp(np.where(order < 20, best, -np.inf)).sum(axis=-1)
+    np.testing.assert_allclose(np.exp(tail), left, atol=1e-5)
+
+
+def test_it_writes_no_token_that_the_student_lacks():
+    prompts = [Prompt("a row", np.asarray([1, 2, 3 + i], np.int32), ()) for i in range(4)]
+    how = Sampling(max_new_tokens=12, temperature=3.0, top_p=1.0)
+    texts = teacher(shared=20, known=26).sample(prompts, range(4), how)
+    assert max(max(text.ids) for text in texts) < 20
+    assert max(max(text.ids) for text in teacher().sample(prompts, range(4), how)) >= 20

@@ -60,5 +60,14 @@ def test_a_response_without_a_token_is_refused_with_and_without_a_pattern():
         assert found == [("x", 2, Fate.KEPT), ("", 3, Fate.EMPTY)]
 
 
+def test_a_response_with_an_id_that_the_student_lacks_counts_as_one_without_a_token():
+    text = Trajectory(np.array([3, 9], np.int32), True)
+    fates = [
+        ResponseRules(TargetRules(("assistant",)), 0, 9, shared).fate(text, TEXT)
+        for shared in (None, 10, 9)
+    ]
+    assert fates == [Fate.KEPT, Fate.KEPT, Fate.EMPTY]
+
+
 def test_nobody_is_asked_for_nothing():
     assert accepted(Attempts(), None, 2) == []
