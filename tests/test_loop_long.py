@@ -55,20 +55,25 @@ def test_a_row_longer_than_the_models_context_is_named(tmp_path):
     rows = [{"prompt": "ask", "response": "no" * n} for n in (1, 1, 6)]
     c = small(model, data__train=rows)
     with pytest.raises(
-        UserError, match=r"data\.train:2: .*the teacher .*base.* 42 tokens.* is 32\. Set"
+        UserError,
+        match=r"data\.train:2: .*the teacher .*base.* 42 tokens.* reads 32 at most .*\. Set",
     ):
         loop.run(c, tmp_path / "run")
     c.data.train = rows[:2]
     c.anchor.data = [{"prompt": "other " * 6}]
-    with pytest.raises(UserError, match=r"anchor\.data:0: .* with the response .* is 32\. Set"):
+    with pytest.raises(
+        UserError, match=r"anchor\.data:0: .* with the response .* reads 32 at most .*\. Set"
+    ):
         loop.run(c, tmp_path / "anchor")
 
 
 def test_a_role_that_nobody_has_is_named_with_the_file(student, tmp_path):
     source = tmp_path / "x.jsonl"
     source.write_text(json.dumps(_talk("a", "b")) + "\n")
-    c = small(student, data__train=str(source), context__target_roles=("assistant", "tool"))
-    with pytest.raises(UserError, match=r"'tool', .*x\.jsonl .*assistant \(in 1.*user \(in 1 row"):
+    c = small(student, data__train=str(source), context__target_roles=("assistant", "critic"))
+    with pytest.raises(
+        UserError, match=r"'critic', .*x\.jsonl .*assistant \(in 1.*user \(in 1 row"
+    ):
         loop.run(c, tmp_path / "run")
 
 
