@@ -76,6 +76,7 @@ _READ_ANYWAY: dict[str, Callable[[object, dict], bool]] = {
 }
 
 _OUTER_KEYS = frozenset({"text_config", "tie_word_embeddings"})
+_LAYERS = ("full_attention", "sliding_attention", "attention")  # the last: an older name
 _MOST_LAYERS = 10_000
 _SIZES = {
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
@@ -170,12 +171,23 @@ def _check_values(path: pathlib.Path, start: str, config: dict, keys: frozenset[
         limit = _MOST_LAYERS if key == "num_hidden_layers" else 2**31
         if value is None:
             continue
+        if key == "layer_types":
+            _check_layer_types(f"{path}: {start}{key}", value)
         if key in _OBJECTS and not isinstance(value, dict):
             raise UserError(f"{path}: {start}{key} = {value!r} must be an object")
         if key in _SIZES and not (_is_whole(value) and 0 < value < limit):
             raise UserError(f"{path}: {start}{key} = {value!r} must be a whole number above 0")
         if key in _NUMBERS and not (_is_number(value) and value > 0):
             raise UserError(f"{path}: {start}{key} = {value!r} must be a number above 0")
+
+
+def _check_layer_types(where: str, value) -> None:
+    """Names the odd one: transformers lists all kinds that it knows first."""
+    if not isinstance(value, list):
+        raise UserError(f"{where} = {value!r} must be a list of names")
+    for kind in value:
+        if kind not in _LAYERS:
+            raise UserError(f"{where} holds {kind!r}, and layers here are of {', '.join(_LAYERS)}")
 
 
 def _is_whole(value) -> bool:

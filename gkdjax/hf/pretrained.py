@@ -9,10 +9,11 @@ import pathlib
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+from absl import logging
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from gkdjax.hf import leaves
+from gkdjax.hf import config_keys, leaves
 from gkdjax.hf.leaves import source_names
 from gkdjax.hf.model_config import load_config, load_spec
 from gkdjax.hf.tensor_files import TensorFiles
@@ -46,12 +47,18 @@ def load_pretrained(
         or a tensor that is missing, unknown, doubled, misshapen, wrongly typed or not finite,
         named.
     """
-    model_type, spec = load_config(directory)["model_type"], load_spec(directory)
+    config, spec = load_config(directory), load_spec(directory)
+    unread = config_keys.passed_over(config)
+    if unread:
+        logging.warning(
+            "%s/config.json: %s: transformers passes over it, and so does this run",
+            *(directory, ", ".join(unread)),
+        )
     shapes = param_shapes(spec)
     lies = Layout() if mesh is None else Layout.of(mesh, spec, rules)
     places = {} if mesh is None else {path: lies.place(path, shapes[path]) for path in shapes}
     files = TensorFiles(directory)
-    _, known = source_names(files, spec, model_type)
+    _, known = source_names(files, spec, config["model_type"])
     leaves.check_tensors(files, spec, known)
     names = leaves.leaf_tensors(known)
     dtype = None if dtype is None else jnp.dtype(dtype)

@@ -238,6 +238,13 @@ def test_damage_is_named(copy, damage):
     assert caught.value.exit_code == 2
 
 
+def test_a_key_that_nobody_reads_is_told(copy, caplog):
+    edit_config(copy, rope_interleaved=True)
+    with caplog.at_level("WARNING"):
+        pretrained.load_pretrained(copy)
+    assert "config.json: rope_interleaved: transformers passes over it" in caplog.text
+
+
 def test_shards_with_one_missing_are_caught(copy):
     shard(copy, with_index=True)
     (copy / "model-00002-of-00002.safetensors").unlink()

@@ -73,6 +73,12 @@ def test_rope_scaling_and_a_head_of_its_own_are_told(tmp_path, capsys):
     assert rows["head"] == "tied to the embedding"
 
 
+def test_a_key_that_nobody_reads_is_told(copy, capsys):
+    edit_config(copy, rope_interleaved=True)
+    _, rows, _ = check(copy, capsys)
+    assert rows["not read"].startswith("rope_interleaved of config.json")
+
+
 def test_dtypes_that_differ_are_told(tmp_path, capsys):
     source = checkpoints.make(tmp_path / "llama", "llama")
     mixed = {n: t if "norm" in n else t.bfloat16() for n, t in tensors(source).items()}
