@@ -182,9 +182,11 @@ def test_a_server_that_stays_away_is_no_users_fault(chat, quickly):
 
 
 class Penalised(FakeTeacher):
-    """Draws with llama-cpp-python's default; its logprobs are those before it."""
+    """Draws with llama-cpp-python's default unless told; its logprobs are those before it."""
 
     def _write(self, ids, body):
+        if body.get("repeat_penalty") == 1.0:
+            return super()._write(ids, body)
         written = []
         for _ in range(body["max_tokens"]):
             row = self.logprob_table[[*ids, *written][-1]].copy()
@@ -195,6 +197,18 @@ class Penalised(FakeTeacher):
 
 def test_a_repetition_penalty_is_called_so(chat):
     refused(Penalised(), chat, "repeat_penalty is 1.1")
+
+
+class LlamaCppPython(Broken, Penalised):
+    """No ids on the one route, and a penalty on the other."""
+
+
+def test_llama_cpp_python_is_told_to_draw_without_its_penalty(chat, quickly):
+    how = {"backend": "openai", "max_retries": 1000}
+    server, _ = examined(LlamaCppPython(by_text=True), chat, **how)
+    assert server.findings.dialect == "chat_by_id"
+    deaf = LlamaCppPython(by_text=True, refuses=("repeat_penalty",))
+    refused(deaf, chat, "completions_by_id writes nothing", "repeat_penalty is 1.1", **how)
 
 
 def test_a_token_put_before_the_prompt_is_seen(chat):
