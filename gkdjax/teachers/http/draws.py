@@ -133,7 +133,7 @@ def _log_ratios(drawn: Drawn, own: int) -> np.ndarray:
         *[drawn.each_C ** (power - 1.0) for power in _POWERS],
         *[np.where(seen_C, factor, 1.0) for factor in _AVOIDED],
         0.5 + 0.5 * others_C / p_C,  # half of the time from the others
-        np.where(before_C < _NUCLEUS, 1.0, _CUT) * np.append(np.ones(len(p_C) - 1), _CUT),
+        np.where(before_C < _NUCLEUS, 1.0, _CUT),
         np.append(np.ones(len(p_C) - 1), _CUT),
     ]
     return np.asarray([np.log(w_C[own]) - np.log(p_C @ w_C) for w_C in weights_AC])

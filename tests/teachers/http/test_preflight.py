@@ -340,7 +340,7 @@ class Cold(Drawing):
 class Nucleus(Drawing):
     def changed(self, p, written):
         above = np.asarray([p[p > one].sum() for one in p])
-        return np.where(above < 0.8, p, 0.0)
+        return np.where(above < 0.6, p, 0.0)
 
 
 class Hot(Drawing):
