@@ -10,10 +10,25 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the network is wro
 
 import jax
 import pytest
+import slices
 
 # A silent broadcast across ranks is the usual way for a shape mistake to stay unseen.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)  # level 0
+
+
+def pytest_addoption(parser):
+    text = "K/N: of the slow tests, the K-th of N parts; see pytest.ini."
+    parser.addoption("--slice", metavar="K/N", help=text)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m: the parts are the same whatever else is chosen
+def pytest_collection_modifyitems(config, items):
+    given = config.getoption("--slice")
+    if given is not None:
+        others = slices.left_out(items, *slices.parse(given))
+        config.hook.pytest_deselected(items=[item for item in items if item in others])
+        items[:] = [item for item in items if item not in others]
 
 
 @pytest.fixture(scope="module")

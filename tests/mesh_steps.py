@@ -1,8 +1,9 @@
 """A training step and some text on meshes of eight devices; started by test_meshes.py.
 
-    python mesh_steps.py OUT
+    python mesh_steps.py OUT MESH ...
 
-Writes OUT/MESH-WHAT.npz (sums, gradients, text), .txt (the compiled step) and .json (its memory).
+The meshes are 1x1x1, or some of eight devices, as 2x2x2. Writes OUT/MESH-WHAT.npz (sums,
+gradients, text), .txt (the compiled step) and .json (its memory).
 """
 
 import os
@@ -30,7 +31,6 @@ from gkdjax.train_step import init_state, make_train_step
 from gkdjax.tree import path_str
 from gkdjax.types import TopKTargets
 
-MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8))
 V, D, L, K = 512, 32, 3, 4
 MODEL = {
     "vocab_size": V,
@@ -47,17 +47,18 @@ RATE = 2.0**10  # so large that what the parameters were is lost in it, and the 
 SAMPLING = Sampling(max_new_tokens=6, temperature=0.9, top_p=0.8, top_k=None)
 
 
-def main(out: str) -> None:
-    for sizes in MESHES:
+def main(out: str, *meshes: str) -> None:
+    for name in meshes:
+        sizes = [int(size) for size in name.split("x")]
         mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
         decoder, params = builders.small_model(**MODEL)
         params = jax.tree.map(np.array, params)  # the step takes its state for itself
         layout = Layout.of(mesh, decoder.spec)
         decoder = decoder.clone(layout=layout)
-        name = pathlib.Path(out, "x".join(map(str, sizes)))
+        path = pathlib.Path(out, name)
         for case in CASES:
-            _step(decoder, params, case == "lora", mesh, f"{name}-{case}")
-        _text(decoder, jax.device_put(params, layout.places(params)), mesh, f"{name}-text")
+            _step(decoder, params, case == "lora", mesh, f"{path}-{case}")
+        _text(decoder, jax.device_put(params, layout.places(params)), mesh, f"{path}-text")
 
 
 def _step(decoder, params, adapted: bool, mesh, name: str) -> None:
@@ -128,4 +129,4 @@ def _text(decoder, params, mesh, name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -17,17 +17,38 @@ import pytest
 HERE = pathlib.Path(__file__).parent
 V, D, L, E = 512, 32, 3, 16  # as mesh_steps.py has them
 ROWS, TARGETS = 8, 6
-MESHES = ("8x1x1", "1x8x1", "2x2x2", "1x1x8")
+SLOW = pytest.mark.slow(100)
+# Rows alone, and all three ways at once; the others divide in one way only.
+FIRST, OTHERS = ("8x1x1", "2x2x2"), ("1x8x1", "1x1x8")
+MESHES = [*FIRST, *(pytest.param(mesh, marks=SLOW) for mesh in OTHERS)]
 LAYER_BYTES = 4 * (2 * 32 * 64 + 2 * 32 * 16 + 3 * 32 * 80)
 
 
-@pytest.fixture(scope="module")
-def computed(tmp_path_factory) -> pathlib.Path:
-    out = tmp_path_factory.mktemp("meshes")
+def compute(out: pathlib.Path, *meshes: str) -> None:
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE)])
-    subprocess.run([sys.executable, HERE / "mesh_steps.py", out], env=environment, check=True)
+    command = [sys.executable, HERE / "mesh_steps.py", out, *meshes]
+    subprocess.run(command, env=environment, check=True)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory) -> pathlib.Path:
+    out = tmp_path_factory.mktemp("meshes")
+    compute(out, "1x1x1", *FIRST)
     return out
+
+
+@pytest.fixture(scope="module")
+def others(first) -> pathlib.Path:
+    compute(first, *OTHERS)
+    return first
+
+
+@pytest.fixture
+def computed(request) -> pathlib.Path:
+    """Where the steps are, those of the other meshes only for a slow test."""
+    slow = request.node.get_closest_marker("slow")
+    return request.getfixturevalue("others" if slow else "first")
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -61,13 +82,17 @@ def test_the_state_lies_after_a_step_as_before_it(computed, case, mesh):
 
 
 @pytest.mark.parametrize("case", ["lora", "full"])
-@pytest.mark.parametrize(("mesh", "least"), [("1x8x1", 5), ("1x1x8", 4), ("2x2x2", 3.5)])
+@pytest.mark.parametrize(
+    ("mesh", "least"),
+    [pytest.param("1x8x1", 5, marks=SLOW), pytest.param("1x1x8", 4, marks=SLOW), ("2x2x2", 3.5)],
+)
 def test_a_device_holds_its_part_of_the_weights(computed, case, mesh, least):
     """Batch, targets and norms are not divided by as much; all else of 2x2x2 is by four."""
     whole, part = (told(computed, each, case)["arguments"] for each in ("8x1x1", mesh))
     assert whole / least > part
 
 
+@SLOW
 @pytest.mark.parametrize("case", ["lora", "full"])
 def test_gathered_weights_are_not_kept(computed, case):
     """One layer's and the tables' come and go; without remat all of them could stay."""

@@ -26,6 +26,7 @@ HEADS = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
 PROMPTS = [{"prompt": f"say {i}"} for i in range(3)]
 READ = [{"prompt": f"tell {i}", "response": f"yes {i}"} for i in range(24)]
 WRITTEN = [{"prompt": f"ask {i}"} for i in range(5)]
+SLOW = pytest.mark.slow(120)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,7 @@ def test_two_processes_make_the_run_of_one(start, tmp_path, student):
             np.testing.assert_allclose(b[name], tensor, atol=1e-4)  # four steps of 1e-2
 
 
+@SLOW
 def test_each_process_asks_its_share_and_one_goes_on_where_both_stopped(start, tmp_path, student):
     """SIGTERM reaches one of them. Nothing is asked twice, not even by another number of processes.
 
@@ -150,6 +152,7 @@ def test_each_process_asks_its_share_and_one_goes_on_where_both_stopped(start, t
     assert text[0] == text[1]
 
 
+@SLOW
 def test_a_server_that_fails_one_process_ends_both(start, tmp_path):
     """A row of the fourth step is never answered, and only one process asks for it."""
     teacher = FakeTeacher()
@@ -170,6 +173,7 @@ def test_a_server_that_fails_one_process_ends_both(start, tmp_path):
     assert sum("TeacherUnreachable: process" in error for error in both.errors) == 1
 
 
+@SLOW
 def test_directories_that_are_not_the_same_are_refused(start, tmp_path):
     both = ended(start(2, [tmp_path / "a", tmp_path / "b"], None))
     assert both.codes == [2, 2], both.errors

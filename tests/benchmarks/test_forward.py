@@ -28,6 +28,7 @@ def test_a_window_leaves_out_what_it_hides():
     assert 8 * short < long < 8 * short + every_pair / 3
 
 
+@pytest.mark.slow(20)
 def test_the_command_prints_its_table(monkeypatch, capsys):
     arguments = ["forward", "--rows=2", "--length=4", "--steps=2", "--peak_tflops=0.001"]
     monkeypatch.setattr("sys.argv", arguments)

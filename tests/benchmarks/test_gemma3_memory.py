@@ -5,7 +5,10 @@ import re
 import subprocess
 import sys
 
+import pytest
 from readme_commands import README
+
+pytestmark = pytest.mark.slow(30)
 
 
 def test_both_programs_are_compiled_and_sized():

@@ -9,7 +9,10 @@ import pytest
 from gkdjax.benchmarks import load_memory
 from gkdjax.hf import pretrained
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is Linux's")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is Linux's"),
+    pytest.mark.slow(60),
+]
 SIZE = 60e6
 
 

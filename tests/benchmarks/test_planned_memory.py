@@ -12,6 +12,8 @@ from readme_commands import README
 from gkdjax.benchmarks import planned_memory
 from gkdjax.benchmarks.planned_memory import CASES, READINGS
 
+pytestmark = pytest.mark.slow(120)
+
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_training_step_takes_what_was_planned(case):

@@ -5,6 +5,8 @@ import pytest
 
 from gkdjax.benchmarks import prefix_length
 
+pytestmark = pytest.mark.slow(20)
+
 
 def test_the_work_beside_attention_does_not_grow_with_the_prefix():
     spec = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}

@@ -4,8 +4,11 @@ import builders
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from gkdjax.benchmarks import shared_prefix
+
+pytestmark = pytest.mark.slow(20)
 
 
 def test_the_ways_agree_and_share_the_work():

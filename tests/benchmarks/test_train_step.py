@@ -9,9 +9,12 @@ import sys
 
 import compiling
 import numpy as np
+import pytest
 
 from gkdjax.benchmarks import table, worker
 from gkdjax.benchmarks.case import PLAIN, UNFUSED, Case
+
+pytestmark = pytest.mark.slow(120)
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 2

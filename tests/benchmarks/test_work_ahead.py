@@ -2,7 +2,11 @@
 
 import re
 
+import pytest
+
 from gkdjax.benchmarks import work_ahead
+
+pytestmark = pytest.mark.slow(20)
 
 
 def test_the_command_prints_its_parts_and_the_ratio(monkeypatch, capsys):

@@ -211,7 +211,12 @@ def run_tiny(name: str, tiny_runs: pathlib.Path, monkeypatch) -> tuple[dict, pat
     return results, tiny_runs / workdir
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+SLOW = pytest.mark.slow(60, apart=True)
+
+
+@pytest.mark.parametrize(
+    "name", [EXAMPLES[0], *(pytest.param(name, marks=SLOW) for name in EXAMPLES[1:])]
+)
 def test_the_tiny_mode_runs_and_bakes(name, tiny_runs, monkeypatch):
     results, workdir = run_tiny(name, tiny_runs, monkeypatch)
     measure = MEASURES[name]

@@ -14,6 +14,7 @@ from launch.together import MAIN, PROBE, ROOT, environment, free_port, run
 from gkdjax import cluster
 from gkdjax.errors import UserError
 
+SLOW = pytest.mark.slow(150)
 CONFIG = """\
 from gkdjax import config
 
@@ -116,6 +117,7 @@ def test_the_vms_of_a_tpu_slice_find_each_other():
     assert all("met 2 [10, 11]" in e.stdout for e in ended), ended
 
 
+@SLOW
 @pytest.mark.parametrize("found_by", [slurm, gke, open_mpi])
 def test_two_processes_find_each_other(found_by):
     port = free_port()
@@ -126,6 +128,7 @@ def test_two_processes_find_each_other(found_by):
     assert all("met 2 [10, 11]" in e.stdout for e in ended)
 
 
+@SLOW
 def test_one_process_is_alone_with_all_devices():
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
     with tpu_vms(1) as vm:
@@ -134,6 +137,7 @@ def test_one_process_is_alone_with_all_devices():
     assert all("alone 1 3 False" in e.stdout for e in ended), ended
 
 
+@SLOW
 def test_what_is_given_wins_over_what_is_found():
     where = f"127.0.0.1:{free_port()}", "2"
     ended = run(
@@ -149,11 +153,13 @@ def test_the_failure_of_one_process_ends_all_with_its_code():
     assert "gkdjax: it is said that fail" in ended[1].stderr
 
 
+@SLOW
 def test_a_process_that_is_done_ends_with_the_code_of_one_that_fails_later():
     ended = pair("last")
     assert [e.returncode for e in ended] == [3, 3], ended
 
 
+@SLOW
 def test_an_unexpected_error_ends_all_with_1_and_is_told_with_its_traceback():
     ended = pair("bug")
     assert [e.returncode for e in ended] == [1, 1], ended
@@ -179,6 +185,7 @@ def where(process: int, port: int) -> list[str]:
     return [*flags, "--coordinator_timeout_s=20"]
 
 
+@SLOW
 def test_another_config_in_one_process_is_named_by_all(main):
     port = free_port()
     ended = main(where(0, port), [*where(1, port), "--config.train.seed=3"])
@@ -187,6 +194,7 @@ def test_another_config_in_one_process_is_named_by_all(main):
         assert "process 1 differs from process 0 in config.train.seed (3 and not 0)" in e.stderr
 
 
+@SLOW
 def test_another_version_of_the_code_in_one_process_is_named_by_all(main, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(ROOT / "gkdjax", other / "gkdjax", ignore=shutil.ignore_patterns("assets"))
@@ -200,6 +208,7 @@ def test_another_version_of_the_code_in_one_process_is_named_by_all(main, tmp_pa
         assert "process 1 differs from process 0 in gkdjax.losses/masked.py" in e.stderr
 
 
+@SLOW
 def test_a_coordinator_that_does_not_answer_is_exit_4_after_the_stated_time(main):
     port = free_port()
     begin = time.monotonic()
@@ -208,6 +217,7 @@ def test_a_coordinator_that_does_not_answer_is_exit_4_after_the_stated_time(main
     assert f"process 0 could not be reached at 127.0.0.1:{port} within 2 s" in ended.stderr
 
 
+@SLOW
 def test_a_process_that_does_not_come_is_exit_4_after_the_stated_time(main):
     port = free_port()
     (ended,) = main([*where(0, port), "--coordinator_timeout_s=2"])
@@ -215,6 +225,7 @@ def test_a_process_that_does_not_come_is_exit_4_after_the_stated_time(main):
     assert f"not all of the 2 processes met at 127.0.0.1:{port} within 2 s" in ended.stderr
 
 
+@SLOW
 def test_a_taken_port_is_named(main):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -96,6 +96,7 @@ def vms(tmp_path):
         yield lambda python: open_ones.enter_context(contextlib.closing(Slice(tmp_path, python)))
 
 
+@pytest.mark.slow(60)
 def test_the_vms_of_a_slice_run_what_was_sent_and_form_a_cluster(vms):
     ours = vms(REAL)
     ours.set_environment(

@@ -32,6 +32,9 @@ CONVERSATION = [
 ]
 
 
+SLOW = pytest.mark.slow(60)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> pathlib.Path:
     """What the tool makes in its tiny mode."""
@@ -40,7 +43,7 @@ def tiny(tmp_path_factory) -> pathlib.Path:
     return out
 
 
-@pytest.fixture(scope="module", params=["tiny", "shipped"])
+@pytest.fixture(scope="module", params=[pytest.param("tiny", marks=SLOW), "shipped"])
 def directory(request) -> pathlib.Path:
     """The tiny one and the shipped one keep the same promises."""
     return ASSETS if request.param == "shipped" else request.getfixturevalue("tiny")
