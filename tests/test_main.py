@@ -86,8 +86,8 @@ CASES = [
     Case("no_system", ("--config.student.model=FILES/no_system",), told=("System role", "user")),
     Case(
         "no_targets",
-        extra="c.context.target_roles = ('tool',)",
-        told=("data.train", "'tool'", "assistant"),
+        extra="c.context.target_roles = ('critic',)",
+        told=("data.train", "'critic'", "assistant"),
     ),
     Case("equal_views", ("--config.context.student_retained_turns=1",), told=("loss would be",)),
     Case(
