@@ -104,14 +104,19 @@ def stopping_with(student: Chat, teacher: Chat) -> Chat:
     (own, id_own), (other, id_other) = (
         (chat.end_of_turn, i) for chat, i in zip((student, teacher), ends, strict=True)
     )
+    known = {*student.tokenizer.get_vocab().values()}
+    known = {i for i in known if teacher.shared is None or i < teacher.shared}
     if id_other not in student.stop_ids:
+        as_the_teacher = (
+            f", or, for the student to end as the teacher does, add {id_other} to eos_token_id in"
+            " the student's generation_config.json"
+        )
         raise UserError(
             f"the chat template of the teacher ({teacher.directory}) ends a turn with {other}"
             f" ({id_other}), and the student ({student.directory}), whose template ends it with"
             f" {own} ({id_own}), does not stop there, so it would learn never to stop. Give both"
-            " directories the same chat_template.jinja, the one that the teacher was trained with,"
-            f" or, for the student to end as the teacher does, add {id_other} to eos_token_id in"
-            " the student's generation_config.json"
+            " directories the same chat_template.jinja, the one that the teacher was trained with"
+            + (as_the_teacher if id_other in known else "")
         )
     if id_own != id_other:
         logging.warning(
@@ -119,8 +124,6 @@ def stopping_with(student: Chat, teacher: Chat) -> Chat:
             " student learns to end with the teacher's, at which it stops as well",
             *(other, id_other, own, id_own),
         )
-    known = {*student.tokenizer.get_vocab().values()}
-    known = {i for i in known if teacher.shared is None or i < teacher.shared}
     more = [i for i in teacher.stop_ids if i not in student.stop_ids and i in known]
     return dataclasses.replace(student, stop_ids=(*student.stop_ids, *more)) if more else student
 

@@ -1,5 +1,6 @@
 """Tokenizers against each other, and against the rows of an embedding."""
 
+import dataclasses
 import json
 import logging
 import pathlib
@@ -108,6 +109,9 @@ def test_a_teacher_must_end_turns_where_the_student_stops(stopping, caplog):
     told = str(caught.value)
     for chat in (student, teacher):
         assert chat.directory in told and f"{chat.end_of_turn} ({chat.stop_ids[0]})" in told
+    assert f"add {teacher.stop_ids[0]} to eos_token_id" in told
+    with pytest.raises(UserError, match=r"the teacher was trained with$"):  # no token of ours
+        stopping_with(student, dataclasses.replace(teacher, shared=teacher.stop_ids[0]))
     # As the message advises: the student stops at the teacher's end as well.
     student = stopping("gemma", "<eos>", "<|eot_id|>")
     assert stopping_with(student, teacher) is student and "learns to end with" in caplog.text
