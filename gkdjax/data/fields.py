@@ -134,6 +134,17 @@ def answer_text(value: object, where: str) -> str:
     return json.dumps(value)
 
 
+def response_text(value: object, where: str) -> str:
+    """Text that is to be learnt; a whole number as its digits, which can be written in one way.
+
+    Raises:
+      UserError: as `text`; so are other numbers, as 1.50 is 1.5 by the time that it is read.
+    """
+    if isinstance(value, Ambiguous) and type(value.value) is int:
+        return value.text  # the same, whichever it was
+    return str(value) if type(value) is int else text(value, where)
+
+
 def messages(
     listed: object, where: str, unread: set[str], roles: Sequence[str] = ()
 ) -> tuple[Message, ...]:

@@ -9,7 +9,8 @@ A row has, under names that data sets use (null counts as absent):
    and never learnt.
 2. Its response, at most one of: the last message of that list, if it is from the assistant;
    `response`, `completion`, `output`, `target`, and in training rows `answer`. `completion` may be
-   a list of messages, whose last one is the response. Without one, somebody writes it.
+   a list of messages, whose last one is the response; a whole number is its digits. Without one,
+   somebody writes it.
 3. `system` or `system_prompt`: a system message before the turns. `tools`: a list, or its JSON
    text, that the chat template describes to the model.
 4. `prefix_messages`, a list as above: its own prefix. An empty list counts as absent.
@@ -252,7 +253,8 @@ def _answer(
     before, written = (), None
     for column, value in found.items():
         if column != "completion" or not isinstance(value, list | tuple):
-            written = Message("assistant", text(value, f"{name}: {column}"))
+            said = fields.response_text(value, f"{name}: {column}")
+            written = Message("assistant", said)
             continue
         *before, written = reader.messages(found, column) or (None,)
         if written is None or written.role != "assistant":

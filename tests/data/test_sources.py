@@ -31,6 +31,7 @@ def test_rows_of_the_config_are_named_by_its_key():
         {"turns": [_turn()], "prefix_messages": [_turn("system", "s")]},
         {"messages": [_turn(), _turn("assistant", "yo")]},
         {"messages": [_turn(), _turn("assistant", "yo"), _turn("user", "so?")], "response": None},
+        {"prompt": "hi", "response": 7},
     )
     assert read_examples(rows, "data.train") == [
         Example("data.train:0", 0, (), _ASKED, None, None),
@@ -42,6 +43,7 @@ def test_rows_of_the_config_are_named_by_its_key():
             (*_ASKED, Message("assistant", "yo"), Message("user", "so?")),
             *(None, None),
         ),
+        Example("data.train:5", 5, (), _ASKED, Message("assistant", "7"), None),
     ]
 
 

@@ -235,6 +235,12 @@ def test_columns_of_json_text_are_decoded_where_nothing_is_lost(tmp_path):
             assert dataclasses.replace(mine, name="") == dataclasses.replace(theirs, name="")
 
 
+def test_whole_numbers_among_responses_are_their_digits(tmp_path):
+    rows = [{"prompt": "hi", "response": r} for r in ("one\ntwo", 7, "a")]
+    for source in _arrow(tmp_path, rows):
+        assert [e.response for e in read_examples(source, "data.train")] == ["one\ntwo", "7", "a"]
+
+
 _TALK = [
     {"role": "user", "content": "hi"},
     {"role": "assistant", "content": "", "tool_calls": [{"arguments": {"x": 1, "y": "2"}}]},
@@ -247,8 +253,8 @@ _TALK = [
     ("rows", "told"),
     [
         (
-            [{"prompt": "a", "response": r} for r in ("yo", ["x"], "42")],
-            ":2: response is 42, and whether that is text is not known: .* arrow.json",
+            [{"prompt": "a", "response": r} for r in ("yo", ["x"], "4.20")],
+            ":2: response is 4.20, and whether that is text is not known: .* arrow.json",
         ),
         ([{"prompt": p} for p in ("yo", ["x"], "true")], ":2: prompt is true, and whether that"),
         (
