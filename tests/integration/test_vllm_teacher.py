@@ -13,7 +13,6 @@ from gkdjax.errors import UserError
 from gkdjax.sampler import Sampling
 from gkdjax.teachers.http import connect
 from gkdjax.teachers.http.answers import ScoreRequest
-from gkdjax.teachers.http.dialects import vllm
 from gkdjax.tools import check_teacher
 from gkdjax.types import Prompt
 
@@ -154,20 +153,3 @@ def test_what_comes_with_its_text_is_what_it_says_of_the_text(server, how, tmp_p
         np.testing.assert_allclose(kept.target_logprob, other.target_logprob, atol=NATS)
         np.testing.assert_allclose(kept.topk.logprobs, other.topk.logprobs, atol=NATS)
         np.testing.assert_allclose(kept.topk.tail_logprob, other.topk.tail_logprob, atol=NATS)
-
-
-def test_bfloat16_has_its_noise_and_a_penalty_is_seen_through_it(serve, monkeypatch):
-    with serve(config.ASSETS / "quickstart" / "teacher", "coarse", "--dtype", "bfloat16") as server:
-        found = dict(check_teacher.rows(asking(server), None))
-        assert 1e-4 < float(found["scores given ids"].split()[-3]) < 0.1
-        honest = vllm.PromptLogprobs.sample
-
-        def penalised(self, request):
-            call = honest(self, request)
-            call.body["repetition_penalty"] = 1.5 if request.sampling.temperature else 1.0
-            return call
-
-        monkeypatch.setattr(vllm.PromptLogprobs, "sample", penalised)
-        monkeypatch.setattr(vllm.EchoLogprobs, "sample", penalised)
-        with pytest.raises(UserError, match="not from the distributions that it reports"):
-            list(check_teacher.rows(asking(server), None))
