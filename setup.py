@@ -13,7 +13,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["gkdjax", "gkdjax.*"]),
-    package_data={"gkdjax": ["assets/**/*"]},
+    package_data={"gkdjax": ["config/assets/**/*"]},
     install_requires=[
         "absl-py",
         "chex",

@@ -15,7 +15,7 @@ Ask for the text ahead, with an estimate of its price first:
 
 Run time and result: unknown, this mode has not been run yet.
 
-    launch/start_vllm.sh --cpu gkdjax/assets/quickstart/teacher teacher 8000
+    launch/start_vllm.sh --cpu gkdjax/config/assets/quickstart/teacher teacher 8000
     python -m gkdjax.main --config=configs/openai_teacher.py:tiny
 
 The same with the quickstart's models and data, on a CPU: 60 steps. Expected on 2 CPU cores, beside

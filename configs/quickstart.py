@@ -5,7 +5,7 @@
 The teacher reads a cipher key in its system message and maps letters by it. The student is
 distilled to map them without: 150 steps of forward KL on the teacher's text, then 150 of reverse KL
 on its own, while an anchor keeps its other abilities. Models and data ship with the package
-(`gkdjax/assets/quickstart`).
+(`gkdjax/config/assets/quickstart`).
 
 Expected, on 2 CPU cores: two and a half minutes; recovery 1.000 with seeds 0, 1 and 2, no other
 ability down by more than one point.

@@ -13,7 +13,7 @@ Try it, ask for its text ahead if you like, and train:
 With another machine for the server: --config.teacher.api_base=http://HOST:8000/v1. Run time and
 result: unknown, this mode has not been run yet.
 
-    launch/start_vllm.sh --cpu gkdjax/assets/quickstart/teacher teacher 8000
+    launch/start_vllm.sh --cpu gkdjax/config/assets/quickstart/teacher teacher 8000
     python -m gkdjax.main --config=configs/vllm_teacher.py:tiny
 
 The same with the quickstart's models and data, on a CPU: 60 steps, half of them on-policy. Expected

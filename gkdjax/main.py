@@ -6,9 +6,10 @@ import pathlib
 
 from absl import flags
 
-from gkdjax import command_line, config
+from gkdjax import config
+from gkdjax.config import cli
 
-flags.adopt_module_key_flags(command_line)
+flags.adopt_module_key_flags(cli)
 
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
@@ -28,17 +29,18 @@ _COORDINATOR_TIMEOUT_S = flags.DEFINE_float(
 
 def main(parsed: config.Config, workdir: pathlib.Path) -> None:
     """The run of a config."""
-    from gkdjax import cluster  # jax and the models: only once the config is known to be right
+    # jax and the models: only once the config is known to be right
+    from gkdjax.parallel import bootstrap
 
     where = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     timeout_s = _COORDINATOR_TIMEOUT_S.value
-    with cluster.joined(*where, timeout_s) as processes:
-        cluster.require_same({"config": config.to_dict(parsed)} | cluster.code(), timeout_s)
+    with bootstrap.joined(*where, timeout_s) as processes:
+        bootstrap.require_same({"config": config.to_dict(parsed)} | bootstrap.code(), timeout_s)
         if processes == 1:
             _share_cores(parsed)
-        from gkdjax import loop
+        from gkdjax.train import run
 
-        loop.run(parsed, workdir)
+        run.run(parsed, workdir)
 
 
 _SMALL_MODEL_BYTES = 64 * 2**20
@@ -71,4 +73,4 @@ def _share_cores(parsed: config.Config) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    cli.run(main)

@@ -41,7 +41,7 @@ class Prompt(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What a question expects; see `gkdjax.data.answers`."""
+    """What a question expects; see `gkdjax.data.answer_matching`."""
 
     match: str  # "keywords", "exact" or "regex"
     any_of: tuple[str, ...]  # any of them is right; at least one
@@ -125,31 +125,6 @@ class Batch:
     target_ids_BN: jax.Array  # int32, 0 where there is no target
     target_mask_BN: jax.Array  # bool, there is a target n in row b
     row_id_B: jax.Array  # int32
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DenseTargets:
-    """An in-process teacher, exact: its logits are `hidden_BNE @ unembedding_VE.T`, softcapped."""
-
-    hidden_BNE: jax.Array  # at the N predicting positions
-    unembedding_VE: jax.Array
-    softcap: float | None = dataclasses.field(metadata={"static": True})  # None: no cap
-    shared: int | None = dataclasses.field(default=None, metadata={"static": True})  # see below
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TopKTargets:
-    """A server, a store, or an in-process teacher on request: its best K tokens."""
-
-    topk: TopKLogprobs  # [B,N,K], natural logs under the teacher's whole vocabulary
-    target_logprob_BN: jax.Array  # float32, the target token's own logprob
-    # Ids below it are the student's and the teacher's; None: all that both tables have.
-    shared: int | None = dataclasses.field(default=None, metadata={"static": True})
-
-
-TeacherTargets = DenseTargets | TopKTargets
 
 
 @jax.tree_util.register_dataclass

@@ -11,11 +11,12 @@ import numpy as np
 from flax import traverse_util
 
 from gkdjax.config import Config, Train
-from gkdjax.lora import Adapter
-from gkdjax.losses.head import unembed
+from gkdjax.losses.lm_head import unembed
+from gkdjax.losses.objective import DenseTargets
 from gkdjax.models.decoder import Decoder
-from gkdjax.models.spec import layer_shapes, param_shapes
-from gkdjax.types import Batch, DenseTargets
+from gkdjax.models.decoder_config import layer_shapes, param_shapes
+from gkdjax.models.lora import Adapter
+from gkdjax.types import Batch
 
 GLOBAL = "full_attention"
 SMALL = {

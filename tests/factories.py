@@ -10,8 +10,8 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from gkdjax.models import families
-from gkdjax.models.spec import DecoderSpec
+from gkdjax.models.decoder_config import DecoderSpec
+from gkdjax.models.families import registry
 
 SPECIALS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
@@ -122,7 +122,7 @@ def rope_parameters(factor: float | None = None) -> dict:
 def spec(family: str = "gemma3", **overrides) -> DecoderSpec:
     """The decoder's numbers of `config(family, **overrides)`."""
     given = config(family, **overrides).to_dict()
-    return families.MODEL_TYPES[given["model_type"]].decoder_spec(given)
+    return registry.MODEL_TYPES[given["model_type"]].decoder_spec(given)
 
 
 def torch_model(seed: int = 0, family: str = "gemma3", **overrides):

@@ -1,11 +1,11 @@
 """A feed of rows that bring their responses: nobody has to write one."""
 
-from gkdjax.data.chat import Chat
-from gkdjax.data.sources import read_examples
-from gkdjax.data.targets import TargetRules
+from gkdjax.data.chat_template import Chat
+from gkdjax.data.dataset import Feed
+from gkdjax.data.examples import read_examples
+from gkdjax.data.loss_mask import TargetRules
+from gkdjax.data.responses import ResponseRules
 from gkdjax.data.views import ViewRules
-from gkdjax.feed import Feed
-from gkdjax.trajectories.rules import ResponseRules
 
 
 def feed_of(chat: Chat, rows: int = 10, prefix: str = "", too_long: str = "drop", **how) -> Feed:

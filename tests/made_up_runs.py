@@ -5,7 +5,7 @@ import math
 import pathlib
 
 from gkdjax import config as config_lib
-from gkdjax import results
+from gkdjax import report
 
 MEASURES = ("forward_kl", "reverse_kl", "teacher_top_k_mass", "student_top_k_mass")
 MEASURES += ("top1_agreement", "acceptance_rate", "perplexity")
@@ -116,7 +116,7 @@ def training(metrics: list[dict]) -> dict:
 def full_results(**changed) -> dict:
     """As a run with every measure has it."""
     lines = [full_evaluation(step) for step in SCHEDULE]
-    found = results.collect(before(), lines, after(), rows_report(), training(three_phases(STEPS)))
+    found = report.collect(before(), lines, after(), rows_report(), training(three_phases(STEPS)))
     return found | changed
 
 

@@ -22,14 +22,14 @@ import jax
 import numpy as np
 import optax
 
-from gkdjax import sharding
 from gkdjax.config import Gkd, Train
-from gkdjax.layout import Layout
 from gkdjax.losses import top_k_logprobs
-from gkdjax.sampler import Keep, Sampling, sample
-from gkdjax.train_step import init_state, make_train_step
-from gkdjax.tree import path_str
-from gkdjax.types import TopKTargets
+from gkdjax.losses.objective import TopKTargets
+from gkdjax.models.sampler import Keep, Sampling, sample
+from gkdjax.parallel import mesh as parallel_mesh
+from gkdjax.parallel.sharding_rules import Layout
+from gkdjax.train.step import init_state, make_train_step
+from gkdjax.utils.tree import path_str
 
 V, D, L, K = 512, 32, 3, 4
 MODEL = {
@@ -50,7 +50,7 @@ SAMPLING = Sampling(max_new_tokens=6, temperature=0.9, top_p=0.8, top_k=None)
 def main(out: str, *meshes: str) -> None:
     for name in meshes:
         sizes = [int(size) for size in name.split("x")]
-        mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
+        mesh = parallel_mesh.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
         decoder, params = builders.small_model(**MODEL)
         params = jax.tree.map(np.array, params)  # the step takes its state for itself
         layout = Layout.of(mesh, decoder.spec)
@@ -71,7 +71,7 @@ def _step(decoder, params, adapted: bool, mesh, name: str) -> None:
     frozen, trainable = (params, adapters) if adapted else (None, params)
     state = init_state(trainable, optimizer)
     state, frozen = jax.device_put((state, frozen), (layout.places(state), layout.places(frozen)))
-    arguments = state, frozen, sharding.shard_rows(mesh, BATCH), _targets(layout, adapted), {}
+    arguments = state, frozen, parallel_mesh.shard_rows(mesh, BATCH), _targets(layout, adapted), {}
     compiled = step.lower(*arguments, divergence=kind).compile()
     memory = compiled.memory_analysis()
     found = {"arguments": memory.argument_size_in_bytes, "temp": memory.temp_size_in_bytes}
@@ -95,13 +95,13 @@ def _targets(layout: Layout, dense: bool):
     if dense:
         return dataclasses.replace(
             targets,
-            hidden_BNE=sharding.shard_rows(layout.mesh, targets.hidden_BNE),
+            hidden_BNE=parallel_mesh.shard_rows(layout.mesh, targets.hidden_BNE),
             unembedding_VE=jax.device_put(
                 targets.unembedding_VE, layout.place("embedding", (V, 16))
             ),
         )
     topk = jax.jit(top_k_logprobs, static_argnums=1)(builders.teacher_logits(targets), K)
-    return sharding.shard_rows(layout.mesh, TopKTargets(topk, topk.logprobs[..., 0]))
+    return parallel_mesh.shard_rows(layout.mesh, TopKTargets(topk, topk.logprobs[..., 0]))
 
 
 def _text(decoder, params, mesh, name: str) -> None:

@@ -2,7 +2,7 @@
 
 from gkdjax import config
 from gkdjax.benchmarks.case import STUDENTS, TEACHERS, decoder_spec
-from gkdjax.planning.models import Setup, Weights, mesh_of
+from gkdjax.train.planning.setup import Setup, Weights, mesh_of
 
 STUDENT = decoder_spec(STUDENTS["small"], 4096)
 TEACHER = decoder_spec(TEACHERS["small"], 4096)

@@ -17,16 +17,18 @@ import numpy as np
 from feeds import feed_of
 from small_runs import ConstantTeacher
 
-from gkdjax import asking, processes, sharding
-from gkdjax.data.chat import load_chat
-from gkdjax.data.pipeline import Kept
+from gkdjax.data.batching import Kept
+from gkdjax.data.chat_template import load_chat
+from gkdjax.parallel import mesh as parallel_mesh
+from gkdjax.parallel import multihost
+from gkdjax.teachers import scoring
 
 STEPS, STOPPED_AT = 5, 2
 SAID, KNOWN = 3, 4  # token ids
 
 
 def _own(mesh, rows: int) -> list[int]:
-    held = sharding.holders(mesh, rows)
+    held = parallel_mesh.holders(mesh, rows)
     return [row for row in range(rows) if jax.process_index() in held[row]]
 
 
@@ -36,20 +38,20 @@ def _asked(batch, mesh) -> list[int]:
     first_B = np.arange(len(batch.row_id_B)) == 0
     teacher = ConstantTeacher(SAID, stop=0)
     names = [str(row) for row in batch.row_id_B]
-    found = asking.ask(teacher, batch, names, Kept(kept, first_B), mesh)()
+    found = scoring.ask(teacher, batch, names, Kept(kept, first_B), mesh)()
     total_B = jax.jit(lambda ids_BNK: jnp.sum(ids_BNK, (1, 2)))(found.topk.ids)
-    return (sharding.fetch(total_B) // batch.target_ids_BN.shape[1]).tolist()
+    return (parallel_mesh.fetch(total_B) // batch.target_ids_BN.shape[1]).tolist()
 
 
 def main(model: str, coordinator: str, count: str, index: str, out: str) -> None:
     jax.distributed.initialize(coordinator, int(count), int(index))
-    mesh = sharding.make_mesh()
-    stopping, is_last = processes.Stopping(mesh), int(index) + 1 == int(count)
+    mesh = parallel_mesh.make_mesh()
+    stopping, is_last = multihost.Stopping(mesh), int(index) + 1 == int(count)
     feed = feed_of(load_chat(model))
     found = []
     for step in range(STEPS):
         batch, _ = feed.batch(step)
-        whole = sharding.shard_rows(mesh, batch)
+        whole = parallel_mesh.shard_rows(mesh, batch)
         total = jax.jit(lambda tokens_BS: tokens_BS.sum())(whole.student_tokens_BS)
         held = [shard.data.ravel().tolist() for shard in whole.row_id_B.addressable_shards]
         found.append(
@@ -58,7 +60,7 @@ def main(model: str, coordinator: str, count: str, index: str, out: str) -> None
                 "held": [row for part in held for row in part],
                 "shape": whole.student_tokens_BS.shape,
                 "total": int(total),
-                "fetched": sharding.fetch(whole.row_id_B).tolist(),
+                "fetched": parallel_mesh.fetch(whole.row_id_B).tolist(),
                 "asked": _asked(batch, mesh),
                 "stops": stopping.asked(is_last and step == STOPPED_AT),
             }

@@ -1,4 +1,4 @@
-"""Answers of real servers, kept in teachers/http/recorded, and how tests spoil them.
+"""Answers of real servers, kept in teachers/server/recorded, and how tests spoil them.
 
 A file holds {path, request, status, response}; of llama-server's the request is written after the
 fact, and llama-cpp-python's answer is cut to its first 24 positions.
@@ -16,12 +16,12 @@ import transformers
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from gkdjax.errors import WrongAnswer
-from gkdjax.sampler import Sampling
-from gkdjax.teachers.http.answers import Answer, SampleRequest, ScoreRequest
+from gkdjax.models.sampler import Sampling
+from gkdjax.teachers.server.answers import Answer, SampleRequest, ScoreRequest
 from gkdjax.types import Message
+from gkdjax.utils.errors import WrongAnswer
 
-FILES = pathlib.Path(__file__).parent / "teachers" / "http" / "recorded"
+FILES = pathlib.Path(__file__).parent / "teachers" / "server" / "recorded"
 VOCAB_SIZE = 4096  # of both models
 TARGETS = (3, 6, 7, 10)  # positions that a test scores: not all, and not from the start
 

@@ -14,7 +14,7 @@ import time
 import resume_config
 import resume_runs
 
-from gkdjax.progress import table
+from gkdjax.utils.text import table
 
 MOST_KILLS = 8  # of one run
 

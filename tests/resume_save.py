@@ -13,8 +13,8 @@ import builders
 import jax.numpy as jnp
 import optax
 
-from gkdjax.checkpoint import Checkpoints
-from gkdjax.train_step import init_state
+from gkdjax.train.checkpoint import Checkpoints
+from gkdjax.train.step import init_state
 from gkdjax.types import TrainState
 
 DECODER, _ = builders.small_model()

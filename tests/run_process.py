@@ -19,10 +19,11 @@ import jax
 from server_runs import config_for
 from small_runs import small
 
-from gkdjax import loop, processes
-from gkdjax.errors import GkdjaxError
+import gkdjax
+from gkdjax.parallel import multihost
+from gkdjax.utils.errors import GkdjaxError
 
-processes._SEEN_WITHIN_S = 2  # on this machine's disk
+multihost._SEEN_WITHIN_S = 2  # on this machine's disk
 
 
 def main(spec: str, workdir: str, coordinator: str, count: str, index: str) -> None:
@@ -34,7 +35,7 @@ def main(spec: str, workdir: str, coordinator: str, count: str, index: str) -> N
     else:
         c = small(asked["student"], **asked["changes"])
     try:
-        loop.run(c, workdir)
+        gkdjax.run(c, workdir)
     except GkdjaxError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         jax.distributed.shutdown()

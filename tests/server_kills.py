@@ -27,11 +27,11 @@ from fake_teacher import FakeTeacher
 from resume_runs import ROOT
 from server_runs import rows_asked
 
-from gkdjax.progress import table
-from gkdjax.sampler import Sampling
-from gkdjax.teachers.http.answers import SampleRequest, ScoreRequest
-from gkdjax.teachers.http.storage.identity import KnownTeacher
-from gkdjax.teachers.http.storage.store import AnswerStore, sample_key, score_key
+from gkdjax.models.sampler import Sampling
+from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest
+from gkdjax.teachers.server.store.answers import AnswerStore, sample_key, score_key
+from gkdjax.teachers.server.store.fingerprint import KnownTeacher
+from gkdjax.utils.text import table
 
 KEY = "canary-0815-sesame-0815"
 _PREFLIGHT = 11  # requests

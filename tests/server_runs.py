@@ -9,9 +9,9 @@ from fake_server import Reply, Request
 from fake_teacher import FakeTeacher
 from small_runs import small
 
-from gkdjax.teachers.http.preflight import PROBE
-from gkdjax.teachers.http.storage import payload
-from gkdjax.teachers.http.storage.store import AnswerStore
+from gkdjax.teachers.server.preflight import PROBE
+from gkdjax.teachers.server.store import codec
+from gkdjax.teachers.server.store.answers import AnswerStore
 
 MIXED_ROWS = [{"prompt": f"ask {i}"} for i in range(4)]
 MIXED_ROWS += [{"prompt": f"tell {i}", "response": f"yes {i}"} for i in range(4)]
@@ -49,7 +49,7 @@ def rows_asked(requests: list[Request]) -> list[str]:
 def answers_in(path) -> dict[str, bytes]:
     """Key -> answer of a store."""
     with AnswerStore(path, read_only=True) as store:
-        return {stored.key: payload.encode(stored.answer) for stored in store.all()}
+        return {stored.key: codec.encode(stored.answer) for stored in store.all()}
 
 
 Fault = Callable[[Request], Reply]

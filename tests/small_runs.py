@@ -10,8 +10,9 @@ import numpy as np
 
 from gkdjax import config
 from gkdjax.losses import TopKLogprobs
-from gkdjax.teachers.protocol import Capabilities
-from gkdjax.types import TopKTargets, Trajectory
+from gkdjax.losses.objective import TopKTargets
+from gkdjax.teachers.base import Capabilities
+from gkdjax.types import Trajectory
 
 PREFIX = [{"role": "system", "content": "be brief"}]
 

@@ -5,10 +5,10 @@ import hashlib
 
 import numpy as np
 
-from gkdjax.teachers.http.answers import Answer
-from gkdjax.teachers.http.storage import payload
-from gkdjax.teachers.http.storage.identity import KnownTeacher, fingerprint_of
-from gkdjax.teachers.http.storage.store import AnswerStore
+from gkdjax.teachers.server.answers import Answer
+from gkdjax.teachers.server.store import codec
+from gkdjax.teachers.server.store.answers import AnswerStore
+from gkdjax.teachers.server.store.fingerprint import KnownTeacher, fingerprint_of
 
 
 def answer(seed: int, n: int = 4, top_k: int = 5) -> Answer:
@@ -54,7 +54,7 @@ def filled(path, *numbers: int) -> AnswerStore:
 
 
 def same(a: Answer, b: Answer) -> bool:
-    return payload.encode(a) == payload.encode(b)
+    return codec.encode(a) == codec.encode(b)
 
 
 def assert_holds(opened: AnswerStore, *numbers: int) -> None:

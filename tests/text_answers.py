@@ -4,7 +4,7 @@ import functools
 
 from recorded_answers import VOCAB_SIZE, byte_level, gemma_like, load, texts
 
-from gkdjax.teachers.http.dialects import openai
+from gkdjax.teachers.server.dialects import openai
 
 IDS = [321, 608, 78, 338, 10, 355, 309, 273, 326, 300, 130, 105]  # of most recorded requests
 LLAMA_SERVER = {321: "def", 2969: "ater", 1280: " ExtendedContext", 3470: "fault"}

@@ -11,10 +11,10 @@ import subprocess
 import time
 from collections.abc import Iterator
 
-from gkdjax import models_of_run, rows_of_run
 from gkdjax.config import Config
-from gkdjax.rows_of_run import Rows
-from gkdjax.teachers.flax import FlaxTeacher
+from gkdjax.teachers.local import FlaxTeacher
+from gkdjax.train import models, setup, teacher
+from gkdjax.train.setup import Rows
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "launch" / "start_vllm.sh"
 ARGUMENTS = ("--max-model-len", "512")
@@ -99,10 +99,10 @@ def connected(
     """
     workdir.mkdir(exist_ok=True)
     with contextlib.ExitStack() as connections:
-        rows = rows_of_run.read(c, workdir, None, connections)
+        rows = setup.read(c, workdir, None, connections)
         # Of a server's config it would be exact, and not the server's K tokens.
         here = dataclasses.replace(c.teacher, adapter=adapter, backend="local-toggle")
         c = dataclasses.replace(c, teacher=here)
-        in_process = models_of_run.InProcess(c, workdir, rows.lengths, rows.mesh, rows.vocab_size)
-        own = models_of_run.load_student(c, rows.sources.student, rows.mesh)
+        in_process = teacher.InProcess(c, workdir, rows.lengths, rows.mesh, rows.vocab_size)
+        own = models.load_student(c, rows.sources.student, rows.mesh)
         yield rows, in_process.config_teacher(rows.sources, own)

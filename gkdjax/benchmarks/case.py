@@ -7,7 +7,7 @@ sides, a tied embedding.
 import dataclasses
 import typing
 
-from gkdjax.models.spec import DecoderSpec, RopeSpec
+from gkdjax.models.decoder_config import DecoderSpec, RopeSpec
 
 UNFUSED = "unfused"  # what the others are compared with
 VARIANTS = (UNFUSED, "dense", "topk", "stored")  # measured by default

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from gkdjax.models import families
 from gkdjax.models.decoder import Decoder
-from gkdjax.models.spec import DecoderSpec, layer_shapes, param_shapes
-from gkdjax.progress import table
+from gkdjax.models.decoder_config import DecoderSpec, layer_shapes, param_shapes
+from gkdjax.models.families import registry
+from gkdjax.utils.text import table
 
 # config.json of the published models, as far as the decoder's numbers go.
 MODELS = {
@@ -80,7 +80,7 @@ def main() -> None:
 
 def decoder_spec(model: str) -> DecoderSpec:
     config = MODELS[model]
-    return families.MODEL_TYPES[config["model_type"]].decoder_spec(config)
+    return registry.MODEL_TYPES[config["model_type"]].decoder_spec(config)
 
 
 def flops(spec: DecoderSpec, rows: int, length: int) -> int:

@@ -10,14 +10,18 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import config_flags
 
-from gkdjax import config, lora, optim, sharding
+from gkdjax import config
 from gkdjax.benchmarks.case import STUDENTS, TEACHERS, decoder_spec
+from gkdjax.losses.objective import DenseTargets
+from gkdjax.models import lora
 from gkdjax.models.decoder import Decoder, abstract_params, unembedding_table
-from gkdjax.models.spec import DecoderSpec
-from gkdjax.prefix_store import predicting_hidden
-from gkdjax.progress import table
-from gkdjax.train_step import init_state, make_train_step
-from gkdjax.types import Batch, DenseTargets
+from gkdjax.models.decoder_config import DecoderSpec
+from gkdjax.models.prefix_cache import predicting_hidden
+from gkdjax.parallel import mesh
+from gkdjax.train import optimizer as train_optimizer
+from gkdjax.train.step import init_state, make_train_step
+from gkdjax.types import Batch
+from gkdjax.utils.text import table
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file with get_config().")
 _SHAPES = flags.DEFINE_enum("shapes", "gemma3", list(STUDENTS), "Of both models.")
@@ -47,14 +51,14 @@ def compiled(c: config.Config) -> dict:
     rules = lora.LoraRules(
         *(getattr(c.student.lora, n) for n in ("rank", "alpha", "dropout", "targets"))
     )
-    optimizer = optim.optimizer(c.optim, c.train.steps)
+    optimizer = train_optimizer.optimizer(c.optim, c.train.steps)
     state = jax.eval_shape(lambda: init_state(lora.init(jax.random.key(0), base, rules), optimizer))
     step = make_train_step(
         _decoder(student, c.train.remat),
         optimizer,
-        optim.schedule(c.optim, c.train.steps),
+        train_optimizer.schedule(c.optim, c.train.steps),
         c,
-        sharding.make_mesh(),
+        mesh.make_mesh(),
     )
     batch = _batch(c)
     main_targets, anchor_targets = (

@@ -24,7 +24,7 @@ import numpy as np
 import safetensors.numpy
 from absl import app, flags
 
-from gkdjax.progress import table
+from gkdjax.utils.text import table
 
 _GB = flags.DEFINE_float("gb", 2.0, "At least so many gigabytes of parameters, of 10^9 bytes.")
 _LOAD = flags.DEFINE_string("load", None, "Measure loading this directory (in a fresh process).")
@@ -48,14 +48,14 @@ def main(argv: list[str]) -> None:
 
 def write_checkpoint(directory: pathlib.Path, size: float) -> None:
     """A Llama of 16 layers and at least `size` bytes, one file a layer and an index."""
-    from gkdjax.hf import leaves
-    from gkdjax.hf.model_config import load_spec
-    from gkdjax.models.hf_tables import Layout
-    from gkdjax.models.spec import param_shapes
+    from gkdjax.models.decoder_config import param_shapes
+    from gkdjax.models.families.common import CheckpointNames
+    from gkdjax.models.hf import load
+    from gkdjax.models.hf.model_config import load_spec
 
     (directory / "config.json").write_text(json.dumps(_config(size)))
     spec, rng, weight_map = load_spec(directory), np.random.default_rng(0), {}
-    names = leaves.leaf_names(spec, Layout())
+    names = load.leaf_names(spec, CheckpointNames())
     shapes = {name: (path, i) for path, all_ in names.items() for i, name in enumerate(all_)}
     for layer in range(_LAYERS):
         tensors = {}
@@ -117,17 +117,18 @@ def measure(directory: str, fsdp: int) -> dict:
     """
     import jax
 
-    from gkdjax import sharding, tree
-    from gkdjax.hf import model_config, pretrained
-    from gkdjax.models.spec import param_shapes
+    from gkdjax.models.decoder_config import param_shapes
+    from gkdjax.models.hf import load, model_config
+    from gkdjax.parallel import mesh as parallel_mesh
+    from gkdjax.utils import tree
 
-    mesh = None if fsdp == 1 else sharding.make_mesh(fsdp=fsdp)
+    mesh = None if fsdp == 1 else parallel_mesh.make_mesh(fsdp=fsdp)
     # The library loads what it loads on its first call.
     param_shapes(model_config.load_spec(directory))
     jax.block_until_ready(jax.device_put(np.zeros(1)))
     with Peak() as peak:
         start = time.perf_counter()
-        _, params = pretrained.load_pretrained(directory, mesh=mesh)
+        _, params = load.load_pretrained(directory, mesh=mesh)
         seconds = time.perf_counter() - start
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     leaves = {tree.path_str(path): leaf for path, leaf in flat}

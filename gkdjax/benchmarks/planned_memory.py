@@ -14,19 +14,22 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from gkdjax import config, optim, sharding
+from gkdjax import config
 from gkdjax.benchmarks.case import STUDENTS, TEACHERS, decoder_spec
-from gkdjax.layout import Layout
 from gkdjax.losses import TopKLogprobs
+from gkdjax.losses.objective import DenseTargets, TeacherTargets, TopKTargets
 from gkdjax.models.decoder import Decoder, abstract_params, unembedding_table
-from gkdjax.models.spec import DecoderSpec
-from gkdjax.planning import bytes_of
-from gkdjax.planning.activations import adapters
-from gkdjax.planning.models import Setup, Weights, mesh_of
-from gkdjax.prefix_store import predicting_hidden
-from gkdjax.progress import size, table
-from gkdjax.train_step import init_state, make_train_step
-from gkdjax.types import Batch, DenseTargets, TeacherTargets, TopKTargets
+from gkdjax.models.decoder_config import DecoderSpec
+from gkdjax.models.prefix_cache import predicting_hidden
+from gkdjax.parallel import mesh as parallel_mesh
+from gkdjax.parallel.sharding_rules import Layout
+from gkdjax.train import optimizer as train_optimizer
+from gkdjax.train.planning import memory
+from gkdjax.train.planning.activations import adapters
+from gkdjax.train.planning.setup import Setup, Weights, mesh_of
+from gkdjax.train.step import init_state, make_train_step
+from gkdjax.types import Batch
+from gkdjax.utils.text import size, table
 
 
 class Case(typing.NamedTuple):
@@ -100,8 +103,8 @@ def _row(name: str, planned: int, measured: int) -> list[str]:
 def compare(case: Case) -> tuple[int, int]:
     """(bytes that the planner has, bytes that XLA has) of the training step and its arguments."""
     setup = setup_of(case)
-    planned = bytes_of.total(bytes_of.training_step(setup))
-    planned += sum(n for part, n in bytes_of.held(setup).items() if not part.startswith("teacher"))
+    planned = memory.total(memory.training_step(setup))
+    planned += sum(n for part, n in memory.held(setup).items() if not part.startswith("teacher"))
     if setup.config.teacher.top_k is None:  # all that the step reads of the teacher
         teacher = setup.of_teacher
         table = jax.ShapeDtypeStruct((teacher.spec.vocab_size, teacher.spec.width), jnp.float32)
@@ -124,7 +127,7 @@ def compare_reading(rows: int, length: int) -> tuple[int, int]:
         read.teacher_at_BN,
     )
     measured = program.compile().memory_analysis().temp_size_in_bytes
-    return bytes_of.teacher_forward(setup)["one layer's pass"], measured
+    return memory.teacher_forward(setup)["one layer's pass"], measured
 
 
 def setup_of(case: Case) -> Setup:
@@ -152,17 +155,17 @@ def configured(case: Case) -> config.Config:
 def compiled(setup: Setup):
     """The optimizer step on the mesh, in float32, all rows at their longest."""
     c, student, teacher = setup.config, setup.student.spec, setup.teacher.spec
-    mesh = sharding.make_mesh(*_axes(c), devices=jax.devices()[: setup.mesh.size])
+    mesh = parallel_mesh.make_mesh(*_axes(c), devices=jax.devices()[: setup.mesh.size])
     layouts = Layout.of(mesh, student), Layout.of(mesh, teacher)
     base, teacher_params = (
         _placed(layout, abstract_params(spec, jnp.float32))
         for layout, spec in zip(layouts, (student, teacher), strict=True)
     )
     trainable = base if setup.full else adapters(student, "float32", setup.rules)
-    optimizer = optim.optimizer(c.optim, c.train.steps or 1)
+    optimizer = train_optimizer.optimizer(c.optim, c.train.steps or 1)
     state = jax.eval_shape(lambda trainable: init_state(trainable, optimizer), trainable)
     decoder = Decoder(student, remat=c.train.remat, layout=layouts[0])
-    step = make_train_step(decoder, optimizer, optim.schedule(c.optim, 1), c, mesh)
+    step = make_train_step(decoder, optimizer, train_optimizer.schedule(c.optim, 1), c, mesh)
     batch = _cut(mesh, _batch(c.train.batch_size, c.data.max_length))
     anchors = {}
     if c.anchor.data is not None:
@@ -188,7 +191,7 @@ def _placed(layout: Layout, leaves):
 
 
 def _cut(mesh: Mesh, rows):
-    place = NamedSharding(mesh, sharding.ROWS)
+    place = NamedSharding(mesh, parallel_mesh.ROWS)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), rows)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from gkdjax.benchmarks.case import TEACHERS
 from gkdjax.benchmarks.shared_prefix import VOCAB, measure, model
 from gkdjax.models.decoder import Decoder, read_prefix
-from gkdjax.progress import table
+from gkdjax.utils.text import table
 
 
 def main() -> None:

@@ -18,8 +18,8 @@ from flax import traverse_util
 
 from gkdjax.benchmarks.case import TEACHERS, Shape, decoder_spec
 from gkdjax.models.decoder import Decoder, read_prefix
-from gkdjax.models.spec import param_shapes
-from gkdjax.progress import table
+from gkdjax.models.decoder_config import param_shapes
+from gkdjax.utils.text import table
 
 VOCAB = 1024  # only rows of the embedding are read
 

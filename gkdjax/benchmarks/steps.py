@@ -19,13 +19,17 @@ import optax
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from gkdjax import config, lora, losses, optim, sharding
+from gkdjax import config, losses
 from gkdjax.benchmarks.case import PLAIN, STUDENTS, TEACHERS, UNFUSED, Case, Shape, decoder_spec
+from gkdjax.models import lora
 from gkdjax.models.decoder import Decoder
-from gkdjax.models.spec import param_shapes
-from gkdjax.prefix_store import predicting_hidden
-from gkdjax.teachers.flax import FlaxTeacher
-from gkdjax.train_step import init_state, make_train_step, student_params
+from gkdjax.models.decoder_config import param_shapes
+from gkdjax.models.lora import student_params
+from gkdjax.models.prefix_cache import predicting_hidden
+from gkdjax.parallel import mesh as parallel_mesh
+from gkdjax.teachers.local import FlaxTeacher
+from gkdjax.train import optimizer as train_optimizer
+from gkdjax.train.step import init_state, make_train_step
 from gkdjax.types import Batch, TrainState
 
 _DIVERGENCE = "forward_kl"
@@ -49,7 +53,7 @@ def prepare(case: Case) -> Prepared:
         return _prepare_unfused(case, batch)
     mesh = _one_device()
     teacher = _teacher(case, mesh)
-    batch = sharding.shard_rows(mesh, batch)
+    batch = parallel_mesh.shard_rows(mesh, batch)
     make_targets = teacher.targets
     if case.variant == "stored":
         stored = jax.block_until_ready(teacher.targets(batch))
@@ -59,9 +63,9 @@ def prepare(case: Case) -> Prepared:
             return stored
 
     decoder, state, frozen = _student(case)
-    state, frozen = sharding.replicate(mesh, (state, frozen))
+    state, frozen = parallel_mesh.replicate(mesh, (state, frozen))
     gkd = config.Gkd(divergence=_DIVERGENCE, chunk_size=case.chunk_size)
-    schedule = optim.schedule(_OPTIM, case.steps)
+    schedule = train_optimizer.schedule(_OPTIM, case.steps)
     step = make_train_step(decoder, _optimizer(case), schedule, config.Config(gkd=gkd), mesh)
     compiled = step.lower(
         state, frozen, batch, make_targets(batch), {}, divergence=_DIVERGENCE
@@ -75,7 +79,7 @@ def prepare(case: Case) -> Prepared:
 
 def _one_device() -> Mesh:
     """Of a machine's several devices the first: the reference step knows no other."""
-    return sharding.make_mesh(devices=jax.local_devices()[:1])
+    return parallel_mesh.make_mesh(devices=jax.local_devices()[:1])
 
 
 def make_batch(case: Case) -> Batch:
@@ -169,7 +173,7 @@ def _teacher(case: Case, mesh: Mesh) -> FlaxTeacher:
     decoder, params = _model(TEACHERS[case.teacher], case, seed=1)
     return FlaxTeacher(
         decoder,
-        sharding.replicate(mesh, params),
+        parallel_mesh.replicate(mesh, params),
         chat=None,  # only renders views, and the batch is there
         description="random weights",
         top_k=None if case.variant == "dense" else case.top_k,
@@ -210,7 +214,7 @@ def _model(shape: Shape, case: Case, seed: int) -> tuple[Decoder, dict]:
 
 
 def _optimizer(case: Case) -> optax.GradientTransformation:
-    return optim.optimizer(_OPTIM, case.steps)
+    return train_optimizer.optimizer(_OPTIM, case.steps)
 
 
 def _temp_bytes(compiled) -> int:

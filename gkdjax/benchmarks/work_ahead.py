@@ -26,25 +26,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gkdjax import asking, config, optim, sharding
-from gkdjax.ahead import Ahead
+from gkdjax import config
 from gkdjax.benchmarks.case import STUDENTS
 from gkdjax.benchmarks.shared_prefix import VOCAB, model
 from gkdjax.benchmarks.table import GIB
 from gkdjax.benchmarks.worker import peak_bytes
-from gkdjax.progress import table
-from gkdjax.teachers.http.answers import Answer
-from gkdjax.teachers.http.connect import declared
-from gkdjax.teachers.http.dialects.vllm import PromptLogprobs
-from gkdjax.teachers.http.pool import Pool
-from gkdjax.teachers.http.storage.identity import KnownTeacher
-from gkdjax.teachers.http.storage.store import AnswerStore
-from gkdjax.teachers.http.storage.suspects import Suspects
-from gkdjax.teachers.http.teacher import HttpTeacher
-from gkdjax.teachers.http.wire.transport import Limits, Transport
-from gkdjax.train_step import init_state, make_train_step
-from gkdjax.training_text import Drawn
+from gkdjax.parallel import mesh as parallel_mesh
+from gkdjax.teachers import scoring
+from gkdjax.teachers.server.answers import Answer
+from gkdjax.teachers.server.connect import declared
+from gkdjax.teachers.server.dialects.vllm import PromptLogprobs
+from gkdjax.teachers.server.scheduler import Pool
+from gkdjax.teachers.server.store.answers import AnswerStore
+from gkdjax.teachers.server.store.fingerprint import KnownTeacher
+from gkdjax.teachers.server.store.suspects import Suspects
+from gkdjax.teachers.server.teacher import HttpTeacher
+from gkdjax.teachers.server.transport.client import Limits, Transport
+from gkdjax.train import optimizer as train_optimizer
+from gkdjax.train.batches import Ahead, Drawn
+from gkdjax.train.step import init_state, make_train_step
 from gkdjax.types import Batch, TrainState
+from gkdjax.utils.text import table
 
 _DIVERGENCE = "forward_kl"
 _FIRST_ROWS = 4  # of the batch by which the number of rows is found
@@ -61,7 +63,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="Of each part of a round.")
     parser.add_argument("--rounds", type=int, default=5, help="Timed.")
     a = parser.parse_args()
-    mesh = sharding.make_mesh()
+    mesh = parallel_mesh.make_mesh()
     with (
         _server(a.answer_ms / 1000, a.top_k) as base,
         tempfile.TemporaryDirectory() as directory,
@@ -84,9 +86,12 @@ class _Bench:
         self._rng, self._made = np.random.default_rng(0), 0
         decoder, params = model(STUDENTS[a.shape], jnp.dtype("float32"))
         c = config.Config(gkd=config.Gkd(divergence=_DIVERGENCE))
-        optimizer, schedule = optim.optimizer(c.optim, 1000), optim.schedule(c.optim, 1000)
+        optimizer, schedule = (
+            train_optimizer.optimizer(c.optim, 1000),
+            train_optimizer.schedule(c.optim, 1000),
+        )
         self._step = make_train_step(decoder, optimizer, schedule, c, mesh)
-        self._state = sharding.replicate(mesh, init_state(params, optimizer))
+        self._state = parallel_mesh.replicate(mesh, init_state(params, optimizer))
         devices = mesh.shape["data"]
         self.rows = -(-_FIRST_ROWS // devices) * devices
         wanted = a.step_ms / 1000 / self._steps_alone() * self.rows
@@ -100,8 +105,8 @@ class _Bench:
 
     def _steps_alone(self) -> float:
         batch = self._batch()
-        targets = asking.ask(self._teacher, batch, _names(batch), None, self._mesh)()
-        batch = sharding.shard_rows(self._mesh, batch)
+        targets = scoring.ask(self._teacher, batch, _names(batch), None, self._mesh)()
+        batch = parallel_mesh.shard_rows(self._mesh, batch)
         jax.block_until_ready(self._take_step(batch, targets))  # compiled, perhaps
         return self._timed(lambda step: self._take_step(batch, targets))
 
@@ -162,7 +167,7 @@ class _Bench:
 
 @dataclasses.dataclass
 class _Text:
-    """Batches as `training_text.TrainingText` has them, none of which the student writes."""
+    """Batches as `train.batches.TrainingText` has them, none of which the student writes."""
 
     batches: Sequence[Batch]
 

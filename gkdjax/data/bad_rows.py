@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from absl import logging
 
-from gkdjax.errors import UserError
+from gkdjax.utils.errors import UserError
 
 _SHOWN = 3  # reasons, and names for each, in a message
 

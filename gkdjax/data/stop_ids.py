@@ -4,8 +4,8 @@ import json
 import pathlib
 import re
 
-from gkdjax.errors import UserError, one_line
 from gkdjax.types import Message
+from gkdjax.utils.errors import UserError, one_line
 
 # In place of a message's content. Letters and digits only: no template trims, escapes or splits it.
 PLACEHOLDER = re.compile(r"gkdjaxcontent(\d+)end")

@@ -10,8 +10,8 @@ import transformers
 
 from gkdjax.data import clock as clocks
 from gkdjax.data.message_spans import REASONING
-from gkdjax.errors import UserError, one_line
 from gkdjax.types import Message
+from gkdjax.utils.errors import UserError, one_line
 
 SYSTEM_ADVICE = (
     "; if it has no system role, put that text into a user turn of context.prefix_messages, "

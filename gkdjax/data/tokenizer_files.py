@@ -13,7 +13,7 @@ import tokenizers
 import transformers
 from absl import logging
 
-from gkdjax.errors import UserError, one_line
+from gkdjax.utils.errors import UserError, one_line
 
 # Digits, runs of spaces, line breaks, composed and decomposed letters, many scripts, parts of
 # emoji, other white space, code, and what tokenizers themselves write for spaces and bytes.

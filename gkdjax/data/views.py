@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from gkdjax.data.chat import Chat
-from gkdjax.data.targets import TargetRules
-from gkdjax.errors import UserError
+from gkdjax.data.chat_template import Chat
+from gkdjax.data.loss_mask import TargetRules
 from gkdjax.types import Example, KeptTopK, Message, Trajectory, View, ViewPair
+from gkdjax.utils.errors import UserError
 
 
 class Fate(enum.Enum):
@@ -42,7 +42,7 @@ class ViewRules:
       targets: which messages are learnt, and how much of each.
       max_length: of the longer view.
       too_long: as `data.too_long`; what is to lose its beginning, or some of its prefix, has lost
-        it before it comes here: see `row_lengths`.
+        it before it comes here: see `truncation`.
     """
 
     student_chat: Chat

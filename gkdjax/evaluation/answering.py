@@ -6,14 +6,14 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from gkdjax import progress
 from gkdjax.config import Config
-from gkdjax.data.answers import is_right
-from gkdjax.data.chat import Chat
+from gkdjax.data.answer_matching import is_right
+from gkdjax.data.chat_template import Chat
 from gkdjax.evaluation.scoring import Reader
-from gkdjax.sampler import Sampling
-from gkdjax.teachers.protocol import Teacher
+from gkdjax.models.sampler import Sampling
+from gkdjax.teachers.base import Teacher
 from gkdjax.types import Example, Trajectory
+from gkdjax.utils import text as utils_text
 
 
 class Judged(NamedTuple):
@@ -52,7 +52,7 @@ class Answering:
         """An answer to each prompt; `what` stands at the progress bar."""
         rows = self._config.eval.batch_size
         written: list[Trajectory] = []
-        with progress.bar(len(prompts), what, shown=self._config.log.progress_bar) as bar:
+        with utils_text.bar(len(prompts), what, shown=self._config.log.progress_bar) as bar:
             for start in range(0, len(prompts), rows):
                 part = prompts[start : start + rows]
                 written += reader.prefixes.sample(

@@ -19,21 +19,19 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from gkdjax import progress
 from gkdjax.config import Config
+from gkdjax.data.dataset import Feed
+from gkdjax.data.load import Examples
 from gkdjax.data.views import ViewRules
 from gkdjax.evaluation import prefix_cost, scoring
 from gkdjax.evaluation.answering import Answering
-from gkdjax.evaluation.availability import unavailable
+from gkdjax.evaluation.heldout import SideEffects, Validation, unavailable
 from gkdjax.evaluation.scoring import Reader, Scored
-from gkdjax.evaluation.side_effects import SideEffects
 from gkdjax.evaluation.texts import Texts, check_fits
-from gkdjax.evaluation.validation import Validation
-from gkdjax.examples_of_run import Examples
-from gkdjax.feed import Feed
-from gkdjax.teachers.flax import FlaxTeacher
-from gkdjax.teachers.protocol import Teacher
+from gkdjax.teachers.base import Teacher
+from gkdjax.teachers.local import FlaxTeacher
 from gkdjax.types import Example, Message, Trajectory
+from gkdjax.utils import text as utils_text
 
 SAMPLES = 3  # answers that are shown side by side
 _ACCURACY = {"questions": "accuracy", "heldout": "heldout_accuracy"}
@@ -99,7 +97,7 @@ class Evaluation:
         if self._teacher.capabilities.samples:
             asked |= dict.fromkeys(self._shown)
         asked, rows = list(asked), self._config.eval.batch_size
-        with progress.bar(len(asked), "evaluation", shown=self._config.log.progress_bar) as bar:
+        with utils_text.bar(len(asked), "evaluation", shown=self._config.log.progress_bar) as bar:
             for start in range(0, len(asked), rows):
                 bar.update(len(self._texts.written_by_teacher(asked[start : start + rows])))
         if self._validation is not None:

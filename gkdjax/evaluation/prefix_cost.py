@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gkdjax.evaluation.scoring import Reader
-from gkdjax.prefix_store import PrefixStore, worth_keeping
-from gkdjax.sampler import Sampling, sample
+from gkdjax.models.prefix_cache import PrefixStore, worth_keeping
+from gkdjax.models.sampler import Sampling, sample
 
 _ROUNDS = 5
 _NEVER = -1  # an id that is not drawn: every row writes all of its tokens

@@ -9,15 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gkdjax import losses, sharding
+from gkdjax import losses
 from gkdjax.config import Gkd
-from gkdjax.data.chat import Chat
+from gkdjax.data.chat_template import Chat
 from gkdjax.losses.chunks import Chunks, over_chunks
-from gkdjax.losses.head import Head
+from gkdjax.losses.lm_head import Head
+from gkdjax.losses.objective import DenseTargets, TeacherTargets, shared_ids
 from gkdjax.models.decoder import Decoder, unembedding_table
-from gkdjax.prefix_store import PrefixStore, predicting_hidden
-from gkdjax.train_step import shared_ids
-from gkdjax.types import Batch, DenseTargets, TeacherTargets
+from gkdjax.models.prefix_cache import PrefixStore, predicting_hidden
+from gkdjax.parallel import mesh as parallel_mesh
+from gkdjax.types import Batch
 
 _ARRAYS = 8  # [tokens, V] held at once with dense targets, counted as in `losses.fused`
 _MASS_TOP_K = 64  # of the two masses, where teacher.top_k does not say
@@ -78,11 +79,14 @@ def mean_agreement(
             unembedding_table(reader.decoder.spec, reader.params),
             reader.decoder.spec.final_softcap,
             targets,
-            *sharding.shard_rows(mesh, (batch.target_ids_BN, batch.target_mask_BN)),
+            *parallel_mesh.shard_rows(mesh, (batch.target_ids_BN, batch.target_mask_BN)),
             gkd,
             mesh,
         )
-        total, count = total + np.asarray(sharding.fetch(sums), np.float64), count + float(tokens)
+        total, count = (
+            total + np.asarray(parallel_mesh.fetch(sums), np.float64),
+            count + float(tokens),
+        )
     means = dict(zip(names, (total / count).tolist(), strict=True))
     return means | {"perplexity": math.exp(means["perplexity"])}
 
@@ -92,7 +96,7 @@ def predicting(reader: Reader, batch: Batch, view: str, mesh: Mesh):
     if view == "teacher":
         return reader.prefixes.predicting_hidden(batch, mesh)
     read = batch.student_tokens_BS, batch.student_mask_BS, batch.student_at_BN
-    return predicting_hidden(reader.decoder, reader.params, *sharding.shard_rows(mesh, read))
+    return predicting_hidden(reader.decoder, reader.params, *parallel_mesh.shard_rows(mesh, read))
 
 
 def own_perplexity(scored: Scored) -> dict[str, float]:
@@ -101,7 +105,7 @@ def own_perplexity(scored: Scored) -> dict[str, float]:
     for batch, targets in scored.batches:
         if isinstance(targets, DenseTargets):
             return {}
-        logprob_BN = np.asarray(sharding.fetch(targets.target_logprob_BN), np.float64)
+        logprob_BN = np.asarray(parallel_mesh.fetch(targets.target_logprob_BN), np.float64)
         total += logprob_BN[batch.target_mask_BN].sum()
         count += int(batch.target_mask_BN.sum())
     return {"perplexity": math.exp(-total / count)}
@@ -128,7 +132,7 @@ def fused_agreement(
 ) -> tuple[losses.Agreement, jax.Array]:
     """`losses.Agreement` and -log q(ids) of [B,N] arrays, chunk by chunk; 0 outside the mask."""
     student, temperature = Head(softcap, 1.0), gkd.temperature
-    chunks = Chunks.of_memory(gkd.chunk_size, _ARRAYS, **sharding.head_axes(mesh))
+    chunks = Chunks.of_memory(gkd.chunk_size, _ARRAYS, **parallel_mesh.head_axes(mesh))
     join = chunks.vocabulary.join  # of a chunk's tokens each device then has all logits
     if isinstance(targets, DenseTargets):
         shared = shared_ids(unembedding_VD, targets)

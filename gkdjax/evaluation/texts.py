@@ -8,16 +8,18 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from gkdjax.asking import ask
 from gkdjax.config import Config
-from gkdjax.data import pipeline, row_lengths, shapes
-from gkdjax.data.targets import TargetRules
+from gkdjax.data import batching, buckets
+from gkdjax.data.loss_mask import TargetRules
 from gkdjax.data.views import ViewRules
-from gkdjax.errors import UserError
 from gkdjax.evaluation.scoring import Scored
-from gkdjax.sampler import Sampling
-from gkdjax.teachers.protocol import Teacher
+from gkdjax.models import padding
+from gkdjax.models.sampler import Sampling
+from gkdjax.teachers.base import Teacher
+from gkdjax.teachers.scoring import ask
 from gkdjax.types import Example, Message, Prompt, Trajectory, View, ViewPair
+from gkdjax.utils import text as utils_text
+from gkdjax.utils.errors import UserError
 
 
 class Texts:
@@ -69,7 +71,7 @@ class Texts:
             logging.warning(
                 "evaluation: %d of the teacher's answers have no token, or one that is no id here;"
                 " they are wrong answers, and no distance is taken on them: %s",
-                *(len(unread), row_lengths.some(unread)),
+                *(len(unread), utils_text.some(unread)),
             )
         return written
 
@@ -86,15 +88,15 @@ class Texts:
             self._under(prefix, example, text)
             for example, text in zip(self.examples, self.teachers, strict=True)
         ]
-        longest = max(pipeline.shape_of(pair).student for pair in pairs)
-        longest = shapes.round_up(longest, self._allowed_lengths)
+        longest = max(batching.shape_of(pair).student for pair in pairs)
+        longest = padding.round_up(longest, self._allowed_lengths)
         batches, lost = [], 0
         for part, (batch, targets) in zip(
             in_batches(pairs, self._rows), self.teacher_text.batches, strict=True
         ):
             T, N = batch.teacher_tokens_BT.shape[1], batch.target_ids_BN.shape[1]
-            shape = pipeline.BatchShape(longest, T, N)
-            under = pipeline.pad(_filled(part, self._rows), shape, self._rules.student_chat.pad_id)
+            shape = batching.BatchShape(longest, T, N)
+            under = batching.pad(_filled(part, self._rows), shape, self._rules.student_chat.pad_id)
             mask_BN = batch.target_mask_BN & under.target_mask_BN
             lost += int(batch.target_mask_BN.sum() - mask_BN.sum())
             batches.append((dataclasses.replace(under, target_mask_BN=mask_BN), targets))
@@ -120,7 +122,7 @@ class Texts:
         )
 
     @functools.cached_property
-    def _shapes(self) -> list[pipeline.BatchShape]:
+    def _shapes(self) -> list[batching.BatchShape]:
         """Of each batch of prompts, with room for the longest text that may be written.
 
         So they are the same for every text at every time, and compile once.
@@ -129,7 +131,7 @@ class Texts:
         pairs = [self._pair(example, longest) for example in self.examples]
         return batch_shapes(pairs, self._rows, self._allowed_lengths)
 
-    def _scored(self, pairs: Sequence[ViewPair], shapes_: Sequence[pipeline.BatchShape]) -> Scored:
+    def _scored(self, pairs: Sequence[ViewPair], shapes_: Sequence[batching.BatchShape]) -> Scored:
         pad_id = self._rules.student_chat.pad_id
         return score(pairs, shapes_, self.teacher, self._rows, pad_id, self._mesh)
 
@@ -151,7 +153,7 @@ class Texts:
 
 def score(
     pairs: Sequence[ViewPair],
-    shapes_: Sequence[pipeline.BatchShape],
+    shapes_: Sequence[batching.BatchShape],
     teacher: Teacher,
     rows: int,
     pad_id: int,
@@ -171,10 +173,10 @@ def score(
     batches = []
     for part, shape in zip(in_batches(pairs, rows), shapes_, strict=False):
         filled = _filled(part, rows)
-        batch = pipeline.pad(filled, shape, pad_id)
+        batch = batching.pad(filled, shape, pad_id)
         real_B1 = np.arange(rows)[:, None] < len(part)
         batch = dataclasses.replace(batch, target_mask_BN=batch.target_mask_BN & real_B1)
-        kept = pipeline.kept_targets(filled, shape.targets)
+        kept = batching.kept_targets(filled, shape.targets)
         names = [pair.name for pair in filled]
         batches.append((batch, ask(teacher, batch, names, kept, mesh)))
     return Scored([(batch, targets()) for batch, targets in batches], rows)
@@ -182,14 +184,14 @@ def score(
 
 def batch_shapes(
     pairs: Sequence[ViewPair], rows: int, allowed_lengths: Sequence[int]
-) -> list[pipeline.BatchShape]:
+) -> list[batching.BatchShape]:
     """Of few different ones, that of each batch."""
     needs = [
-        shapes.longest([pipeline.shape_of(pair) for pair in part])
+        buckets.longest([batching.shape_of(pair) for pair in part])
         for part in in_batches(pairs, rows)
     ]
-    chain = shapes.choose(needs, allowed_lengths)
-    return [pipeline.BatchShape(*shapes.smallest(chain, need)) for need in needs]
+    chain = buckets.choose(needs, allowed_lengths)
+    return [batching.BatchShape(*buckets.smallest(chain, need)) for need in needs]
 
 
 def check_fits(question: Example, length: int, max_length: int) -> None:

@@ -18,7 +18,7 @@ from gkdjax.losses.divergences import (
     topk_reverse_kl,
 )
 from gkdjax.losses.fused import fused_dense_divergence, fused_top_k, fused_topk_divergence
-from gkdjax.losses.masked import example_weights, masked_count, masked_mean, masked_sum
+from gkdjax.losses.masking import example_weights, masked_count, masked_mean, masked_sum
 from gkdjax.losses.topk import TopKLogprobs, top_k_logprobs, within
 
 __all__ = [

@@ -9,12 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from gkdjax.losses.divergences import Divergence, dense_categories, total
-from gkdjax.losses.topk import (
-    Categories,
-    TopKLogprobs,
-    top_k_logprobs,
-    topk_categories,
-)
+from gkdjax.losses.topk import Categories, TopKLogprobs, top_k_logprobs, topk_categories
 
 
 class Agreement(NamedTuple):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from gkdjax.losses.vocabulary import Vocabulary
+from gkdjax.losses.sharded_vocab import Vocabulary
 
 
 class Chunks(NamedTuple):

@@ -21,8 +21,8 @@ from jax.sharding import Mesh
 
 from gkdjax.losses.chunks import Chunks, over_chunks
 from gkdjax.losses.divergences import Divergence, total
-from gkdjax.losses.head import Head
-from gkdjax.losses.masked import masked_sum
+from gkdjax.losses.lm_head import Head
+from gkdjax.losses.masking import masked_sum
 from gkdjax.losses.topk import (
     Categories,
     TopKLogprobs,

@@ -13,7 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from gkdjax.losses.vocabulary import Vocabulary
+from gkdjax.losses.sharded_vocab import Vocabulary
 
 TAILS = ("bucket", "renormalize")
 

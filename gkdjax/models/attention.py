@@ -9,9 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gkdjax.models.cache import Cache, Prefix
+from gkdjax.models.decoder_config import DecoderSpec
+from gkdjax.models.kv_cache import Cache, Prefix
 from gkdjax.models.layers import rotate, rotation
-from gkdjax.models.spec import DecoderSpec
 
 # Added to a forbidden score. Finite, so that a row with nothing to see (padding) gives no NaN.
 _FORBIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)

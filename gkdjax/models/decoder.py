@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from gkdjax.layout import Layout, all_but_gathered_weights
-from gkdjax.losses.head import unembed
+from gkdjax.losses.lm_head import unembed
 from gkdjax.models.attention import attention_of
-from gkdjax.models.cache import Cache, Prefix, index_in_stack, init_cache, prefix_of, write
+from gkdjax.models.decoder_config import DecoderSpec, layer_shapes, param_shapes
+from gkdjax.models.kv_cache import Cache, Prefix, index_in_stack, init_cache, prefix_of, write
 from gkdjax.models.layers import dense, gated_mlp, rms_norm
-from gkdjax.models.spec import DecoderSpec, layer_shapes, param_shapes
+from gkdjax.parallel.sharding_rules import Layout, all_but_gathered_weights
 
 _KERNEL_INIT = nn.initializers.normal(0.02)
 
@@ -110,8 +110,8 @@ class Decoder(nn.Module):
           tokens_BT: integer ids.
           mask_BT: which of them are real: padding stands left of a row's first token, or right of
             its last one for good, because the ring of a local layer holds columns, not tokens.
-          cache: from `prefill` or `cache.init_cache`. The caller sees to it that T slots are left,
-            as a full cache cannot be detected here.
+          cache: from `prefill` or `kv_cache.init_cache`. The caller sees to it that T slots are
+            left, as a full cache cannot be detected here.
           prefix: the same at each call: what every row has read before the tokens in the cache.
         """
         mask_BT = mask_BT.astype(bool)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gkdjax.models.spec import Llama3Scaling, RopeSpec
+from gkdjax.models.decoder_config import Llama3Scaling, RopeSpec
 
 
 @functools.partial(

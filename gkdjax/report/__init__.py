@@ -2,5 +2,7 @@
 
 from gkdjax.report.page import write_html
 from gkdjax.report.picture import draw
+from gkdjax.report.results import collect
+from gkdjax.report.terminal import render
 
-__all__ = ["draw", "write_html"]
+__all__ = ["collect", "draw", "render", "write_html"]

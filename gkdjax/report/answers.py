@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from gkdjax.results.content import CONDITIONS
-from gkdjax.results.tables import Table, counted_share, plain
+from gkdjax.report.results import CONDITIONS
+from gkdjax.report.tables import Table, counted_share, plain
 
 _HANDFUL = 4  # questions of each kind
 

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from gkdjax.results.words import visible
+from gkdjax.utils.text import visible
 
 BLUE, ORANGE, BLACK = "#1b4f72", "#c25a00", "#000000"
 _FEWEST_TO_SMOOTH = 30  # points; fewer can be followed one by one

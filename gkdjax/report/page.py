@@ -15,11 +15,10 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from gkdjax.config import ASSETS
-from gkdjax.report import answers, curves, panels, run_files, settings
+from gkdjax.report import answers, curves, panels, run_files, settings, tables
 from gkdjax.report.curves import Panel
 from gkdjax.report.run_files import RunFiles
-from gkdjax.results import tables
-from gkdjax.results.words import cut, visible
+from gkdjax.utils.text import cut, visible
 
 _LONGEST = 1500  # characters of a text that is shown
 _WIDTH = 3.5  # inches of a panel: its text is as large as the page's on a phone 360 px wide

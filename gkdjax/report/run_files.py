@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from gkdjax.errors import UserError
-from gkdjax.results import content
+from gkdjax.report import results as report_results
+from gkdjax.utils.errors import UserError
 
 # What a line must have to be of use.
 _COLUMNS = {
@@ -92,8 +92,8 @@ def read(directory: pathlib.Path) -> RunFiles:
     before, results = whole("before.json"), whole("results.json")
     found = results
     if results is None:
-        found = content.so_far(before or {}, evaluations)
-        found |= content.training(metrics) if metrics else {}
+        found = report_results.so_far(before or {}, evaluations)
+        found |= report_results.training(metrics) if metrics else {}
     return RunFiles(
         directory=directory,
         config=config,

@@ -4,7 +4,7 @@ import json
 import zlib
 
 from gkdjax import config as config_lib
-from gkdjax.results.words import visible
+from gkdjax.utils.text import visible
 
 _LONGEST = 60
 

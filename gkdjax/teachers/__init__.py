@@ -1,0 +1,38 @@
+"""What a teacher is, and what it is given and gives: `Teacher` and its dataclasses."""
+
+import importlib
+
+_NAMES = {  # where they are; they are loaded when they are asked for
+    "Batch": "gkdjax.types",
+    "Capabilities": "gkdjax.teachers.base",
+    "DenseTargets": "gkdjax.losses.objective",
+    "KeptTopK": "gkdjax.types",
+    "Message": "gkdjax.types",
+    "Prompt": "gkdjax.types",
+    "RemoteTeacher": "gkdjax.teachers.base",
+    "Sampling": "gkdjax.models.sampler",
+    "Teacher": "gkdjax.teachers.base",
+    "TopKLogprobs": "gkdjax.losses.topk",
+    "TopKTargets": "gkdjax.losses.objective",
+    "Trajectory": "gkdjax.types",
+}
+__all__ = [
+    "Batch",
+    "Capabilities",
+    "DenseTargets",
+    "KeptTopK",
+    "Message",
+    "Prompt",
+    "RemoteTeacher",
+    "Sampling",
+    "Teacher",
+    "TopKLogprobs",
+    "TopKTargets",
+    "Trajectory",
+]
+
+
+def __getattr__(name: str):
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_NAMES[name]), name)

@@ -13,15 +13,15 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from gkdjax import command_line, fill_store, rows_of_run
-from gkdjax import workdir as workdirs
-from gkdjax.config import Config
-from gkdjax.config_models import SERVERS
-from gkdjax.errors import UserError
-from gkdjax.progress import table
-from gkdjax.teachers.http.answers import Request, SampleRequest
+from gkdjax.config import Config, cli
+from gkdjax.config.checks import SERVERS
+from gkdjax.teachers.server.answers import Request, SampleRequest
+from gkdjax.train import offline, setup
+from gkdjax.train import workdir as workdirs
+from gkdjax.utils.errors import UserError
+from gkdjax.utils.text import table
 
-flags.adopt_module_key_flags(command_line)
+flags.adopt_module_key_flags(cli)
 _ESTIMATE = flags.DEFINE_bool("estimate", False, "Say what it takes, and buy nothing.")
 _INPUT = flags.DEFINE_float("input_price", None, "USD for a million tokens that are read.", 0)
 _OUTPUT = flags.DEFINE_float("output_price", None, "USD for a million that are written.", 0)
@@ -64,13 +64,13 @@ def cache(
         if buy:
             connections.enter_context(workdirs.held(workdir))
             workdirs.claim(workdir, config)
-        rows = rows_of_run.read(config, workdir, None, connections)
-        steps = rows_of_run.total_steps(config, len(rows.feed))
-        missing = fill_store.missing(config, workdir, rows.teacher, steps)
+        rows = setup.read(config, workdir, None, connections)
+        steps = setup.total_steps(config, len(rows.feed))
+        missing = offline.missing(config, workdir, rows.teacher, steps)
         print(estimate(missing, input_price, output_price))
         if not buy:
             return
-        fill_store.fill(rows, rows.teacher, workdir, steps)
+        offline.fill(rows, rows.teacher, workdir, steps)
         counts = rows.teacher.report().items()
         print(table(["answers", "count"], [[k.replace("_", " "), f"{n:,}"] for k, n in counts]))
 
@@ -106,4 +106,4 @@ def estimate(
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    cli.run(main)

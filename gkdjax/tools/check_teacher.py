@@ -17,21 +17,23 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from absl import flags
 
-from gkdjax import command_line, models_of_run, sharding
-from gkdjax.config import Config
-from gkdjax.config_models import SERVERS
-from gkdjax.data.chat import Chat
-from gkdjax.errors import UserError
-from gkdjax.hf import hub, model_config, pretrained
+from gkdjax.config import Config, cli
+from gkdjax.config.checks import SERVERS
+from gkdjax.data.chat_template import Chat
 from gkdjax.losses import TopKLogprobs, topk_forward_kl
-from gkdjax.progress import table
-from gkdjax.teachers.http import connect, preflight
-from gkdjax.teachers.http.answers import Answer
-from gkdjax.teachers.http.exchange import exchange
-from gkdjax.teachers.http.preflight import Server
-from gkdjax.teachers.http.wire.transport import Limits, Transport
+from gkdjax.models import sampler
+from gkdjax.models.hf import hub, load, model_config
+from gkdjax.parallel import mesh as parallel_mesh
+from gkdjax.teachers.server import connect, preflight
+from gkdjax.teachers.server.answers import Answer
+from gkdjax.teachers.server.dialects.base import exchange
+from gkdjax.teachers.server.preflight import Server
+from gkdjax.teachers.server.transport.client import Limits, Transport
+from gkdjax.train import models
+from gkdjax.utils.errors import UserError
+from gkdjax.utils.text import table
 
-flags.adopt_module_key_flags(command_line)
+flags.adopt_module_key_flags(cli)
 _LOCAL = flags.DEFINE_string("local", None, "A directory or hub id of the teacher's own weights.")
 
 _ROUNDS = 5  # requests one after the other, for the latency
@@ -63,13 +65,13 @@ def rows(config: Config, local: str | None) -> Iterator[Row]:
             f"config.teacher.backend = {c.backend!r} is in this process; there is no server to try"
         )
     with tempfile.TemporaryDirectory() as aside:
-        sources = models_of_run.find(config, pathlib.Path(aside), None)
+        sources = models.find(config, pathlib.Path(aside), None)
     chat, rows = sources.teacher_chat, model_config.load_spec(sources.student).vocab_size
-    vocab_size = models_of_run.ids_of_server(sources, rows)
+    vocab_size = models.ids_of_server(sources, rows)
     limits = Limits(c.timeout_s, c.deadline_s, c.max_retries)
     transport = Transport(c.api_base, c.api_key_env, limits, trust_env=c.trust_env)
     with contextlib.closing(transport):
-        sampling = models_of_run.sampling(config)
+        sampling = sampler.sampling(config)
         server = connect.try_server(c, transport, chat, vocab_size, sampling)
         yield "address", transport.root
         yield from _abilities(server, c.backend)
@@ -141,8 +143,8 @@ def _throughput(ask: Callable[[int], int], concurrency: int) -> float:
 def _beside_local(server: Server, chat: Chat, local: str) -> Iterator[Row]:
     if not server.findings.scores:
         raise UserError("--local: there is nothing to compare; the server does not score given ids")
-    directory, mesh = hub.local_directory(local), sharding.make_mesh()
-    decoder, params = pretrained.load_pretrained(directory, "float32", "float32", mesh)
+    directory, mesh = hub.local_directory(local), parallel_mesh.make_mesh()
+    decoder, params = load.load_pretrained(directory, "float32", "float32", mesh)
     ids, probe = preflight.probe_ids(chat), server.probe
     tokens_1T, mask_1T = ids[None, :], np.ones((1, len(ids)), bool)
     hidden_1TD = decoder.apply({"params": params}, tokens_1T, mask_1T)
@@ -168,4 +170,4 @@ def compare(logits_nV: np.ndarray, probe: Answer) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    cli.run(main)

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from gkdjax.errors import GkdjaxError, UserError
 from gkdjax.report import curves, picture, run_files, settings
 from gkdjax.report.curves import BLACK, BLUE, ORANGE, Look, Panel, Series
 from gkdjax.report.run_files import RunFiles
-from gkdjax.results.tables import NOTHING, Table, cells, tables
-from gkdjax.results.text import as_text
-from gkdjax.results.words import visible
+from gkdjax.report.tables import NOTHING, Table, cells, tables
+from gkdjax.report.terminal import as_text
+from gkdjax.utils.errors import GkdjaxError, UserError
+from gkdjax.utils.text import visible
 
 _NAME = "compare.png"
 _PANEL = (6, 3.2)  # inches

@@ -15,14 +15,13 @@ import jax.numpy as jnp
 from absl import logging
 
 from gkdjax import config as config_lib
-from gkdjax import models_of_run
-from gkdjax import workdir as workdirs
-from gkdjax.checkpoint import read_trainable
-from gkdjax.data.chat import load_chat
-from gkdjax.errors import GkdjaxError, UserError
-from gkdjax.hf import export, model_config, peft_config, pretrained
+from gkdjax.data.chat_template import load_chat
 from gkdjax.models.decoder import abstract_params
-from gkdjax.models.spec import DecoderSpec
+from gkdjax.models.decoder_config import DecoderSpec
+from gkdjax.models.hf import export, load, model_config, peft_config
+from gkdjax.train import models, workdir
+from gkdjax.train.checkpoint import read_trainable
+from gkdjax.utils.errors import GkdjaxError, UserError
 
 
 def export_step(
@@ -51,16 +50,16 @@ def export_step(
             f"{run} has trained every parameter (student.adapter = 'none'), so there is no adapter;"
             " leave --adapter out to write the whole model"
         )
-    source = models_of_run.local_directory(config.student.model, pathlib.Path(run))
+    source = workdir.local_directory(config.student.model, pathlib.Path(run))
     _check_out(pathlib.Path(out), config, source, adapter)
     spec = model_config.load_spec(source)
     ending = _ending(config, source, pathlib.Path(run))
     step, trainable = read_trainable(pathlib.Path(run), _trainable_like(config, spec), step)
     if adapter:
-        base = models_of_run.base_name(config.student.model, pathlib.Path(run))
+        base = workdir.base_name(config.student.model, pathlib.Path(run))
         export.export_adapter(out, spec, trainable, source, base, ending)
     elif lora:
-        params = pretrained.load_pretrained(source, config.student.dtype)[1]
+        params = load.load_pretrained(source, config.student.dtype)[1]
         export.export_merged(out, spec, params, trainable, source, ending=ending)
     else:
         export.export_merged(out, spec, trainable, None, source, ending=ending)
@@ -95,7 +94,7 @@ def _over(defaults: dict, saved: dict) -> dict:
 
 def _ending(config: config_lib.Config, source: pathlib.Path, run: pathlib.Path) -> export.Ending:
     """What the run has written down; in an older one, where its student's chat stops."""
-    written = workdirs.read_json(run / export.ENDING)
+    written = workdir.read_json(run / export.ENDING)
     if written is not None:
         return export.Ending(tuple(written["stop_ids"]), written["pad_id"])
     chat = load_chat(source, config.data.template_kwargs)
@@ -133,7 +132,7 @@ def _trainable_like(config: config_lib.Config, spec: DecoderSpec) -> dict:
     if config.student.adapter == "none":
         return params
     key = jax.random.key(0)
-    return jax.eval_shape(lambda: models_of_run.fresh_adapters(config, params, key))
+    return jax.eval_shape(lambda: models.fresh_adapters(config, params, key))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,14 +11,14 @@ import math
 import sys
 from collections.abc import Iterator
 
-from gkdjax.data.chat import Chat, load_chat
-from gkdjax.data.vocabulary import tokens_without_row
-from gkdjax.errors import GkdjaxError
-from gkdjax.hf import config_keys, hub, model_config
-from gkdjax.hf.leaves import check_numbers, check_tensors, source_names
-from gkdjax.hf.tensor_files import TensorFiles
-from gkdjax.models.spec import DecoderSpec, RopeSpec, param_shapes
-from gkdjax.progress import size
+from gkdjax.data.chat_template import Chat, load_chat
+from gkdjax.data.tokenizer_match import tokens_without_row
+from gkdjax.models.decoder_config import DecoderSpec, RopeSpec, param_shapes
+from gkdjax.models.hf import config_keys, hub, model_config
+from gkdjax.models.hf.load import check_numbers, check_tensors, source_names
+from gkdjax.models.hf.tensor_files import TensorFiles
+from gkdjax.utils.errors import GkdjaxError
+from gkdjax.utils.text import size
 
 Row = tuple[str, str]  # what, how much
 

@@ -23,9 +23,9 @@ import safetensors.numpy
 from absl import app, flags
 
 from gkdjax.config import ASSETS
-from gkdjax.errors import UserError
-from gkdjax.models import gemma3
-from gkdjax.models.spec import DecoderSpec, param_shapes
+from gkdjax.models.decoder_config import DecoderSpec, param_shapes
+from gkdjax.models.families import gemma3
+from gkdjax.utils.errors import UserError
 
 _SOURCE = ASSETS / "quickstart/student"
 _COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")

@@ -4,7 +4,8 @@
 
 Of the models it reads config.json, and the headers of tensor files that are there. The training
 step's bytes were compared with XLA's own account (`gkdjax.benchmarks.planned_memory`); what is left
-out is named in `gkdjax.planning.bytes_of`, and seconds are rough (`gkdjax.planning.flops`).
+out is named in `gkdjax.train.planning.memory`, and seconds are rough
+(`gkdjax.train.planning.flops`).
 """
 
 import json
@@ -13,9 +14,10 @@ import pathlib
 
 from absl import flags
 
-from gkdjax import command_line, config
+from gkdjax import config
+from gkdjax.config import cli
 
-flags.adopt_module_key_flags(command_line)
+flags.adopt_module_key_flags(cli)
 _CHIPS = flags.DEFINE_list(
     "chips", ["cpu"], "Devices: 1xH200, 8xH100, 1xB200, v5e-8, v5p-32, v6e-8, tpu7x-32, cpu."
 )
@@ -26,17 +28,18 @@ def main(parsed: config.Config, workdir: pathlib.Path) -> None:
     """The plan of a config on each of --chips."""
     del workdir
     os.environ["JAX_PLATFORMS"] = "cpu"  # shapes alone: an accelerator is left to who needs it
-    from gkdjax.planning import chips, models
+    from gkdjax.train.planning import chips
+    from gkdjax.train.planning import setup as planning_setup
 
     named = [chips.named(name) for name in _CHIPS.value]
-    found = [_show(models.read(parsed, devices.count), devices) for devices in named]
+    found = [_show(planning_setup.read(parsed, devices.count), devices) for devices in named]
     if _JSON.value is not None:
         pathlib.Path(_JSON.value).write_text(json.dumps(found, indent=2) + "\n")
 
 
 def _show(setup, devices) -> dict:
     """Prints the plan on these devices -> what the JSON file has of it."""
-    from gkdjax.planning import advice, collectives, flops, meshes, plan, text
+    from gkdjax.train.planning import advice, collectives, flops, meshes, plan, text
 
     planned, limit = plan.make(setup), devices.chip.usable_bytes
     fits = None if limit is None else planned.peak <= limit
@@ -71,4 +74,4 @@ def _show(setup, devices) -> dict:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    cli.run(main)

@@ -10,8 +10,8 @@ import pathlib
 import sys
 
 from gkdjax import report
-from gkdjax.errors import GkdjaxError, UserError
 from gkdjax.report import run_files
+from gkdjax.utils.errors import GkdjaxError, UserError
 
 
 def write(run: pathlib.Path, out: pathlib.Path | None = None) -> list[pathlib.Path]:

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from gkdjax.errors import GkdjaxError, UserError
-from gkdjax.progress import table
-from gkdjax.teachers.http.storage.store import AnswerStore, Holding, Stored
+from gkdjax.teachers.server.store.answers import AnswerStore, Holding, Stored
+from gkdjax.utils.errors import GkdjaxError, UserError
+from gkdjax.utils.text import table
 
 _ROWS = 256  # of a row group; all of them are in memory at once
 _HEADER = (

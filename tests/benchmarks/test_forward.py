@@ -5,7 +5,7 @@ import math
 import pytest
 
 from gkdjax.benchmarks import forward
-from gkdjax.models.spec import param_shapes
+from gkdjax.models.decoder_config import param_shapes
 
 
 @pytest.mark.parametrize(("model", "billions"), [("gemma3-1b", 1.0), ("qwen3-4b", 4.02)])

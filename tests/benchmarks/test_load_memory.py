@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gkdjax.benchmarks import load_memory
-from gkdjax.hf import pretrained
+from gkdjax.models.hf import load
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is Linux's"),
@@ -52,7 +52,7 @@ def test_a_copy_that_is_gone_at_the_end_is_seen():
 
 
 def test_the_checkpoint_is_one_that_the_library_reads(checkpoint):
-    decoder, params = pretrained.load_pretrained(checkpoint)
+    decoder, params = load.load_pretrained(checkpoint)
     assert decoder.spec.num_layers == 16
     assert str(params["embedding"].dtype) == "bfloat16"
 

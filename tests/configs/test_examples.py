@@ -11,10 +11,12 @@ import sys
 
 import pytest
 
-from gkdjax import config, examples_of_run, loop
-from gkdjax.data.answers import is_right
-from gkdjax.data.sources import read_examples
-from gkdjax.metrics import read_lines
+import gkdjax
+from gkdjax import config
+from gkdjax.data import load
+from gkdjax.data.answer_matching import is_right
+from gkdjax.data.examples import read_examples
+from gkdjax.utils.files import read_lines
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 EXAMPLES = (
@@ -87,7 +89,7 @@ def test_all_of_the_data_is_read_and_fits_together(name):
     if name == "sft_dataset":
         assert HUB.fullmatch(c.data.train) and HUB.fullmatch(c.data.validation)
         c.data.train, c.data.validation = str(CONFIGS / name / "sample.jsonl"), 0.25
-    examples = examples_of_run.read(config.parse(c))
+    examples = load.read(config.parse(c))
     assert len(examples.train) >= 18 and examples.anchors and examples.prompts
     assert all(row.prefix for row in examples.prompts)  # there is something to be baked
 
@@ -161,7 +163,7 @@ def test_each_persona_is_called_by_its_name():
 def test_what_is_asked_of_a_chat_was_told_where_the_student_does_not_read():
     """But in its beginning: the teacher reads it there, so recovery is defined."""
     c = config.parse(get_config("continual_memory"))
-    for row in examples_of_run.read(c).questions:
+    for row in load.read(c).questions:
         told, read = row.prefix[:-2], (*row.prefix[-2:], *row.turns)
         assert is_right(told[0].content, row.expected), row.name
         assert not is_right(" ".join(m.content for m in read), row.expected), row.name
@@ -206,7 +208,7 @@ def run_tiny(name: str, tiny_runs: pathlib.Path, monkeypatch) -> tuple[dict, pat
     c = get_config(name, "tiny")
     c.log.tensorboard = c.log.progress_bar = False
     workdir = pathlib.Path("runs") / name
-    results = loop.run(c, workdir)
+    results = gkdjax.run(c, workdir)
     assert json.loads((workdir / "results.json").read_text()) == results
     return results, tiny_runs / workdir
 

@@ -7,7 +7,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from gkdjax.data.chat import load_chat
+from gkdjax.data.chat_template import load_chat
 
 _SPECIAL = (
     *("<pad>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<|im_start|>", "<|im_end|>"),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gkdjax.data.shorten import without_oldest_rounds, without_prefix_rounds
+from gkdjax.data.truncation import without_oldest_rounds, without_prefix_rounds
 from gkdjax.types import Example, Message
 
 _ROLES = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}

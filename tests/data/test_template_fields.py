@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import tool_templates as templates
 
-from gkdjax.data.chat import load_chat
-from gkdjax.data.targets import TargetRules
-from gkdjax.errors import UserError
+from gkdjax.data.chat_template import load_chat
+from gkdjax.data.loss_mask import TargetRules
 from gkdjax.types import Message
+from gkdjax.utils.errors import UserError
 
 TOOLS = json.dumps(
     [

@@ -8,7 +8,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from gkdjax.data.tokenizer_files import load_tokenizer
-from gkdjax.errors import UserError
+from gkdjax.utils.errors import UserError
 
 TEXT = "in 2023 there were\n\n  two of 12345 things </s>\nitems 1  2 caf\u00e9 cafe\u0301 Why</s>So"
 SPECIAL = ("<unk>", "<s>", "</s>")

@@ -9,13 +9,13 @@ import tool_templates
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gkdjax.data.history import answers_apart, answers_of
+from gkdjax.data.conversations import answers_apart, answers_of
+from gkdjax.data.loss_mask import TargetRules
 from gkdjax.data.message_spans import is_plain
-from gkdjax.data.targets import TargetRules
 from gkdjax.data.views import Fate, ViewRules
-from gkdjax.errors import UserError
 from gkdjax.losses import TopKLogprobs
 from gkdjax.types import Example, KeptTopK, Message, Trajectory
+from gkdjax.utils.errors import UserError
 
 _words = st.text("abc user.\n🙂", min_size=1, max_size=8).map(str.strip).filter(bool)
 _PREFIX = (Message("system", "The key is x."),)

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from small_runs import PREFIX, ConstantTeacher, metrics, small
 
-from gkdjax import config, loop
-from gkdjax.errors import UserError
+import gkdjax
+from gkdjax import config
 from gkdjax.losses import Agreement
-from gkdjax.metrics import read_lines
 from gkdjax.tools import export_hf
+from gkdjax.train import evals
+from gkdjax.utils.errors import UserError
+from gkdjax.utils.files import read_lines
 
 OTHER = [{"role": "system", "content": "be long"}]
 MEASURES = {*Agreement._fields, "perplexity"}
@@ -45,7 +47,7 @@ def run(student, other, tmp_path_factory):
     """(results, workdir, config)"""
     workdir = tmp_path_factory.mktemp("measured") / "run"
     c = measuring(student, teacher__backend="flax", teacher__model=other)
-    return loop.run(c, workdir), workdir, c
+    return gkdjax.run(c, workdir), workdir, c
 
 
 def test_every_condition_has_every_measure(run):
@@ -77,9 +79,9 @@ def test_the_schedule_is_the_union_of_both_keys(run):
 
 
 def test_steps_that_the_run_never_gets_to_are_told(caplog):
-    assert loop.measured_steps(config.Eval(every_steps=2, at_steps=(1, 5)), 5) == {0, 1, 2, 4, 5}
+    assert evals.measured_steps(config.Eval(every_steps=2, at_steps=(1, 5)), 5) == {0, 1, 2, 4, 5}
     assert caplog.text == ""
-    assert loop.measured_steps(config.Eval(at_steps=(1, 7)), 5) == {0, 1, 5}
+    assert evals.measured_steps(config.Eval(at_steps=(1, 7)), 5) == {0, 1, 5}
     assert "eval.at_steps: the run has 5 steps and never gets to [7]" in caplog.text
 
 
@@ -136,7 +138,7 @@ def test_the_loss_of_validation_rows_is_the_training_loss(student, other, tmp_pa
             c.teacher.backend, c.teacher.model, c.teacher.top_k = "flax", other, top_k
             c.gkd.divergence, c.gkd.jsd_beta, c.gkd.reduction = "generalized_jsd", 0.3, reduction
             workdir = tmp_path / f"{reduction}{top_k}"
-            loop.run(c, workdir)
+            gkdjax.run(c, workdir)
             validation = read_lines(workdir / "eval.jsonl")[0]["validation/loss"]
             assert validation == pytest.approx(metrics(workdir)[0]["loss"], rel=1e-5)
 
@@ -161,17 +163,17 @@ def test_held_out_questions_are_not_asked_on_the_way(run, student, other, tmp_pa
 
     monkeypatch.setattr(Evaluation, "on_the_way", watched)
     c = measuring(student, teacher__backend="flax", teacher__model=other, train__steps=1)
-    loop.run(c, tmp_path)
+    gkdjax.run(c, tmp_path)
 
 
 def test_a_run_interrupted_after_a_measurement_has_each_line_once(student, tmp_path):
     c = measuring(student, teacher__top_k=1, data__validation=None)
     with pytest.raises(ConnectionError):
-        loop.run(c, tmp_path, teacher=ConstantTeacher(50, 5, fails_at=8))
+        gkdjax.run(c, tmp_path, teacher=ConstantTeacher(50, 5, fails_at=8))
     before = read_lines(tmp_path / "eval.jsonl")
     assert before
     (tmp_path / "samples.jsonl").write_text("")  # killed between the two lines
-    results = loop.run(c, tmp_path, teacher=ConstantTeacher(50, 5))
+    results = gkdjax.run(c, tmp_path, teacher=ConstantTeacher(50, 5))
     lines = read_lines(tmp_path / "eval.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 4, 5]
     assert lines[: len(before)] == before
@@ -185,7 +187,7 @@ def test_what_is_not_there_is_told_with_what_would_bring_it(student, tmp_path):
     c = small(student, train__steps=1, context__prefix_messages=(), student__adapter="none")
     c.teacher.backend, c.teacher.model = "flax", student
     c.eval.prompts = [{"prompt": "q"}]
-    results = loop.run(c, tmp_path)
+    results = gkdjax.run(c, tmp_path)
     assert set(results["unavailable"]) == {
         "accuracy and recovery",
         "accuracy on held-out questions",
@@ -205,7 +207,7 @@ def test_side_effects_of_full_fine_tuning_keep_the_untrained_student(student, tm
     c = small(student, train__steps=2, student__adapter="none", context__prefix_messages=())
     c.teacher.backend, c.teacher.model = "flax", student
     c.eval.side_effects = [{"prompt": "q"}]
-    results = loop.run(c, tmp_path)
+    results = gkdjax.run(c, tmp_path)
     assert "the evaluation of side effects" in caplog.text
     assert results["side_effects"]["forward_kl"] >= 0.0
     (first, last) = read_lines(tmp_path / "eval.jsonl")
@@ -218,7 +220,7 @@ def test_another_prefix_that_is_the_baked_one_measures_the_same(student, other, 
     c = measuring(student, teacher__backend="flax", teacher__model=other, train__steps=2)
     c.eval.other_prefix, c.checkpoint.keep_evaluated = PREFIX, False
     c.eval.every_steps, c.eval.at_steps, c.data.validation = None, (), None
-    results = loop.run(c, tmp_path)
+    results = gkdjax.run(c, tmp_path)
     there, here = results["reprompted_student"], results["student_other_prefix"]
     assert here == pytest.approx(there, rel=1e-4) and here["forward_kl"] > 1e-3
     samples = results["samples"]
@@ -228,7 +230,7 @@ def test_another_prefix_that_is_the_baked_one_measures_the_same(student, other, 
 def test_what_has_no_room_behind_another_prefix_is_told(student, tmp_path, caplog):
     c = small(student, train__steps=1, eval__prompts=[{"prompt": "q"}], teacher__top_k=1)
     c.eval.other_prefix = [{"role": "system", "content": "x" * 44}]  # there is room for one token
-    results = loop.run(c, tmp_path, teacher=ConstantTeacher(50, 5))
+    results = gkdjax.run(c, tmp_path, teacher=ConstantTeacher(50, 5))
     assert "eval.other_prefix: 1 tokens of the teacher's answers have no room" in caplog.text
     assert results["student_other_prefix"]["forward_kl"] > 0
 
@@ -236,4 +238,4 @@ def test_what_has_no_room_behind_another_prefix_is_told(student, tmp_path, caplo
 def test_another_prefix_has_to_fit_too(student, tmp_path):
     c = measuring(student, eval__other_prefix=[{"role": "system", "content": "x" * 64}])
     with pytest.raises(UserError, match=r"eval\.questions:0: .*data\.max_length = 64"):
-        loop.run(c, tmp_path)
+        gkdjax.run(c, tmp_path)

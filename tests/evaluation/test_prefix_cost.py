@@ -6,9 +6,9 @@ import builders
 import numpy as np
 import pytest
 
-from gkdjax import sharding
 from gkdjax.evaluation import prefix_cost
 from gkdjax.evaluation.scoring import Reader
+from gkdjax.parallel import mesh
 
 PREFIX = np.arange(3, 27, dtype=np.int32)
 PROMPTS = [np.asarray([5, 6 + i], np.int32) for i in range(3)]
@@ -27,13 +27,13 @@ def reader() -> Reader:
 def measure(reader, **changes):
     asked = prefix_cost.Asked(PROMPTS, [np.concatenate([PREFIX, p]) for p in PROMPTS])
     how = {"new_tokens": 3, "batch_size": 4, "lengths": (8, 32), "vocab_size": 32}
-    how |= {"mesh": sharding.make_mesh(), "prefix_bytes": 2**20}
+    how |= {"mesh": mesh.make_mesh(), "prefix_bytes": 2**20}
     return prefix_cost.measure(reader, asked, **how | changes)
 
 
 @pytest.fixture
 def short_prefixes_count(monkeypatch):
-    monkeypatch.setattr("gkdjax.prefix_store.LEAST_TOKENS", 16)
+    monkeypatch.setattr("gkdjax.models.prefix_cache.LEAST_TOKENS", 16)
 
 
 def test_three_ways_are_timed_where_the_prefix_is_worth_keeping(reader, short_prefixes_count):

@@ -7,15 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gkdjax import losses, sharding
+from gkdjax import losses
 from gkdjax.config import Gkd
 from gkdjax.evaluation import scoring
 from gkdjax.evaluation.scoring import Reader, Scored
 from gkdjax.losses import top_k_logprobs
-from gkdjax.types import TopKTargets
+from gkdjax.losses.objective import TopKTargets
+from gkdjax.parallel import mesh
 from tests.losses.numpy_reference import kl, log_softmax
 
-MESH = sharding.make_mesh()
+MESH = mesh.make_mesh()
 BATCH = builders.batch((4, 2, 1, 3))
 MASK = np.asarray(BATCH.target_mask_BN)
 

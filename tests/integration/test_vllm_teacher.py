@@ -9,12 +9,12 @@ from small_runs import small
 from vllm_server import connected
 
 from gkdjax import config
-from gkdjax.errors import UserError
-from gkdjax.sampler import Sampling
-from gkdjax.teachers.http import connect
-from gkdjax.teachers.http.answers import ScoreRequest
+from gkdjax.models.sampler import Sampling
+from gkdjax.teachers.server import connect
+from gkdjax.teachers.server.answers import ScoreRequest
 from gkdjax.tools import check_teacher
 from gkdjax.types import Prompt
+from gkdjax.utils.errors import UserError
 
 pytestmark = pytest.mark.integration
 NATS = 1e-4  # a logprob here and there

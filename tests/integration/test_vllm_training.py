@@ -13,11 +13,12 @@ import pytest
 from small_runs import metrics, small
 from vllm_server import connected
 
-from gkdjax import loop, lora
+import gkdjax
 from gkdjax.config import ASSETS, parse
-from gkdjax.data.chat import load_chat
-from gkdjax.hf import export, pretrained
-from gkdjax.sampler import Sampling
+from gkdjax.data.chat_template import load_chat
+from gkdjax.models import lora
+from gkdjax.models.hf import export, load
+from gkdjax.models.sampler import Sampling
 from gkdjax.types import Prompt
 
 pytestmark = pytest.mark.integration
@@ -61,7 +62,7 @@ def local(student, model, tmp_path_factory):
     """(results, directory) of the run with its teacher in this process."""
     workdir = tmp_path_factory.mktemp("local")
     c = config(student, teacher__backend="flax", teacher__model=model("gemma3"))
-    return loop.run(c, workdir), workdir
+    return gkdjax.run(c, workdir), workdir
 
 
 def assert_alike(workdir, local) -> None:
@@ -76,7 +77,7 @@ def assert_alike(workdir, local) -> None:
 
 
 def test_the_losses_are_those_of_the_same_teacher_in_process(student, gemma, local, tmp_path):
-    results = loop.run(at_server(student, gemma), tmp_path)
+    results = gkdjax.run(at_server(student, gemma), tmp_path)
     assert_alike(tmp_path, local)
     assert results["teacher"]["retries"] == 0 and results["teacher"]["bought"] > 0
     for when in ("before", "after"):
@@ -99,7 +100,7 @@ def test_a_server_that_is_killed_and_comes_back(student, gemma, local, tmp_path)
     c = at_server(student, gemma, teacher__deadline_s=300.0)
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
         killing = threads.submit(kill_and_start_again, gemma, tmp_path / "metrics.jsonl")
-        results = loop.run(c, tmp_path)
+        results = gkdjax.run(c, tmp_path)
         killing.result()
     assert results["teacher"]["retries"] > 0
     assert_alike(tmp_path, local)
@@ -161,7 +162,7 @@ def test_a_served_export_stops_on_its_own(serve, tmp_path, kind):
     """The student's generation_config.json does not have its template's end of turn."""
     base = shutil.copytree(ASSETS / "quickstart" / "student", tmp_path / "base")
     (base / "generation_config.json").write_text('{"eos_token_id": 1}')
-    chat, (decoder, params) = load_chat(base), pretrained.load_pretrained(base)
+    chat, (decoder, params) = load_chat(base), load.load_pretrained(base)
     ending, none_yet = export.Ending(chat.stop_ids, chat.pad_id), lora.LoraRules(4, 8.0)
     adapters = lora.init(jax.random.key(0), params, none_yet)
     out = tmp_path / kind

@@ -16,17 +16,17 @@ import jax
 from absl import logging
 from jax.experimental import multihost_utils
 
-from gkdjax import cluster, ending
-from gkdjax.errors import GkdjaxError, TrainingFailure
+from gkdjax.parallel import bootstrap, shutdown
+from gkdjax.utils.errors import GkdjaxError, TrainingFailure
 
-ending.GRACE_S = 2.0
+shutdown.GRACE_S = 2.0
 FAILS = {"fail": TrainingFailure, "last": TrainingFailure, "bug": RuntimeError}
 
 
 def main(does: str, coordinator=None, processes=None, process=None) -> None:
     where = coordinator, processes and int(processes), process and int(process)
-    with cluster.joined(*where, 60.0) as count:
-        cluster.require_same(cluster.code(), 60.0)
+    with bootstrap.joined(*where, 60.0) as count:
+        bootstrap.require_same(bootstrap.code(), 60.0)
         own = jax.distributed.is_initialized() and int(jax.process_index())
         if does == "alone":
             print("alone", count, jax.device_count(), jax.distributed.is_initialized())

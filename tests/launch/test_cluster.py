@@ -11,8 +11,8 @@ import time
 import pytest
 from launch.together import MAIN, PROBE, ROOT, environment, free_port, run
 
-from gkdjax import cluster
-from gkdjax.errors import UserError
+from gkdjax.parallel import bootstrap
+from gkdjax.utils.errors import UserError
 
 SLOW = pytest.mark.slow(150)
 CONFIG = """\
@@ -198,14 +198,14 @@ def test_another_config_in_one_process_is_named_by_all(main):
 def test_another_version_of_the_code_in_one_process_is_named_by_all(main, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(ROOT / "gkdjax", other / "gkdjax", ignore=shutil.ignore_patterns("assets"))
-    with (other / "gkdjax" / "losses" / "masked.py").open("a") as file:
+    with (other / "gkdjax" / "losses" / "masking.py").open("a") as file:
         file.write("# another line\n")
     environments = [environment(), environment(PYTHONPATH=str(other), PYTHONSAFEPATH="1")]
     port = free_port()
     ended = main(where(0, port), where(1, port), environments=environments)
     for e in ended:
         assert e.returncode == 2
-        assert "process 1 differs from process 0 in gkdjax.losses/masked.py" in e.stderr
+        assert "process 1 differs from process 0 in gkdjax.losses/masking.py" in e.stderr
 
 
 @SLOW
@@ -248,14 +248,14 @@ def test_a_taken_port_is_named(main):
     ],
 )
 def test_flags_that_make_no_cluster_are_refused(given, told):
-    with pytest.raises(UserError, match=told), cluster.joined(*given, timeout_s=1):
+    with pytest.raises(UserError, match=told), bootstrap.joined(*given, timeout_s=1):
         pass
 
 
 def test_a_difference_has_a_name_and_both_values():
     mine = {"a": {"b": 1, "c": [1, 2]}, "new": 1}
     theirs = {"a": {"b": 1, "c": [1, 3]}, "old": 1}
-    found = list(cluster.differences(mine, theirs))
+    found = list(bootstrap.differences(mine, theirs))
     assert found == [
         "a.c ([1, 2] and not [1, 3])",
         "new (missing there)",

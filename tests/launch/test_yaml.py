@@ -9,7 +9,12 @@ import yaml
 from launch.together import ROOT, environment
 
 from gkdjax import config, main
-from gkdjax.errors import CoordinatorUnreachable, Preempted, TeacherUnreachable, TrainingFailure
+from gkdjax.utils.errors import (
+    CoordinatorUnreachable,
+    Preempted,
+    TeacherUnreachable,
+    TrainingFailure,
+)
 
 LAUNCH = ROOT / "launch"
 AGAIN = {Preempted.exit_code, TeacherUnreachable.exit_code, CoordinatorUnreachable.exit_code}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from gkdjax import tree
+from gkdjax.utils import tree
 
 PARAMS = {
     "embed": jnp.arange(4.0),

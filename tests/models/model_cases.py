@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import torch
 
-from gkdjax.hf import pretrained
+from gkdjax.models.hf import load
 
 TOLERANCE = 2e-5  # on logits with a standard deviation of about 1
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
@@ -16,7 +16,7 @@ GLOBAL, LOCAL = "full_attention", "sliding_attention"
 def pair(directory, family: str = "gemma3", **overrides):
     """(torch model, decoder, params) of the same weights, ours by way of `directory`."""
     path = factories.model_dir(directory, family=family, **overrides)
-    return factories.torch_model(family=family, **overrides), *pretrained.load_pretrained(path)
+    return factories.torch_model(family=family, **overrides), *load.load_pretrained(path)
 
 
 def rows(length: int, lengths: tuple[int, ...], side: str) -> tuple[np.ndarray, np.ndarray]:

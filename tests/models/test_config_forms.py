@@ -3,8 +3,8 @@
 import factories
 import pytest
 
-from gkdjax.models import families, gemma3
-from gkdjax.models.spec import Llama3Scaling, RopeSpec
+from gkdjax.models.decoder_config import Llama3Scaling, RopeSpec
+from gkdjax.models.families import gemma3, registry
 from tests.models.model_cases import GLOBAL, LOCAL
 
 NEW_FORM = {
@@ -73,7 +73,7 @@ def test_llama_3_scaling_in_its_old_form(spelling):
         "rope_theta": 5e5,
         "rope_scaling": LLAMA3_SCALING | {spelling: "llama3"},
     }
-    rope = families.MODEL_TYPES["llama"].decoder_spec(old).rope_global
+    rope = registry.MODEL_TYPES["llama"].decoder_spec(old).rope_global
     assert rope == RopeSpec(5e5, llama3=Llama3Scaling(32.0, 1.0, 4.0, 8192))
 
 
@@ -102,12 +102,12 @@ def test_what_a_family_does_not_compute_is_refused(family, changed, named):
     if "rope_parameters" in changed:
         given["rope_parameters"] = {"rope_theta": 1e4} | changed["rope_parameters"]
     with pytest.raises(ValueError, match=named):
-        families.MODEL_TYPES[family].decoder_spec(given)
+        registry.MODEL_TYPES[family].decoder_spec(given)
 
 
 def test_a_window_that_is_switched_off_is_none():
     given = factories.config("qwen3").to_dict()
     given |= {"use_sliding_window": False, "sliding_window": 7, "layer_types": None}
-    spec = families.MODEL_TYPES["qwen3"].decoder_spec(given)
+    spec = registry.MODEL_TYPES["qwen3"].decoder_spec(given)
     assert spec.is_global_L == (True, True, True)
     assert spec.window is None

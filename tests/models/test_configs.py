@@ -6,8 +6,8 @@ import math
 import pytest
 import transformers
 
-from gkdjax.hf import model_config
-from gkdjax.models.spec import Llama3Scaling, RopeSpec, param_shapes
+from gkdjax.models.decoder_config import Llama3Scaling, RopeSpec, param_shapes
+from gkdjax.models.hf import model_config
 
 GEMMA_TEXT = {
     "architectures": ["Gemma3ForCausalLM"],

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from gkdjax.models.decoder import Decoder
-from gkdjax.models.spec import param_shapes
-from gkdjax.tree import map_with_path
+from gkdjax.models.decoder_config import param_shapes
+from gkdjax.utils.tree import map_with_path
 from tests.models.model_cases import GLOBAL, TOLERANCE, decoder_logits, distance, pair, rows
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from gkdjax.sampler import Sampling, sample
+from gkdjax.models.sampler import Sampling, sample
 from tests.models.model_cases import pair
 
 N = 64  # far past the window of 5

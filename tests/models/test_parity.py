@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gkdjax.models.decoder import Decoder
-from gkdjax.models.spec import Llama3Scaling, RopeSpec
+from gkdjax.models.decoder_config import Llama3Scaling, RopeSpec
 from tests.models.model_cases import (
     GLOBAL,
     LOCAL,

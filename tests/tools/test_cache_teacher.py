@@ -7,10 +7,11 @@ from fake_server import FakeServer
 from fake_teacher import FakeTeacher
 from small_runs import losses_hex, small
 
-from gkdjax import config, loop
-from gkdjax.errors import UserError
-from gkdjax.teachers.http.storage.store import AnswerStore
+import gkdjax
+from gkdjax import config
+from gkdjax.teachers.server.store.answers import AnswerStore
 from gkdjax.tools import cache_teacher
+from gkdjax.utils.errors import UserError
 
 
 def job(student: str, base: str, **changes):
@@ -66,13 +67,13 @@ def test_a_run_after_it_needs_no_server(student, server, tmp_path, capsys):
 
     server.stop()
     c.teacher.offline = True
-    results = loop.run(c, run)
+    results = gkdjax.run(c, run)
     assert results["teacher"]["bought"] == 0
     assert len(server.requests) == asked
     assert results["held_out"]["after"]["validation/loss"] > 0
     assert "heldout_accuracy" in results["prompted_teacher"]
     server.start()
-    loop.run(job(student, server.base), tmp_path / "online")
+    gkdjax.run(job(student, server.base), tmp_path / "online")
     assert losses_hex(run) == losses_hex(tmp_path / "online")
 
 
@@ -82,11 +83,11 @@ def test_nothing_is_bought_that_the_run_would_not_ask_for(student, server, tmp_p
     c.data.validation = None
     c.trajectory.refresh_every_steps = None
     fill(c, tmp_path / "run")
-    results = loop.run(c, tmp_path / "run")
+    results = gkdjax.run(c, tmp_path / "run")
     assert results["teacher"]["bought"] > 0  # what the student wrote for the evaluation, alone
     c.teacher.offline = True
     c.teacher.store = str(tmp_path / "run" / "answers.sqlite")
-    assert loop.run(c, tmp_path / "other")["teacher"]["bought"] == 0
+    assert gkdjax.run(c, tmp_path / "other")["teacher"]["bought"] == 0
     with AnswerStore(c.teacher.store, read_only=True) as store:
         scored = [stored for stored in store.all() if stored.kind == "score"]
     assert 8 <= len(scored) <= 8 + results["teacher"]["bought"]
@@ -99,7 +100,7 @@ def test_earlier_answers_of_a_refreshed_row_are_read_ahead_too(student, server, 
     fill(c, tmp_path / "run")
     server.stop()
     c.teacher.offline = True
-    assert loop.run(c, tmp_path / "run")["teacher"]["bought"] == 0
+    assert gkdjax.run(c, tmp_path / "run")["teacher"]["bought"] == 0
 
 
 def test_without_a_store_or_a_server_there_is_nothing_to_fill(student, server, tmp_path):

@@ -10,9 +10,9 @@ from fake_teacher import FakeTeacher
 from small_runs import small
 
 from gkdjax import config
-from gkdjax.errors import TeacherUnreachable, UserError
-from gkdjax.teachers.http.answers import Answer
+from gkdjax.teachers.server.answers import Answer
 from gkdjax.tools import check_teacher
+from gkdjax.utils.errors import TeacherUnreachable, UserError
 
 
 def found(student, handler, backend="vllm", local=None, **keys) -> dict[str, str]:

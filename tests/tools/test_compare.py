@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from gkdjax.results import tables
+from gkdjax.report import tables
 from gkdjax.tools import compare
 
 pytestmark = pytest.mark.drawn

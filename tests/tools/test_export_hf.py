@@ -12,9 +12,9 @@ from checkpoints import assert_same_bytes, load_torch, tensors, torch_logits
 from readme_commands import README
 from small_runs import ConstantTeacher, small
 
-from gkdjax import loop
-from gkdjax.errors import Preempted
+import gkdjax
 from gkdjax.tools import export_hf
+from gkdjax.utils.errors import Preempted
 
 FILES = ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja")
 FILES += ("generation_config.json",)
@@ -36,16 +36,16 @@ def lora_run(student, tmp_path_factory) -> pathlib.Path:
     config = small(str(base), teacher__top_k=1, train__export="both")
     config.student.lora.alpha = 7.0
     with pytest.raises(Preempted):
-        loop.run(config, root / "run", teacher=ConstantTeacher(50, 5, stopped_at=2))
+        gkdjax.run(config, root / "run", teacher=ConstantTeacher(50, 5, stopped_at=2))
     assert export(root / "run", root / "stopped") == 0
-    loop.run(config, root / "run", teacher=ConstantTeacher(50, 5))
+    gkdjax.run(config, root / "run", teacher=ConstantTeacher(50, 5))
     return root / "run"
 
 
 @pytest.fixture(scope="module")
 def full_run(student, tmp_path_factory) -> pathlib.Path:
     config = small(student, teacher__top_k=1, student__adapter="none")
-    loop.run(config, tmp_path_factory.mktemp("full") / "run", teacher=ConstantTeacher(50, 5))
+    gkdjax.run(config, tmp_path_factory.mktemp("full") / "run", teacher=ConstantTeacher(50, 5))
     return next(tmp_path_factory.getbasetemp().glob("full*/run"))
 
 
@@ -172,7 +172,7 @@ def test_a_run_finds_its_model_from_anywhere(student, tmp_path, monkeypatch, cap
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     config = small("model", teacher__top_k=1, train__steps=1, train__export="adapter")
-    loop.run(config, tmp_path / "run", teacher=ConstantTeacher(50, 5))
+    gkdjax.run(config, tmp_path / "run", teacher=ConstantTeacher(50, 5))
     monkeypatch.chdir(tmp_path / "there")
     assert export(tmp_path / "run", "out") == 0
     assert export(tmp_path / "run", "adapter", "--adapter") == 0

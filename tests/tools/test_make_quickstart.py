@@ -12,11 +12,11 @@ import torch
 import transformers
 
 import gkdjax
-from gkdjax.errors import UserError
-from gkdjax.hf import pretrained
+from gkdjax.models.hf import load
 from gkdjax.tools.make_quickstart import build, pretrain, report, task, tokenizer
+from gkdjax.utils.errors import UserError
 
-ASSETS = pathlib.Path(gkdjax.__file__).parent / "assets" / "quickstart"
+ASSETS = pathlib.Path(gkdjax.__file__).parent / "config" / "assets" / "quickstart"
 ROW_FILES = (
     "train.jsonl",
     "anchor.jsonl",
@@ -124,7 +124,7 @@ def test_the_anchor_brings_right_answers(directory):
 
 @pytest.mark.parametrize("name", ["teacher", "student"])
 def test_models_agree_with_torch(directory, name):
-    decoder, params = pretrained.load_pretrained(str(directory / name))
+    decoder, params = load.load_pretrained(str(directory / name))
     chat = transformers.AutoTokenizer.from_pretrained(directory / name)
     ids = chat.apply_chat_template(CONVERSATION, return_dict=True)["input_ids"]
     tokens_BT = np.asarray([ids * 3], np.int32)  # past the window of the local layers

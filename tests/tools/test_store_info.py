@@ -11,16 +11,16 @@ import pyarrow.parquet
 import pytest
 from stored_answers import BIG, answer, filled, items, key, teacher
 
-from gkdjax.teachers.http.answers import lost_sample
-from gkdjax.teachers.http.storage import payload, store
-from gkdjax.teachers.http.storage.store import AnswerStore
+from gkdjax.teachers.server.answers import lost_sample
+from gkdjax.teachers.server.store import answers, codec
+from gkdjax.teachers.server.store.answers import AnswerStore
 from gkdjax.tools import store_info
 
 
 @pytest.fixture
 def path(tmp_path, monkeypatch):
     """Three score answers, two samples, of which one is lost, and a teacher without any."""
-    monkeypatch.setattr(store.time, "time", iter([86_400.0 * 3, 86_400.0 * 400]).__next__)
+    monkeypatch.setattr(answers.time, "time", iter([86_400.0 * 3, 86_400.0 * 400]).__next__)
     partly = answer(4, n=3)
     partly.top_logprobs[1, 2:] = -np.inf
     finished = dataclasses.replace(partly, finished=True)
@@ -42,7 +42,7 @@ def test_the_table(path, capsys):
     header, _, sample, score, small, total, _, size = capsys.readouterr().out.splitlines()
     assert header.split()[:2] == ["model", "fingerprint"]
     names = ["big", BIG.fingerprint[:12], BIG.tokenizer[:12]]
-    num_bytes = sum(len(payload.encode(answer(i))) for i in (1, 2, 3))
+    num_bytes = sum(len(codec.encode(answer(i))) for i in (1, 2, 3))
     sizes = ["3", "12", f"{num_bytes:,}", f"{num_bytes / 12:.1f}"]
     assert score.split() == [*names, "score", *sizes, "1970-01-04", "1970-01-04"]
     assert sample.split()[3:6] == ["sample", "2", "3"]
@@ -99,11 +99,11 @@ def test_an_empty_store_becomes_an_empty_file(tmp_path, capsys):
 
 def test_while_a_run_writes(path, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(store_info, "_ROWS", 2)
-    monkeypatch.setattr(store, "_AT_ONCE", 2)
+    monkeypatch.setattr(answers, "_AT_ONCE", 2)
     late = teacher(102, model="late")
     columns = store_info._columns
     with AnswerStore(path) as writer:
-        monkeypatch.setattr(store.time, "time", lambda: 0.0)
+        monkeypatch.setattr(answers.time, "time", lambda: 0.0)
 
         def then_more_comes(*args):
             writer.add_teacher(late)
@@ -136,7 +136,7 @@ def test_what_goes_wrong_is_one_line(path, tmp_path, capsys, monkeypatch):
 
 def test_a_damaged_answer_leaves_no_file(path, tmp_path, capsys):
     data = path.read_bytes()
-    at = data.index(payload.encode(answer(2))[4:])
+    at = data.index(codec.encode(answer(2))[4:])
     path.write_bytes(data[: at + 30] + bytes([data[at + 30] ^ 1]) + data[at + 31 :])
     assert run(path, f"--export={tmp_path / 'a.parquet'}") == 2
     assert f"answer {key(2)} is damaged" in capsys.readouterr().err

@@ -4,8 +4,8 @@ import sys
 
 from absl import app, flags
 
-from gkdjax.errors import UserError
 from gkdjax.tools.make_quickstart import build
+from gkdjax.utils.errors import UserError
 
 _OUT = flags.DEFINE_string("out", None, "Directory to write; must be empty or absent.")
 _SEED = flags.DEFINE_integer("seed", build.SEED, "Of the key, the data and the two models.")

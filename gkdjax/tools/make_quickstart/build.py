@@ -7,10 +7,10 @@ import time
 import jax
 import numpy as np
 
-from gkdjax.errors import UserError
-from gkdjax.models import gemma3
 from gkdjax.models.decoder import Decoder
+from gkdjax.models.families import gemma3
 from gkdjax.tools.make_quickstart import data, evaluate, pretrain, report, task, tokenizer
+from gkdjax.utils.errors import UserError
 
 SEED = 0
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gkdjax import sampler
+from gkdjax.models import sampler
 from gkdjax.models.decoder import Decoder
 from gkdjax.tools.make_quickstart import pretrain, task
 

@@ -11,7 +11,7 @@ import optax
 import tqdm
 
 from gkdjax.models.decoder import Decoder
-from gkdjax.models.spec import DecoderSpec, param_shapes
+from gkdjax.models.decoder_config import DecoderSpec, param_shapes
 from gkdjax.tools.make_quickstart import task, tokenizer
 
 

@@ -9,8 +9,8 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from gkdjax.hf import export
-from gkdjax.models.spec import DecoderSpec
+from gkdjax.models.decoder_config import DecoderSpec
+from gkdjax.models.hf import export
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 _ROLES = ("system", "user", "model")

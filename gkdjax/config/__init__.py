@@ -1,0 +1,53 @@
+"""The configuration: `default()` has every key, `parse()` checks what was made of it.
+
+Nothing here imports jax, so that a bad value is answered at once.
+"""
+
+from gkdjax.config.parse import check_key, default, parse, to_dict
+from gkdjax.config.schema import (
+    ASSETS,
+    Anchor,
+    AnchorSet,
+    Checkpoint,
+    Config,
+    Context,
+    Data,
+    Eval,
+    Gkd,
+    Log,
+    Lora,
+    Mesh,
+    Optim,
+    Student,
+    Teacher,
+    Train,
+    TrajectoryConfig,
+    anchor_sets,
+    rows_at_once,
+)
+
+__all__ = [
+    "ASSETS",
+    "Anchor",
+    "AnchorSet",
+    "Checkpoint",
+    "Config",
+    "Context",
+    "Data",
+    "Eval",
+    "Gkd",
+    "Log",
+    "Lora",
+    "Mesh",
+    "Optim",
+    "Student",
+    "Teacher",
+    "Train",
+    "TrajectoryConfig",
+    "anchor_sets",
+    "check_key",
+    "default",
+    "parse",
+    "rows_at_once",
+    "to_dict",
+]

@@ -1,0 +1,104 @@
+"""The command line of everything that takes a config: flags, logging, and what an error becomes."""
+
+import logging as std_logging
+import os
+import pathlib
+import re
+import sys
+import traceback
+from collections.abc import Callable
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from gkdjax.config import schema
+from gkdjax.config.parse import check_key, parse
+from gkdjax.utils.errors import GkdjaxError, UserError
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file with get_config().")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/CONFIG'S NAME.")
+
+
+def run(main: Callable[[schema.Config, pathlib.Path], None]) -> None:
+    """Calls `main(config, workdir)`; an expected error becomes one line on stderr and its code."""
+
+    def with_config(argv: list[str]) -> None:
+        del argv
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.INFO)
+            logging.get_absl_handler().addFilter(_is_for_people)
+        # transformers is here for tokenizers and config files: that torch is missing is no news.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        parsed = parse(_CONFIG.value)
+        main(parsed, pathlib.Path(_WORKDIR.value or _default_workdir()))
+
+    try:
+        app.run(with_config, flags_parser=_parse_flags)
+    except GkdjaxError as error:
+        print(f"gkdjax: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _is_for_people(record) -> bool:
+    """What this package says, and what worries others: orbax and jax have much to say at INFO."""
+    ours = pathlib.Path(__file__).parents[1] in pathlib.Path(record.pathname).parents
+    return ours or record.levelno > std_logging.INFO
+
+
+def _default_workdir() -> pathlib.Path:
+    """runs/gemma3 for configs/gemma3.py, runs/gemma3-tiny for configs/gemma3.py:tiny."""
+    path, _, mode = flags.FLAGS["config"].config_filename.partition(":")
+    stem = pathlib.Path(path).stem
+    return pathlib.Path("runs") / (f"{stem}-{mode}" if mode else stem)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """absl's parsing, with mistakes in the config told as ours."""
+    for argument in argv:
+        if argument.startswith("--config."):
+            check_key(argument.removeprefix("--config.").partition("=")[0])
+    try:
+        rest = flags.FLAGS(argv)
+        if not _CONFIG.present:
+            raise UserError("name a config file: --config=configs/quickstart.py")
+        _CONFIG.value.to_dict()  # a file that could not be read says so only when it is used
+    except flags.Error as error:
+        raise UserError(_without_traceback(str(error))) from error
+    except OSError as error:
+        raise UserError(f"the config file cannot be read: {_innermost(error)}") from error
+    except GkdjaxError:
+        raise
+    except Exception as error:  # the config file is the user's program and may raise anything
+        raise UserError(_where(error, argv) + _readable(error)) from error
+    return rest
+
+
+def _without_traceback(message: str) -> str:
+    """What a config file raised for a wrong argument: config_flags tells it with a traceback."""
+    head, found, rest = message.partition("Traceback (most recent call last)")
+    return f"{head.strip().rstrip(':')}: {rest.strip().splitlines()[-1]}" if found else message
+
+
+def _innermost(error: BaseException) -> str:
+    """The last line of a chain of messages: the one with the file's name in it."""
+    return str(error).strip().splitlines()[-1].strip()
+
+
+def _readable(error: Exception) -> str:
+    """An unknown key without the dump of its section, anything else with its type."""
+    unknown = re.search(r'Key "(\w+)" does not exist', str(error))
+    if unknown is None:
+        return f"{type(error).__name__}: {error}"
+    near = re.search(r'Did you mean "(\w+)"', str(error))
+    advice = f": did you mean {near[1]!r}?" if near else ""
+    return f"unknown key {unknown[1]!r}{advice}"
+
+
+def _where(error: Exception, argv: list[str]) -> str:
+    """ "configs/x.py, line 12: ", the last frame of the error that lies in the config file."""
+    named = [a.partition("=")[2].partition(":")[0] for a in argv if a.startswith("--config=")]
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        for path in named:
+            if pathlib.Path(frame.filename).absolute() == pathlib.Path(path).absolute():
+                return f"{path}, line {frame.lineno}: "
+    return ", ".join(named) + ": "

@@ -1,0 +1,130 @@
+"""From nested dicts to the config's dataclasses: every key is known, every value of its type."""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+
+from ml_collections import config_dict
+
+from gkdjax.config import checks
+from gkdjax.config.schema import Config
+from gkdjax.utils.errors import UserError
+
+
+def check_path(cls, path: str) -> None:
+    """Raises UserError, with the nearest key, if a path like "train.sede" is no key of `cls`."""
+    hints = typing.get_type_hints(cls)
+    walked = ""
+    for name in path.split("."):
+        if walked and not hints:
+            key = walked.rstrip(".")
+            raise UserError(f"config.{key} is one value: give all of it, as --config.{key}=...")
+        if name not in hints:
+            _unknown(walked + name, hints, walked)
+        walked += name + "."
+        hint = hints[name]
+        hints = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
+
+
+def build(cls, raw: dict, prefix: str):
+    """The config class `cls` from nested dicts; `prefix` is the path of keys so far, for errors.
+
+    Raises:
+      UserError: an unknown or missing key, or a value of another type than the field's.
+    """
+    hints = typing.get_type_hints(cls)
+    for name in raw:
+        if name not in hints:
+            _unknown(prefix + name, hints, prefix)
+    for name in hints:
+        if name not in raw:
+            raise UserError(f"config.{prefix}{name} is missing: start from config.default()")
+    return cls(**{name: _value(hint, raw[name], prefix + name) for name, hint in hints.items()})
+
+
+def _unknown(key: str, hints: dict, prefix: str):
+    near = difflib.get_close_matches(key.removeprefix(prefix), hints, n=1, cutoff=0.5)
+    advice = f"did you mean config.{prefix}{near[0]}?" if near else f"there are {sorted(hints)}"
+    raise UserError(f"unknown key config.{key}: {advice}")
+
+
+def _value(hint, value, key: str):
+    """`value` as the hinted type; lists become tuples, and an int may stand for a float."""
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise UserError(f"config.{key} is a section, not {value!r}")
+        return build(hint, value, key + ".")
+    if isinstance(hint, types.UnionType):
+        for option in typing.get_args(hint):
+            try:
+                return _value(option, value, key)
+            except UserError:
+                continue
+        raise UserError(f"config.{key} must be {_readable(hint)}, not {value!r}")
+    if hint is float and type(value) is int:
+        return float(value)
+    if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
+        return tuple(_value(typing.get_args(hint)[0], item, key) for item in value)
+    if typing.get_origin(hint) is dict and isinstance(value, dict):
+        return {str(name): _value(typing.get_args(hint)[1], v, key) for name, v in value.items()}
+    if type(value) is not (typing.get_origin(hint) or hint):
+        raise UserError(f"config.{key} must be {_readable(hint)}, not {value!r}")
+    if hint is float and not math.isfinite(value):
+        raise UserError(f"config.{key} must be a finite number, not {value!r}")
+    return value
+
+
+def _readable(hint) -> str:
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_readable(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {_readable(typing.get_args(hint)[0])}"
+    if hint is types.NoneType:
+        return "None"
+    return {dict: "dict"}.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def default() -> config_dict.ConfigDict:
+    """Every key with its default, as a ConfigDict that refuses unknown keys."""
+    return _to_config_dict(Config())
+
+
+def to_dict(config: Config) -> dict:
+    """Plain dicts, lists and scalars, as written to a run's config.json."""
+    return dataclasses.asdict(config)
+
+
+def parse(raw: config_dict.ConfigDict | dict) -> Config:
+    """Turns a ConfigDict into dataclasses, with every check that needs no file.
+
+    Raises:
+      UserError: naming the key, the value, and what would be right.
+    """
+    raw = raw.to_dict() if isinstance(raw, config_dict.ConfigDict) else raw
+    config = build(Config, raw, "")
+    if config.teacher.backend in checks.SERVERS and config.teacher.top_k is None:
+        config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, top_k=20))
+    checks.check(config)
+    return config
+
+
+def check_key(path: str) -> None:
+    """Raises UserError, with the nearest key, if "train.sede" is no key of the config."""
+    check_path(Config, path)
+
+
+def _to_config_dict(section) -> config_dict.ConfigDict:
+    """Scalars keep their type in the ConfigDict; what may hold several types is left open there."""
+    result = config_dict.ConfigDict()
+    hints = typing.get_type_hints(type(section))
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            result[field.name] = _to_config_dict(value)
+        elif hints[field.name] in (str, int, float, bool):
+            result[field.name] = value
+        else:
+            result[field.name] = config_dict.FieldReference(value, field_type=object)
+    return result.lock()

@@ -1,0 +1,69 @@
+"""Responses: which one is asked for, and which of them are learnt from."""
+
+import dataclasses
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+
+from gkdjax.data.chat_template import Chat
+from gkdjax.data.loss_mask import TargetRules
+from gkdjax.data.views import Fate
+from gkdjax.types import Message, Prompt, Trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class ResponseRules:
+    """Which responses are learnt from.
+
+    Attributes:
+      targets: something of the response has to be a target by them, if it is to be trained at all.
+      max_refills: a response that is refused is written again at most so many times.
+      max_new_tokens: the longest that it may be.
+      shared: ids that are not below it are none of the student's; None: all are.
+    """
+
+    targets: TargetRules
+    max_refills: int
+    max_new_tokens: int
+    shared: int | None = None
+
+    def fate(self, trajectory: Trajectory, chat: Chat) -> Fate:
+        """KEPT, EMPTY or UNMATCHED."""
+        if len(trajectory.ids) == 0:
+            return Fate.EMPTY
+        if self.shared is not None and trajectory.ids.max() >= self.shared:
+            return Fate.EMPTY
+        trained = "assistant" in self.targets.roles
+        if trained and not self.targets.of_trajectory(trajectory, chat).any():
+            return Fate.UNMATCHED
+        return Fate.KEPT
+
+
+class Asked(NamedTuple):
+    """One response that is wanted."""
+
+    row: str  # the name of its row
+    number: int  # 0.. of those of the row
+    prompt: np.ndarray  # int32, the token ids of its writer's view
+    prefix: tuple[Message, ...]  # of the row
+    turns: tuple[Message, ...]  # of the row
+    tools: str = ""  # of the row
+
+    @property
+    def prompt_digest(self) -> str:
+        """What the prompt is known by from run to run."""
+        return digest(np.asarray(self.prompt, np.int32).tobytes())
+
+    def for_writer(self) -> Prompt:
+        """What its writer is given."""
+        return Prompt(self.row, self.prompt, self.prefix + self.turns, self.tools)
+
+    def key(self) -> tuple:
+        """What a line must have to be this one's."""
+        return self.row, self.number, self.prompt_digest
+
+
+def digest(content: bytes) -> str:
+    """64 bits: a response must never be taken for that of another prompt, among millions."""
+    return hashlib.sha256(content).hexdigest()[:16]

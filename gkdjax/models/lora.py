@@ -1,0 +1,155 @@
+"""LoRA as a transform of a parameter tree (Hu et al. 2021, arXiv:2106.09685).
+
+Adapters live in a tree of their own, path -> `Adapter`: map over that one, never over an attached
+tree (its kernels are `LoraKernel` nodes, whose frozen part would be mapped too).
+"""
+
+import dataclasses
+import functools
+import re
+import zlib
+
+import jax
+import jax.numpy as jnp
+
+from gkdjax.models.layers import LoraKernel
+from gkdjax.utils import tree
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraRules:
+    """Which kernels are adapted, and how.
+
+    Attributes:
+      rank: r, columns of a.
+      alpha: the update is scaled by alpha / rank.
+      dropout: probability with which an input of `a` is dropped in training.
+      targets: names of kernels, or regular expressions of names ("[qkv]_proj") or of whole paths
+        ("layers/q_proj"); or the string "all-linear".
+    """
+
+    rank: int = 64
+    alpha: float = 128.0
+    dropout: float = 0.05
+    targets: tuple[str, ...] | str = ALL_LINEAR
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("a", "b"), meta_fields=("scale", "dropout")
+)
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """One kernel's update, scale * a @ b; float32."""
+
+    a: jax.Array  # [L, in, r]
+    b: jax.Array  # [L, r, out]
+    scale: float
+    dropout: float
+
+
+def init(rng: jax.Array, params: dict, rules: LoraRules) -> dict[str, Adapter]:
+    """Fresh adapters of `params`, an identity: `a` uniform in ±1/sqrt(in) (as PEFT has it), b zero.
+
+    Args:
+      rng: a key; each kernel's draw depends on it and on the kernel's path only.
+      params: the decoder's parameters (arrays or `jax.ShapeDtypeStruct`).
+      rules: what to adapt.
+
+    Raises:
+      ValueError: a target that matches no kernel; it is named, and the kernels there are.
+    """
+    adapters, kernels = {}, _kernels(params)
+    for path in _target_paths(kernels, rules.targets):
+        L, fan_in, fan_out = kernels[path].shape
+        bound = fan_in**-0.5
+        key = jax.random.fold_in(rng, zlib.crc32(path.encode()))
+        shape = (L, fan_in, rules.rank)
+        adapters[path] = Adapter(
+            a=jax.random.uniform(key, shape, jnp.float32, minval=-bound, maxval=bound),
+            b=jnp.zeros((L, rules.rank, fan_out), jnp.float32),
+            scale=rules.alpha / rules.rank,
+            dropout=rules.dropout,
+        )
+    return adapters
+
+
+def attach(
+    params: dict, adapters: dict[str, Adapter], dropout_rng: jax.Array | None = None
+) -> dict:
+    """`params` with adapted kernels replaced by `LoraKernel` leaves, for `decoder.apply`.
+
+    Args:
+      params: the frozen base.
+      adapters: from `init`.
+      dropout_rng: a key turns dropout on (training); None turns it off.
+
+    Raises:
+      ValueError: an adapter whose path or shape does not fit `params`, named.
+    """
+
+    def kernel(path, w, adapter):
+        keys = None
+        if dropout_rng is not None and adapter.dropout > 0.0:
+            key = jax.random.fold_in(dropout_rng, zlib.crc32(path.encode()))
+            keys = jax.random.split(key, w.shape[0])
+        return LoraKernel(w, adapter.a, adapter.b, keys, adapter.scale, adapter.dropout)
+
+    return _replace(params, adapters, kernel)
+
+
+def merge(params: dict, adapters: dict[str, Adapter]) -> dict:
+    """`params` with w + scale * a @ b in place of each adapted w, summed in float32, in w's dtype.
+
+    Raises:
+      ValueError: as `attach`.
+    """
+
+    def kernel(path, w, adapter):
+        update = jnp.einsum("Lir,Lro->Lio", adapter.a, adapter.b, precision="highest")
+        return (w.astype(jnp.float32) + adapter.scale * update).astype(w.dtype)
+
+    return _replace(params, adapters, kernel)
+
+
+def _target_paths(kernels: dict, targets: tuple[str, ...] | str) -> list[str]:
+    targets = ALL_LINEAR if targets == "all-linear" else targets
+    if isinstance(targets, str) or not targets:
+        raise ValueError(f"lora targets must be a list of names or 'all-linear', not {targets!r}")
+    rules = [(rule if "/" in rule else f"layers/({rule})", True) for rule in targets]
+    try:
+        chosen = tree.match([*rules, (".*", False)], kernels)
+    except re.error as error:
+        raise ValueError(f"lora targets {targets!r}: no regular expression: {error}") from None
+    return [path for path, is_target in chosen.items() if is_target]
+
+
+def _kernels(params: dict) -> dict[str, jax.Array]:
+    names = (name for name in params["layers"] if name.endswith("_proj"))
+    return {f"layers/{name}": params["layers"][name] for name in names}
+
+
+def _replace(params: dict, adapters: dict[str, Adapter], make) -> dict:
+    layers = dict(params["layers"])
+    kernels = _kernels(params)
+    for path, adapter in adapters.items():
+        if path not in kernels:
+            raise ValueError(
+                f"adapter {path!r} has no kernel in this model; there are {[*kernels]}"
+            )
+        w = kernels[path]
+        L, fan_in, fan_out = w.shape
+        rank = adapter.a.shape[-1]
+        if adapter.a.shape != (L, fan_in, rank) or adapter.b.shape != (L, rank, fan_out):
+            raise ValueError(
+                f"adapter {path!r} has shapes {adapter.a.shape} and {adapter.b.shape}, which do not"
+                f" fit the kernel's {w.shape}: was it trained on another base?"
+            )
+        layers[path.removeprefix("layers/")] = make(path, w, adapter)
+    return {**params, "layers": layers}
+
+
+def student_params(frozen: dict | None, trainable, dropout_rng: jax.Array | None = None) -> dict:
+    """Parameters for `decoder.apply`: adapters on their frozen base, or all of them trained."""
+    return trainable if frozen is None else attach(frozen, trainable, dropout_rng)

@@ -1,0 +1,291 @@
+"""How the processes of a run find each other, and whether they are about to run the same thing.
+
+Nothing here touches a device: it is done before JAX's backend is made.
+"""
+
+import atexit
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from absl import logging
+
+# JAX has no public way to ask who is there before it connects, nor to its store of keys. Orbax
+# reaches for the same two.
+from jax._src import clusters, distributed
+
+from gkdjax.parallel import shutdown
+from gkdjax.utils.errors import CoordinatorUnreachable, UserError
+
+_RETRY_S = 0.5
+_LEAST_WAIT_S = 1.0
+_JAX_ABORTS_LATER_S = 60  # at its own deadline JAX aborts the process; ours has to come first
+_MOST_TOLD = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a process stands in its cluster.
+
+    Attributes:
+      coordinator: HOST:PORT at which process 0 listens.
+      processes: how many there are.
+      process: which one this is.
+      devices: those of this machine that are its own; None for all of them.
+    """
+
+    coordinator: str
+    processes: int
+    process: int
+    devices: list[int] | None = None
+
+
+@contextlib.contextmanager
+def joined(
+    coordinator: str | None, processes: int | None, process: int | None, timeout_s: float
+) -> Iterator[int]:
+    """A run's time in its cluster -> the number of processes.
+
+    What is given wins; else JAX looks for a cluster (TPU metadata, Slurm, Open MPI). Alone, nothing
+    is connected. In a cluster, a process that ends with an error ends all, see `parallel.shutdown`.
+
+    Args:
+      coordinator, processes, process: as in `Place`; all of them or none.
+      timeout_s: within which all processes have to be there.
+
+    Raises:
+      UserError: the three do not go together.
+      CoordinatorUnreachable: not all processes came, or process 0 could not be reached.
+    """
+    deadline = time.monotonic() + timeout_s
+    place = _given(coordinator, processes, process) or _detected(timeout_s)
+    if place is None or place.processes == 1:
+        yield 1
+        return
+    logging.info("process %d of %d, at %s", place.process, place.processes, place.coordinator)
+    try:
+        _connect(place, deadline, timeout_s)
+    except BaseException as error:
+        # JAX, half connected, would not let it end.
+        atexit.register(shutdown.leave, shutdown.exit_code(error))
+        raise
+    with shutdown.together(distributed.global_state.client, place.process, place.processes):
+        yield place.processes
+
+
+def require_same(named: dict[str, Any], timeout_s: float) -> None:
+    """Returns when every process has been found to have the same as process 0.
+
+    Args:
+      named: what must be equal, as JSON has it; the names of what differs are told.
+      timeout_s: within which every process has to come here.
+
+    Raises:
+      UserError: in all processes, naming those that differ, and in what.
+      CoordinatorUnreachable: a process did not come.
+    """
+    client, process = distributed.global_state.client, distributed.global_state.process_id
+    if client is None:
+        return
+    within = int(timeout_s * 1000)
+    try:
+        if process == 0:
+            client.key_value_set("gkdjax/same/0", json.dumps(named))
+        theirs = json.loads(client.blocking_key_value_get("gkdjax/same/0", within))
+        found = list(differences(json.loads(json.dumps(named)), theirs))
+        if found:
+            client.key_value_set(f"gkdjax/differs/{process}", _shortened(found))
+        client.wait_at_barrier("gkdjax/same", within)
+    except jax.errors.JaxRuntimeError as error:
+        raise CoordinatorUnreachable(
+            f"not all processes told within {timeout_s:g} s what they run; one of them may have"
+            f" ended, or have another gkdjax: {_first_line(error)}"
+        ) from None
+    differing = dict(client.key_value_dir_get("gkdjax/differs/"))
+    if differing:
+        told = [
+            f"process {key.rpartition('/')[2]} differs from process 0 in {names}"
+            for key, names in differing.items()
+        ]
+        raise UserError(
+            f"{_shortened(told)}. All processes of a run need the same config and the same code"
+        )
+
+
+def code() -> dict[str, Any]:
+    """What `require_same` has to find equal beside the config: versions, and every source file."""
+    package = pathlib.Path(__file__).parents[1]
+    files = {
+        str(file.relative_to(package)): hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+        for file in sorted(package.rglob("*.py"))
+    }
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "gkdjax")}
+    return {"version": versions, "gkdjax": files}
+
+
+def differences(mine: Any, theirs: Any, name: str = "") -> Iterator[str]:
+    """ "config.train.seed (1 and not 0)", for each place at which two JSON values differ."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for key in sorted({*mine, *theirs}):
+            below = f"{name}.{key}" if name else key
+            if key in mine and key in theirs:
+                yield from differences(mine[key], theirs[key], below)
+            else:
+                yield f"{below} ({'missing there' if key in mine else 'only there'})"
+    elif mine != theirs:
+        yield f"{name} ({_short(mine)} and not {_short(theirs)})"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _shortened(found: list[str]) -> str:
+    more = len(found) - _MOST_TOLD
+    return "; ".join(found[:_MOST_TOLD]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _given(coordinator: str | None, processes: int | None, process: int | None) -> Place | None:
+    """The place that the three flags name.
+
+    Raises:
+      UserError: some of them are missing, or they make no sense.
+    """
+    three = {"--coordinator": coordinator, "--num_processes": processes, "--process_id": process}
+    missing = [flag for flag, value in three.items() if value is None]
+    if len(missing) == len(three):
+        return None
+    if missing:
+        raise UserError(f"{' and '.join(missing)} must be given as well: all of {[*three]} or none")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(f"--coordinator={coordinator!r} has to be HOST:PORT, of process 0")
+    if processes < 1 or not 0 <= process < processes:
+        raise UserError(
+            f"--process_id={process}, --num_processes={processes}: numbers go from 0 to one less"
+            " than there are processes"
+        )
+    return Place(coordinator, processes, process)
+
+
+def _detected(timeout_s: float) -> Place | None:
+    """The place that JAX finds; None where it sees no cluster.
+
+    Raises:
+      CoordinatorUnreachable: there is a cluster, and it does not tell who process 0 is.
+    """
+    try:
+        found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, None, int(timeout_s)
+        )
+    except Exception as error:  # of metadata servers, name servers, Kubernetes, variables
+        raise CoordinatorUnreachable(
+            f"a cluster was found, but not its process 0: {type(error).__name__}:"
+            f" {_first_line(error)}. --coordinator, --num_processes and --process_id name it"
+        ) from error
+    coordinator, processes, process, devices = found
+    return None if coordinator is None else Place(coordinator, processes, process, devices)
+
+
+def _connect(place: Place, deadline: float, timeout_s: float) -> None:
+    """Connects this process with all others.
+
+    Raises:
+      CoordinatorUnreachable: not by the deadline.
+      UserError: process 0 cannot listen there.
+    """
+    listening = _listening_address(place.coordinator)
+    if place.process:
+        _reach(place.coordinator, deadline, timeout_s)
+    else:
+        _require_free(listening)
+    # It would catch SIGTERM while the run does not listen to it yet, and the signal were lost.
+    jax.config.update("jax_enable_preemption_service", False)
+    left = max(deadline - time.monotonic(), _LEAST_WAIT_S)
+    failed = []
+
+    def connect() -> None:
+        try:
+            jax.distributed.initialize(
+                place.coordinator,
+                place.processes,
+                place.process,
+                local_device_ids=place.devices,
+                cluster_detection_method="deactivate",
+                initialization_timeout=int(left) + _JAX_ABORTS_LATER_S,
+                coordinator_bind_address=listening,
+            )
+        except Exception as error:  # handed to the thread that waits
+            failed.append(error)
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(left)
+    if failed:
+        raise failed[0]
+    if thread.is_alive():
+        raise CoordinatorUnreachable(
+            f"not all of the {place.processes} processes met at {place.coordinator} within"
+            f" {timeout_s:g} s; look for one that was not started, or ended before"
+        )
+
+
+def _reach(coordinator: str, deadline: float, timeout_s: float) -> None:
+    """Returns when somebody listens there.
+
+    Raises:
+      CoordinatorUnreachable: nobody does by the deadline.
+    """
+    host, _, port = coordinator.rpartition(":")
+    while True:
+        left = max(deadline - time.monotonic(), _LEAST_WAIT_S)
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=left):
+                return
+        except OSError as error:
+            if time.monotonic() + _RETRY_S > deadline:
+                raise CoordinatorUnreachable(
+                    f"process 0 could not be reached at {coordinator} within {timeout_s:g} s"
+                    f" ({error}); is it running, and is the port open between the machines?"
+                ) from error
+            time.sleep(_RETRY_S)
+
+
+def _listening_address(coordinator: str) -> str:
+    """Where process 0 listens: a run within one machine is not opened to others."""
+    host, _, port = coordinator.rpartition(":")
+    within = host == "localhost" or host.startswith("127.")
+    return os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or (
+        coordinator if within else f"[::]:{port}"
+    )
+
+
+def _require_free(address: str) -> None:
+    """JAX may crash where it cannot listen.
+
+    Raises:
+      UserError: somebody else listens there, or this machine has no such address.
+    """
+    host, _, port = address.rpartition(":")
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    try:
+        socket.create_server((host.strip("[]"), int(port)), family=family).close()
+    except OSError as error:
+        raise UserError(
+            f"process 0 cannot listen at {address}, for the others to find it: {error}"
+        ) from error

@@ -1,0 +1,212 @@
+"""Several processes that make one run: each runs the same program, on the same data.
+
+They differ in three things: which rows they ask a server about, whose files are those of the run
+(process 0's, the leader's), and which devices are theirs. So all of them take the same way through
+the program, and meet wherever they have to tell each other something. Where there is one process,
+everything here is the plain thing.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gkdjax.utils import errors
+from gkdjax.utils.errors import GkdjaxError, UserError
+
+Result = TypeVar("Result")
+
+# Large, made anew by each process at need, or read through Orbax, which knows of processes.
+_NOT_COPIED = ("checkpoints", "merged", "adapter", "tensorboard", "*.sqlite*", "*.part")
+_NOT_COPIED += (".processes-*",)
+_SEEN_WITHIN_S = 60  # so late may NFS show a new file, as it is mounted by default
+
+
+def leads() -> bool:
+    """Whether this process writes the files of the run."""
+    return jax.process_index() == 0
+
+
+def wait_for_all() -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("wait_for_all")
+
+
+def any_of_all(flag: bool) -> bool:
+    """Whether any process says so."""
+    return any(exchange(flag))
+
+
+def exchange(value: Any) -> list:
+    """What each process says, in their order: anything that JSON can hold."""
+    if jax.process_count() == 1:
+        return [value]
+    said = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray([said.size]))[:, 0]
+    filled = np.zeros(sizes.max(), np.uint8)
+    filled[: said.size] = said
+    every = multihost_utils.process_allgather(filled)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(every, sizes, strict=True)]
+
+
+def together(work: Callable[[], Result]) -> Result:
+    """Does work that may fail in one process and not in another.
+
+    Raises:
+      GkdjaxError: what it raises; in a process where it went well, the same as in the first where
+        it did not, so that all end alike and none waits for another.
+    """
+    if jax.process_count() == 1:
+        return work()
+    result, failed = None, None
+    try:
+        result = work()
+    except GkdjaxError as error:
+        failed = error
+    told = exchange(None if failed is None else [type(failed).__name__, str(failed)])
+    if failed is not None:
+        raise failed
+    for number, found in enumerate(told):
+        if found is not None:
+            raise getattr(errors, found[0])(f"process {number}: {found[1]}")
+    return result
+
+
+def led(work: Callable[[], Result]) -> Result | None:
+    """The leader does it, and the others wait until it is done -> its result; theirs is None.
+
+    Raises:
+      GkdjaxError: as `together`.
+    """
+    return together(lambda: work() if leads() else None)
+
+
+def shared_out(work: Callable[[list[int]], list[Result]], count: int, encode, decode) -> list:
+    """Results of `count` items, of which each process works on every how-many-th.
+
+    Args:
+      work: numbers of items -> a result for each.
+      encode, decode: of a result, to what JSON can hold and back.
+
+    Raises:
+      GkdjaxError: as `together`.
+    """
+    processes = jax.process_count()
+    if processes == 1:
+        return work(list(range(count)))
+    own = list(range(jax.process_index(), count, processes))
+    found = together(lambda: work(own) if own else [])
+    shares = exchange([encode(each) for each in found])
+    return [decode(shares[i % processes][i // processes]) for i in range(count)]
+
+
+def rows_from(process_B: np.ndarray, tree: Any) -> Any:
+    """Leaves [B,...] of NumPy, whose rows are right in one process each -> with all rows right.
+
+    Args:
+      process_B: the process that has each row.
+      tree: the same structure and shapes in all processes.
+    """
+    row_B = np.arange(len(process_B))
+    return jax.tree.map(lambda x: x[process_B, row_B], multihost_utils.process_allgather(tree))
+
+
+@contextlib.contextmanager
+def own_directory(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The run's directory for the leader, and for every other process a copy of its own.
+
+    All of them read and write their files as if they were alone. What is large stays in the run's
+    directory, which all processes must see.
+
+    Raises:
+      UserError: it cannot be made, or not all processes see it.
+    """
+    if jax.process_count() == 1:
+        yield workdir
+        return
+    _require_shared(workdir)
+    if leads():
+        wait_for_all()  # nothing changes while the others copy
+        yield workdir
+        return
+    with tempfile.TemporaryDirectory(prefix="gkdjax-process-") as parent:
+        own = pathlib.Path(parent, "run")
+        shutil.copytree(workdir, own, ignore=shutil.ignore_patterns(*_NOT_COPIED))
+        wait_for_all()
+        yield own
+
+
+@contextlib.contextmanager
+def quiet_unless_leading() -> Iterator[None]:
+    """What is printed is printed once."""
+    if leads():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def _require_shared(workdir: pathlib.Path) -> None:
+    token = workdir / f".processes-{time.time_ns()}"
+
+    def write() -> str:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            token.touch()
+        except OSError as error:
+            raise UserError(f"--workdir={workdir} cannot be made: {error}") from None
+        return token.name
+
+    name = exchange(led(write))[0]
+    deadline = time.monotonic() + _SEEN_WITHIN_S
+    while not (workdir / name).exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    blind = [number for number, seen in enumerate(exchange((workdir / name).exists())) if not seen]
+    if leads():
+        token.unlink()
+    if blind:
+        raise UserError(
+            f"--workdir={workdir}: processes {blind} do not see there what process 0 writes; it has"
+            " to lie on a file system that all processes share, as their checkpoints do"
+        )
+
+
+class Stopping:
+    """Whether any process was asked to stop: all learn of it at the same step.
+
+    What they say is added up on the devices behind a step, and read when the next one was
+    dispatched: no device waits for it. So they stop one step later than a single process.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._mesh, self._pending = mesh, None
+
+    def asked(self, stop: bool) -> bool:
+        """Called once a step by every process.
+
+        Args:
+          stop: whether this one was asked.
+        """
+        if jax.process_count() == 1:
+            return stop
+        cut = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))
+        flags = jax.make_array_from_callback(
+            (self._mesh.size,), cut, lambda _: np.asarray([stop], np.int32)
+        )
+        before, self._pending = self._pending, _sum(flags)
+        return before is not None and int(before) > 0
+
+
+_sum = jax.jit(jnp.sum)

@@ -1,0 +1,213 @@
+"""How each leaf lies on a mesh, by rules over paths, and what the decoder is told of it.
+
+One table serves parameters, adapters, their optimizer state and a whole `TrainState`: a leaf's path
+ends as its parameter's does.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+from absl import logging
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from gkdjax.parallel.mesh import ROW_AXES, row_shares
+from gkdjax.utils import tree
+from gkdjax.utils.errors import UserError
+
+Rule = tuple[str, PartitionSpec]
+
+# Path regex -> how such a leaf is cut; the first that matches the whole path counts. Kernels are
+# (L, in, out). A tensor-parallel pair (q, k, v, then o; gate and up, then down) is cut along what
+# lies between the two, so that one sum over "tensor" is needed after the second alone. An adapter's
+# a (L, in, r) and b (L, r, out) are cut where their kernel is.
+RULES: tuple[Rule, ...] = (
+    (r"(.*/)?layers/(q|k|v|gate|up)_proj(/w)?", PartitionSpec(None, "fsdp", "tensor")),
+    (r"(.*/)?layers/(q|k|v|gate|up)_proj/a", PartitionSpec(None, "fsdp")),
+    (r"(.*/)?layers/(q|k|v|gate|up)_proj/b", PartitionSpec(None, None, "tensor")),
+    (r"(.*/)?layers/(o|down)_proj(/w)?", PartitionSpec(None, "tensor", "fsdp")),
+    (r"(.*/)?layers/(o|down)_proj/a", PartitionSpec(None, "tensor")),
+    (r"(.*/)?layers/(o|down)_proj/b", PartitionSpec(None, None, "fsdp")),
+    (r"(.*/)?layers/[qkv]_bias", PartitionSpec(None, "tensor")),
+    # [V, D]. Over "tensor" each device has logits of its own words; over "fsdp" a word's row is
+    # cut, not the words, so that looking tokens up needs no device to search for them.
+    (r"(.*/)?(un)?embedding", PartitionSpec("tensor", "fsdp")),
+    (r"(.*/)?\w+_norm", PartitionSpec()),  # too small to be worth a gather
+    (r"(.*/)?(step|count)", PartitionSpec()),  # of the run, of optax
+)
+
+# Where the devices along "tensor" do not divide the heads of keys and values, each has all of them.
+_KV_WHOLE: tuple[Rule, ...] = (
+    (r"(.*/)?layers/[kv]_proj((/w)|(/a))?", PartitionSpec(None, "fsdp")),
+    (r"(.*/)?layers/[kv]_proj/b", PartitionSpec()),
+    (r"(.*/)?layers/[kv]_bias", PartitionSpec()),
+)
+
+
+class Sizes(Protocol):
+    """What the rules ask of a model."""
+
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Of one model on one mesh; hashable, so that programs can be made for it."""
+
+    mesh: Mesh | AbstractMesh | None = None  # None: one device
+    rules: tuple[Rule, ...] = RULES
+
+    @classmethod
+    def of(
+        cls,
+        mesh: Mesh | AbstractMesh,
+        spec: Sizes,
+        own: Sequence[Rule] = (),
+        *,
+        warn: bool = True,
+    ) -> "Layout":
+        """For a model's heads.
+
+        Args:
+          mesh: of `parallel.mesh.make_mesh`.
+          spec: of the model.
+          own: rules that come before `RULES`.
+          warn: of heads of keys and values that are kept whole; not for who tries many meshes.
+
+        Raises:
+          UserError: the devices along "tensor" do not divide the query heads, or the vocabulary:
+            the head's logits are cut along it whatever the rules say of its table.
+        """
+        tensor, rules = mesh.shape["tensor"], (*own, *RULES)
+        if spec.vocab_size % tensor:
+            raise UserError(
+                f"embedding: a vocabulary of {spec.vocab_size} cannot be cut by the {tensor}"
+                f" devices of mesh axis 'tensor'; take tensor={math.gcd(spec.vocab_size, tensor)}"
+            )
+        if spec.num_heads % tensor:
+            raise UserError(
+                f"layers/q_proj: {spec.num_heads} attention heads cannot be cut by the {tensor}"
+                f" devices of mesh axis 'tensor'; take tensor={math.gcd(spec.num_heads, tensor)}"
+            )
+        if spec.num_kv_heads % tensor:
+            if warn:
+                _warn_of_whole_heads(tensor, spec.num_kv_heads)
+            rules = (*own, *_KV_WHOLE, *RULES)
+        return cls(mesh, rules)
+
+    def place(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
+        """How a leaf lies.
+
+        Raises:
+          ValueError: no rule covers it.
+          UserError: an axis of the mesh does not divide the dimension that it cuts; both are named.
+        """
+        cut = next((cut for rule, cut in self.rules if re.fullmatch(rule, path)), None)
+        if cut is None:
+            raise ValueError(f"no sharding rule covers the leaf {path!r}")
+        if len(cut) > len(shape):
+            raise UserError(f"{path}: {cut} has more axes than the leaf, which is {shape}")
+        for dimension, axis in enumerate(cut):
+            if axis is not None and shape[dimension] % self.mesh.shape[axis]:
+                raise UserError(
+                    f"{path}: dimension {dimension} of {shape} cannot be cut by the"
+                    f" {self.mesh.shape[axis]} devices of mesh axis {axis!r};"
+                    f" take {axis}={math.gcd(shape[dimension], self.mesh.shape[axis])}"
+                )
+        return NamedSharding(self.mesh, self._used(cut))
+
+    def places(self, of: Any) -> Any:
+        """`place` for every leaf of a tree of arrays or `jax.ShapeDtypeStruct`s."""
+        return tree.map_with_path(lambda path, leaf: self.place(path, leaf.shape), of)
+
+    @property
+    def cuts_weights(self) -> bool:
+        """Otherwise each device has all of them, and nothing is said while tracing."""
+        if self.mesh is None:
+            return False
+        return self.mesh.shape["fsdp"] * self.mesh.shape["tensor"] > 1
+
+    # What follows is for code that is traced. It says where arrays are to lie; without it XLA is
+    # free to gather all layers at once, or rows.
+
+    def rows(self, x_B: jax.Array) -> jax.Array:
+        """An array whose first axis is a batch's rows: cut there, and nowhere else."""
+        if not self.cuts_weights:
+            return x_B
+        return self._constrain(x_B, PartitionSpec(self._row_axes(x_B.shape[0])))
+
+    def heads(self, x_BTHC: jax.Array) -> jax.Array:
+        """Queries, keys or values: cut along rows and heads."""
+        if not self.cuts_weights:
+            return x_BTHC
+        divides = x_BTHC.shape[2] % self.mesh.shape["tensor"] == 0
+        rows = self._row_axes(x_BTHC.shape[0])
+        return self._constrain(x_BTHC, PartitionSpec(rows, None, "tensor" if divides else None))
+
+    def layer(self, leaves: dict[str, Any]) -> dict[str, Any]:
+        """One layer's leaves, by name, while it computes: gathered over "fsdp"."""
+        if not self.cuts_weights:
+            return leaves
+
+        def gather(path, leaf):
+            if "dropout_key" in path:
+                return leaf
+            cut = next(cut for rule, cut in self.rules if re.fullmatch(rule, f"layers/{path}"))
+            kept = PartitionSpec(*(None if axis == "fsdp" else axis for axis in cut[1:]))
+            return self._constrain(leaf, kept)
+
+        return tree.map_with_path(gather, leaves)
+
+    def table(self, table_VD: jax.Array) -> jax.Array:
+        """An embedding that is looked up: gathered over "fsdp"."""
+        if not self.cuts_weights:
+            return table_VD
+        return self._constrain(table_VD, PartitionSpec("tensor"))
+
+    def _row_axes(self, rows: int):
+        """A single row, as a prefix that is read once, lies whole on every device."""
+        return ROW_AXES if rows % row_shares(self.mesh) == 0 else None
+
+    def _constrain(self, x: jax.Array, cut: PartitionSpec) -> jax.Array:
+        # Within `jax.shard_map` some axes are the caller's: there each device has its own rows.
+        around = jax.sharding.get_abstract_mesh()
+        manual = set(around.manual_axes) if not around.empty else set()
+        mesh = around if manual else self.mesh
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, self._used(cut, manual)))
+
+    def _used(self, cut: PartitionSpec, manual: set[str] = frozenset()) -> PartitionSpec:
+        """Without axes of one device: jit takes P("fsdp") and P() for two programs, even then."""
+
+        def used(axes):
+            if isinstance(axes, tuple):
+                kept = tuple(axis for axis in axes if used(axis))
+                return kept if len(kept) > 1 else next(iter(kept), None)
+            return axes if axes and axes not in manual and self.mesh.shape[axes] > 1 else None
+
+        named = [used(axes) for axes in cut]
+        while named and named[-1] is None:
+            named.pop()
+        return PartitionSpec(*named)
+
+
+def _warn_of_whole_heads(tensor: int, num_kv_heads: int) -> None:
+    logging.warning(
+        "mesh.tensor=%d does not divide the %d heads of keys and values: each device computes and"
+        " keeps them all, where an even share would be 1/%d of the cache and of the k and v"
+        " products",
+        *(tensor, num_kv_heads, tensor),
+    )
+
+
+def all_but_gathered_weights(primitive, *_, **__) -> bool:
+    """A policy for `jax.checkpoint`: what a layer keeps for its backward pass.
+
+    Weights are gathered by a sharding constraint, and may be cast after it. Of activations too, the
+    results of both are made again from what is kept: that costs next to nothing.
+    """
+    return primitive.name not in ("sharding_constraint", "convert_element_type")

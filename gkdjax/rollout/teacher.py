@@ -1,0 +1,71 @@
+"""The text that a run learns from: the teacher's, first and refreshed, and the student's.
+
+`rollout.schedule` says which, `data.dataset` and `rollout.student` make the batches.
+"""
+
+import functools
+import pathlib
+
+from gkdjax.config import Config
+from gkdjax.data.dataset import Feed
+from gkdjax.models import sampler
+from gkdjax.rollout.generate import Author
+from gkdjax.rollout.reuse import Source
+from gkdjax.teachers.base import Teacher
+
+
+def prepare(
+    config: Config, name: str, feed: Feed, teacher: Teacher, workdir: pathlib.Path, vocab_size: int
+) -> None:
+    """The first text of one stream, in RUN/trajectories_NAME.jsonl.
+
+    Args:
+      config: of the run.
+      name: of the stream.
+      feed: its rows.
+      teacher: writes where they bring no response.
+      workdir: of the run.
+      vocab_size: of the ids that student and teacher have in common.
+    """
+    feed.prepare(
+        workdir / f"trajectories_{name}.jsonl",
+        _author(config, teacher),
+        source=_source(config, teacher, vocab_size) if name == "train" else None,
+        **_how(config),
+    )
+
+
+def refresh(
+    config: Config, feed: Feed, teacher: Teacher, workdir: pathlib.Path, steps: list[int], at: int
+) -> None:
+    """New text for the rows of some steps, in RUN/trajectories_train_STEP.jsonl.
+
+    Args:
+      config, feed, teacher, workdir: as for `prepare`.
+      steps: that it is for.
+      at: the first step of their block.
+    """
+    path = workdir / f"trajectories_train_{at:06d}.jsonl"
+    feed.refresh(path, steps, at, _author(config, teacher), **_how(config))
+
+
+def _author(config: Config, teacher: Teacher) -> Author:
+    how = sampler.sampling(config)
+    return Author(teacher.description, functools.partial(teacher.sample, sampling=how))
+
+
+def _how(config: Config) -> dict:
+    return {"chunk": config.eval.batch_size, "show": config.log.progress_bar}
+
+
+def _source(config: Config, teacher: Teacher, vocab_size: int) -> Source | None:
+    if not config.trajectory.reuse:
+        return None
+    return Source(
+        pathlib.Path(config.trajectory.reuse),
+        teacher.description,
+        config.teacher.top_k,
+        config.gkd.temperature if teacher.capabilities.temperature else 1.0,
+        vocab_size,
+        text_alone=teacher.capabilities.scores,
+    )

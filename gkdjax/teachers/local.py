@@ -1,0 +1,172 @@
+"""A teacher in this process: a decoder and its parameters, frozen."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jax.sharding import Mesh
+
+from gkdjax.data.chat_template import Chat
+from gkdjax.losses import fused_top_k
+from gkdjax.losses.lm_head import unembed
+from gkdjax.losses.objective import DenseTargets, TeacherTargets, TopKTargets
+from gkdjax.models.decoder import Decoder, unembedding_table
+from gkdjax.models.prefix_cache import PrefixStore
+from gkdjax.models.sampler import Keep, Sampling
+from gkdjax.parallel import mesh as parallel_mesh
+from gkdjax.teachers.base import Capabilities
+from gkdjax.types import Batch, Prompt, Trajectory
+from gkdjax.utils.errors import UserError
+
+
+class FlaxTeacher:
+    """Reads the teacher's view and returns hidden states (dense, exact) or its best K tokens."""
+
+    capabilities = Capabilities(max_top_k=None, dense=True, samples=True, temperature=True)
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        params: dict,
+        chat: Chat,
+        description: str,
+        *,
+        top_k: int | None,
+        temperature: float,
+        vocab_size: int,
+        lengths: Sequence[int],
+        batch_size: int,
+        chunk_size: int,
+        mesh: Mesh,
+        prefix_bytes: int,
+    ):
+        """Keeps `params`, without a copy.
+
+        Args:
+          decoder: the teacher's.
+          params: as the decoder's layout has them on the mesh.
+          chat: renders the teacher's view.
+          description: a few words for the log.
+          top_k: None for `DenseTargets`, K for `TopKTargets`.
+          vocab_size: of the student, whose checkpoint may pad the same vocabulary to another size;
+            top-k entries come from the ids that both have, and where `chat.shared` says that the
+            tokenizers differ, from all of the teacher's tokens: see `losses.within`.
+          temperature: at which the logprobs of `TopKTargets` are taken.
+          lengths: padded prompt lengths for sampling.
+          batch_size: rows sampled at once.
+          chunk_size: of the head that finds the top k, see `losses.fused_top_k`.
+          mesh: its devices share the rows.
+          prefix_bytes: of keys and values of prefixes that are kept, see `PrefixStore`.
+        """
+        self.decoder, self.params = decoder, params
+        self.description = description
+        self._top_k, self._temperature = top_k, temperature
+        rows = decoder.spec.vocab_size
+        self._shared_vocab = self._vocab = min(vocab_size, rows)
+        if (
+            chat is not None and chat.shared is not None
+        ):  # its own tokens count, and no row that is no token
+            self._shared_vocab = min(self._shared_vocab, chat.shared)
+            known = max(chat.tokenizer.get_vocab().values()) + 1
+            self._vocab = max(self._shared_vocab, min(rows, known))
+        self.chat = chat
+        if chat is not None and self._shared_vocab < vocab_size:
+            self.chat = dataclasses.replace(chat, shared=self._shared_vocab)
+        self._lengths, self._batch_size = tuple(lengths), batch_size
+        self._chunk_size, self._mesh = chunk_size, mesh
+        self.prefixes = PrefixStore(decoder, params, prefix_bytes)
+
+    def targets(self, batch: Batch) -> TeacherTargets:
+        """See `base.Teacher`. Dispatched, not waited for."""
+        hidden_BNE = self.prefixes.predicting_hidden(batch, self._mesh)
+        spec = self.decoder.spec
+        table = unembedding_table(spec, self.params)
+        dense = DenseTargets(hidden_BNE, table, spec.final_softcap)
+        if self._top_k is None:
+            return dense
+        return _top_k_targets(
+            dense,
+            *parallel_mesh.shard_rows(self._mesh, (batch.target_ids_BN, batch.target_mask_BN)),
+            self._top_k,
+            self._temperature,
+            self._vocab,
+            self._chunk_size,
+            self._mesh,
+        )
+
+    def sample(
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling
+    ) -> list[Trajectory]:
+        """See `base.Teacher`; with a top k, it keeps what it will be asked about the text."""
+        keep = None
+        if self._top_k is not None:
+            keep = Keep(self._top_k, self._temperature, self._vocab)
+        return self.prefixes.sample(
+            [prompt.ids for prompt in prompts],
+            seeds,
+            sampling,
+            stop_ids=self.chat.stop_ids,
+            batch_size=self._batch_size,
+            lengths=self._lengths,
+            mesh=self._mesh,
+            keep=keep,
+            vocab_size=self._shared_vocab,
+        )
+
+
+@functools.partial(
+    jax.jit, static_argnames=("k", "temperature", "vocab_size", "chunk_size", "mesh")
+)
+def _top_k_targets(
+    dense: DenseTargets,
+    target_ids_BN,
+    mask_BN,
+    k: int,
+    temperature: float,
+    vocab_size: int,
+    chunk_size: int,
+    mesh: Mesh,
+) -> TopKTargets:
+    hidden_BNE, table_VE = dense.hidden_BNE, dense.unembedding_VE[:vocab_size]
+    topk = fused_top_k(
+        hidden_BNE,
+        table_VE,
+        k,
+        mask_BN,
+        temperature=temperature,
+        softcap=dense.softcap,
+        chunk_size=chunk_size,
+        **parallel_mesh.head_axes(mesh),
+    )
+
+    def logit(ids_BN):
+        per_token = jax.vmap(jax.vmap(lambda h, row: unembed(h, row[None, :], dense.softcap)[0]))
+        return per_token(hidden_BNE, table_VE[ids_BN]) / temperature
+
+    # The best token's logit and logprob are known, and with them the normaliser of each token.
+    target_BN = topk.logprobs[:, :, 0] + logit(target_ids_BN) - logit(topk.ids[:, :, 0])
+    return TopKTargets(topk, jnp.where(mask_BN, target_BN, 0.0))
+
+
+def require_longer_view(views_differ: bool) -> None:
+    """Raises UserError where teacher and student would read the same: the loss would be zero."""
+    if not views_differ:
+        raise UserError(
+            "teacher.backend='local-toggle' is the student itself, and no row gives it more to read"
+            " than the student: the loss would be zero. Give a prefix (context.prefix_messages),"
+            " lower context.student_retained_turns, or take another teacher"
+            " (teacher.backend='flax')"
+        )
+
+
+def announce_second_copy(num_bytes: int, reader: str) -> None:
+    """Says what a full fine-tuning costs that still needs its untrained self."""
+    logging.warning(
+        "student.adapter='none' trains every parameter, so %s keeps a frozen second copy of the"
+        " student: %.1f MiB",
+        reader,
+        num_bytes / 2**20,
+    )

@@ -1,0 +1,132 @@
+"""From what a server writes for a token back to the token's id, where that is possible.
+
+Many servers name the best tokens by their text alone. Text that several ids share, or that is only
+a part of a character, names none; such entries are counted and their mass is in the tail.
+"""
+
+import codecs
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+
+import transformers
+
+from gkdjax.utils.errors import UserError
+
+_LOSSY = "\N{REPLACEMENT CHARACTER}"  # stands for bytes that are not UTF-8
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+class TokenMap:
+    """The bytes of a tokenizer's tokens, and the way back where it is one to one.
+
+    What a token's bytes are is read off the tokenizer's own decoder: byte-level BPE (Qwen, Llama
+    3), "▁" for a space and byte tokens "<0x0A>" (Gemma, Llama 2), or the token as it stands. A
+    decoder that strips the start of a text does not make a token another one.
+
+    A byte token whose byte is a character with a token of its own is left out of the way back: a
+    tokenizer does not write it, and "\\n" should name the token that it does write.
+    """
+
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerFast):
+        """Reads the vocabulary, added tokens included.
+
+        Args:
+          tokenizer: a fast one.
+
+        Raises:
+          UserError: its decoder is of another kind, so that text cannot be taken apart.
+        """
+        steps = _steps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
+        self._bytes: dict[int, bytes] = {}
+        groups: dict[bytes, list[int]] = defaultdict(list)
+        byte_tokens: list[tuple[bytes, int]] = []
+        for token, i in tokenizer.get_vocab().items():
+            raw, is_byte_token = _read(token, steps)
+            self._bytes[i] = raw
+            if is_byte_token:
+                byte_tokens.append((raw, i))
+            elif raw:
+                groups[raw].append(i)
+        for raw, i in byte_tokens:
+            if raw not in groups:
+                groups[raw].append(i)
+        self._ids = {raw: ids[0] for raw, ids in groups.items() if len(ids) == 1}
+
+    def of_bytes(self, raw: bytes) -> int | None:
+        """The only id with these bytes; None if there is none or several."""
+        return self._ids.get(raw)
+
+    def of_string(self, text: str) -> int | None:
+        """The only id that reads so; None for none, several, and text that is not all there."""
+        if _LOSSY in text:
+            return None
+        try:
+            return self.of_bytes(text.encode())
+        except UnicodeEncodeError:  # half of a surrogate pair; JSON can say it
+            return None
+
+    def string(self, i: int) -> str | None:
+        """What a token reads as, with U+FFFD for bytes that are not UTF-8; None: no such id."""
+        raw = self._bytes.get(i)
+        return None if raw is None else raw.decode("utf-8", errors="replace")
+
+    def parts_before(self, ids: Sequence[int | None]) -> list[bool]:
+        """Whether a character is begun and not complete where each of these ids follows."""
+        found, decoder = [], codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for i in ids:
+            found.append(bool(decoder.getstate()[0]))
+            decoder.decode(self._bytes.get(i) or b"")
+        return found
+
+    def is_whole(self, i: int) -> bool:
+        """Whether the token's text says which bytes it has."""
+        text = self.string(i)
+        return text is not None and _LOSSY not in text
+
+
+def _steps(decoder: dict | None) -> list[dict]:
+    """The decoder's parts in order, without those that do not look inside a token."""
+    if decoder is None:
+        return []
+    if decoder["type"] == "Sequence":
+        return [step for part in decoder["decoders"] for step in _steps(part)]
+    if decoder["type"] in ("Fuse", "Strip"):  # they join tokens, and strip what is joined
+        return []
+    known = decoder["type"] in ("ByteLevel", "ByteFallback", "Metaspace") or (
+        decoder["type"] == "Replace" and "String" in decoder["pattern"]
+    )
+    if not known:
+        raise UserError(
+            f"the tokenizer decodes with {json.dumps(decoder)}, and from that the text of a single"
+            " token is not known; use a dialect that answers in token ids"
+        )
+    return [decoder]
+
+
+def _read(token: str, steps: Sequence[dict]) -> tuple[bytes, bool]:
+    """The token's bytes, and whether it is a byte token."""
+    for step in steps:
+        kind = step["type"]
+        if kind == "Replace":
+            token = token.replace(step["pattern"]["String"], step["content"])
+        elif kind == "Metaspace":
+            token = token.replace(step["replacement"], " ")
+        elif kind == "ByteFallback" and (found := _BYTE_TOKEN.fullmatch(token)):
+            return bytes([int(found[1], 16)]), True
+        elif kind == "ByteLevel" and all(character in _BYTE_OF for character in token):
+            return bytes(_BYTE_OF[character] for character in token), False
+    return token.encode(), False
+
+
+def _byte_of() -> dict[str, int]:
+    """Byte-level BPE's characters: a visible Latin-1 byte is itself, the others follow from 256."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {
+        chr(256 + n): byte for n, byte in enumerate(others)
+    }
+
+
+_BYTE_OF = _byte_of()

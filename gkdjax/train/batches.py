@@ -1,0 +1,177 @@
+"""The batches of a run with what the teacher says of them; asked for before their step comes.
+
+A teacher that works elsewhere answers for coming steps while the device computes this one. One in
+this process shares the device, and computes when its step has come.
+"""
+
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+from gkdjax.data.batching import Kept
+from gkdjax.losses.objective import TeacherTargets
+from gkdjax.models import sampler
+from gkdjax.models.lora import student_params
+from gkdjax.models.sampler import sample
+from gkdjax.parallel import mesh
+from gkdjax.rollout.schedule import Curriculum
+from gkdjax.rollout.student import StudentText
+from gkdjax.rollout.teacher import refresh
+from gkdjax.teachers.base import RemoteTeacher
+from gkdjax.teachers.scoring import ask
+from gkdjax.train.setup import Run
+from gkdjax.types import Batch, TrainState
+
+_STEPS = 4  # that are asked for beside the one that is computed
+
+
+class Drawn(NamedTuple):
+    """What a step learns from."""
+
+    batch: Batch
+    names: list[str]  # of its rows
+    kept: Kept | None  # what the teacher said when it wrote the batch
+    divergence: str
+    counts: dict[str, int]  # of rows that the student wrote
+
+
+class Ready(NamedTuple):
+    """What a step computes with, on the devices, and how the batch came about."""
+
+    batch: Batch
+    targets: TeacherTargets
+    anchors: dict[str, tuple[Batch, TeacherTargets]]  # by name
+    drawn: Drawn  # on the host
+
+
+class TrainingText:
+    """The batches of data.train, step by step."""
+
+    def __init__(self, parts: Run, workdir: pathlib.Path, first_step: int, steps: int):
+        """Goes on at `first_step`, as a run does that was interrupted there.
+
+        Args:
+          parts: of the run; its feed is prepared, unless all batches are the student's.
+          workdir: of the run.
+          first_step: the first one that this process makes.
+          steps: of the run, all of them.
+
+        Raises:
+          UserError: the student's text of the steps before is not what it has to be.
+        """
+        gkd = parts.config.gkd
+        self._parts, self._workdir = parts, workdir
+        self._curriculum = Curriculum(gkd, parts.config.train.seed, steps)
+        path = workdir / "trajectories_student.jsonl"
+        block = gkd.on_policy_buffer_steps
+        self._student = StudentText(
+            parts.feed, self._curriculum, path, block=block, first_step=first_step
+        )
+        self._refreshed_at = 0  # the step that the off-policy text of this moment was written for
+
+    def begin(self, step: int, state: TrainState) -> None:
+        """Lets the student write, if it is its turn; called for every step, in order.
+
+        Args:
+          step: of the run.
+          state: the student before the step.
+        """
+        self._student.write_if_due(step, self._student_writer(state))
+
+    def is_there(self, step: int) -> bool:
+        """Whether the batch of a coming step can be had already: the student's may be unwritten."""
+        return not self._curriculum.student_writes(step) or self._student.has(step)
+
+    def batch(self, step: int) -> Drawn:
+        """The batch of a step that is there; each is taken once, the teacher's in order."""
+        divergence, names = self._curriculum.divergence(step), self._parts.feed.names(step)
+        if self._curriculum.student_writes(step):
+            batch, *counts = self._student.batch(step)
+            rows = self._parts.config.train.batch_size
+            return Drawn(batch, names, None, divergence, _counts(rows, *counts))
+        self._refresh_if_due(step)
+        batch, kept = self._parts.feed.batch(step)
+        return Drawn(batch, names, kept, divergence, _counts(0, 0, 0, 0))
+
+    def _refresh_if_due(self, step: int) -> None:
+        every = self._parts.config.trajectory.refresh_every_steps
+        if every is None or step // every * every == self._refreshed_at:
+            return
+        # The teacher does not change: when it writes makes no difference, only for which steps.
+        self._refreshed_at = step // every * every
+        steps = self._curriculum.steps_of_block(step, every, on_policy=False)
+        parts = self._parts
+        refresh(parts.config, parts.feed, parts.teacher, self._workdir, steps, self._refreshed_at)
+
+    def _student_writer(self, state: TrainState):
+        parts = self._parts
+
+        def write(prompts, row_seeds, prompt_length):
+            return sample(
+                parts.decoder,
+                student_params(parts.frozen, state.trainable),
+                prompts,
+                row_seeds,
+                sampler.sampling(parts.config),
+                stop_ids=parts.chat.stop_ids,
+                batch_size=parts.config.train.batch_size,
+                lengths=(prompt_length,),
+                mesh=parts.mesh,
+                vocab_size=parts.shared_vocab,
+            )
+
+        return write
+
+
+class Ahead:
+    """The steps of one run, each taken once and in order."""
+
+    def __init__(self, parts: Run, text: TrainingText, steps: int):
+        """Asks for nothing yet.
+
+        Args:
+          parts: of the run.
+          text: of its batches.
+          steps: of the run, all of them.
+        """
+        self._parts, self._text, self._steps = parts, text, steps
+        remote = isinstance(parts.teacher, RemoteTeacher)
+        self._ahead = _STEPS if remote else 0
+        self._asked: dict[int, Callable[[], Ready]] = {}
+
+    def take(self, step: int, state: TrainState) -> Ready:
+        """What `step` needs, waited for; the steps after it are asked for first.
+
+        Args:
+          step: of the run.
+          state: the student before the step.
+        """
+        self._text.begin(step, state)
+        for s in range(step, min(step + 1 + self._ahead, self._steps)):
+            # The student's text of a coming step may not be written yet; its turn comes later.
+            if s not in self._asked and self._text.is_there(s):
+                self._asked[s] = self._ask(s)
+        return self._asked.pop(step)()
+
+    def _ask(self, step: int) -> Callable[[], Ready]:
+        parts, drawn = self._parts, self._text.batch(step)
+        targets = ask(parts.teacher, drawn.batch, drawn.names, drawn.kept, parts.mesh)
+        anchors = {}
+        for name, feed in parts.anchor_feeds.items():
+            batch, kept = feed.batch(step)
+            wait = ask(parts.anchor_teacher, batch, feed.names(step), kept, parts.mesh)
+            anchors[name] = batch, wait
+
+        def ready() -> Ready:
+            scored = {
+                name: (mesh.shard_rows(parts.mesh, batch), wait())
+                for name, (batch, wait) in anchors.items()
+            }
+            return Ready(mesh.shard_rows(parts.mesh, drawn.batch), targets(), scored, drawn)
+
+        return ready
+
+
+def _counts(rows: int, refused: int, dropped: int, truncated: int) -> dict[str, int]:
+    found = {"on_policy_rows": rows, "refused_responses": refused, "dropped_rows": dropped}
+    return found | {"truncated_rows": truncated}

@@ -1,0 +1,221 @@
+"""Orbax checkpoints of the train state, with the run's position and a fingerprint of each leaf."""
+
+import contextlib
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from absl import logging
+
+from gkdjax.parallel import mesh, multihost
+from gkdjax.types import TrainState
+from gkdjax.utils import tree
+from gkdjax.utils.errors import UserError
+
+
+class Checkpoints:
+    """Saves and restores under `workdir`/checkpoints; one directory a step.
+
+    A checkpoint is {"state": the leaves by path, "meta": JSON}. The JSON holds the step, which is
+    also the position in the data (`data.batching.RowOrder` is a function of it), and a fingerprint
+    of every leaf: Orbax restores a flipped bit without a word. Both know nothing of the mesh.
+
+    All processes of a run have the same directory, and call every method.
+    """
+
+    def __init__(self, workdir: pathlib.Path, keep: int, forever: Sequence[int] = ()):
+        """Opens the directory.
+
+        Args:
+          workdir: of the run.
+          keep: so many of the newest.
+          forever: steps that are never removed.
+        """
+        policies = ocp.checkpoint_managers
+        policy = policies.AnyPreservationPolicy(
+            [policies.LatestN(keep), policies.CustomSteps(list(forever))]
+        )
+        self._directory = workdir / "checkpoints"
+        # A killed save's directory would stay until its step is saved again, if ever. Orbax can
+        # remove it as well, but in a thread that outlives an early exit, with a traceback.
+        if multihost.leads():
+            for unfinished in self._directory.glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(unfinished)
+        multihost.wait_for_all()
+        self._manager = ocp.CheckpointManager(
+            self._directory.absolute(),
+            options=ocp.CheckpointManagerOptions(preservation_policy=policy),
+        )
+
+    def save(self, state: TrainState) -> None:
+        """Begins to save; the write goes on in the background. Errors surface at the next call."""
+        leaves = _by_path(state)
+        step = int(leaves["step"])
+        if step in self._manager.all_steps():
+            return
+        meta = {"step": step, "fingerprints": _fingerprints(leaves)}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(leaves), meta=ocp.args.JsonSave(meta)
+            ),
+        )
+
+    def restore(self, like: TrainState) -> TrainState | None:
+        """The newest checkpoint that is whole, with the structure of `like`; None without any.
+
+        Its leaves lie as those of `like` do, on whatever mesh they were saved. A damaged one is
+        named in the log and passed over for the one before it; it is put aside as "<step>.damaged",
+        because Orbax saves nothing at or before a step that it has.
+
+        Raises:
+          UserError: there are checkpoints, and none of them can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for tried, step in enumerate(steps):
+            state = None
+            try:
+                state = self._restore_step(step, like)
+            except Exception as error:  # Orbax and tensorstore raise many types for damage
+                logging.error("checkpoint %d of %s is damaged: %s", step, self._directory, error)
+            if not multihost.any_of_all(state is None):
+                self._put_aside(steps[:tried])
+                return state
+        if steps:
+            raise UserError(
+                f"none of the checkpoints {steps} in {self._directory} can be read (see above);"
+                " move the directory away to start again"
+            )
+        return None
+
+    def wait(self) -> None:
+        """Returns when everything begun is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _put_aside(self, steps: list[int]) -> None:
+        for step in steps if multihost.leads() else ():
+            aside = self._directory / f"{step}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self._directory / str(step)).rename(aside)
+        multihost.wait_for_all()
+        if steps:
+            self._manager.reload()
+
+    def _restore_step(self, step: int, like: TrainState) -> TrainState:
+        expected = {
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+            for path, leaf in _by_path(like).items()
+        }
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(expected), meta=ocp.args.JsonRestore()
+            ),
+        )
+        leaves = restored["state"]
+        _check(leaves, restored["meta"]["fingerprints"])
+        treedef = jax.tree.structure(like)
+        return jax.tree.unflatten(treedef, [leaves[path] for path in _by_path(like)])
+
+
+def read_trainable(workdir: pathlib.Path, like: Any, step: int | None = None) -> tuple[int, Any]:
+    """A saved step's trainable leaves alone -> (step, NumPy arrays in the structure of `like`).
+
+    Nothing is changed, so the run may be going on.
+
+    Args:
+      workdir: of the run.
+      like: `TrainState.trainable` as `jax.ShapeDtypeStruct`s.
+      step: None takes the newest checkpoint that is whole; damaged ones are named in the log.
+
+    Raises:
+      UserError: there is no such step (those there are, are named), or it cannot be read.
+    """
+    directory = (workdir / "checkpoints").absolute()
+    names = [path.name for path in directory.glob("*")]
+    steps = sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+    if not steps:
+        raise UserError(f"{directory} holds no checkpoint")
+    if step is not None and step not in steps:
+        raise UserError(f"{directory} holds no step {step}; there are {steps[::-1]}")
+    for tried in steps if step is None else [step]:
+        try:
+            return tried, _read_trainable(directory / str(tried), like)
+        except Exception as error:  # Orbax and tensorstore raise many types for damage
+            logging.error("checkpoint %d of %s is damaged: %s", tried, directory, error)
+            reason = str(error)[:300]  # tensorstore's go on for pages
+    raise UserError(f"no checkpoint in {directory} can be read; step {tried}: {reason}")
+
+
+def _read_trainable(directory: pathlib.Path, like: Any) -> Any:
+    expected = _by_path(like, "trainable/")
+    reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler("state", "meta"))
+    with contextlib.closing(reader):
+        restored = reader.restore(
+            directory,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(
+                    expected,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(expected),
+                    partial_restore=True,
+                ),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
+    fingerprints = restored["meta"]["fingerprints"]
+    saved = {path for path in fingerprints if path.startswith("trainable/")}
+    if saved != expected.keys():
+        raise ValueError(f"its leaves are not the config's: {sorted(saved ^ expected.keys())}")
+    for path, leaf in restored["state"].items():
+        if leaf.shape != expected[path].shape:
+            raise ValueError(f"leaf {path} is {leaf.shape}, the config's {expected[path].shape}")
+    _check(restored["state"], {path: fingerprints[path] for path in expected})
+    return jax.tree.unflatten(
+        jax.tree.structure(like), [restored["state"][path] for path in expected]
+    )
+
+
+def _check(leaves: dict[str, Any], fingerprints: dict[str, int]) -> None:
+    for path, found in _fingerprints({path: leaves[path] for path in fingerprints}).items():
+        if found != fingerprints[path]:
+            raise ValueError(f"leaf {path} does not have the fingerprint it was saved with")
+
+
+def _by_path(state: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves by path: plain names that outlive a change of our own classes."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {prefix + tree.path_str(path): leaf for path, leaf in flat}
+
+
+def _fingerprints(leaves: dict[str, Any]) -> dict[str, int]:
+    """32 bits of each leaf, the same however it is cut over devices; none is brought to a host."""
+    return {path: int(found) for path, found in mesh.fetch(_of_devices(leaves)).items()}
+
+
+@jax.jit
+def _of_devices(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {path: _fingerprint(leaf) for path, leaf in leaves.items()}
+
+
+def _fingerprint(leaf: jax.Array) -> jax.Array:
+    """The sum, modulo 2**32, of each number's bits mixed with its place.
+
+    For a place the mix (MurmurHash3's last steps) maps different bits to different numbers, so that
+    one damaged number is always seen; more of them hide each other once in 2**32.
+    """
+    width = leaf.dtype.itemsize * 8
+    bits = jax.lax.bitcast_convert_type(leaf, f"uint{width}").astype(jnp.uint32)
+    place = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis, size in enumerate(leaf.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    mixed = bits ^ (place * jnp.uint32(0x9E3779B1))
+    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)

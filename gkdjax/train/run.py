@@ -1,0 +1,186 @@
+"""The one loop: assemble, ask the base, train, ask the student, hand over."""
+
+import contextlib
+import dataclasses
+import pathlib
+import time
+
+import jax
+from ml_collections import config_dict
+
+from gkdjax import report
+from gkdjax.config import Config, Log, parse
+from gkdjax.data import load
+from gkdjax.data.dataset import Feed
+from gkdjax.evaluation.scoring import Reader
+from gkdjax.models.hf import export
+from gkdjax.parallel import multihost
+from gkdjax.parallel.multihost import leads
+from gkdjax.rollout.schedule import needs_teacher_text
+from gkdjax.rollout.teacher import prepare
+from gkdjax.teachers.base import Teacher
+from gkdjax.teachers.server.teacher import HttpTeacher
+from gkdjax.train import offline, setup
+from gkdjax.train import workdir as workdirs
+from gkdjax.train.evals import reader
+from gkdjax.train.loop import told_if_the_teacher_fails, train
+from gkdjax.train.planning import check
+from gkdjax.train.setup import Run, assemble
+from gkdjax.types import TrainState
+from gkdjax.utils.errors import UserError
+from gkdjax.utils.files import read_lines, write_lines
+
+
+def run(
+    config: config_dict.ConfigDict | Config,
+    workdir: str | pathlib.Path,
+    teacher: Teacher | None = None,
+) -> dict:
+    """Distils as the config says -> the content of results.json.
+
+    The same call on the same directory continues an interrupted run and shows a finished one. Of
+    several processes (`jax.distributed`) all make it, and the leader writes and shows.
+
+    Args:
+      config: from a config file, or `config.parse`d already.
+      workdir: for checkpoints, metrics, results and exports.
+      teacher: any `teachers.base.Teacher`, instead of the config's.
+
+    Raises:
+      UserError: config, data or models are not right (exit code 2).
+      TrainingFailure: a loss is not finite, or a server's answer is wrong (3); the last good
+        checkpoint stays.
+      TeacherUnreachable: a server stays away (4); the state is saved.
+      Preempted: SIGTERM came; the state is saved (75).
+    """
+    config = config if isinstance(config, Config) else parse(config)
+    shared = pathlib.Path(workdir)
+    with (
+        multihost.own_directory(shared) as own,
+        workdirs.held(own),
+        multihost.quiet_unless_leading(),
+    ):
+        return _run_in(own, shared, config, teacher)
+
+
+def _run_in(
+    workdir: pathlib.Path, shared: pathlib.Path, config: Config, teacher: Teacher | None
+) -> dict:
+    """See `parallel.multihost.own_directory` for the two directories."""
+    began = time.monotonic()
+    workdirs.claim(workdir, config)
+    config = shown_by_leader(config)
+    finished = workdirs.read_json(workdir / "results.json")
+    if finished is not None:
+        print(report.render(finished, workdir))
+        if not (workdir / "report.html").exists():  # killed between the two
+            report.write_html(workdir)
+        return finished
+
+    # Part of every program's identity: set here, once, for all of them.
+    with (
+        jax.default_matmul_precision(config.train.matmul_precision),
+        contextlib.ExitStack() as connections,
+    ):
+        rows = setup.read(config, workdir, teacher, connections, shared)
+        if teacher is None and config.teacher.offline:
+            steps = setup.total_steps(config, len(rows.feed))
+            offline.require_filled(config, workdir, rows.teacher, steps)
+        check.require(rows)
+        found = _run(assemble(rows, workdir), workdir, shared, began)
+    print(report.render(found, workdir))
+    workdirs.write_json(workdir / "results.json", found)
+    report.write_html(workdir)
+    return found
+
+
+def _run(parts: Run, workdir: pathlib.Path, shared: pathlib.Path, began: float) -> dict:
+    print(f"{parts.config.student.model}: a response ends with {parts.chat.stop_tokens()}")
+    ending = export.Ending(parts.chat.stop_ids, parts.chat.pad_id)
+    workdirs.write_json(workdir / export.ENDING, ending._asdict())  # `tools.export_hf` reads it
+    with told_if_the_teacher_fails("No step was made yet"):
+        write_first(parts, workdir)
+    feeds = feeds_of(parts).items()
+    workdirs.claim_rows(workdir, {name: feed.fingerprint() for name, feed in feeds})
+    before = workdirs.read_json(workdir / "before.json")
+    if before is None:
+        base = Reader.of(parts.decoder, parts.base, parts.chat, parts.config.teacher.prefix_bytes)
+        base.prefixes.learn(parts.prompts_by_prefix)  # it is asked what it says with the prefix
+        with told_if_the_teacher_fails("No step was made yet"):
+            before = parts.evaluation.before(base)
+        del base  # or a full fine-tuning would hold the untrained parameters to its end
+        before["task"] = load.fingerprints(parts.examples)
+        workdirs.write_json(workdir / "before.json", before)
+    write_lines(workdir / "answers.jsonl", before["answers"])
+    state, training = train(parts, workdir, shared)
+    with told_if_the_teacher_fails("All steps are made and saved"):
+        student = reader(parts, state, parts.config.teacher.prefix_bytes)
+        student.prefixes.learn(parts.prompts_by_prefix)
+        after = parts.evaluation.after(student)
+    write_lines(workdir / "answers.jsonl", before["answers"] + after["answers"])
+    training["exports"] = _export(parts, state, workdir, ending)
+    report.draw(workdir)
+    training["seconds"] = time.monotonic() - began
+    if isinstance(parts.teacher, HttpTeacher):
+        training["teacher"] = parts.teacher.report()
+    if parts.examples.dropped:
+        training["dropped_rows"] = parts.examples.dropped
+    rows = {name: feed.report() for name, feed in feeds_of(parts).items()}
+    on_the_way = read_lines(workdir / "eval.jsonl")
+    return report.collect(before, on_the_way, after, rows, training)
+
+
+def _export(
+    parts: Run, state: TrainState, workdir: pathlib.Path, ending: export.Ending
+) -> list[str]:
+    config, spec = parts.config, parts.decoder.spec
+    source, wanted = parts.directory, config.train.export
+    written = []
+    if wanted in ("merged", "both"):
+        adapters = None if parts.frozen is None else state.trainable
+        params = state.trainable if parts.frozen is None else parts.frozen
+        export.export_merged(workdir / "merged", spec, params, adapters, source, ending=ending)
+        written.append("merged/")
+    if wanted in ("adapter", "both"):
+        base = workdirs.base_name(config.student.model, workdir)
+        export.export_adapter(workdir / "adapter", spec, state.trainable, source, base, ending)
+        written.append("adapter/")
+    return written
+
+
+def shown_by_leader(config: Config) -> Config:
+    """Bars and TensorBoard files are the leader's alone."""
+    if leads():
+        return config
+    return dataclasses.replace(config, log=Log(tensorboard=False, progress_bar=False))
+
+
+def feeds_of(parts: Run) -> dict[str, Feed]:
+    """All streams of rows, by name."""
+    own = {} if parts.validation is None else {"validation": parts.validation}
+    return {"train": parts.feed, **own, **parts.anchor_feeds}
+
+
+def write_first(parts: Run, workdir: pathlib.Path) -> None:
+    """The first off-policy text, by the teacher of each stream; without off-policy steps, none.
+
+    Raises:
+      UserError: something is asked of the teacher's text, and the teacher writes none.
+    """
+    _check_use(parts)
+    for name, feed in feeds_of(parts).items():
+        teacher = parts.anchor_teacher if name in parts.anchor_feeds else parts.teacher
+        if name != "train" or needs_teacher_text(parts.config.gkd):
+            prepare(parts.config, name, feed, teacher, workdir, parts.shared_vocab)
+
+
+def _check_use(parts: Run) -> None:
+    c = parts.config.trajectory
+    if needs_teacher_text(parts.config.gkd) and parts.feed.needs_responses():
+        return
+    for key, value in (("refresh_every_steps", c.refresh_every_steps), ("reuse", c.reuse)):
+        if value:
+            raise UserError(
+                f"config.trajectory.{key} = {value!r} is for the teacher's text, and this run needs"
+                " none: every row has a response, or all batches are the student's. Leave it out"
+            )

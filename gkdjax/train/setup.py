@@ -1,0 +1,371 @@
+"""The rows of a run, ready to be taught, and who is asked about them: all but the weights.
+
+A teacher at a server is tried here, so that what does not work is said before anything is loaded.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from gkdjax.config import Config, rows_at_once
+from gkdjax.config.checks import SERVERS
+from gkdjax.data import load, truncation
+from gkdjax.data.bad_rows import BadRows
+from gkdjax.data.chat_template import Chat
+from gkdjax.data.dataset import Feed
+from gkdjax.data.load import Examples
+from gkdjax.data.loss_mask import TargetRules
+from gkdjax.data.views import ViewRules
+from gkdjax.evaluation.evaluate import Evaluation
+from gkdjax.models import lora, padding, sampler
+from gkdjax.models.decoder import Decoder
+from gkdjax.models.hf import model_config
+from gkdjax.parallel import mesh as parallel_mesh
+from gkdjax.rollout.schedule import needs_teacher_text
+from gkdjax.teachers import local
+from gkdjax.teachers.base import Capabilities, Needs, Teacher, refusals
+from gkdjax.teachers.local import FlaxTeacher
+from gkdjax.teachers.server import connect
+from gkdjax.train import datasets, models
+from gkdjax.train.models import Sources
+from gkdjax.train.step import init_state
+from gkdjax.train.teacher import InProcess
+from gkdjax.types import Example, Message, TrainState
+from gkdjax.utils import seeds
+from gkdjax.utils.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What is known of a run before any weights are read."""
+
+    config: Config
+    mesh: Mesh
+    lengths: tuple[int, ...]  # padded prompt lengths for sampling
+    sources: Sources
+    rules: ViewRules
+    examples: Examples
+    feed: Feed
+    anchor_feeds: dict[str, Feed]  # by name, see `config.anchor_sets`
+    validation: Feed | None  # rows whose loss is measured
+    teacher: Teacher | None  # None: its weights are to be loaded
+    vocab_size: int  # of the student
+    toggles: bool  # it is the student's own base
+
+    @functools.cached_property
+    def prompts_by_prefix(self) -> list[list[np.ndarray]]:
+        """What the teacher reads, see `Feed.prompts_by_prefix`."""
+        examples = self.examples
+        asked = dict.fromkeys((*examples.questions, *examples.heldout, *examples.prompts))
+        return self.feed.prompts_by_prefix(list(asked))
+
+    def evaluation(
+        self, teacher: Teacher, shared_vocab: int, untrained: FlaxTeacher | None
+    ) -> Evaluation:
+        """With this teacher, of these ids; see `Evaluation` for the student as it was."""
+        return Evaluation(
+            self.config,
+            self.rules,
+            teacher,
+            self.examples,
+            self.validation,
+            self.lengths,
+            self.mesh,
+            shared_vocab,
+            untrained,
+        )
+
+
+def read(
+    config: Config,
+    workdir: pathlib.Path,
+    teacher: Teacher | None,
+    connections: contextlib.ExitStack,
+    shared: pathlib.Path | None = None,
+) -> Rows:
+    """Reads data and tokenizers, and tries the server of a teacher that has one.
+
+    Args:
+      config: checked by itself.
+      workdir: the run's directory, of this process.
+      teacher: instead of the config's, or None.
+      connections: closes what is open to the server.
+      shared: the run's directory, of all processes; None: it is `workdir`.
+
+    Raises:
+      UserError: whatever does not fit, named.
+      TeacherUnreachable: the server does not answer.
+    """
+    if teacher is not None and not isinstance(teacher, Teacher):
+        raise UserError(f"{teacher!r} is no teacher: see gkdjax.teachers.base.Teacher")
+    c = config.mesh
+    mesh = parallel_mesh.make_mesh(c.data, c.fsdp, c.tensor, c.dcn_data)
+    for key, rows in rows_at_once(config).items():
+        parallel_mesh.check_rows(mesh, key, rows)
+    lengths = _ladder(config)
+    bad_rows = BadRows(config.data.bad_rows)
+    examples = load.read(config, bad_rows)
+
+    sources = models.find(config, workdir, teacher)
+    backend = config.teacher.backend
+    vocab_size = model_config.load_spec(sources.student).vocab_size
+    if teacher is None and backend in SERVERS:
+        teacher = connect.connect(
+            config.teacher,
+            sources.teacher_chat,
+            models.ids_of_server(sources, vocab_size),
+            workdir,
+            shared or workdir,
+            sampling=sampler.sampling(config),
+            template_kwargs=config.data.template_kwargs,
+        )
+        connections.enter_context(contextlib.closing(teacher))
+    toggles = teacher is None and backend == "local-toggle"
+    rules = _view_rules(config, sources.chat, sources.teacher_chat)
+    contexts = datasets.contexts_of(config, sources, teacher)
+    examples = _askable(config, examples, rules, bad_rows)
+    room = "eval.max_new_tokens", config.eval.max_new_tokens
+    for asked, by_teacher in ((_asked(config, examples), True), (_beside(examples), False)):
+        truncation.require_contexts(asked, rules, room, contexts, teacher_writes=by_teacher)
+    rows = config.train.batch_size
+    feed = datasets.one_feed(config, "data.train", examples.train, rules, rows, contexts, bad_rows)
+    if config.gkd.on_policy_fraction > 0:  # the student writes to rows with a response, too
+        unanswered = [dataclasses.replace(row, answer=None) for row in feed.rows()]
+        room = "trajectory.max_new_tokens", config.trajectory.max_new_tokens
+        truncation.require_contexts(unanswered, rules, room, contexts, teacher_writes=False)
+    if toggles and not (config.teacher.adapter or config.student.lora.start_from):
+        local.require_longer_view(feed.views_differ())
+    anchor_feeds = datasets.anchor_feeds(config, examples, rules, sources, contexts, bad_rows)
+    name = teacher.description if teacher is not None else config.teacher.backend
+    can = teacher.capabilities if teacher is not None else FlaxTeacher.capabilities
+    validation = datasets.validation_feed(config, examples, rules, contexts, can, bad_rows)
+    _check_capabilities(config, can, name, _needs(config, feed, anchor_feeds, validation))
+    return Rows(
+        config=config,
+        mesh=mesh,
+        lengths=lengths,
+        sources=sources,
+        rules=rules,
+        examples=examples._replace(train=feed.rows(), dropped=bad_rows.dropped),
+        feed=feed,
+        anchor_feeds=anchor_feeds,
+        validation=validation,
+        teacher=teacher,
+        vocab_size=vocab_size,
+        toggles=toggles,
+    )
+
+
+def total_steps(config: Config, rows: int) -> int:
+    """Optimizer steps of the run; an epoch that is not whole is rounded up."""
+    if config.train.steps is not None:
+        return config.train.steps
+    return math.ceil(config.train.epochs * rows / config.train.batch_size)
+
+
+def _ladder(config: Config) -> tuple[int, ...]:
+    given, longest = config.data.bucket_lengths, config.data.max_length
+    if given and max(given) < longest:
+        raise UserError(
+            f"config.data.bucket_lengths = {given}: the longest must hold data.max_length ="
+            f" {longest}"
+        )
+    return padding.ladder(longest, given)
+
+
+def _view_rules(config: Config, chat: Chat, teacher_chat: Chat) -> ViewRules:
+    c = config.context
+    return ViewRules(
+        student_chat=chat,
+        teacher_chat=teacher_chat,
+        retained=c.student_retained_turns,
+        targets=TargetRules(c.target_roles, c.target_content_pattern, c.target_span),
+        max_length=config.data.max_length,
+        too_long=config.data.too_long,
+    )
+
+
+def _askable(config: Config, examples: Examples, rules: ViewRules, bad_rows: BadRows) -> Examples:
+    """Without questions and prompts that the chat templates do not take, if they are dropped."""
+
+    def kept(key: str, rows: list[Example]) -> list[Example]:
+        left = []
+        for row in rows:
+            with bad_rows.row(row.name):
+                rules.prompts(row)
+                left.append(row)
+        bad_rows.settle(key, key, len(left))
+        return left
+
+    questions = kept("eval.questions", examples.questions)
+    same = examples.prompts is examples.questions
+    abilities = {
+        name: kept(f"eval.retention.{name}", rows) for name, rows in examples.abilities.items()
+    }
+    own = config.eval.side_effects is not None
+    return examples._replace(
+        questions=questions,
+        heldout=kept("eval.heldout", examples.heldout),
+        prompts=questions if same else kept("eval.prompts", examples.prompts),
+        abilities=abilities,
+        side_effects=kept("eval.side_effects", examples.side_effects)
+        if own
+        else load.in_turn(abilities),
+    )
+
+
+def _asked(config: Config, examples: Examples) -> list[Example]:
+    """The questions of the evaluation that teacher and student answer, as they are asked."""
+    asked = [*dict.fromkeys((*examples.questions, *examples.heldout, *examples.prompts))]
+    other = tuple(Message(**message) for message in config.eval.other_prefix)
+    asked += [dataclasses.replace(e, prefix=(), turns=other + e.turns) for e in asked if other]
+    return [dataclasses.replace(example, answer=None) for example in asked]
+
+
+def _beside(examples: Examples) -> list[Example]:
+    """Those that the student alone answers."""
+    beside = itertools.chain(*examples.abilities.values(), examples.side_effects)
+    return [dataclasses.replace(example, answer=None) for example in beside]
+
+
+def _check_capabilities(config: Config, can: Capabilities, name: str, needs: Needs) -> None:
+    reasons = refusals(
+        can,
+        top_k=config.teacher.top_k,
+        temperature=config.gkd.temperature,
+        tail=config.gkd.tail,
+        needs=needs,
+    )
+    if reasons:
+        raise UserError(f"this teacher ({name}) cannot do it: {'; '.join(reasons)}")
+
+
+def _needs(
+    config: Config, feed: Feed, anchor_feeds: dict[str, Feed], validation: Feed | None
+) -> Needs:
+    sets = config.eval.questions, config.eval.heldout, config.eval.prompts
+    asked = sets != (None,) * 3 or (validation is not None and validation.needs_responses())
+    writes, on_policy = needs_teacher_text(config.gkd), config.gkd.on_policy_fraction > 0
+    texts = ["what the student writes"] if on_policy else []
+    if writes and feed.needs_scores():
+        texts.append("rows of data.train")
+    towards_it = config.anchor.towards == "teacher"
+    if towards_it and any(anchor.needs_scores() for anchor in anchor_feeds.values()):
+        texts.append("rows of anchor.data")
+    return Needs(asked or (writes and feed.needs_responses()), texts, on_policy)
+
+
+@dataclasses.dataclass
+class Run:
+    """The parts of a run; `train.run` puts them in motion."""
+
+    config: Config
+    mesh: Mesh
+    directory: pathlib.Path  # of the student, its source
+    examples: Examples
+    chat: Chat
+    decoder: Decoder
+    base: dict | None  # the untrained student; None once a full fine-tuning needs it no more
+    frozen: dict | None  # what adapters stand on; None in a full fine-tuning
+    start: dict | None  # adapters to begin with; None: fresh ones
+    teacher: Teacher
+    feed: Feed
+    anchor_feeds: dict[str, Feed]  # by name, see `config.anchor_sets`
+    validation: Feed | None  # rows whose loss is measured
+    anchor_teacher: Teacher | None
+    evaluation: Evaluation
+    keeps_base: bool  # somebody reads the base during training
+    prompts_by_prefix: list[list[np.ndarray]]  # the teacher's
+    shared_vocab: int  # ids below it have a row in the student's embedding and in the teacher's
+
+
+def assemble(rows: Rows, workdir: pathlib.Path) -> Run:
+    """Reads the weights, and the teacher's if they are in this process.
+
+    Args:
+      rows: of the run.
+      workdir: the run's directory.
+
+    Raises:
+      UserError: whatever does not fit, named.
+    """
+    config, sources, mesh, teacher = rows.config, rows.sources, rows.mesh, rows.teacher
+    decoder, frozen = models.load_student(config, sources.student, mesh)
+    start = models.starting_adapters(config, workdir, decoder.spec, frozen)
+    if start is not None:
+        start = jax.device_put(start, decoder.layout.places(start))
+    base = frozen if start is None else lora.attach(frozen, start)
+    in_process = InProcess(config, workdir, rows.lengths, mesh, decoder.spec.vocab_size)
+    if teacher is None:
+        own = (decoder, frozen) if rows.toggles else None
+        teacher = in_process.config_teacher(sources, own)
+    shared_vocab = decoder.spec.vocab_size
+    if teacher.chat is not None and teacher.chat.shared is not None:
+        shared_vocab = teacher.chat.shared
+    if isinstance(teacher, FlaxTeacher):
+        teacher.prefixes.learn(rows.prompts_by_prefix)
+    anchor_teacher = None
+    if rows.anchor_feeds:
+        anchor_teacher = teacher
+        if config.anchor.towards == "base":
+            anchor_teacher = in_process.teacher(decoder, base, sources.chat, "the student's base")
+    untrained = None
+    if rows.examples.side_effects:
+        untrained = in_process.exact_teacher(decoder, base, sources.chat, "the untrained student")
+    full = config.student.adapter == "none"
+    readers = {
+        "the teacher": rows.toggles,
+        "the anchor": rows.anchor_feeds and config.anchor.towards == "base",
+        "the evaluation of side effects": untrained is not None,
+    }
+    keeps_base = any(readers.values())
+    if full and keeps_base:
+        reader = next(name for name, reads in readers.items() if reads)
+        local.announce_second_copy(sum(x.nbytes for x in jax.tree.leaves(frozen)), reader)
+    return Run(
+        config=config,
+        mesh=mesh,
+        directory=sources.student,
+        examples=rows.examples,
+        chat=sources.chat,
+        decoder=decoder,
+        base=base,
+        frozen=None if full else frozen,
+        start=start,
+        teacher=teacher,
+        feed=rows.feed,
+        anchor_feeds=rows.anchor_feeds,
+        validation=rows.validation,
+        anchor_teacher=anchor_teacher,
+        evaluation=rows.evaluation(teacher, shared_vocab, untrained),
+        keeps_base=keeps_base,
+        prompts_by_prefix=rows.prompts_by_prefix,
+        shared_vocab=shared_vocab,
+    )
+
+
+def initial_state(run: Run, optimizer: optax.GradientTransformation) -> TrainState:
+    """Adapters, or float32 masters of every parameter (copies: the step donates them)."""
+
+    def make(base, start):
+        if run.frozen is None:
+            trainable = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), base)
+        elif start is not None:
+            trainable = jax.tree.map(jnp.copy, start)
+        else:
+            key = jax.random.key(seeds.fold(run.config.train.seed, "lora"))
+            trainable = models.fresh_adapters(run.config, base, key)
+        return init_state(trainable, optimizer)
+
+    given = run.base if run.frozen is None else run.frozen, run.start
+    places = run.decoder.layout.places(jax.eval_shape(make, *given))
+    return jax.jit(make, out_shardings=places)(*given)

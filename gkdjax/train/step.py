@@ -1,0 +1,129 @@
+"""One optimizer step: (state, frozen, batch, targets) -> (state, sums).
+
+Losses are sums of weighted tokens, with weights that a row has by itself, divided by the weight of
+the whole batch: accumulation and many devices therefore average as one would, exactly.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from gkdjax import losses
+from gkdjax.config import Config, anchor_sets
+from gkdjax.losses.objective import DenseTargets, TeacherTargets, token_weights, weighted_divergence
+from gkdjax.models.decoder import Decoder, unembedding_table
+from gkdjax.models.lora import student_params
+from gkdjax.parallel import mesh as parallel_mesh
+from gkdjax.parallel.mesh import head_axes
+from gkdjax.types import Batch, TrainState
+
+Part = tuple[Batch, TeacherTargets]
+
+
+def init_state(trainable, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+
+
+def make_train_step(
+    decoder: Decoder,
+    optimizer: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    config: Config,
+    mesh: Mesh,
+) -> Callable:
+    """Builds the jitted step.
+
+    Returns:
+      step(state, frozen, batch, targets, anchors, *, divergence) -> (state, sums). `state` is
+      donated; `frozen` is the base's parameters, or None when all are trained; `anchors` are
+      (batch, targets) pairs by the names of `config.anchor_sets`. The sums are float32 scalars:
+      `loss_sum` and `loss_weight`, whose quotient is the loss, and so `<name>_sum` and
+      `<name>_weight` of each anchor; the number of `targets`, `grad_norm` and `learning_rate`.
+    """
+    accumulation, gkd, anchor_config = config.train.accumulation, config.gkd, config.anchor
+    factors = {each.name: each.weight for each in anchor_sets(anchor_config)} | {"loss": 1.0}
+    spec, whole = decoder.spec, NamedSharding(mesh, parallel_mesh.WHOLE)
+    layout = dataclasses.replace(decoder.layout, mesh=mesh)
+    seed_key = jax.random.key(config.train.seed)
+
+    def part_loss(params, part: Part, divergence: str) -> jax.Array:
+        batch, targets = part
+        hidden_BSD = decoder.apply(
+            {"params": params}, batch.student_tokens_BS, batch.student_mask_BS
+        )
+        hidden_BND = jnp.take_along_axis(hidden_BSD, batch.student_at_BN[:, :, None], axis=1)
+        summed, _ = weighted_divergence(
+            hidden_BND,
+            unembedding_table(spec, params),
+            spec.final_softcap,
+            targets,
+            token_weights(batch.target_mask_BN, gkd.reduction),
+            divergence,
+            **gkd.of_loss(),
+            **head_axes(mesh),
+        )
+        return summed
+
+    def step(state: TrainState, frozen, batch, targets, anchors, *, divergence: str):
+        parts = {"loss": (batch, targets)} | anchors
+        kinds = dict.fromkeys(parts, anchor_config.divergence) | {"loss": divergence}
+        weight = {
+            name: losses.masked_count(token_weights(of.target_mask_BN, gkd.reduction))
+            for name, (of, _) in parts.items()
+        }
+        step_key = jax.random.fold_in(seed_key, state.step)
+
+        def objective(trainable, micro):
+            params = student_params(frozen, trainable, jax.random.fold_in(step_key, micro))
+            total, sums = 0.0, {}
+            for name, part in parts.items():
+                rows = _micro_batch(part, micro, accumulation)
+                sums[name] = part_loss(params, rows, kinds[name])
+                total += sums[name] * (factors[name] / weight[name])
+            return total, sums
+
+        def add_micro_batch(carry, micro):
+            gradient = jax.grad(objective, has_aux=True)(state.trainable, micro)
+            added = jax.tree.map(jnp.add, carry, gradient)
+            return jax.lax.with_sharding_constraint(added, carried), None
+
+        nothing = jax.tree.map(jnp.zeros_like, state.trainable), dict.fromkeys(parts, 0.0)
+        carried = layout.places(state.trainable), dict.fromkeys(parts, whole)
+        (grads, totals), _ = jax.lax.scan(add_micro_batch, nothing, jnp.arange(accumulation))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        sums = {
+            "targets": losses.masked_count(batch.target_mask_BN),
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
+        }
+        for name in parts:
+            sums |= {f"{name}_sum": totals[name], f"{name}_weight": weight[name]}
+        trainable = optax.apply_updates(state.trainable, updates)
+        return TrainState(state.step + 1, trainable, opt_state), sums
+
+    def placed_step(state: TrainState, *args, **kwargs):
+        state, sums = step(state, *args, **kwargs)
+        places = layout.places(state), dict.fromkeys(sums, whole)
+        return jax.lax.with_sharding_constraint((state, sums), places)
+
+    return jax.jit(placed_step, donate_argnums=0, static_argnames="divergence")
+
+
+def _micro_batch(part: Part, micro: jax.Array, accumulation: int) -> Part:
+    """Every `accumulation`-th row from `micro` on: so each device keeps its share of the rows."""
+
+    def take(x):
+        x = x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:])
+        return jax.lax.dynamic_index_in_dim(x, micro, axis=1, keepdims=False)
+
+    batch, targets = part
+    if isinstance(targets, DenseTargets):  # its unembedding has no rows
+        return jax.tree.map(take, batch), dataclasses.replace(
+            targets, hidden_BNE=take(targets.hidden_BNE)
+        )
+    return jax.tree.map(take, batch), jax.tree.map(take, targets)

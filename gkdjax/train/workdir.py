@@ -1,0 +1,208 @@
+"""A run's directory: which config it belongs to, and whether the run is finished."""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import pathlib
+from collections.abc import Iterator
+
+from absl import logging
+
+from gkdjax import config as config_lib
+from gkdjax.config import ASSETS
+from gkdjax.config.checks import REACH_KEYS
+from gkdjax.models.hf import hub
+from gkdjax.parallel import multihost
+from gkdjax.utils.errors import UserError
+
+_LOCK = ".gkdjax-lock"
+# What a run writes down before it computes anything, beside its config.
+_BEGUN_WITH = ("models.json", "clock.json", "teacher.json", "ending.json")
+
+
+@contextlib.contextmanager
+def held(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes out of the directory of a run that is not finished.
+
+    Raises:
+      UserError: the directory cannot be made, or another process is at work in it.
+    """
+    if (workdir / "results.json").exists():  # a finished run is shown, and may be read-only
+        yield
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / _LOCK).open("w")
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be made: {error}") from None
+    with lock:  # closing it, as a killed process does, gives the lock back
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is at work in {workdir}; wait until it has ended, or give"
+                " --workdir another directory"
+            ) from None
+        except OSError as error:
+            logging.warning("%s has no locks (%s): start no second run there", workdir, error)
+        yield
+
+
+_OLD_ASSETS = str(ASSETS.parents[1] / "assets")  # where runs of 0.1.0 found them
+
+
+def claim(workdir: pathlib.Path, config: config_lib.Config) -> None:
+    """Writes the config into a new directory, or checks that it is the one written there.
+
+    How a teacher's server is reached may change (not what it is, see `teachers.server.connect`),
+    and so may the mesh. A directory where nothing was computed belongs to nobody: the first start
+    may have been refused, and its advice followed.
+
+    Raises:
+      UserError: the directory belongs to another config; every key that differs is named.
+    """
+    path = workdir / "config.json"
+    mine = json.loads(json.dumps(config_lib.to_dict(config)))
+    computed = _computed(workdir)
+    if not computed:
+        (workdir / "rows.json").unlink(missing_ok=True)  # the data may have been mended
+    if path.exists():
+        theirs = _with_new_keys(json.loads(path.read_text().replace(_OLD_ASSETS, str(ASSETS))))
+        differing = sorted(_differences(_lasting(mine), _lasting(theirs), "config"))
+        if not differing:
+            return
+        if computed:
+            raise UserError(
+                f"{workdir} holds a run of another config; it differs in {'; '.join(differing)}."
+                " Give --workdir another directory, or the old values"
+            )
+        for name in _BEGUN_WITH:
+            (workdir / name).unlink(missing_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be made: {error}") from None
+    write_json(path, mine)
+
+
+def _computed(workdir: pathlib.Path) -> bool:
+    """Whether text was written there, the untrained student measured, or a step made.
+
+    A server's answers are no reason to keep another config out: their store finds them by what was
+    asked, and stays.
+    """
+    written = any(file.stat().st_size for file in workdir.glob("trajectories_*.jsonl"))
+    return written or any((workdir / name).exists() for name in ("before.json", "checkpoints"))
+
+
+def claim_rows(workdir: pathlib.Path, fingerprints: dict[str, int]) -> None:
+    """Writes what the rows of each stream are known by, or checks that they are those of the run.
+
+    Raises:
+      UserError: rows are not what they were when the run began.
+    """
+    path = workdir / "rows.json"
+    begun_with = read_json(path)
+    if begun_with is None:
+        write_json(path, fingerprints)
+        return
+    for name, fingerprint in fingerprints.items():
+        if begun_with[name] != fingerprint:
+            raise UserError(
+                f"the rows of {name} are not those that the run in {workdir} began with: the data,"
+                " a prefix file, the tokenizer or the chat template changed since. Put them back,"
+                " or give --workdir another directory"
+            )
+
+
+def clock(workdir: pathlib.Path) -> datetime.datetime | None:
+    """The local time that chat templates see: when the run began, at every start of it.
+
+    Several processes see the leader's. None in a run that began before there was a clock.json: its
+    templates see the time, as they did.
+    """
+    path = workdir / "clock.json"
+    kept = read_json(path)
+    if kept is None and not (workdir / "rows.json").exists():
+        kept = {"began": datetime.datetime.now().isoformat(timespec="seconds")}
+    (kept, *_) = multihost.exchange(kept)
+    if kept is None:
+        return None
+    if not path.exists():
+        write_json(path, kept)
+    return datetime.datetime.fromisoformat(kept["began"])
+
+
+def read_json(path: pathlib.Path) -> dict | None:
+    """The parsed file, or None if there is none."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_json(path: pathlib.Path, value: dict) -> None:
+    """Writes under another name first: the file is whole or not there."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.replace(path)
+
+
+def _with_new_keys(theirs: dict) -> dict:
+    """An older run did what the defaults of the keys say that are new since."""
+    defaults = json.loads(json.dumps(config_lib.to_dict(config_lib.Config())))
+    sections = {name: default for name, default in defaults.items() if isinstance(default, dict)}
+    return theirs | {
+        name: default | theirs[name] for name, default in sections.items() if name in theirs
+    }
+
+
+def _lasting(raw: dict) -> dict:
+    """What makes a run another one; on other devices it is the same."""
+    teacher = {key: v for key, v in raw["teacher"].items() if key not in REACH_KEYS}
+    return raw | {"teacher": teacher, "mesh": None}
+
+
+def _differences(mine, theirs, key: str):
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for name in sorted({*mine, *theirs}):
+            if name not in mine or name not in theirs:
+                yield f"{key}.{name} (only in {'this run' if name in mine else 'the old one'})"
+            else:
+                yield from _differences(mine[name], theirs[name], f"{key}.{name}")
+    elif mine != theirs:
+        yield f"{key} (now {_short(mine)}, was {_short(theirs)})"
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def local_directory(name: str, workdir: pathlib.Path, weights: bool = True) -> pathlib.Path:
+    """As `hub.local_directory`, and what the run began with: a hub id may move on, and so may we.
+
+    RUN/models.json has the absolute path of each directory and the commit of each hub id.
+    """
+    path = workdir / "models.json"
+    begun_with = read_json(path) or {}
+    if name not in begun_with:
+        directory = hub.local_directory(name, weights)
+        here = str(directory.absolute()) if pathlib.Path(name).is_dir() else directory.name
+        write_json(path, begun_with | {name: here})
+        return directory
+    place = begun_with[name]
+    if not pathlib.Path(place).is_absolute():
+        return hub.local_directory(name, weights, place)
+    if not pathlib.Path(place).is_dir():
+        raise UserError(f"{place} is gone, with which the run in {workdir} began; put it back")
+    return pathlib.Path(place)
+
+
+def base_name(name: str, workdir: pathlib.Path) -> str:
+    """What an adapter calls its base: a hub id as it is, a directory by its absolute path.
+
+    Args:
+      name: that `local_directory` has found for this run, wherever the process may stand now.
+      workdir: the run's directory.
+    """
+    place = read_json(workdir / "models.json")[name]
+    return place if pathlib.Path(place).is_absolute() else name

@@ -1,0 +1,180 @@
+"""Runs of two processes, with one device each, beside the same run in one process."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+import factories
+import numpy as np
+import pytest
+import safetensors.numpy
+from fake_server import FakeServer, Reply
+from fake_teacher import FakeTeacher
+from server_runs import answers_in, config_for, rows_asked
+from small_runs import metrics, small
+
+import gkdjax
+from gkdjax.data.batching import RowOrder
+
+HERE = pathlib.Path(__file__).parents[1]
+HEADS = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+PROMPTS = [{"prompt": f"say {i}"} for i in range(3)]
+READ = [{"prompt": f"tell {i}", "response": f"yes {i}"} for i in range(24)]
+WRITTEN = [{"prompt": f"ask {i}"} for i in range(5)]
+SLOW = pytest.mark.slow(120)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory) -> str:
+    return factories.model_dir(tmp_path_factory.mktemp("student"), **HEADS)
+
+
+@dataclasses.dataclass
+class Ended:
+    """How the processes of a run ended."""
+
+    codes: list[int]
+    errors: list[str]
+
+
+@pytest.fixture
+def start(student, tmp_path):
+    """start(number of processes, directory or one of each, server, changes) -> the processes."""
+    started = []
+
+    def run(count: int, workdir: pathlib.Path, server: str | None, **changes):
+        spec = tmp_path / f"spec-{len(started)}.json"
+        spec.write_text(json.dumps({"student": student, "server": server, "changes": changes}))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+        environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE)])
+        script = [sys.executable, HERE / "run_process.py", spec]
+        for index in range(count):
+            own = workdir if isinstance(workdir, pathlib.Path) else workdir[index]
+            command = [*script, own, coordinator, str(count), str(index)]
+            log = (tmp_path / f"log-{len(started)}").open("w+")
+            started.append((subprocess.Popen(command, env=environment, stderr=log), log))
+        return started[-count:]
+
+    yield run
+    for process, log in started:
+        process.kill()
+        process.wait()
+        log.close()
+
+
+def ended(running) -> Ended:
+    codes = [process.wait(timeout=400) for process, _ in running]
+    errors = []
+    for _, log in running:
+        log.seek(0)
+        errors.append(log.read())
+    return Ended(codes, errors)
+
+
+def losses_of(workdir):
+    return [line["loss"] for line in metrics(workdir)]
+
+
+def test_two_processes_make_the_run_of_one(start, tmp_path, student):
+    """Weights are cut over both; all that a run writes is written once, by the leader."""
+    changes = {
+        "gkd__on_policy_fraction": 0.5,
+        "anchor__data": [*PROMPTS, {"prompt": "more"}],
+        "anchor__batch_size": 4,
+        "eval__prompts": PROMPTS,
+        "eval__every_steps": 2,
+        "train__export": "both",
+        "data__validation": [{"prompt": f"v {i}", "response": "ok"} for i in range(3)],
+    }
+    gkdjax.run(small(student, **changes), tmp_path / "one")
+    both = ended(start(2, tmp_path / "two", None, **changes, mesh__fsdp=2))
+    assert both.codes == [0, 0], both.errors
+    one, two = (sorted(p.name for p in (tmp_path / n).iterdir()) for n in ("one", "two"))
+    assert one == two
+    np.testing.assert_allclose(losses_of(tmp_path / "two"), losses_of(tmp_path / "one"), rtol=1e-5)
+    lines = [metrics(tmp_path / name) for name in ("one", "two")]
+    for key in ("step", "tokens", "batch_crc32", "on_policy_rows"):
+        assert [line[key] for line in lines[0]] == [line[key] for line in lines[1]]
+    found, expected = (
+        json.loads((tmp_path / n / "results.json").read_text()) for n in ("two", "one")
+    )
+    for condition in ("base", "student", "reprompted_student"):
+        assert found[condition] == pytest.approx(expected[condition], rel=1e-3, abs=1e-6)
+    assert found["samples"] == expected["samples"]
+    for file in ("merged/model.safetensors", "adapter/adapter_model.safetensors"):
+        a, b = (safetensors.numpy.load_file(tmp_path / name / file) for name in ("one", "two"))
+        assert a.keys() == b.keys()
+        for name, tensor in a.items():
+            np.testing.assert_allclose(b[name], tensor, atol=1e-4)  # four steps of 1e-2
+
+
+@SLOW
+def test_each_process_asks_its_share_and_one_goes_on_where_both_stopped(start, tmp_path, student):
+    """SIGTERM reaches one of them. Nothing is asked twice, not even by another number of processes.
+
+    The weights are cut over both, so that each of them holds all rows.
+    """
+    teacher, running, left = FakeTeacher(), [], [20]
+
+    def stop_one(request):
+        if rows_asked([request]):
+            left[0] -= 1
+            if left[0] == 0:
+                running[1][0].send_signal(signal.SIGTERM)
+        return teacher(request)
+
+    changes = {"data__train": WRITTEN + READ, "train__steps": 12, "teacher__concurrency": 1}
+    changes["mesh__tensor"] = 2
+    workdir, whole = tmp_path / "two", tmp_path / "one"
+    with FakeServer(stop_one) as server:
+        running += start(2, workdir, server.base, **changes)
+        stopped = ended(running)
+        assert stopped.codes == [75, 75], stopped.errors
+        assert 0 < len(metrics(workdir)) < 12
+        stores = [answers_in(workdir / name) for name in ("answers.sqlite", "answers.1.sqlite")]
+        assert all(len(store) > 5 for store in stores)
+        gkdjax.run(config_for(student, server.base, **changes), workdir)
+        asked = rows_asked(server.requests)
+        assert len(asked) == len(set(asked))
+        gkdjax.run(config_for(student, server.base, **changes), whole)
+        assert sorted(rows_asked(server.requests)[len(asked) :]) == sorted(asked)
+    # After some steps of Adam on other devices the rounding shows.
+    np.testing.assert_allclose(losses_of(workdir), losses_of(whole), rtol=1e-4)
+    text = [(path / "trajectories_train.jsonl").read_text() for path in (workdir, whole)]
+    assert text[0] == text[1]
+
+
+@SLOW
+def test_a_server_that_fails_one_process_ends_both(start, tmp_path):
+    """A row of the fourth step is never answered, and only one process asks for it."""
+    teacher = FakeTeacher()
+    late = READ[RowOrder(0, "data.train", 4, [0] * len(READ)).rows(3)[1]]["prompt"]
+    row = str(factories.tokenizer()(f"{late}\n")["input_ids"][1:-1])[1:-1] + ", "
+
+    def deaf_to_one(request):
+        return Reply(silent=True) if row in str(request.body) else teacher(request)
+
+    changes = {"data__train": READ, "train__steps": 6, "teacher__concurrency": 1}
+    changes |= {"teacher__deadline_s": 4.0, "teacher__max_retries": 2, "checkpoint__every_steps": 9}
+    with FakeServer(deaf_to_one) as server:
+        both = ended(start(2, tmp_path / "run", server.base, **changes))
+    assert both.codes == [4, 4], both.errors
+    made = len(metrics(tmp_path / "run"))
+    assert 0 < made < 6
+    assert (tmp_path / "run" / "checkpoints" / str(made)).exists()
+    assert sum("TeacherUnreachable: process" in error for error in both.errors) == 1
+
+
+@SLOW
+def test_directories_that_are_not_the_same_are_refused(start, tmp_path):
+    both = ended(start(2, [tmp_path / "a", tmp_path / "b"], None))
+    assert both.codes == [2, 2], both.errors
+    assert all("processes [1] do not see" in error for error in both.errors)

@@ -1,0 +1,125 @@
+"""Whose a run's directory is, and who may work in it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from small_runs import ConstantTeacher, small
+
+import gkdjax
+from gkdjax import config
+from gkdjax.train import workdir
+from gkdjax.utils.errors import TeacherUnreachable, UserError
+
+
+def claims(run, c) -> bool:
+    """Whether another config may have the directory, as it is written there then."""
+    try:
+        workdir.claim(run, config.parse(c))
+    except UserError as error:
+        assert "holds a run of another config; it differs in config." in str(error)
+        return False
+    return json.loads((run / "config.json").read_text())["train"]["seed"] == c.train.seed
+
+
+class Unreachable(ConstantTeacher):
+    """A server that is away before it has written anything."""
+
+    def sample(self, prompts, seeds, sampling):
+        raise TeacherUnreachable("nobody there")
+
+
+AWAY = {"backend": "vllm", "api_base": "http://127.0.0.1:9/v1", "deadline_s": 0.1}
+AWAY = {f"teacher__{key}": value for key, value in AWAY.items()}
+# What is said -> what is wrong with a config, and with which teacher, if it is not the config's.
+REFUSALS = {
+    r"data\.train:0": ({"data__train": [{"prompt": 5}]}, None),
+    "no/such-model": ({"student__model": "no/such-model"}, None),
+    r"mesh": ({"mesh__data": 3}, None),
+    "127.0.0.1:9": (AWAY, None),
+    "set it to 1": ({}, ConstantTeacher(50, 5)),
+    "row of data.train as well": ({"anchor__data": [{"prompt": "ask 0"}]}, None),
+    "nobody there": ({"teacher__top_k": 1}, Unreachable(50, 5)),
+}
+
+
+@pytest.mark.parametrize("told", REFUSALS)
+def test_a_run_that_was_refused_leaves_its_directory_to_the_next(student, tmp_path, told):
+    changes, teacher = REFUSALS[told]
+    c = small(student, **changes)
+    with pytest.raises((UserError, TeacherUnreachable), match=told):
+        gkdjax.run(c, tmp_path, teacher)
+    assert claims(tmp_path, c)  # the same one
+    for name in ("models.json", "teacher.json", "ending.json", "rows.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "answers.sqlite").write_text("paid for")
+    assert claims(tmp_path, small(student, train__seed=7))
+    left = {path.name for path in tmp_path.iterdir() if path.stat().st_size}
+    assert left == {"config.json", "answers.sqlite"}
+
+
+@pytest.mark.parametrize("name", ["trajectories_train.jsonl", "before.json", "checkpoints"])
+def test_a_directory_in_which_something_was_computed_stays_its_configs(student, tmp_path, name):
+    c, other = small(student), small(student, train__seed=7)
+    assert claims(tmp_path, c)
+    workdir.claim_rows(tmp_path, {"train": 1})
+    assert claims(tmp_path, c)
+    workdir.claim_rows(tmp_path, {"train": 2})  # nothing has come of the first ones
+    (tmp_path / "trajectories_train.jsonl").touch()  # opened, and no text yet
+    assert claims(tmp_path, other) and claims(tmp_path, c)
+    workdir.claim_rows(tmp_path, {"train": 2})
+    if name == "checkpoints":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).write_text("{}\n")
+    assert claims(tmp_path, c) and not claims(tmp_path, other)
+    with pytest.raises(UserError, match="the rows of train are not those"):
+        workdir.claim_rows(tmp_path, {"train": 3})
+
+
+def test_what_has_to_be_mended_does_not_go_on_by_itself(student, tmp_path):
+    c = small(student, teacher__top_k=1, trajectory__reuse="a.jsonl")
+    c.data.train = [{"prompt": "ask", "response": "told"}] * 4
+    with pytest.raises(UserError, match=r"Leave it out\. No step was made yet$"):
+        gkdjax.run(c, tmp_path, ConstantTeacher(50, 5))
+    with pytest.raises(TeacherUnreachable, match=r"No step was made yet; the same command goes on"):
+        gkdjax.run(small(student, teacher__top_k=1), tmp_path, Unreachable(50, 5))
+
+
+_HOLDS = """
+import pathlib, sys
+from gkdjax.train import workdir
+with workdir.held(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_are_never_at_work_in_one_directory(student, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-c", _HOLDS, str(run)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=rf"another process is at work in {run}"):
+            gkdjax.run(small(student), run)
+        assert not (run / "config.json").exists()
+        other.kill()
+    with workdir.held(run):  # a killed process leaves no lock behind
+        pass
+    (tmp_path / "results.json").touch()
+    with workdir.held(tmp_path):  # a finished run is only shown, also where nobody may write
+        assert {path.name for path in tmp_path.iterdir()} == {"run", "results.json"}
+
+
+def test_a_run_from_before_a_key_was_there_goes_on_with_its_default(student, tmp_path):
+    workdir.claim(tmp_path, config.parse(small(student)))
+    (tmp_path / "before.json").touch()
+    path = tmp_path / "config.json"
+    old = json.loads(path.read_text())
+    assert old["data"].pop("bad_rows") == "refuse"
+    path.write_text(json.dumps(old))
+    assert claims(tmp_path, small(student))
+    with pytest.raises(UserError, match=r"data\.bad_rows \(now 'drop', was 'refuse'\)"):
+        workdir.claim(tmp_path, config.parse(small(student, data__bad_rows="drop")))
