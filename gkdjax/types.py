@@ -68,7 +68,7 @@ class Example:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class KeptTopK:
+class TokenTopK:
     """One row of `TopKTargets`, in NumPy: what the writer predicted where it drew its tokens."""
 
     topk: TopKLogprobs  # [n,K]
@@ -76,7 +76,7 @@ class KeptTopK:
 
 
 @dataclasses.dataclass(frozen=True)
-class KeptHidden:
+class TokenHidden:
     """One row of `DenseTargets`, in NumPy, without the unembedding."""
 
     hidden: np.ndarray  # compute dtype [n,E]
@@ -88,7 +88,7 @@ class Trajectory:
 
     ids: np.ndarray  # int32 [n]; if finished, the last one is a stop id
     finished: bool  # False: cut off at max_new_tokens, so there is no end-of-turn target
-    kept: KeptTopK | KeptHidden | None = None  # row n predicted ids[n]; None: nobody asked for it
+    kept: TokenTopK | TokenHidden | None = None  # row n predicted ids[n]; None: nobody asked for it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ class ViewPair:
     student: View
     teacher: View
     target_ids: np.ndarray  # int32 [N], N >= 1
-    kept: KeptTopK | None = None  # what the teacher predicted when it wrote the targets
+    kept: TokenTopK | None = None  # what the teacher predicted when it wrote the targets
 
 
 @jax.tree_util.register_dataclass

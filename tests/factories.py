@@ -10,7 +10,7 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from gkdjax.models.decoder_config import DecoderSpec
+from gkdjax.models.decoder_config import DecoderConfig
 from gkdjax.models.families import registry
 
 SPECIALS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
@@ -119,7 +119,7 @@ def rope_parameters(factor: float | None = None) -> dict:
     }
 
 
-def spec(family: str = "gemma3", **overrides) -> DecoderSpec:
+def spec(family: str = "gemma3", **overrides) -> DecoderConfig:
     """The decoder's numbers of `config(family, **overrides)`."""
     given = config(family, **overrides).to_dict()
     return registry.MODEL_TYPES[given["model_type"]].decoder_spec(given)

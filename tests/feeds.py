@@ -1,19 +1,21 @@
 """A feed of rows that bring their responses: nobody has to write one."""
 
 from gkdjax.data.chat_template import Chat
-from gkdjax.data.dataset import Feed
+from gkdjax.data.dataset import DistillDataset
 from gkdjax.data.examples import read_examples
 from gkdjax.data.loss_mask import TargetRules
-from gkdjax.data.responses import ResponseRules
+from gkdjax.data.responses import RolloutFilter
 from gkdjax.data.views import ViewRules
 
 
-def feed_of(chat: Chat, rows: int = 10, prefix: str = "", too_long: str = "drop", **how) -> Feed:
+def feed_of(
+    chat: Chat, rows: int = 10, prefix: str = "", too_long: str = "drop", **how
+) -> DistillDataset:
     """Of rows of different lengths, ready to give batches of 4.
 
     Args:
       how: longest: the prompts have 1, 2, ... up to so many words; max_length: of a view;
-        most_padding: as of `Feed`.
+        most_padding: as of `DistillDataset`.
     """
     how = {"longest": 4, "max_length": 64, "most_padding": 0.2} | how
     prompts = ["ask" * (1 + i % how["longest"]) for i in range(rows)]
@@ -29,11 +31,11 @@ def feed_of(chat: Chat, rows: int = 10, prefix: str = "", too_long: str = "drop"
         max_length=how["max_length"],
         too_long=too_long,
     )
-    feed = Feed(
+    feed = DistillDataset(
         "data.train",
         read_examples(tuple(data), "data.train"),
         rules,
-        ResponseRules(rules.targets, 0, 8),
+        RolloutFilter(rules.targets, 0, 8),
         per_prompt=1,
         most_padding=how["most_padding"],
         batch_size=4,

@@ -25,9 +25,9 @@ import optax
 from gkdjax.config import Gkd, Train
 from gkdjax.losses import top_k_logprobs
 from gkdjax.losses.objective import TopKTargets
-from gkdjax.models.sampler import Keep, Sampling, sample
+from gkdjax.models.sampler import Keep, SamplingParams, sample
 from gkdjax.parallel import mesh as parallel_mesh
-from gkdjax.parallel.sharding_rules import Layout
+from gkdjax.parallel.sharding_rules import ShardingRules
 from gkdjax.train.step import init_state, make_train_step
 from gkdjax.utils.tree import path_str
 
@@ -44,7 +44,7 @@ MODEL = {
 BATCH = builders.batch((6, 2, 1, 5, 6, 3, 1, 4), vocab=V)
 CASES = ("lora", "full")  # the one has a dense teacher, the other the best K tokens
 RATE = 2.0**10  # so large that what the parameters were is lost in it, and the gradient is not
-SAMPLING = Sampling(max_new_tokens=6, temperature=0.9, top_p=0.8, top_k=None)
+SAMPLING = SamplingParams(max_new_tokens=6, temperature=0.9, top_p=0.8, top_k=None)
 
 
 def main(out: str, *meshes: str) -> None:
@@ -53,12 +53,12 @@ def main(out: str, *meshes: str) -> None:
         mesh = parallel_mesh.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
         decoder, params = builders.small_model(**MODEL)
         params = jax.tree.map(np.array, params)  # the step takes its state for itself
-        layout = Layout.of(mesh, decoder.spec)
+        layout = ShardingRules.of(mesh, decoder.spec)
         decoder = decoder.clone(layout=layout)
         path = pathlib.Path(out, name)
         for case in CASES:
             _step(decoder, params, case == "lora", mesh, f"{path}-{case}")
-        _text(decoder, jax.device_put(params, layout.places(params)), mesh, f"{path}-text")
+        _text(decoder, jax.device_put(params, layout.shardings_of(params)), mesh, f"{path}-text")
 
 
 def _step(decoder, params, adapted: bool, mesh, name: str) -> None:
@@ -70,7 +70,9 @@ def _step(decoder, params, adapted: bool, mesh, name: str) -> None:
     adapters = jax.tree.map(np.array, builders.adapters(decoder))
     frozen, trainable = (params, adapters) if adapted else (None, params)
     state = init_state(trainable, optimizer)
-    state, frozen = jax.device_put((state, frozen), (layout.places(state), layout.places(frozen)))
+    state, frozen = jax.device_put(
+        (state, frozen), (layout.shardings_of(state), layout.shardings_of(frozen))
+    )
     arguments = state, frozen, parallel_mesh.shard_rows(mesh, BATCH), _targets(layout, adapted), {}
     compiled = step.lower(*arguments, divergence=kind).compile()
     memory = compiled.memory_analysis()
@@ -80,7 +82,9 @@ def _step(decoder, params, adapted: bool, mesh, name: str) -> None:
     leaves, _ = jax.tree_util.tree_flatten_with_path(new)
     found["moved"] = [
         path_str(path)
-        for (path, leaf), place in zip(leaves, jax.tree.leaves(layout.places(new)), strict=True)
+        for (path, leaf), place in zip(
+            leaves, jax.tree.leaves(layout.shardings_of(new)), strict=True
+        )
         if not leaf.sharding.is_equivalent_to(place, leaf.ndim)
     ]
     pathlib.Path(name + ".json").write_text(json.dumps(found))
@@ -90,14 +94,14 @@ def _step(decoder, params, adapted: bool, mesh, name: str) -> None:
     np.savez(name + ".npz", **gradients, **{f"sum:{k}": v for k, v in sums.items()})
 
 
-def _targets(layout: Layout, dense: bool):
+def _targets(layout: ShardingRules, dense: bool):
     targets = builders.dense_targets(BATCH, vocab=V, width=16)
     if dense:
         return dataclasses.replace(
             targets,
             hidden_BNE=parallel_mesh.shard_rows(layout.mesh, targets.hidden_BNE),
             unembedding_VE=jax.device_put(
-                targets.unembedding_VE, layout.place("embedding", (V, 16))
+                targets.unembedding_VE, layout.sharding_of("embedding", (V, 16))
             ),
         )
     topk = jax.jit(top_k_logprobs, static_argnums=1)(builders.teacher_logits(targets), K)

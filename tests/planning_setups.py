@@ -2,13 +2,13 @@
 
 from gkdjax import config
 from gkdjax.benchmarks.case import STUDENTS, TEACHERS, decoder_spec
-from gkdjax.train.planning.setup import Setup, Weights, mesh_of
+from gkdjax.train.planning.setup import PlanInputs, Weights, mesh_of
 
 STUDENT = decoder_spec(STUDENTS["small"], 4096)
 TEACHER = decoder_spec(TEACHERS["small"], 4096)
 
 
-def setup(dtype: str = "float32", devices: int = 1, **changes) -> Setup:
+def setup(dtype: str = "float32", devices: int = 1, **changes) -> PlanInputs:
     """Of a config with `changes` like gkd__divergence="mixed"; a teacher if there is one."""
     c = config.default()
     c.student.model, c.data.train = "none", "none.jsonl"
@@ -22,4 +22,4 @@ def setup(dtype: str = "float32", devices: int = 1, **changes) -> Setup:
     teacher = Weights.of(TEACHER, dtype) if c.teacher.backend == "flax" else None
     toggles = c.teacher.backend == "local-toggle"
     parsed, student = config.parse(c), Weights.of(STUDENT, dtype)
-    return Setup(parsed, student, teacher, toggles, mesh_of(parsed, devices))
+    return PlanInputs(parsed, student, teacher, toggles, mesh_of(parsed, devices))

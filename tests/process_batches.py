@@ -17,7 +17,7 @@ import numpy as np
 from feeds import feed_of
 from small_runs import ConstantTeacher
 
-from gkdjax.data.batching import Kept
+from gkdjax.data.batching import CachedTargets
 from gkdjax.data.chat_template import load_chat
 from gkdjax.parallel import mesh as parallel_mesh
 from gkdjax.parallel import multihost
@@ -38,7 +38,7 @@ def _asked(batch, mesh) -> list[int]:
     first_B = np.arange(len(batch.row_id_B)) == 0
     teacher = ConstantTeacher(SAID, stop=0)
     names = [str(row) for row in batch.row_id_B]
-    found = scoring.ask(teacher, batch, names, Kept(kept, first_B), mesh)()
+    found = scoring.request_targets(teacher, batch, names, CachedTargets(kept, first_B), mesh)()
     total_B = jax.jit(lambda ids_BNK: jnp.sum(ids_BNK, (1, 2)))(found.topk.ids)
     return (parallel_mesh.fetch(total_B) // batch.target_ids_BN.shape[1]).tolist()
 

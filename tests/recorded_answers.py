@@ -16,8 +16,8 @@ import transformers
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from gkdjax.models.sampler import Sampling
-from gkdjax.teachers.server.answers import Answer, SampleRequest, ScoreRequest
+from gkdjax.models.sampler import SamplingParams
+from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest, TeacherAnswer
 from gkdjax.types import Message
 from gkdjax.utils.errors import WrongAnswer
 
@@ -46,9 +46,9 @@ def sample_request(
     tokens: int = 1,
     top_k: int = 3,
     stop_ids: tuple[int, ...] = (1,),
-    sampling: Sampling | None = None,
+    sampling: SamplingParams | None = None,
 ) -> SampleRequest:
-    sampling = sampling or Sampling(tokens, temperature=1.0, top_p=0.9)
+    sampling = sampling or SamplingParams(tokens, temperature=1.0, top_p=0.9)
     messages = (Message("system", "Be short."), Message("user", "hi"))
     return SampleRequest("row 7", np.asarray(ids, np.int32), messages, sampling, 5, stop_ids, top_k)
 
@@ -107,7 +107,7 @@ def _tokenizer(spelled: dict[int, str], decoder: Any) -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner)
 
 
-def same_answer(a: Answer, b: Answer) -> None:
+def same_answer(a: TeacherAnswer, b: TeacherAnswer) -> None:
     for name in ("target_ids", "target_logprob", "top_ids", "top_logprobs", "tail_logprob"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
     assert (a.finished, a.unmapped, a.lost) == (b.finished, b.unmapped, b.lost)

@@ -27,10 +27,10 @@ from fake_teacher import FakeTeacher
 from resume_runs import ROOT
 from server_runs import rows_asked
 
-from gkdjax.models.sampler import Sampling
+from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest
 from gkdjax.teachers.server.store.answers import AnswerStore, sample_key, score_key
-from gkdjax.teachers.server.store.fingerprint import KnownTeacher
+from gkdjax.teachers.server.store.fingerprint import TeacherIdentity
 from gkdjax.utils.text import table
 
 KEY = "canary-0815-sesame-0815"
@@ -179,11 +179,11 @@ class KilledRuns:
         return found
 
 
-def _keys(known: KnownTeacher, row: dict) -> set[str]:
+def _keys(known: TeacherIdentity, row: dict) -> set[str]:
     """Of all requests that a row may have been sent for: the positions asked of it are not sent."""
     ids = np.asarray(row["prompt"], np.int32)
     if "prompt_logprobs" not in row:
-        sampling = Sampling(row["max_tokens"], row["temperature"], row["top_p"])
+        sampling = SamplingParams(row["max_tokens"], row["temperature"], row["top_p"])
         stops = tuple(row["stop_token_ids"])
         request = SampleRequest("", ids, (), sampling, row["seed"], stops, row["logprobs"])
         return {sample_key(known, request, by_messages=False)}

@@ -5,13 +5,13 @@ import hashlib
 
 import numpy as np
 
-from gkdjax.teachers.server.answers import Answer
+from gkdjax.teachers.server.answers import TeacherAnswer
 from gkdjax.teachers.server.store import codec
 from gkdjax.teachers.server.store.answers import AnswerStore
-from gkdjax.teachers.server.store.fingerprint import KnownTeacher, fingerprint_of
+from gkdjax.teachers.server.store.fingerprint import TeacherIdentity, fingerprint_of
 
 
-def answer(seed: int, n: int = 4, top_k: int = 5) -> Answer:
+def answer(seed: int, n: int = 4, top_k: int = 5) -> TeacherAnswer:
     rng = np.random.default_rng(seed)
     logits_nV = rng.gumbel(size=(n, 50)) * 2
     logprobs_nV = logits_nV - np.log(np.exp(logits_nV).sum(axis=1, keepdims=True))
@@ -19,10 +19,10 @@ def answer(seed: int, n: int = 4, top_k: int = 5) -> Answer:
     top = np.take_along_axis(logprobs_nV, ids, axis=1).astype(np.float32)
     tail = np.log1p(-np.exp(top).sum(axis=1))
     # The targets are the probe's text: the same whoever is asked.
-    return Answer(np.arange(n, dtype=np.int32), top[:, 0].copy(), ids, top, tail)
+    return TeacherAnswer(np.arange(n, dtype=np.int32), top[:, 0].copy(), ids, top, tail)
 
 
-def noisy(of: Answer, std: float, seed: int = 0) -> Answer:
+def noisy(of: TeacherAnswer, std: float, seed: int = 0) -> TeacherAnswer:
     noise = np.random.default_rng(seed).normal(0, std, of.top_logprobs.shape)
     return dataclasses.replace(of, top_logprobs=(of.top_logprobs + noise).astype(np.float32))
 
@@ -31,16 +31,16 @@ def key(number: int) -> str:
     return hashlib.sha256(b"%d" % number).hexdigest()
 
 
-def items(*numbers: int) -> list[tuple[str, str, Answer]]:
+def items(*numbers: int) -> list[tuple[str, str, TeacherAnswer]]:
     return [(key(number), "score", answer(number)) for number in numbers]
 
 
-def teacher(seed: int = 100, **change) -> KnownTeacher:
+def teacher(seed: int = 100, **change) -> TeacherIdentity:
     names = {"model": "big", "tokenizer": "ab" * 32} | change
     probe = answer(seed)
     fingerprint = fingerprint_of(names["model"], names["tokenizer"], probe)
     made = {"fingerprint": fingerprint, "probe": probe, "findings": {"top_k": 5, "bos": None}}
-    return KnownTeacher(**(made | {"checked": "2026-11-23T02:00:00+00:00"} | names))
+    return TeacherIdentity(**(made | {"checked": "2026-11-23T02:00:00+00:00"} | names))
 
 
 BIG = teacher()
@@ -53,7 +53,7 @@ def filled(path, *numbers: int) -> AnswerStore:
     return made
 
 
-def same(a: Answer, b: Answer) -> bool:
+def same(a: TeacherAnswer, b: TeacherAnswer) -> bool:
     return codec.encode(a) == codec.encode(b)
 
 

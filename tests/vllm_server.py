@@ -12,9 +12,9 @@ import time
 from collections.abc import Iterator
 
 from gkdjax.config import Config
-from gkdjax.teachers.local import FlaxTeacher
+from gkdjax.teachers.local import LocalTeacher
 from gkdjax.train import models, setup, teacher
-from gkdjax.train.setup import Rows
+from gkdjax.train.setup import RunInputs
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "launch" / "start_vllm.sh"
 ARGUMENTS = ("--max-model-len", "512")
@@ -89,7 +89,7 @@ class VllmServer:
 @contextlib.contextmanager
 def connected(
     c: Config, workdir: pathlib.Path, adapter: str = ""
-) -> Iterator[tuple[Rows, FlaxTeacher]]:
+) -> Iterator[tuple[RunInputs, LocalTeacher]]:
     """(a run's rows, whose teacher is at a server; the student as a teacher in this process).
 
     Args:
@@ -103,6 +103,8 @@ def connected(
         # Of a server's config it would be exact, and not the server's K tokens.
         here = dataclasses.replace(c.teacher, adapter=adapter, backend="local-toggle")
         c = dataclasses.replace(c, teacher=here)
-        in_process = teacher.InProcess(c, workdir, rows.lengths, rows.mesh, rows.vocab_size)
+        in_process = teacher.LocalTeacherFactory(
+            c, workdir, rows.lengths, rows.mesh, rows.vocab_size
+        )
         own = models.load_student(c, rows.sources.student, rows.mesh)
         yield rows, in_process.config_teacher(rows.sources, own)

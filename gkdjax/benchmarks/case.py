@@ -7,7 +7,7 @@ sides, a tied embedding.
 import dataclasses
 import typing
 
-from gkdjax.models.decoder_config import DecoderSpec, RopeSpec
+from gkdjax.models.decoder_config import DecoderConfig, RopeSpec
 
 UNFUSED = "unfused"  # what the others are compared with
 VARIANTS = (UNFUSED, "dense", "topk", "stored")  # measured by default
@@ -76,8 +76,8 @@ class Case:
         return self.rows * self.length
 
 
-def decoder_spec(shape: Shape, vocab_size: int) -> DecoderSpec:
-    return DecoderSpec(
+def decoder_spec(shape: Shape, vocab_size: int) -> DecoderConfig:
+    return DecoderConfig(
         family="gemma3",
         vocab_size=vocab_size,
         width=shape.width,

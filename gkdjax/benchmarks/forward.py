@@ -17,7 +17,7 @@ import numpy as np
 from flax import traverse_util
 
 from gkdjax.models.decoder import Decoder
-from gkdjax.models.decoder_config import DecoderSpec, layer_shapes, param_shapes
+from gkdjax.models.decoder_config import DecoderConfig, layer_shapes, param_shapes
 from gkdjax.models.families import registry
 from gkdjax.utils.text import table
 
@@ -78,12 +78,12 @@ def main() -> None:
     print(table(head, [[a.model, device, *cells, f"{teraflops:.3g}", share]]))
 
 
-def decoder_spec(model: str) -> DecoderSpec:
+def decoder_spec(model: str) -> DecoderConfig:
     config = MODELS[model]
     return registry.MODEL_TYPES[config["model_type"]].decoder_spec(config)
 
 
-def flops(spec: DecoderSpec, rows: int, length: int) -> int:
+def flops(spec: DecoderConfig, rows: int, length: int) -> int:
     """Of one forward pass without the head."""
     kernels = sum(
         int(np.prod(shape)) for name, shape in layer_shapes(spec).items() if name.endswith("_proj")
@@ -96,7 +96,7 @@ def flops(spec: DecoderSpec, rows: int, length: int) -> int:
     return rows * (2 * kernels * length + scores_and_sums)
 
 
-def measure(spec: DecoderSpec, rows: int, length: int, dtype: jnp.dtype, steps: int) -> float:
+def measure(spec: DecoderConfig, rows: int, length: int, dtype: jnp.dtype, steps: int) -> float:
     """Median seconds of `steps` forward passes."""
     decoder = Decoder(spec, param_dtype=dtype, compute_dtype=dtype)
     leaves = {

@@ -15,7 +15,7 @@ from gkdjax.benchmarks.case import STUDENTS, TEACHERS, decoder_spec
 from gkdjax.losses.objective import DenseTargets
 from gkdjax.models import lora
 from gkdjax.models.decoder import Decoder, abstract_params, unembedding_table
-from gkdjax.models.decoder_config import DecoderSpec
+from gkdjax.models.decoder_config import DecoderConfig
 from gkdjax.models.prefix_cache import predicting_hidden
 from gkdjax.parallel import mesh
 from gkdjax.train import optimizer as train_optimizer
@@ -83,7 +83,7 @@ def compiled(c: config.Config) -> dict:
     return {"step": lowered.compile(), "teacher's forward pass": forward.compile()}
 
 
-def _decoder(spec: DecoderSpec, remat: bool) -> Decoder:
+def _decoder(spec: DecoderConfig, remat: bool) -> Decoder:
     return Decoder(spec, param_dtype=jnp.bfloat16, compute_dtype=jnp.bfloat16, remat=remat)
 
 
@@ -105,7 +105,7 @@ def _batch(c: config.Config) -> Batch:
     )
 
 
-def _targets(spec: DecoderSpec, params: dict, batch: Batch) -> DenseTargets:
+def _targets(spec: DecoderConfig, params: dict, batch: Batch) -> DenseTargets:
     shape = (*batch.target_mask_BN.shape, spec.width)
     hidden_BNE = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     return DenseTargets(hidden_BNE, unembedding_table(spec, params), spec.final_softcap)

@@ -19,14 +19,14 @@ from gkdjax.benchmarks.case import STUDENTS, TEACHERS, decoder_spec
 from gkdjax.losses import TopKLogprobs
 from gkdjax.losses.objective import DenseTargets, TeacherTargets, TopKTargets
 from gkdjax.models.decoder import Decoder, abstract_params, unembedding_table
-from gkdjax.models.decoder_config import DecoderSpec
+from gkdjax.models.decoder_config import DecoderConfig
 from gkdjax.models.prefix_cache import predicting_hidden
 from gkdjax.parallel import mesh as parallel_mesh
-from gkdjax.parallel.sharding_rules import Layout
+from gkdjax.parallel.sharding_rules import ShardingRules
 from gkdjax.train import optimizer as train_optimizer
 from gkdjax.train.planning import memory
 from gkdjax.train.planning.activations import adapters
-from gkdjax.train.planning.setup import Setup, Weights, mesh_of
+from gkdjax.train.planning.setup import PlanInputs, Weights, mesh_of
 from gkdjax.train.step import init_state, make_train_step
 from gkdjax.types import Batch
 from gkdjax.utils.text import size, table
@@ -130,14 +130,14 @@ def compare_reading(rows: int, length: int) -> tuple[int, int]:
     return memory.teacher_forward(setup)["one layer's pass"], measured
 
 
-def setup_of(case: Case) -> Setup:
+def setup_of(case: Case) -> PlanInputs:
     """Of float32 models; on several devices they have eight heads, and as many keys and values."""
     c, devices = configured(case), math.prod(case.mesh)
     specs = [decoder_spec(of["small"], case.vocab) for of in (STUDENTS, TEACHERS)]
     if devices > 1:
         specs = [dataclasses.replace(spec, num_heads=8, num_kv_heads=8) for spec in specs]
     weights = (Weights.of(spec, "float32") for spec in specs)
-    return Setup(c, *weights, False, mesh_of(c, devices))
+    return PlanInputs(c, *weights, False, mesh_of(c, devices))
 
 
 def configured(case: Case) -> config.Config:
@@ -152,11 +152,11 @@ def configured(case: Case) -> config.Config:
     return config.parse(c)
 
 
-def compiled(setup: Setup):
+def compiled(setup: PlanInputs):
     """The optimizer step on the mesh, in float32, all rows at their longest."""
     c, student, teacher = setup.config, setup.student.spec, setup.teacher.spec
     mesh = parallel_mesh.make_mesh(*_axes(c), devices=jax.devices()[: setup.mesh.size])
-    layouts = Layout.of(mesh, student), Layout.of(mesh, teacher)
+    layouts = ShardingRules.of(mesh, student), ShardingRules.of(mesh, teacher)
     base, teacher_params = (
         _placed(layout, abstract_params(spec, jnp.float32))
         for layout, spec in zip(layouts, (student, teacher), strict=True)
@@ -181,12 +181,12 @@ def _axes(c: config.Config) -> tuple[int, int, int]:
     return c.mesh.data, c.mesh.fsdp, c.mesh.tensor
 
 
-def _placed(layout: Layout, leaves):
+def _placed(layout: ShardingRules, leaves):
     """Shapes that say where they lie."""
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         leaves,
-        layout.places(leaves),
+        layout.shardings_of(leaves),
     )
 
 
@@ -213,7 +213,7 @@ def _batch(rows: int, length: int) -> Batch:
 
 
 def _targets(
-    mesh: Mesh, c: config.Config, spec: DecoderSpec, params: dict, batch: Batch
+    mesh: Mesh, c: config.Config, spec: DecoderConfig, params: dict, batch: Batch
 ) -> TeacherTargets:
     def each(*last, dtype=jnp.float32):
         shape = (*batch.target_mask_BN.shape, *last)

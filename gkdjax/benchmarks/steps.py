@@ -4,7 +4,7 @@
   models' logits [B,N,V], `losses.forward_kl`, the gradient by autodiff.
 - "plain": the same with the KL of a textbook, which does not provide for logits of -inf and lets
   small divergences drown in rounding: what an unfused step costs at least.
-- "dense": `make_train_step` against `DenseTargets` that a `FlaxTeacher` makes anew in each step.
+- "dense": `make_train_step` against `DenseTargets` that a `LocalTeacher` makes anew in each step.
 - "topk": the same with `TopKTargets`.
 - "stored": `TopKTargets` made once, before; no teacher is there any more.
 """
@@ -27,7 +27,7 @@ from gkdjax.models.decoder_config import param_shapes
 from gkdjax.models.lora import student_params
 from gkdjax.models.prefix_cache import predicting_hidden
 from gkdjax.parallel import mesh as parallel_mesh
-from gkdjax.teachers.local import FlaxTeacher
+from gkdjax.teachers.local import LocalTeacher
 from gkdjax.train import optimizer as train_optimizer
 from gkdjax.train.step import init_state, make_train_step
 from gkdjax.types import Batch, TrainState
@@ -169,9 +169,9 @@ def _logits(decoder: Decoder, params, tokens, mask, at_BN) -> jax.Array:
     return decoder.apply({"params": params}, hidden_BND, method="unembed")
 
 
-def _teacher(case: Case, mesh: Mesh) -> FlaxTeacher:
+def _teacher(case: Case, mesh: Mesh) -> LocalTeacher:
     decoder, params = _model(TEACHERS[case.teacher], case, seed=1)
-    return FlaxTeacher(
+    return LocalTeacher(
         decoder,
         parallel_mesh.replicate(mesh, params),
         chat=None,  # only renders views, and the batch is there

@@ -33,17 +33,17 @@ from gkdjax.benchmarks.table import GIB
 from gkdjax.benchmarks.worker import peak_bytes
 from gkdjax.parallel import mesh as parallel_mesh
 from gkdjax.teachers import scoring
-from gkdjax.teachers.server.answers import Answer
+from gkdjax.teachers.server.answers import TeacherAnswer
 from gkdjax.teachers.server.connect import declared
 from gkdjax.teachers.server.dialects.vllm import PromptLogprobs
 from gkdjax.teachers.server.scheduler import Pool
 from gkdjax.teachers.server.store.answers import AnswerStore
-from gkdjax.teachers.server.store.fingerprint import KnownTeacher
+from gkdjax.teachers.server.store.fingerprint import TeacherIdentity
 from gkdjax.teachers.server.store.suspects import Suspects
-from gkdjax.teachers.server.teacher import HttpTeacher
+from gkdjax.teachers.server.teacher import ServerTeacher
 from gkdjax.teachers.server.transport.client import Limits, Transport
 from gkdjax.train import optimizer as train_optimizer
-from gkdjax.train.batches import Ahead, Drawn
+from gkdjax.train.batches import BatchPrefetcher, SourcedBatch
 from gkdjax.train.step import init_state, make_train_step
 from gkdjax.types import Batch, TrainState
 from gkdjax.utils.text import table
@@ -81,7 +81,7 @@ def main() -> None:
 class _Bench:
     """Student, step and batches."""
 
-    def __init__(self, a: argparse.Namespace, mesh: Mesh, teacher: HttpTeacher):
+    def __init__(self, a: argparse.Namespace, mesh: Mesh, teacher: ServerTeacher):
         self._a, self._mesh, self._teacher = a, mesh, teacher
         self._rng, self._made = np.random.default_rng(0), 0
         decoder, params = model(STUDENTS[a.shape], jnp.dtype("float32"))
@@ -105,7 +105,7 @@ class _Bench:
 
     def _steps_alone(self) -> float:
         batch = self._batch()
-        targets = scoring.ask(self._teacher, batch, _names(batch), None, self._mesh)()
+        targets = scoring.request_targets(self._teacher, batch, _names(batch), None, self._mesh)()
         batch = parallel_mesh.shard_rows(self._mesh, batch)
         jax.block_until_ready(self._take_step(batch, targets))  # compiled, perhaps
         return self._timed(lambda step: self._take_step(batch, targets))
@@ -123,9 +123,9 @@ class _Bench:
 
         return self._timed(step)
 
-    def _ahead(self) -> Ahead:
+    def _ahead(self) -> BatchPrefetcher:
         parts = types.SimpleNamespace(teacher=self._teacher, mesh=self._mesh, anchor_feeds={})
-        return Ahead(parts, _Text(self._batches()), self._a.steps)
+        return BatchPrefetcher(parts, _Text(self._batches()), self._a.steps)
 
     def _take_step(self, batch: Batch, targets) -> dict:
         self._state, sums = self._step(
@@ -167,7 +167,7 @@ class _Bench:
 
 @dataclasses.dataclass
 class _Text:
-    """Batches as `train.batches.TrainingText` has them, none of which the student writes."""
+    """Batches as `train.batches.BatchSource` has them, none of which the student writes."""
 
     batches: Sequence[Batch]
 
@@ -177,21 +177,21 @@ class _Text:
     def is_there(self, step: int) -> bool:
         return True
 
-    def batch(self, step: int) -> Drawn:
+    def batch(self, step: int) -> SourcedBatch:
         batch = self.batches[step]
-        return Drawn(batch, _names(batch), None, _DIVERGENCE, {})
+        return SourcedBatch(batch, _names(batch), None, _DIVERGENCE, {})
 
 
 def _names(batch: Batch) -> list[str]:
     return [f"row {i}" for i in batch.row_id_B]
 
 
-def _teacher(base: str, directory: pathlib.Path, top_k: int) -> HttpTeacher:
+def _teacher(base: str, directory: pathlib.Path, top_k: int) -> ServerTeacher:
     """As `connect` makes it, of a server that needs no preflight."""
     zero = np.zeros(1, np.float32)
     tops = np.zeros((1, top_k), np.int32), np.zeros((1, top_k), np.float32)
-    probe = Answer(zero.astype(np.int32), zero, *tops, zero)
-    known = KnownTeacher("0" * 64, "benchmark", "0" * 64, probe, {}, "")
+    probe = TeacherAnswer(zero.astype(np.int32), zero, *tops, zero)
+    known = TeacherIdentity("0" * 64, "benchmark", "0" * 64, probe, {}, "")
     store = AnswerStore(directory / "answers.sqlite")
     store.add_teacher(known)
     limits = Limits(timeout_s=60.0, deadline_s=60.0, max_retries=0)
@@ -201,7 +201,7 @@ def _teacher(base: str, directory: pathlib.Path, top_k: int) -> HttpTeacher:
     pool = Pool(dialect, transport, store, known, Suspects(None), probe=lambda: probe, **how)
     can = declared(config.Teacher(top_k=top_k))
     sizes = {"top_k": top_k, "window": None}
-    return HttpTeacher(pool, None, "a benchmark", can, **sizes, template_kwargs={})
+    return ServerTeacher(pool, None, "a benchmark", can, **sizes, template_kwargs={})
 
 
 @contextlib.contextmanager

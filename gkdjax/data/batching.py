@@ -16,7 +16,7 @@ from gkdjax.data import buckets
 from gkdjax.losses import TopKLogprobs
 from gkdjax.losses.objective import TopKTargets
 from gkdjax.models import padding
-from gkdjax.types import Batch, KeptTopK, ViewPair
+from gkdjax.types import Batch, TokenTopK, ViewPair
 
 
 class RowOrder:
@@ -149,14 +149,14 @@ def pad(pairs: Sequence[ViewPair], shape: BatchShape, pad_id: int) -> Batch:
     )
 
 
-class Kept(NamedTuple):
+class CachedTargets(NamedTuple):
     """What a teacher said when it wrote the rows of a batch: it need not read those again."""
 
     targets: TopKTargets  # NumPy
     known_B: np.ndarray  # bool, the rows of which it is true
 
 
-def kept_targets(pairs: Sequence[ViewPair], num_targets: int) -> Kept | None:
+def kept_targets(pairs: Sequence[ViewPair], num_targets: int) -> CachedTargets | None:
     """What was kept of these rows, padded; None if there is nothing of any."""
     known_B = np.asarray([pair.kept is not None for pair in pairs])
     if not known_B.any():
@@ -164,10 +164,10 @@ def kept_targets(pairs: Sequence[ViewPair], num_targets: int) -> Kept | None:
     one = next(pair.kept for pair in pairs if pair.kept is not None)
     nothing = jax.tree.map(lambda rows: rows[:0], one)
     rows = [pair.kept or nothing for pair in pairs]
-    return Kept(pad_top_k(rows, num_targets), known_B)
+    return CachedTargets(pad_top_k(rows, num_targets), known_B)
 
 
-def pad_top_k(rows: Sequence[KeptTopK], num_targets: int) -> TopKTargets:
+def pad_top_k(rows: Sequence[TokenTopK], num_targets: int) -> TopKTargets:
     """Of one K and one temperature -> [B, num_targets, K] in NumPy."""
     top, K = [row.topk for row in rows], rows[0].topk.ids.shape[-1]
     topk = TopKLogprobs(

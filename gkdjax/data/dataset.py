@@ -12,10 +12,10 @@ import numpy as np
 from absl import logging
 
 from gkdjax.data import batching, buckets, truncation, views
-from gkdjax.data.responses import Asked, ResponseRules
+from gkdjax.data.responses import RolloutFilter, RolloutRequest
 from gkdjax.data.views import ViewRules
 from gkdjax.models.prefix_cache import worth_keeping
-from gkdjax.rollout.generate import Author, Written, write_accepted
+from gkdjax.rollout.generate import Generator, Rollout, write_accepted
 from gkdjax.rollout.reuse import Source, write_or_take
 from gkdjax.types import Batch, Example, Trajectory, ViewPair
 from gkdjax.utils import seeds, text
@@ -28,7 +28,9 @@ class Rendered(NamedTuple):
     example: Example
     prompts: tuple[np.ndarray, np.ndarray]  # of the student's and the teacher's view
     untargeted: int  # tokens of the teacher's prompt up to where its first target is predicted
-    own: tuple[ViewPair | None, views.Fate] | None  # with its own response; None: not asked for
+    own: (
+        tuple[ViewPair | None, views.RowStatus] | None
+    )  # with its own response; None: not asked for
 
     @classmethod
     def of(cls, example: Example, rules: ViewRules, *, response: bool) -> "Rendered":
@@ -41,7 +43,7 @@ class Rendered(NamedTuple):
         return cls(example, rules.prompts(example), len(rules.before_targets(example)), own)
 
 
-class Feed:
+class DistillDataset:
     """One stream of rows (training or anchor); the batch of a step is a function of the step.
 
     A row is an example with its own response, or one of `per_prompt` trajectories for an example
@@ -55,7 +57,7 @@ class Feed:
         purpose: str,
         examples: Sequence[Example],
         rules: ViewRules,
-        responses: ResponseRules,
+        responses: RolloutFilter,
         *,
         per_prompt: int,
         most_padding: float,
@@ -71,7 +73,7 @@ class Feed:
         self.refused = 0  # responses of the teacher that were not accepted
         self.fates: dict[str, list[str]] = collections.defaultdict(list)  # fate -> row names
         if unusable:
-            self.fates[views.Fate.UNUSABLE.value] += unusable
+            self.fates[views.RowStatus.UNUSABLE.value] += unusable
         self.padding: dict[str, float] = {}  # shares of the off-policy batches
         self._prefixes = {example.row_id: example.prefix for example in examples}  # not shortened
         examples = self._shorten(examples)
@@ -129,7 +131,7 @@ class Feed:
     def prepare(
         self,
         path: pathlib.Path,
-        teacher: Author,
+        teacher: Generator,
         *,
         source: Source | None,
         chunk: int,
@@ -151,7 +153,7 @@ class Feed:
         for i, row in enumerate(self._examples):
             trajectory = written[i].trajectory if i in written else None
             pair, fate = self._pair(row[0], trajectory)
-            if fate is not views.Fate.KEPT:
+            if fate is not views.RowStatus.KEPT:
                 self.fates[fate.value].append(row[0].name)
             if pair is not None:
                 kept.append(row)
@@ -177,7 +179,7 @@ class Feed:
         logging.info("%s: the first row, %s", self._purpose, self.rules.described(self._pairs[0]))
 
     def refresh(
-        self, path: pathlib.Path, steps: Sequence[int], step: int, teacher: Author, **how
+        self, path: pathlib.Path, steps: Sequence[int], step: int, teacher: Generator, **how
     ) -> None:
         """The batches of `steps` get responses that the teacher writes anew.
 
@@ -212,7 +214,7 @@ class Feed:
             *(self._purpose, step, len(written), first_stays),
         )
 
-    def batch(self, step: int) -> tuple[Batch, batching.Kept | None]:
+    def batch(self, step: int) -> tuple[Batch, batching.CachedTargets | None]:
         """The off-policy batch of a step, as NumPy arrays, and what its writer kept of it.
 
         Every process has all of its rows, and sends its devices their own.
@@ -230,13 +232,17 @@ class Feed:
         """The example of a row."""
         return self._examples[row][0]
 
-    def asked(self, row: int, who: str) -> Asked:
+    def asked(self, row: int, who: str) -> RolloutRequest:
         """The response of a row that "teacher" or "student" is asked for."""
         example, number = self._examples[row]
         prompt = self._prompts[example.row_id][who == "teacher"]
-        return Asked(example.name, number, prompt, example.prefix, example.turns, example.tools)
+        return RolloutRequest(
+            example.name, number, prompt, example.prefix, example.turns, example.tools
+        )
 
-    def write(self, wanted: Sequence[tuple[int, int]], who: str, author: Author) -> list[Written]:
+    def write(
+        self, wanted: Sequence[tuple[int, int]], who: str, author: Generator
+    ) -> list[Rollout]:
         """Responses, accepted as far as the rules' bound allows.
 
         Args:
@@ -271,11 +277,11 @@ class Feed:
         path: pathlib.Path,
         rows: Sequence[int],
         step: int,
-        teacher: Author,
+        teacher: Generator,
         source: Source | None,
         chunk: int,
         show: bool,
-    ) -> dict[int, Written]:
+    ) -> dict[int, Rollout]:
         """Row -> its response, from the file, the source, or the teacher's hand."""
         if not rows:
             return {}
@@ -295,7 +301,7 @@ class Feed:
     def _pair(self, example: Example, trajectory: Trajectory | None):
         if trajectory is not None:
             fate = self.responses.fate(trajectory, self.rules.teacher_chat)
-            if fate is not views.Fate.KEPT:
+            if fate is not views.RowStatus.KEPT:
                 return None, fate
         if trajectory is None and example.row_id in self._own:
             return self._own[example.row_id]
@@ -356,7 +362,10 @@ class Feed:
         found = truncation.shortened(
             self._purpose, examples, self.rules, self.responses.max_new_tokens
         )
-        for fate, names in ((views.Fate.SHORTENED, found.cut), (views.Fate.DROPPED, found.dropped)):
+        for fate, names in (
+            (views.RowStatus.SHORTENED, found.cut),
+            (views.RowStatus.DROPPED, found.dropped),
+        ):
             if names:
                 self.fates[fate.value] += names
         return found.examples
@@ -368,7 +377,7 @@ class Feed:
             for row_id, both in self._prompts.items()
         }
         dropped = {example.name for example, _ in self._examples if not fits[example.row_id]}
-        self.fates[views.Fate.DROPPED.value].extend(sorted(dropped))
+        self.fates[views.RowStatus.DROPPED.value].extend(sorted(dropped))
         self._take_rows([row for row in self._examples if fits[row[0].row_id]])
         if not self._examples:
             self._report_fates([])
@@ -382,7 +391,7 @@ def report_fates(
     purpose: str,
     fates: Mapping[str, Sequence[str]],
     rules: ViewRules,
-    responses: ResponseRules,
+    responses: RolloutFilter,
     texts: Sequence[str],
     rest: int,
 ) -> None:
@@ -390,7 +399,7 @@ def report_fates(
 
     Args:
       purpose: of the stream.
-      fates: `views.Fate` -> names of its rows.
+      fates: `views.RowStatus` -> names of its rows.
       rules: by which they were made.
       responses: by which their responses were accepted.
       texts: responses, of which the first is shown if nothing is left.
@@ -400,11 +409,11 @@ def report_fates(
       UserError: none is left.
     """
     reasons = {
-        views.Fate.DROPPED.value: f"longer than data.max_length={rules.max_length}",
-        views.Fate.TRUNCATED.value: f"longer than data.max_length={rules.max_length}",
-        views.Fate.UNUSABLE.value: "cannot be read or rendered, see above",
-        views.Fate.EMPTY.value: "a response without a token, or with one that is no id here",
-        views.Fate.UNMATCHED.value: "nothing to learn with context.target_content_pattern="
+        views.RowStatus.DROPPED.value: f"longer than data.max_length={rules.max_length}",
+        views.RowStatus.TRUNCATED.value: f"longer than data.max_length={rules.max_length}",
+        views.RowStatus.UNUSABLE.value: "cannot be read or rendered, see above",
+        views.RowStatus.EMPTY.value: "a response without a token, or with one that is no id here",
+        views.RowStatus.UNMATCHED.value: "nothing to learn with context.target_content_pattern="
         f"{rules.targets.pattern!r}, or no such response in"
         f" {responses.max_refills + 1} attempts",
     }
@@ -419,8 +428,9 @@ def report_fates(
         found = "; ".join(f"{len(names)} rows: {why}" for _, names, why in gone if names)
         seen = f". The first response was {texts[0]!r}" if texts else ""
         advice = {
-            views.Fate.DROPPED.value: "raise data.max_length, or let data.too_long cut such rows",
-            views.Fate.UNMATCHED.value: "change context.target_content_pattern",
+            views.RowStatus.DROPPED.value: "raise data.max_length,"
+            " or let data.too_long cut such rows",
+            views.RowStatus.UNMATCHED.value: "change context.target_content_pattern",
         }
         told = "".join(f"; {advice[fate]}" for fate, names, _ in gone if names and fate in advice)
         raise UserError(f"no row of {purpose} is left: {found}{seen}{told}")

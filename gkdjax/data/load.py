@@ -30,12 +30,12 @@ class Examples(NamedTuple):
     questions: list[Example]  # of the baked task, with answers; or []
     heldout: list[Example]  # more of them, asked before and after alone; or []
     prompts: list[Example]  # for divergences: the questions, if there are no others; or []
-    abilities: dict[str, list[Example]]  # name -> questions that are asked as they stand
+    retention: dict[str, list[Example]]  # name -> questions that are asked as they stand
     side_effects: list[Example]  # unrelated prompts, as they stand; or []
     dropped: dict[str, list[str]]  # the config's key -> names of rows that could not be used
 
 
-def read(config: Config, bad_rows: BadRows | None = None) -> Examples:
+def load_examples(config: Config, bad_rows: BadRows | None = None) -> Examples:
     """Reads every file and dataset that the config names.
 
     Args:
@@ -63,7 +63,7 @@ def read(config: Config, bad_rows: BadRows | None = None) -> Examples:
         questions=questions,
         heldout=heldout,
         prompts=prompts or questions,
-        abilities=abilities,
+        retention=abilities,
         side_effects=_side_effects(config, reader, abilities, baked, train),
         dropped=bad_rows.dropped,
     )
@@ -111,8 +111,8 @@ def fingerprints(examples: Examples) -> dict[str, dict[str, int]]:
         "prompts": [] if examples.prompts is examples.questions else examples.prompts,
         "validation": examples.validation,
         "side_effects": examples.side_effects,
-    } | {f"retention.{name}": rows for name, rows in examples.abilities.items()}
-    if examples.side_effects == in_turn(examples.abilities):
+    } | {f"retention.{name}": rows for name, rows in examples.retention.items()}
+    if examples.side_effects == in_turn(examples.retention):
         del sets["side_effects"]
     return {
         name: {"rows": len(rows), "crc32": zlib.crc32(repr([_content(r) for r in rows]).encode())}

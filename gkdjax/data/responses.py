@@ -8,12 +8,12 @@ import numpy as np
 
 from gkdjax.data.chat_template import Chat
 from gkdjax.data.loss_mask import TargetRules
-from gkdjax.data.views import Fate
+from gkdjax.data.views import RowStatus
 from gkdjax.types import Message, Prompt, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
-class ResponseRules:
+class RolloutFilter:
     """Which responses are learnt from.
 
     Attributes:
@@ -28,19 +28,19 @@ class ResponseRules:
     max_new_tokens: int
     shared: int | None = None
 
-    def fate(self, trajectory: Trajectory, chat: Chat) -> Fate:
+    def fate(self, trajectory: Trajectory, chat: Chat) -> RowStatus:
         """KEPT, EMPTY or UNMATCHED."""
         if len(trajectory.ids) == 0:
-            return Fate.EMPTY
+            return RowStatus.EMPTY
         if self.shared is not None and trajectory.ids.max() >= self.shared:
-            return Fate.EMPTY
+            return RowStatus.EMPTY
         trained = "assistant" in self.targets.roles
         if trained and not self.targets.of_trajectory(trajectory, chat).any():
-            return Fate.UNMATCHED
-        return Fate.KEPT
+            return RowStatus.UNMATCHED
+        return RowStatus.KEPT
 
 
-class Asked(NamedTuple):
+class RolloutRequest(NamedTuple):
     """One response that is wanted."""
 
     row: str  # the name of its row

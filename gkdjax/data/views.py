@@ -14,11 +14,11 @@ import numpy as np
 
 from gkdjax.data.chat_template import Chat
 from gkdjax.data.loss_mask import TargetRules
-from gkdjax.types import Example, KeptTopK, Message, Trajectory, View, ViewPair
+from gkdjax.types import Example, Message, TokenTopK, Trajectory, View, ViewPair
 from gkdjax.utils.errors import UserError
 
 
-class Fate(enum.Enum):
+class RowStatus(enum.Enum):
     """What became of a row; callers count and name all but KEPT."""
 
     KEPT = "kept"
@@ -114,7 +114,7 @@ class ViewRules:
 
     def pair(
         self, example: Example, trajectory: Trajectory | None, *, too_long: str | None = None
-    ) -> tuple[ViewPair | None, Fate]:
+    ) -> tuple[ViewPair | None, RowStatus]:
         """Both views of a row, and what became of it.
 
         Targets are what `targets` says of the turns and of the response; nothing of the prefix ever
@@ -147,7 +147,7 @@ class ViewRules:
             )
         if len(target_ids) == 0:
             _require_roles(example, self.targets, trajectory)
-            return None, Fate.UNMATCHED
+            return None, RowStatus.UNMATCHED
         kept = _kept(len(target_ids), self.targets, trajectory, self.student_chat)
         pair = ViewPair(example.name, example.row_id, student, teacher, target_ids, kept)
         return _fit(pair, self.max_length, too_long or self.too_long)
@@ -204,9 +204,9 @@ def _require_roles(example: Example, targets: TargetRules, trajectory: Trajector
 
 def _kept(
     num_targets: int, targets: TargetRules, trajectory: Trajectory | None, chat: Chat
-) -> KeptTopK | None:
+) -> TokenTopK | None:
     """What was kept of the targets; of use only where all of them are of the trajectory."""
-    if trajectory is None or not isinstance(trajectory.kept, KeptTopK):
+    if trajectory is None or not isinstance(trajectory.kept, TokenTopK):
         return None
     flags = targets.of_trajectory(trajectory, chat)
     if flags.sum() < num_targets:
@@ -271,17 +271,17 @@ def _target_ids(view: View) -> np.ndarray:
     return view.ids[view.at + 1]
 
 
-def _fit(pair: ViewPair, max_length: int, too_long: str) -> tuple[ViewPair | None, Fate]:
+def _fit(pair: ViewPair, max_length: int, too_long: str) -> tuple[ViewPair | None, RowStatus]:
     excess = max(len(pair.student.ids), len(pair.teacher.ids)) - max_length
     if excess <= 0:
-        return pair, Fate.KEPT
+        return pair, RowStatus.KEPT
     if too_long == "drop":
-        return None, Fate.DROPPED
+        return None, RowStatus.DROPPED
     views = (pair.student, pair.teacher)
     kept = min(int((view.at + 1 < len(view.ids) - excess).sum()) for view in views)
     if kept == 0:
-        return None, Fate.DROPPED
+        return None, RowStatus.DROPPED
     student, teacher = (View(view.ids[:-excess], view.at[:kept]) for view in views)
     said = None if pair.kept is None else jax.tree.map(lambda x: x[:kept], pair.kept)
     cut = ViewPair(pair.name, pair.row_id, student, teacher, pair.target_ids[:kept], said)
-    return cut, Fate.TRUNCATED
+    return cut, RowStatus.TRUNCATED

@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 from gkdjax.config import Config
 from gkdjax.data.answer_matching import is_right
 from gkdjax.data.chat_template import Chat
-from gkdjax.evaluation.scoring import Reader
-from gkdjax.models.sampler import Sampling
+from gkdjax.evaluation.scoring import EvalModel
+from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.base import Teacher
 from gkdjax.types import Example, Trajectory
 from gkdjax.utils import text as utils_text
@@ -30,7 +30,7 @@ class Answering:
         self,
         config: Config,
         chat: Chat,
-        greedy: Sampling,
+        greedy: SamplingParams,
         lengths: Sequence[int],
         mesh: Mesh,
         shared_vocab: int,
@@ -48,7 +48,7 @@ class Answering:
         self._config, self._chat, self._greedy = config, chat, greedy
         self._lengths, self._mesh, self._shared_vocab = lengths, mesh, shared_vocab
 
-    def ask(self, reader: Reader, prompts: Sequence[np.ndarray], what: str) -> list[Trajectory]:
+    def ask(self, reader: EvalModel, prompts: Sequence[np.ndarray], what: str) -> list[Trajectory]:
         """An answer to each prompt; `what` stands at the progress bar."""
         rows = self._config.eval.batch_size
         written: list[Trajectory] = []
@@ -68,7 +68,7 @@ class Answering:
                 bar.update(len(part))
         return written
 
-    def texts(self, who: Reader | Teacher, answers: Sequence[Trajectory]) -> list[str]:
+    def texts(self, who: EvalModel | Teacher, answers: Sequence[Trajectory]) -> list[str]:
         """What was said, decoded as its author's tokenizer has it."""
         return [(who.chat or self._chat).decode(answer.ids) for answer in answers]
 
@@ -76,7 +76,7 @@ class Answering:
         self,
         of: str,
         condition: str,
-        who: Reader | Teacher,
+        who: EvalModel | Teacher,
         questions: Sequence[Example],
         answers: Sequence[Trajectory],
     ) -> Judged:

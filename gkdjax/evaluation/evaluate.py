@@ -20,16 +20,16 @@ from absl import logging
 from jax.sharding import Mesh
 
 from gkdjax.config import Config
-from gkdjax.data.dataset import Feed
+from gkdjax.data.dataset import DistillDataset
 from gkdjax.data.load import Examples
 from gkdjax.data.views import ViewRules
 from gkdjax.evaluation import prefix_cost, scoring
 from gkdjax.evaluation.answering import Answering
 from gkdjax.evaluation.heldout import SideEffects, Validation, unavailable
-from gkdjax.evaluation.scoring import Reader, Scored
+from gkdjax.evaluation.scoring import EvalModel, ScoredText
 from gkdjax.evaluation.texts import Texts, check_fits
 from gkdjax.teachers.base import Teacher
-from gkdjax.teachers.local import FlaxTeacher
+from gkdjax.teachers.local import LocalTeacher
 from gkdjax.types import Example, Message, Trajectory
 from gkdjax.utils import text as utils_text
 
@@ -48,11 +48,11 @@ class Evaluation:
         rules: ViewRules,
         teacher: Teacher,
         examples: Examples,
-        validation: Feed | None,
+        validation: DistillDataset | None,
         lengths: Sequence[int],
         mesh: Mesh,
         shared_vocab: int,
-        untrained: FlaxTeacher | None = None,
+        untrained: LocalTeacher | None = None,
     ):
         """Renders every prompt once.
 
@@ -71,7 +71,7 @@ class Evaluation:
         self._lengths, self._mesh, self._shared_vocab = lengths, mesh, shared_vocab
         self._sets = {"questions": examples.questions, "heldout": examples.heldout}
         self._sets = {name: rows for name, rows in self._sets.items() if rows}
-        self._abilities = examples.abilities
+        self._abilities = examples.retention
         self._other = tuple(Message(**message) for message in config.eval.other_prefix)
         self._texts = Texts(config, rules, teacher, examples.prompts, mesh)
         greedy = self._texts.greedy
@@ -103,7 +103,7 @@ class Evaluation:
         if self._validation is not None:
             self._validation.ask_teacher()
 
-    def before(self, base: Reader) -> dict:
+    def before(self, base: EvalModel) -> dict:
         """Asks base and teacher -> what RUN/before.json holds.
 
         That is {condition: measures}, and beside them "abilities", "samples", "answers", what is
@@ -127,7 +127,7 @@ class Evaluation:
             "unavailable": self._unavailable,
         }
 
-    def after(self, student: Reader) -> dict:
+    def after(self, student: EvalModel) -> dict:
         """Asks the trained student -> as `before`, and "side_effects" and "prefix_cost"."""
         found: dict = {"answers": []}
         views = {"student": "student"}
@@ -143,7 +143,7 @@ class Evaluation:
             found["prefix_cost"] = self._prefix_cost(student)
         return found
 
-    def on_the_way(self, student: Reader) -> dict[str, float]:
+    def on_the_way(self, student: EvalModel) -> dict[str, float]:
         """The same on the first `eval.rows` prompts -> a line of eval.jsonl; {} if none is asked.
 
         For the teacher's text and the student's own: divergences, masses and rates by name, as in
@@ -169,11 +169,11 @@ class Evaluation:
             found |= {f"side_effects/{name}": value for name, value in means.items()}
         return found
 
-    def samples(self, reader: Reader, view: str = "student") -> list[str]:
+    def samples(self, reader: EvalModel, view: str = "student") -> list[str]:
         """Its answers to the questions that are shown."""
         return self._answering.texts(reader, self._ask(reader, self._shown, view, "samples"))
 
-    def _scored(self, own: Sequence[Trajectory]) -> dict[str, Scored]:
+    def _scored(self, own: Sequence[Trajectory]) -> dict[str, ScoredText]:
         """The teacher's text of the first prompts and the student's own, where it can be read."""
         if not own:
             return {}
@@ -182,7 +182,7 @@ class Evaluation:
             found["student_text"] = self._texts.score(own)
         return found
 
-    def _condition(self, name: str, reader: Reader, view: str, found: dict) -> None:
+    def _condition(self, name: str, reader: EvalModel, view: str, found: dict) -> None:
         """Adds its measures and answers to `found`; nothing if nothing is asked."""
         measures = {}
         for of, questions in self._sets.items():
@@ -213,10 +213,10 @@ class Evaluation:
 
         Only the answers of another teacher are known, whose distance to itself is 0 by definition.
         """
-        if not isinstance(self._teacher, FlaxTeacher):
+        if not isinstance(self._teacher, LocalTeacher):
             return _BY_DEFINITION | scoring.own_perplexity(self._texts.teacher_text)
         teacher = self._teacher
-        itself = Reader(teacher.decoder, teacher.params, teacher.chat, teacher.prefixes)
+        itself = EvalModel(teacher.decoder, teacher.params, teacher.chat, teacher.prefixes)
         return self._agreement(itself, self._texts.teacher_text, "teacher")
 
     def _judged(self, of: str, condition: str, who, questions, answers, found: dict) -> dict:
@@ -224,7 +224,7 @@ class Evaluation:
         found["answers"] += judged.lines
         return {_ACCURACY[of]: judged.accuracy}
 
-    def _ask_abilities(self, reader: Reader, condition: str, found: dict) -> dict[str, float]:
+    def _ask_abilities(self, reader: EvalModel, condition: str, found: dict) -> dict[str, float]:
         result = {}
         for name, questions in self._abilities.items():
             prompts = [self._chat.prompt_ids(q.turns, q.name, q.tools) for q in questions]
@@ -234,7 +234,7 @@ class Evaluation:
             result[name] = judged.accuracy
         return result
 
-    def _prefix_cost(self, student: Reader) -> dict:
+    def _prefix_cost(self, student: EvalModel) -> dict:
         pairs = [self._texts.prompts(example) for example in self._asked]
         saved = np.mean([len(whole) - len(bare) for bare, whole in pairs])
         first = self._asked[0].prefix
@@ -270,10 +270,10 @@ class Evaluation:
         return self._texts.prompts(example)[view == "teacher"]
 
     def _ask(
-        self, reader: Reader, examples: Sequence[Example], view: str, what: str
+        self, reader: EvalModel, examples: Sequence[Example], view: str, what: str
     ) -> list[Trajectory]:
         prompts = [self._prompt(example, view) for example in examples]
         return self._answering.ask(reader, prompts, what)
 
-    def _agreement(self, reader: Reader, scored: Scored, view: str) -> dict[str, float]:
+    def _agreement(self, reader: EvalModel, scored: ScoredText, view: str) -> dict[str, float]:
         return scoring.mean_agreement(reader, scored, view, self._config.gkd, self._mesh)

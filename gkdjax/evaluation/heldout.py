@@ -9,19 +9,19 @@ from jax.sharding import Mesh
 
 from gkdjax import losses
 from gkdjax.config import Config, Gkd
-from gkdjax.data.dataset import Feed
+from gkdjax.data.dataset import DistillDataset
 from gkdjax.data.load import Examples
 from gkdjax.data.views import ViewRules
 from gkdjax.evaluation import scoring
 from gkdjax.evaluation import texts as evaluation_texts
-from gkdjax.evaluation.scoring import Reader, Scored
+from gkdjax.evaluation.scoring import EvalModel, ScoredText
 from gkdjax.evaluation.texts import Texts, check_fits
 from gkdjax.losses.objective import token_weights, weighted_divergence
 from gkdjax.models.decoder import unembedding_table
 from gkdjax.parallel import mesh as parallel_mesh
 from gkdjax.parallel.mesh import head_axes
 from gkdjax.teachers.base import Teacher
-from gkdjax.teachers.local import FlaxTeacher
+from gkdjax.teachers.local import LocalTeacher
 from gkdjax.types import Example
 
 _OF_THE_REST = {
@@ -33,14 +33,14 @@ _OF_THE_REST = {
 class Validation:
     """The rows of data.validation, with the response that they bring or that the teacher wrote."""
 
-    def __init__(self, feed: Feed, config: Config, teacher: Teacher, mesh: Mesh):
+    def __init__(self, feed: DistillDataset, config: Config, teacher: Teacher, mesh: Mesh):
         self._feed, self._config, self._teacher, self._mesh = feed, config, teacher, mesh
 
     def ask_teacher(self) -> None:
         """What it will say of them."""
         _ = self._scored
 
-    def of_student(self, student: Reader) -> dict[str, float]:
+    def of_student(self, student: EvalModel) -> dict[str, float]:
         """{"loss": as in training, ...}, with the measures of `scoring.mean_agreement`."""
         gkd, total, weight = self._config.gkd, 0.0, 0.0
         for batch, targets in self._scored.batches:
@@ -58,7 +58,7 @@ class Validation:
         return {"loss": total / weight, **means}
 
     @functools.cached_property
-    def _scored(self) -> Scored:
+    def _scored(self) -> ScoredText:
         rows, chat = self._config.eval.batch_size, self._feed.rules.student_chat
         pairs = self._feed.first_pairs
         shapes = evaluation_texts.batch_shapes(pairs, rows, self._config.data.bucket_lengths)
@@ -80,7 +80,7 @@ class SideEffects:
     Both read unrelated prompts as they stand, without the prefix.
     """
 
-    def __init__(self, untrained: FlaxTeacher, config: Config, texts: Texts, mesh: Mesh):
+    def __init__(self, untrained: LocalTeacher, config: Config, texts: Texts, mesh: Mesh):
         self._config, self._texts, self._mesh = config, texts, mesh
         for example in texts.examples:
             check_fits(example, len(texts.prompts(example)[0]), config.data.max_length)
@@ -88,7 +88,7 @@ class SideEffects:
     @classmethod
     def of(
         cls,
-        untrained: FlaxTeacher | None,
+        untrained: LocalTeacher | None,
         config: Config,
         rules: ViewRules,
         examples: Sequence[Example],
@@ -109,7 +109,7 @@ class SideEffects:
         rules = dataclasses.replace(rules, teacher_chat=chat, retained=0)
         return cls(untrained, config, Texts(config, rules, untrained, examples, mesh), mesh)
 
-    def of_student(self, student: Reader, rows: int | None = None) -> dict[str, float]:
+    def of_student(self, student: EvalModel, rows: int | None = None) -> dict[str, float]:
         """Measures by name, see `scoring.mean_agreement`.
 
         Args:
@@ -160,7 +160,7 @@ def unavailable(
         )
     if not config.eval.other_prefix:
         found["student with another prefix"] = "none was given: set eval.other_prefix"
-    if not examples.abilities:
+    if not examples.retention:
         found["kept abilities"] = "no questions beside the task: set eval.retention"
     if not examples.side_effects:
         found["side effects"] = (

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from gkdjax.evaluation.scoring import Reader
-from gkdjax.models.prefix_cache import PrefixStore, worth_keeping
-from gkdjax.models.sampler import Sampling, sample
+from gkdjax.evaluation.scoring import EvalModel
+from gkdjax.models.prefix_cache import PrefixCache, worth_keeping
+from gkdjax.models.sampler import SamplingParams, sample
 
 _ROUNDS = 5
 _NEVER = -1  # an id that is not drawn: every row writes all of its tokens
@@ -24,7 +24,7 @@ class Asked(NamedTuple):
 
 
 def measure(
-    reader: Reader,
+    reader: EvalModel,
     asked: Asked,
     *,
     new_tokens: int,
@@ -62,7 +62,7 @@ def measure(
         "mesh": mesh,
         "vocab_size": vocab_size,
     }
-    greedy, seeds = Sampling(new_tokens, temperature=0.0, top_p=1.0), [0] * rows
+    greedy, seeds = SamplingParams(new_tokens, temperature=0.0, top_p=1.0), [0] * rows
 
     def write(prompts) -> None:
         sample(reader.decoder, reader.params, prompts, seeds, greedy, **how)
@@ -73,8 +73,8 @@ def measure(
     }
     store = None
     if worth_keeping(whole) is not None:
-        store = PrefixStore(reader.decoder, reader.params, prefix_bytes)
-        store.learn([whole])
+        store = PrefixCache(reader.decoder, reader.params, prefix_bytes)
+        store.register([whole])
         ways["with_kept"] = lambda: store.sample(whole, seeds, greedy, **how)
     seconds = {name: statistics.median(times) for name, times in _rounds(ways).items()}
     if store is not None and store.num_reads > 1:

@@ -16,7 +16,7 @@ from gkdjax.losses.chunks import Chunks, over_chunks
 from gkdjax.losses.lm_head import Head
 from gkdjax.losses.objective import DenseTargets, TeacherTargets, shared_ids
 from gkdjax.models.decoder import Decoder, unembedding_table
-from gkdjax.models.prefix_cache import PrefixStore, predicting_hidden
+from gkdjax.models.prefix_cache import PrefixCache, predicting_hidden
 from gkdjax.parallel import mesh as parallel_mesh
 from gkdjax.types import Batch
 
@@ -25,39 +25,39 @@ _MASS_TOP_K = 64  # of the two masses, where teacher.top_k does not say
 
 
 @dataclasses.dataclass(frozen=True)
-class Reader:
+class EvalModel:
     """A model that answers: the untrained student, or the trained one."""
 
     decoder: Decoder
     params: dict
     chat: Chat
-    prefixes: PrefixStore  # of this model
+    prefixes: PrefixCache  # of this model
 
     @classmethod
-    def of(cls, decoder: Decoder, params: dict, chat: Chat, prefix_bytes: int) -> "Reader":
-        """With a store of its own; see `PrefixStore`."""
-        return cls(decoder, params, chat, PrefixStore(decoder, params, prefix_bytes))
+    def of(cls, decoder: Decoder, params: dict, chat: Chat, prefix_bytes: int) -> "EvalModel":
+        """With a store of its own; see `PrefixCache`."""
+        return cls(decoder, params, chat, PrefixCache(decoder, params, prefix_bytes))
 
 
 @dataclasses.dataclass(frozen=True)
-class Scored:
+class ScoredText:
     """Texts and what the teacher says of them; some rows of the last batch count for nothing."""
 
     batches: list[tuple[Batch, TeacherTargets]]
     rows: int  # of a batch
 
-    def first(self, rows: int) -> "Scored":
+    def first(self, rows: int) -> "ScoredText":
         """The batches that hold the first `rows` texts, and those texts alone."""
         kept = []
         for start, (batch, targets) in zip(range(0, rows, self.rows), self.batches, strict=False):
             wanted_B1 = np.arange(self.rows)[:, None] < rows - start
             mask = batch.target_mask_BN & wanted_B1
             kept.append((dataclasses.replace(batch, target_mask_BN=mask), targets))
-        return Scored(kept, self.rows)
+        return ScoredText(kept, self.rows)
 
 
 def mean_agreement(
-    reader: Reader, scored: Scored, view: str, gkd: Gkd, mesh: Mesh
+    reader: EvalModel, scored: ScoredText, view: str, gkd: Gkd, mesh: Mesh
 ) -> dict[str, float]:
     """Means over all target tokens: those of `losses.Agreement` by name, and "perplexity".
 
@@ -91,7 +91,7 @@ def mean_agreement(
     return means | {"perplexity": math.exp(means["perplexity"])}
 
 
-def predicting(reader: Reader, batch: Batch, view: str, mesh: Mesh):
+def predicting(reader: EvalModel, batch: Batch, view: str, mesh: Mesh):
     """[B,N,D] at the positions that predict the targets."""
     if view == "teacher":
         return reader.prefixes.predicting_hidden(batch, mesh)
@@ -99,7 +99,7 @@ def predicting(reader: Reader, batch: Batch, view: str, mesh: Mesh):
     return predicting_hidden(reader.decoder, reader.params, *parallel_mesh.shard_rows(mesh, read))
 
 
-def own_perplexity(scored: Scored) -> dict[str, float]:
+def own_perplexity(scored: ScoredText) -> dict[str, float]:
     """The teacher's, exp(-mean log p(token)), by name; {} where it said it of no token alone."""
     total, count = 0.0, 0
     for batch, targets in scored.batches:

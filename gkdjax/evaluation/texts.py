@@ -12,11 +12,11 @@ from gkdjax.config import Config
 from gkdjax.data import batching, buckets
 from gkdjax.data.loss_mask import TargetRules
 from gkdjax.data.views import ViewRules
-from gkdjax.evaluation.scoring import Scored
+from gkdjax.evaluation.scoring import ScoredText
 from gkdjax.models import padding
-from gkdjax.models.sampler import Sampling
+from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.base import Teacher
-from gkdjax.teachers.scoring import ask
+from gkdjax.teachers.scoring import request_targets
 from gkdjax.types import Example, Message, Prompt, Trajectory, View, ViewPair
 from gkdjax.utils import text as utils_text
 from gkdjax.utils.errors import UserError
@@ -47,7 +47,7 @@ class Texts:
         self.examples, self.teacher = examples, teacher
         self._rows, self._mesh = config.eval.batch_size, mesh
         self._allowed_lengths = config.data.bucket_lengths
-        self.greedy = Sampling(config.eval.max_new_tokens, temperature=0.0, top_p=1.0)
+        self.greedy = SamplingParams(config.eval.max_new_tokens, temperature=0.0, top_p=1.0)
         self.prompts = functools.cache(self._rules.prompts)  # (student's, teacher's) of an example
 
     @functools.cached_property
@@ -56,7 +56,7 @@ class Texts:
         return self.written_by_teacher(self.examples)
 
     @functools.cached_property
-    def teacher_text(self) -> Scored:
+    def teacher_text(self) -> ScoredText:
         """The same, with what the teacher says of them."""
         return self.score(self.teachers)
 
@@ -75,14 +75,14 @@ class Texts:
             )
         return written
 
-    def score(self, written: Sequence[Trajectory]) -> Scored:
+    def score(self, written: Sequence[Trajectory]) -> ScoredText:
         """What the teacher says of responses to the first prompts of the set."""
         pairs = [self._pair(*both) for both in zip(self.examples, written, strict=False)]
         if not any(len(pair.target_ids) for pair in pairs):
             raise UserError("none of the responses for the evaluation has a token to compare")
         return self._scored(pairs, self._shapes)
 
-    def under_prefix(self, prefix: tuple[Message, ...]) -> Scored:
+    def under_prefix(self, prefix: tuple[Message, ...]) -> ScoredText:
         """`teacher_text`, but the student reads another prefix before each prompt."""
         pairs = [
             self._under(prefix, example, text)
@@ -106,7 +106,7 @@ class Texts:
                 " data.max_length, and are not compared",
                 lost,
             )
-        return Scored(batches, self._rows)
+        return ScoredText(batches, self._rows)
 
     def _under(self, prefix: tuple[Message, ...], example: Example, text: Trajectory) -> ViewPair:
         """As `_pair`, with the student's view under the prefix; a longer one may hold less text."""
@@ -131,7 +131,9 @@ class Texts:
         pairs = [self._pair(example, longest) for example in self.examples]
         return batch_shapes(pairs, self._rows, self._allowed_lengths)
 
-    def _scored(self, pairs: Sequence[ViewPair], shapes_: Sequence[batching.BatchShape]) -> Scored:
+    def _scored(
+        self, pairs: Sequence[ViewPair], shapes_: Sequence[batching.BatchShape]
+    ) -> ScoredText:
         pad_id = self._rules.student_chat.pad_id
         return score(pairs, shapes_, self.teacher, self._rows, pad_id, self._mesh)
 
@@ -158,7 +160,7 @@ def score(
     rows: int,
     pad_id: int,
     mesh: Mesh,
-) -> Scored:
+) -> ScoredText:
     """What a teacher says of the targets of view pairs.
 
     Args:
@@ -178,8 +180,8 @@ def score(
         batch = dataclasses.replace(batch, target_mask_BN=batch.target_mask_BN & real_B1)
         kept = batching.kept_targets(filled, shape.targets)
         names = [pair.name for pair in filled]
-        batches.append((batch, ask(teacher, batch, names, kept, mesh)))
-    return Scored([(batch, targets()) for batch, targets in batches], rows)
+        batches.append((batch, request_targets(teacher, batch, names, kept, mesh)))
+    return ScoredText([(batch, targets()) for batch, targets in batches], rows)
 
 
 def batch_shapes(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from gkdjax.losses.sharded_vocab import Vocabulary
+from gkdjax.losses.sharded_vocab import ShardedVocab
 
 
 class Chunks(NamedTuple):
@@ -50,9 +50,9 @@ class Chunks(NamedTuple):
         return cls(size, mesh, rows, vocab_axis if cut else None)
 
     @property
-    def vocabulary(self) -> Vocabulary:
+    def vocabulary(self) -> ShardedVocab:
         """As `body` sees it."""
-        return Vocabulary(self.vocab_axis)
+        return ShardedVocab(self.vocab_axis)
 
 
 def over_chunks(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 
-class Vocabulary(NamedTuple):
+class ShardedVocab(NamedTuple):
     """Parts of equal size lie along a mesh axis, in the order of their ids; hashable.
 
     All methods are for code within `jax.shard_map`, and are the plain thing where `axis` is None.

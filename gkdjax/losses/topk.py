@@ -13,14 +13,14 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from gkdjax.losses.sharded_vocab import Vocabulary
+from gkdjax.losses.sharded_vocab import ShardedVocab
 
 TAILS = ("bucket", "renormalize")
 
 # The least probability that float32 can tell from 0 next to 1: the worth of a "1 - P" that cancels.
 EPS = float(jnp.finfo(jnp.float32).eps)
 
-_WHOLE = Vocabulary()
+_WHOLE = ShardedVocab()
 
 _BLOCK = 128  # tokens whose largest is found before any are put in order
 
@@ -54,7 +54,7 @@ class Categories(NamedTuple):
 
 
 def top_k_logprobs(
-    logits: jax.Array, k: int, temperature: float = 1.0, vocabulary: Vocabulary = _WHOLE
+    logits: jax.Array, k: int, temperature: float = 1.0, vocabulary: ShardedVocab = _WHOLE
 ) -> TopKLogprobs:
     """The K most probable tokens of softmax(logits / temperature), and the mass outside them.
 
@@ -86,7 +86,7 @@ def top_k_logprobs(
     # that the search comes first and XLA need not copy [..., V].
     found_K = jnp.where(jnp.isnan(best_K), part, vocabulary.places(ids_K, part))
     rest_V = put(scaled_V, found_K, -jnp.inf)
-    parts = Parts(best_K, *log_sum_exp(rest_V, vocabulary=vocabulary))
+    parts = SplitLogits(best_K, *log_sum_exp(rest_V, vocabulary=vocabulary))
     log_p_K, log_p_rest_1 = parts.log_softmax()
     return TopKLogprobs(ids_K, log_p_K, jnp.squeeze(log_p_rest_1, -1), temperature)
 
@@ -146,7 +146,7 @@ def topk_categories(
     return parts_categories(parts, student_logits.shape[-1], teacher, tail, temperature)
 
 
-class Parts(NamedTuple):
+class SplitLogits(NamedTuple):
     """Logits as the K that a teacher names and the log-sum-exp of all the others.
 
     A distribution over K + 1 categories follows from it, and with it every loss; so the gradient to
@@ -177,8 +177,8 @@ class Parts(NamedTuple):
 
 
 def split(
-    scaled_V: jax.Array, teacher: TopKLogprobs, vocabulary: Vocabulary = _WHOLE
-) -> tuple[Parts, jax.Array, jax.Array]:
+    scaled_V: jax.Array, teacher: TopKLogprobs, vocabulary: ShardedVocab = _WHOLE
+) -> tuple[SplitLogits, jax.Array, jax.Array]:
     """Student logits at the teacher's K tokens and the others -> (parts, outside [..., V], places).
 
     `outside` is `scaled_V` with -inf at the K; `places` has V where an id is absent, or in another
@@ -196,11 +196,15 @@ def split(
     # where it would copy [..., V] otherwise.
     places_K = jnp.where(jnp.isnan(logits_K), part, places_K)
     outside_V = put(scaled_V, places_K, -jnp.inf)
-    return Parts(logits_K, *log_sum_exp(outside_V, vocabulary=vocabulary)), outside_V, places_K
+    return (
+        SplitLogits(logits_K, *log_sum_exp(outside_V, vocabulary=vocabulary)),
+        outside_V,
+        places_K,
+    )
 
 
 def parts_categories(
-    parts: Parts, vocabulary: int, teacher: TopKLogprobs, tail: str, temperature: float
+    parts: SplitLogits, vocabulary: int, teacher: TopKLogprobs, tail: str, temperature: float
 ) -> tuple[Categories, ...]:
     """`topk_categories` of a student whose logits are split already; `check_teacher` was called."""
     log_p_K = jnp.asarray(teacher.logprobs, jnp.float32)
@@ -232,7 +236,7 @@ def put(x_V: jax.Array, ids_K: jax.Array, values) -> jax.Array:
 
 
 def log_sum_exp(
-    x_V: jax.Array, keep_V: jax.Array | None = None, vocabulary: Vocabulary = _WHOLE
+    x_V: jax.Array, keep_V: jax.Array | None = None, vocabulary: ShardedVocab = _WHOLE
 ) -> tuple[jax.Array, jax.Array]:
     """(m, s) with m + s = log(sum(exp(x))) over the kept entries, both [..., 1]; s = -inf for none.
 

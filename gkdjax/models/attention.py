@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gkdjax.models.decoder_config import DecoderSpec
+from gkdjax.models.decoder_config import DecoderConfig
 from gkdjax.models.kv_cache import Cache, Prefix
 from gkdjax.models.layers import rotate, rotation
 
@@ -57,7 +57,7 @@ def attend(q_BTHC: jax.Array, sources: list[KeyValues], scale: float) -> jax.Arr
 
 
 def attention_of(
-    spec: DecoderSpec,
+    spec: DecoderConfig,
     mask_BT: jax.Array,
     positions_BT: jax.Array,
     cache: Cache | None,

@@ -12,10 +12,10 @@ from flax import traverse_util
 
 from gkdjax.losses.lm_head import unembed
 from gkdjax.models.attention import attention_of
-from gkdjax.models.decoder_config import DecoderSpec, layer_shapes, param_shapes
+from gkdjax.models.decoder_config import DecoderConfig, layer_shapes, param_shapes
 from gkdjax.models.kv_cache import Cache, Prefix, index_in_stack, init_cache, prefix_of, write
 from gkdjax.models.layers import dense, gated_mlp, rms_norm
-from gkdjax.parallel.sharding_rules import Layout, all_but_gathered_weights
+from gkdjax.parallel.sharding_rules import ShardingRules, all_but_gathered_weights
 
 _KERNEL_INIT = nn.initializers.normal(0.02)
 
@@ -23,7 +23,7 @@ _KERNEL_INIT = nn.initializers.normal(0.02)
 class LayerStack(nn.Module):
     """Declares the stacked parameters of all layers; call it to get them as a dict."""
 
-    spec: DecoderSpec
+    spec: DecoderConfig
     param_dtype: jnp.dtype
 
     @nn.compact
@@ -50,11 +50,11 @@ class Decoder(nn.Module):
       layout: how parameters and rows lie on a mesh.
     """
 
-    spec: DecoderSpec
+    spec: DecoderConfig
     param_dtype: jnp.dtype = jnp.float32
     compute_dtype: jnp.dtype = jnp.float32
     remat: bool = False
-    layout: Layout = Layout()
+    layout: ShardingRules = ShardingRules()
 
     def setup(self):
         spec = self.spec
@@ -188,14 +188,14 @@ def read_prefix(
     return prefix_of(cache)
 
 
-def abstract_params(spec: DecoderSpec, dtype: jnp.dtype) -> dict:
+def abstract_params(spec: DecoderConfig, dtype: jnp.dtype) -> dict:
     """A decoder's parameters as `jax.ShapeDtypeStruct`, of one dtype."""
     shapes = param_shapes(spec).items()
     leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes}
     return traverse_util.unflatten_dict(leaves, sep="/")
 
 
-def unembedding_table(spec: DecoderSpec, params: dict) -> jax.Array:
+def unembedding_table(spec: DecoderConfig, params: dict) -> jax.Array:
     """[V,D] of a decoder's parameters: what its hidden states are projected with."""
     return params["embedding" if spec.tied_embedding else "unembedding"]
 
@@ -212,11 +212,11 @@ def _length(prefix: Prefix | None):
     return 0 if prefix is None else prefix.length
 
 
-def _norm(spec: DecoderSpec, x: jax.Array, scale: jax.Array) -> jax.Array:
+def _norm(spec: DecoderConfig, x: jax.Array, scale: jax.Array) -> jax.Array:
     return rms_norm(x, scale, eps=spec.norm_eps, offset=spec.norm_offset)
 
 
-def _project(spec: DecoderSpec, x_BTD: jax.Array, layer: dict):
+def _project(spec: DecoderConfig, x_BTD: jax.Array, layer: dict):
     heads = (*x_BTD.shape[:2], -1, spec.head_dim)
 
     def project(name):

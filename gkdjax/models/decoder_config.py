@@ -27,7 +27,7 @@ class RopeSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderSpec:
+class DecoderConfig:
     """Everything `models.decoder.Decoder` needs to know of a family; hashable, so it can be static.
 
     Attributes:
@@ -79,7 +79,7 @@ class DecoderSpec:
         return len(self.is_global_L)
 
 
-def layer_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
+def layer_shapes(spec: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every stacked layer parameter; kernels (L, in, out), all else (L, size)."""
     L, D, F, C = spec.num_layers, spec.width, spec.ffn_width, spec.head_dim
     H, G = spec.num_heads, spec.num_kv_heads
@@ -103,7 +103,7 @@ def layer_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def param_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
+def param_shapes(spec: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every parameter of the decoder, paths as in `gkdjax.utils.tree`."""
     shapes = {"embedding": (spec.vocab_size, spec.width), "final_norm": (spec.width,)}
     if not spec.tied_embedding:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gkdjax.models.decoder_config import DecoderSpec
+from gkdjax.models.decoder_config import DecoderConfig
 
 
 class Stack(NamedTuple):
@@ -53,7 +53,7 @@ class Prefix(NamedTuple):
     length: jax.Array  # int32 scalar, its real tokens
 
 
-def init_cache(spec: DecoderSpec, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
+def init_cache(spec: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
     """An empty cache for `batch` rows of at most `slots` tokens, padding included."""
 
     def stack(layers, length):
@@ -75,13 +75,13 @@ def init_cache(spec: DecoderSpec, batch: int, slots: int, dtype: jnp.dtype) -> C
     )
 
 
-def index_in_stack(spec: DecoderSpec) -> jax.Array:
+def index_in_stack(spec: DecoderConfig) -> jax.Array:
     """int32 [all layers]: the how-manyth of its kind each layer is."""
     is_global = np.asarray(spec.is_global_L)
     return jnp.asarray(np.where(is_global, np.cumsum(is_global), np.cumsum(~is_global)) - 1)
 
 
-def write(spec: DecoderSpec, cache: Cache, k_new, v_new, positions_BT, mask_BT) -> Cache:
+def write(spec: DecoderConfig, cache: Cache, k_new, v_new, positions_BT, mask_BT) -> Cache:
     """The cache after T more tokens of each row, k_new and v_new being [all layers,B,T,G,C]."""
     T = mask_BT.shape[1]
     chosen = np.asarray(spec.is_global_L)

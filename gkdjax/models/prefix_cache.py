@@ -12,14 +12,14 @@ from jax.sharding import Mesh
 from gkdjax.models.decoder import Decoder, read_prefix
 from gkdjax.models.kv_cache import Prefix
 from gkdjax.models.padding import round_up
-from gkdjax.models.sampler import Sampling, sample
+from gkdjax.models.sampler import SamplingParams, sample
 from gkdjax.parallel import mesh as parallel_mesh
 from gkdjax.types import Batch, Trajectory
 
 LEAST_TOKENS = 128  # a shorter one costs less to read again than its programs cost to compile
 
 
-class PrefixStore:
+class PrefixCache:
     """Of one frozen model; the least recently used prefixes make room for new ones."""
 
     def __init__(self, decoder: Decoder, params: dict, max_bytes: int):
@@ -35,7 +35,7 @@ class PrefixStore:
         self._kept: collections.OrderedDict[bytes, Prefix] = collections.OrderedDict()
         self.num_reads = 0
 
-    def learn(self, groups: Iterable[Sequence[np.ndarray]]) -> None:
+    def register(self, groups: Iterable[Sequence[np.ndarray]]) -> None:
         """Takes the prefix of each group of prompts that is worth keeping."""
         for ids in map(worth_keeping, groups):
             if ids is not None and not any(np.array_equal(ids, other) for other in self._known):
@@ -79,7 +79,7 @@ class PrefixStore:
         self,
         prompts: Sequence[np.ndarray],
         seeds: Sequence[int],
-        sampling: Sampling,
+        sampling: SamplingParams,
         **how,
     ) -> list[Trajectory]:
         """`models.sampler.sample`, with the prompts of one prefix computed together.

@@ -22,11 +22,11 @@ from gkdjax.models import sampling as models_sampling
 from gkdjax.models.decoder import Decoder
 from gkdjax.models.kv_cache import Cache, Prefix
 from gkdjax.parallel import mesh as parallel_mesh
-from gkdjax.types import KeptHidden, KeptTopK, Trajectory
+from gkdjax.types import TokenHidden, TokenTopK, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How tokens are drawn.
 
     Attributes:
@@ -51,7 +51,7 @@ class Keep:
     It does not depend on how tokens are drawn: temperature and vocabulary are those of the loss.
 
     Attributes:
-      top_k: K for `KeptTopK`; None for `KeptHidden`, to which the rest does not apply.
+      top_k: K for `TokenTopK`; None for `TokenHidden`, to which the rest does not apply.
       temperature: the log-probabilities are those of softmax(logits / temperature).
       vocab_size: the ids below it are the whole vocabulary, and a token drawn from beyond has
         logprob -inf; None: all ids.
@@ -76,7 +76,7 @@ def sample(
     params: dict,
     prompts: Sequence[np.ndarray],
     seeds: Sequence[int],
-    sampling: Sampling,
+    sampling: SamplingParams,
     *,
     stop_ids: Sequence[int],
     batch_size: int,
@@ -160,8 +160,8 @@ def _kept_of(kept: TopKTargets | np.ndarray | None, row: int, n: int):
     """Copies, because a slice would hold on to the arrays of the whole batch."""
     kept = jax.tree.map(lambda values_BN: values_BN[row, :n].copy(), kept)
     if isinstance(kept, TopKTargets):
-        return KeptTopK(kept.topk, kept.target_logprob_BN)
-    return None if kept is None else KeptHidden(kept)
+        return TokenTopK(kept.topk, kept.target_logprob_BN)
+    return None if kept is None else TokenHidden(kept)
 
 
 @functools.partial(
@@ -223,7 +223,7 @@ def _generate_rows(
         logits_B1V = apply(hidden_B1E, method="unembed")
         step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.step)
         logits_BV = logits_B1V[:, 0, :vocab_size]
-        drawn_B = models_sampling.draw(logits_BV, step_keys_B, temperature, top_k, top_p)
+        drawn_B = models_sampling.sample_token(logits_BV, step_keys_B, temperature, top_k, top_p)
         token_B1 = jnp.where(state.done_B, 0, drawn_B)[:, None]
         return _write(state, token_B1, stop_ids, _to_keep(keep, hidden_B1E, logits_B1V, token_B1))
 
@@ -287,7 +287,7 @@ def _to_keep(keep: Keep | None, hidden_B1E, logits_B1V, token_B1):
     return TopKTargets(topk, drawn_B11[:, :, 0])
 
 
-def sampling(config: Config) -> Sampling:
+def sampling(config: Config) -> SamplingParams:
     """How responses are drawn, whoever writes them."""
     c = config.trajectory
-    return Sampling(c.max_new_tokens, c.temperature, c.top_p, c.top_k)
+    return SamplingParams(c.max_new_tokens, c.temperature, c.top_p, c.top_k)

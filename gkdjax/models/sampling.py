@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 
-def draw(
+def sample_token(
     logits_BV: jax.Array,
     keys_B: jax.Array,
     temperature: jax.Array,

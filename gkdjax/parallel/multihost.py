@@ -61,7 +61,7 @@ def exchange(value: Any) -> list:
     return [json.loads(row[:size].tobytes()) for row, size in zip(every, sizes, strict=True)]
 
 
-def together(work: Callable[[], Result]) -> Result:
+def fail_together(work: Callable[[], Result]) -> Result:
     """Does work that may fail in one process and not in another.
 
     Raises:
@@ -84,16 +84,18 @@ def together(work: Callable[[], Result]) -> Result:
     return result
 
 
-def led(work: Callable[[], Result]) -> Result | None:
+def on_leader(work: Callable[[], Result]) -> Result | None:
     """The leader does it, and the others wait until it is done -> its result; theirs is None.
 
     Raises:
-      GkdjaxError: as `together`.
+      GkdjaxError: as `fail_together`.
     """
-    return together(lambda: work() if leads() else None)
+    return fail_together(lambda: work() if leads() else None)
 
 
-def shared_out(work: Callable[[list[int]], list[Result]], count: int, encode, decode) -> list:
+def split_over_processes(
+    work: Callable[[list[int]], list[Result]], count: int, encode, decode
+) -> list:
     """Results of `count` items, of which each process works on every how-many-th.
 
     Args:
@@ -101,13 +103,13 @@ def shared_out(work: Callable[[list[int]], list[Result]], count: int, encode, de
       encode, decode: of a result, to what JSON can hold and back.
 
     Raises:
-      GkdjaxError: as `together`.
+      GkdjaxError: as `fail_together`.
     """
     processes = jax.process_count()
     if processes == 1:
         return work(list(range(count)))
     own = list(range(jax.process_index(), count, processes))
-    found = together(lambda: work(own) if own else [])
+    found = fail_together(lambda: work(own) if own else [])
     shares = exchange([encode(each) for each in found])
     return [decode(shares[i % processes][i // processes]) for i in range(count)]
 
@@ -169,7 +171,7 @@ def _require_shared(workdir: pathlib.Path) -> None:
             raise UserError(f"--workdir={workdir} cannot be made: {error}") from None
         return token.name
 
-    name = exchange(led(write))[0]
+    name = exchange(on_leader(write))[0]
     deadline = time.monotonic() + _SEEN_WITHIN_S
     while not (workdir / name).exists() and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -56,7 +56,7 @@ class Sizes(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class ShardingRules:
     """Of one model on one mesh; hashable, so that programs can be made for it."""
 
     mesh: Mesh | AbstractMesh | None = None  # None: one device
@@ -70,7 +70,7 @@ class Layout:
         own: Sequence[Rule] = (),
         *,
         warn: bool = True,
-    ) -> "Layout":
+    ) -> "ShardingRules":
         """For a model's heads.
 
         Args:
@@ -100,7 +100,7 @@ class Layout:
             rules = (*own, *_KV_WHOLE, *RULES)
         return cls(mesh, rules)
 
-    def place(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
+    def sharding_of(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
         """How a leaf lies.
 
         Raises:
@@ -121,9 +121,9 @@ class Layout:
                 )
         return NamedSharding(self.mesh, self._used(cut))
 
-    def places(self, of: Any) -> Any:
+    def shardings_of(self, of: Any) -> Any:
         """`place` for every leaf of a tree of arrays or `jax.ShapeDtypeStruct`s."""
-        return tree.map_with_path(lambda path, leaf: self.place(path, leaf.shape), of)
+        return tree.map_with_path(lambda path, leaf: self.sharding_of(path, leaf.shape), of)
 
     @property
     def cuts_weights(self) -> bool:

@@ -33,10 +33,10 @@ import safetensors
 import safetensors.numpy
 
 from gkdjax.data.chat_template import Chat
-from gkdjax.data.responses import Asked, digest
+from gkdjax.data.responses import RolloutRequest, digest
 from gkdjax.losses import TopKLogprobs
-from gkdjax.rollout.generate import Written
-from gkdjax.types import KeptTopK, Trajectory
+from gkdjax.rollout.generate import Rollout
+from gkdjax.types import TokenTopK, Trajectory
 from gkdjax.utils import text as utils_text
 from gkdjax.utils.errors import UserError
 
@@ -51,7 +51,9 @@ def prefixes_in(records: Sequence[dict]) -> set[str]:
     return {record["prefix_digest"] for record in records}
 
 
-def line(asked: Asked, written: Written, chat: Chat, step: int, told: set[str], **more: int) -> str:
+def line(
+    asked: RolloutRequest, written: Rollout, chat: Chat, step: int, told: set[str], **more: int
+) -> str:
     """The line of a response; `told` are the file's prefixes, `more` are columns of its own."""
     trajectory = written.trajectory
     prefix = [message.for_template() for message in asked.prefix]
@@ -70,7 +72,7 @@ def line(asked: Asked, written: Written, chat: Chat, step: int, told: set[str], 
         "text": chat.decode(trajectory.ids),
         "finished": trajectory.finished,
         "refused": written.refused,
-        "kept": isinstance(trajectory.kept, KeptTopK),
+        "kept": isinstance(trajectory.kept, TokenTopK),
         "ids": trajectory.ids.tolist(),
     }
     told.add(prefix_digest)
@@ -117,14 +119,14 @@ def _parse(where: str, text: str, columns: dict[str, type], advice: str) -> dict
 
 
 def key_of(record: dict) -> tuple:
-    """What `Asked.key` is to be."""
+    """What `RolloutRequest.key` is to be."""
     return record["row"], record["number"], record["prompt_digest"]
 
 
-def written_of(record: dict, kept: KeptTopK | None = None) -> Written:
+def written_of(record: dict, kept: TokenTopK | None = None) -> Rollout:
     """The response of a line."""
     trajectory = Trajectory(np.asarray(record["ids"], np.int32), record["finished"], kept)
-    return Written(trajectory, record["refused"], record["writer"])
+    return Rollout(trajectory, record["refused"], record["writer"])
 
 
 def keep_lines(path: pathlib.Path, count: int) -> None:
@@ -137,14 +139,14 @@ def keep_lines(path: pathlib.Path, count: int) -> None:
 
 def write_once(
     path: pathlib.Path,
-    asked: Sequence[Asked],
-    write: Callable[[Sequence[int]], list[Written]],
+    asked: Sequence[RolloutRequest],
+    write: Callable[[Sequence[int]], list[Rollout]],
     chat: Chat,
     *,
     step: int,
     chunk: int,
     show: bool,
-) -> list[Written]:
+) -> list[Rollout]:
     """The responses that are asked for; those that `path` holds already are not written again.
 
     They are written in chunks of fixed rows in a fixed order, so that an interrupted run that
@@ -192,7 +194,9 @@ def write_once(
     return done
 
 
-def _check_rows(path: pathlib.Path, records: Sequence[dict], asked: Sequence[Asked]) -> None:
+def _check_rows(
+    path: pathlib.Path, records: Sequence[dict], asked: Sequence[RolloutRequest]
+) -> None:
     for place, record in enumerate(records):
         if place == len(asked) or key_of(record) != asked[place].key():
             raise UserError(
@@ -202,22 +206,22 @@ def _check_rows(path: pathlib.Path, records: Sequence[dict], asked: Sequence[Ask
             )
 
 
-def _only_top_k(written: Written) -> Written:
+def _only_top_k(written: Rollout) -> Rollout:
     """What is not written to disk is not used: a run that continues would not have it."""
     trajectory = written.trajectory
-    if isinstance(trajectory.kept, KeptTopK):
+    if isinstance(trajectory.kept, TokenTopK):
         return written
     return written._replace(trajectory=dataclasses.replace(trajectory, kept=None))
 
 
-def _with_kept(path: pathlib.Path, start: int, records: Sequence[dict]) -> list[Written]:
+def _with_kept(path: pathlib.Path, start: int, records: Sequence[dict]) -> list[Rollout]:
     """A chunk as it was written: its lines say of which something was kept beside them."""
     lengths = [len(record["ids"]) for record in records if record["kept"]]
     kept = iter(read_kept(path, start, lengths))
     return [written_of(r, next(kept) if r["kept"] else None) for r in records]
 
 
-def write_kept(path: pathlib.Path, start: int, kept: Sequence[KeptTopK]) -> None:
+def write_kept(path: pathlib.Path, start: int, kept: Sequence[TokenTopK]) -> None:
     """Writes what was kept of a chunk, of one K and one temperature.
 
     Args:
@@ -244,7 +248,7 @@ def write_kept(path: pathlib.Path, start: int, kept: Sequence[KeptTopK]) -> None
     part.replace(final)
 
 
-def read_kept(path: pathlib.Path, start: int, lengths: Sequence[int]) -> list[KeptTopK]:
+def read_kept(path: pathlib.Path, start: int, lengths: Sequence[int]) -> list[TokenTopK]:
     """What `write` was given.
 
     Args:
@@ -270,7 +274,7 @@ def read_kept(path: pathlib.Path, start: int, lengths: Sequence[int]) -> list[Ke
     parts = {name: np.split(tensor, np.cumsum(lengths)[:-1]) for name, tensor in tensors.items()}
     rows = zip(parts["ids"], parts["logprobs"], parts["tail_logprob"], strict=True)
     return [
-        KeptTopK(TopKLogprobs(*row, temperature), target)
+        TokenTopK(TopKLogprobs(*row, temperature), target)
         for row, target in zip(rows, parts["target_logprob"], strict=True)
     ]
 

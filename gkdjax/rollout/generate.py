@@ -4,21 +4,21 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from gkdjax.data.chat_template import Chat
-from gkdjax.data.responses import ResponseRules
-from gkdjax.data.views import Fate
+from gkdjax.data.responses import RolloutFilter
+from gkdjax.data.views import RowStatus
 from gkdjax.types import Prompt, Trajectory
 
 Writer = Callable[[Sequence[Prompt], Sequence[int]], list[Trajectory]]  # (prompts, seeds)
 
 
-class Author(NamedTuple):
+class Generator(NamedTuple):
     """Somebody who writes responses."""
 
     name: str  # "student", or the teacher's description
     write: Writer
 
 
-class Written(NamedTuple):
+class Rollout(NamedTuple):
     """The last response to a prompt, accepted or not, how many were refused in all, and whose."""
 
     trajectory: Trajectory
@@ -27,12 +27,12 @@ class Written(NamedTuple):
 
 
 def write_accepted(
-    author: Author,
+    author: Generator,
     prompts: Sequence[Prompt],
     seed: Callable[[int, int], int],
-    rules: ResponseRules,
+    rules: RolloutFilter,
     chat: Chat,
-) -> list[Written]:
+) -> list[Rollout]:
     """A response to each prompt; one that is refused is written again, up to the rules' bound.
 
     Args:
@@ -50,7 +50,7 @@ def write_accepted(
         again = author.write([prompts[i] for i in places], [seed(i, attempt) for i in places])
         for i, trajectory in zip(places, again, strict=True):
             trajectories[i] = trajectory
-        places = [i for i in places if rules.fate(trajectories[i], chat) is not Fate.KEPT]
+        places = [i for i in places if rules.fate(trajectories[i], chat) is not RowStatus.KEPT]
         for i in places:
             refused[i] += 1
-    return [Written(t, n, author.name) for t, n in zip(trajectories, refused, strict=True)]
+    return [Rollout(t, n, author.name) for t, n in zip(trajectories, refused, strict=True)]

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from absl import logging
 
 from gkdjax.data.chat_template import Chat
-from gkdjax.data.responses import Asked, ResponseRules
-from gkdjax.data.views import Fate
+from gkdjax.data.responses import RolloutFilter, RolloutRequest
+from gkdjax.data.views import RowStatus
 from gkdjax.rollout import files
 from gkdjax.rollout.files import write_once
-from gkdjax.rollout.generate import Written
-from gkdjax.types import KeptTopK
+from gkdjax.rollout.generate import Rollout
+from gkdjax.types import TokenTopK
 from gkdjax.utils.errors import UserError
 
 _ADVICE = "mend it, or name another file in config.trajectory.reuse"
@@ -41,8 +41,8 @@ class Source:
     text_alone: bool
 
     def responses(
-        self, asked: Sequence[Asked], rules: ResponseRules, chat: Chat
-    ) -> dict[int, Written]:
+        self, asked: Sequence[RolloutRequest], rules: RolloutFilter, chat: Chat
+    ) -> dict[int, Rollout]:
         """Place in `asked` -> the response that the file has for the same prompt and number.
 
         Of equal prompts each takes one of its own, in the order of the file. What `rules` would not
@@ -77,7 +77,7 @@ class Source:
             for place, number in found.items()
         }
 
-    def _match(self, records: Sequence[dict], asked: Sequence[Asked]) -> dict[int, int]:
+    def _match(self, records: Sequence[dict], asked: Sequence[RolloutRequest]) -> dict[int, int]:
         """Place in `asked` -> place in `records`."""
         unused = collections.defaultdict(collections.deque)
         for number, record in enumerate(records):
@@ -97,9 +97,9 @@ class Source:
                 f" {self.vocab_size} ids below {self.vocab_size} in common; {_ADVICE}"
             )
 
-    def _kept(self, records: Sequence[dict], wanted: set[int]) -> dict[int, KeptTopK]:
+    def _kept(self, records: Sequence[dict], wanted: set[int]) -> dict[int, TokenTopK]:
         """Place in `records` -> what this run's teacher predicted there, if the file has it."""
-        found: dict[int, KeptTopK] = {}
+        found: dict[int, TokenTopK] = {}
         if self.top_k is None:
             return found
         bounds = [*files.kept_starts(self.path), len(records)]
@@ -111,7 +111,7 @@ class Source:
                 found |= dict(zip(places, kept, strict=True))
         return {n: k for n, k in found.items() if n in wanted and self._serves(records[n], k)}
 
-    def _serves(self, record: dict, kept: KeptTopK) -> bool:
+    def _serves(self, record: dict, kept: TokenTopK) -> bool:
         return (
             record["writer"] == self.teacher
             and kept.topk.ids.shape[-1] == self.top_k
@@ -120,21 +120,21 @@ class Source:
         )
 
 
-def _accepted(record: dict, rules: ResponseRules, chat: Chat) -> bool:
+def _accepted(record: dict, rules: RolloutFilter, chat: Chat) -> bool:
     trajectory = files.written_of(record).trajectory
     short = len(trajectory.ids) <= rules.max_new_tokens
-    return short and rules.fate(trajectory, chat) is Fate.KEPT
+    return short and rules.fate(trajectory, chat) is RowStatus.KEPT
 
 
 def write_or_take(
     path: pathlib.Path,
-    asked: Sequence[Asked],
-    write: Callable[[Sequence[int]], list[Written]],
+    asked: Sequence[RolloutRequest],
+    write: Callable[[Sequence[int]], list[Rollout]],
     chat: Chat,
     source: Source | None,
-    rules: ResponseRules,
+    rules: RolloutFilter,
     **how,
-) -> list[Written]:
+) -> list[Rollout]:
     """`files.write_once`, but what the source has is taken from there.
 
     Args:
@@ -147,7 +147,7 @@ def write_or_take(
     # What is taken stands first in the file, so that the rest is written in whole chunks.
     order = [*taken, *(place for place in range(len(asked)) if place not in taken)]
 
-    def write_rest(lines: Sequence[int]) -> list[Written]:
+    def write_rest(lines: Sequence[int]) -> list[Rollout]:
         rest = [order[n] for n in lines if order[n] not in taken]
         found = taken | dict(zip(rest, write(rest) if rest else [], strict=True))
         return [found[order[n]] for n in lines]

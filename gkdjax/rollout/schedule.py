@@ -13,7 +13,7 @@ def needs_teacher_text(gkd: Gkd) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Curriculum:
+class OnPolicySchedule:
     """Off-policy in the warm-up; after it each batch is the student's with some probability.
 
     Attributes:

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from gkdjax.data import batching, buckets, views
-from gkdjax.data.dataset import Feed
+from gkdjax.data.dataset import DistillDataset
 from gkdjax.data.views import ViewRules
 from gkdjax.rollout import files
-from gkdjax.rollout.generate import Author, Written
-from gkdjax.rollout.schedule import Curriculum
+from gkdjax.rollout.generate import Generator, Rollout
+from gkdjax.rollout.schedule import OnPolicySchedule
 from gkdjax.types import Batch, Trajectory, View, ViewPair
 from gkdjax.utils.errors import UserError
 
@@ -35,13 +35,13 @@ class OnPolicyBatch(NamedTuple):
     truncated: int  # rows whose response lost its end, as data.max_length asks
 
 
-class StudentText:
+class StudentRollouts:
     """The student's responses to the rows of one feed, step by step."""
 
     def __init__(
         self,
-        feed: Feed,
-        curriculum: Curriculum,
+        feed: DistillDataset,
+        curriculum: OnPolicySchedule,
         path: pathlib.Path,
         *,
         block: int,
@@ -60,7 +60,7 @@ class StudentText:
           UserError: the file lacks text of the block that `first_step` stands in.
         """
         self._feed, self._curriculum, self._path, self._block = feed, curriculum, path, block
-        self._texts: dict[int, list[Written]] = {}  # of the block's steps
+        self._texts: dict[int, list[Rollout]] = {}  # of the block's steps
         records = files.read(path, self._advice(first_step), written_at=int)
         records = [record for record in records if record["written_at"] < first_step]
         if path.exists():
@@ -78,7 +78,7 @@ class StudentText:
         # Both shapes, the sampler's here and the batch's, follow from the prompts: what the student
         # happens to write compiles nothing new.
         prompt_length, *_ = self._shape([row for _, row in wanted])
-        author = Author(
+        author = Generator(
             "student", lambda prompts, keys: writer([p.ids for p in prompts], keys, prompt_length)
         )
         written = self._feed.write(wanted, "student", author)
@@ -99,21 +99,21 @@ class StudentText:
         for row, one in zip(rows, written, strict=True):
             pair = None
             fate = self._feed.responses.fate(one.trajectory, self._feed.rules.student_chat)
-            if fate is views.Fate.KEPT:
+            if fate is views.RowStatus.KEPT:
                 pair, fate = self._pair(self._feed.rules, row, one.trajectory)
             fates.append(fate)
             pairs.append(self._blank(row) if pair is None else pair)
         shape = batching.BatchShape(*self._shape(rows)[1:])
         refused = sum(one.refused for one in written)
         batch = self._feed.pad(pairs, shape)
-        truncated = fates.count(views.Fate.TRUNCATED)
-        dropped = len(fates) - fates.count(views.Fate.KEPT) - truncated
+        truncated = fates.count(views.RowStatus.TRUNCATED)
+        dropped = len(fates) - fates.count(views.RowStatus.KEPT) - truncated
         return OnPolicyBatch(batch, refused, dropped, truncated)
 
     def _on_policy_steps(self, step: int) -> list[int]:
         return self._curriculum.steps_of_block(step, self._block, on_policy=True)
 
-    def _take(self, steps: Sequence[int], written: Sequence[Written]) -> None:
+    def _take(self, steps: Sequence[int], written: Sequence[Rollout]) -> None:
         rows = len(written) // len(steps)
         self._texts = {s: list(written[n * rows :][:rows]) for n, s in enumerate(steps)}
 
@@ -149,7 +149,7 @@ class StudentText:
 
     def _pair(
         self, rules: ViewRules, row: int, trajectory: Trajectory
-    ) -> tuple[ViewPair | None, views.Fate]:
+    ) -> tuple[ViewPair | None, views.RowStatus]:
         # A row cannot leave a batch that is already drawn: what does not fit is cut, like any
         # trajectory that reaches max_new_tokens.
         example = dataclasses.replace(self._feed.example(row), answer=None)

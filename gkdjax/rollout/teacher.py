@@ -7,15 +7,20 @@ import functools
 import pathlib
 
 from gkdjax.config import Config
-from gkdjax.data.dataset import Feed
+from gkdjax.data.dataset import DistillDataset
 from gkdjax.models import sampler
-from gkdjax.rollout.generate import Author
+from gkdjax.rollout.generate import Generator
 from gkdjax.rollout.reuse import Source
 from gkdjax.teachers.base import Teacher
 
 
 def prepare(
-    config: Config, name: str, feed: Feed, teacher: Teacher, workdir: pathlib.Path, vocab_size: int
+    config: Config,
+    name: str,
+    feed: DistillDataset,
+    teacher: Teacher,
+    workdir: pathlib.Path,
+    vocab_size: int,
 ) -> None:
     """The first text of one stream, in RUN/trajectories_NAME.jsonl.
 
@@ -36,7 +41,12 @@ def prepare(
 
 
 def refresh(
-    config: Config, feed: Feed, teacher: Teacher, workdir: pathlib.Path, steps: list[int], at: int
+    config: Config,
+    feed: DistillDataset,
+    teacher: Teacher,
+    workdir: pathlib.Path,
+    steps: list[int],
+    at: int,
 ) -> None:
     """New text for the rows of some steps, in RUN/trajectories_train_STEP.jsonl.
 
@@ -49,9 +59,9 @@ def refresh(
     feed.refresh(path, steps, at, _author(config, teacher), **_how(config))
 
 
-def _author(config: Config, teacher: Teacher) -> Author:
+def _author(config: Config, teacher: Teacher) -> Generator:
     how = sampler.sampling(config)
-    return Author(teacher.description, functools.partial(teacher.sample, sampling=how))
+    return Generator(teacher.description, functools.partial(teacher.sample, sampling=how))
 
 
 def _how(config: Config) -> dict:

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from gkdjax.data.chat_template import Chat
 from gkdjax.losses.objective import TeacherTargets, TopKTargets
-from gkdjax.models.sampler import Sampling
+from gkdjax.models.sampler import SamplingParams
 from gkdjax.types import Batch, Prompt, Trajectory
 
 
@@ -53,7 +53,7 @@ class Teacher(Protocol):
         ...
 
     def sample(
-        self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: SamplingParams
     ) -> list[Trajectory]:
         """A response to each prompt (of the teacher's view); called if it `samples`.
 

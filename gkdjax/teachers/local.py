@@ -14,15 +14,15 @@ from gkdjax.losses import fused_top_k
 from gkdjax.losses.lm_head import unembed
 from gkdjax.losses.objective import DenseTargets, TeacherTargets, TopKTargets
 from gkdjax.models.decoder import Decoder, unembedding_table
-from gkdjax.models.prefix_cache import PrefixStore
-from gkdjax.models.sampler import Keep, Sampling
+from gkdjax.models.prefix_cache import PrefixCache
+from gkdjax.models.sampler import Keep, SamplingParams
 from gkdjax.parallel import mesh as parallel_mesh
 from gkdjax.teachers.base import Capabilities
 from gkdjax.types import Batch, Prompt, Trajectory
 from gkdjax.utils.errors import UserError
 
 
-class FlaxTeacher:
+class LocalTeacher:
     """Reads the teacher's view and returns hidden states (dense, exact) or its best K tokens."""
 
     capabilities = Capabilities(max_top_k=None, dense=True, samples=True, temperature=True)
@@ -59,7 +59,7 @@ class FlaxTeacher:
           batch_size: rows sampled at once.
           chunk_size: of the head that finds the top k, see `losses.fused_top_k`.
           mesh: its devices share the rows.
-          prefix_bytes: of keys and values of prefixes that are kept, see `PrefixStore`.
+          prefix_bytes: of keys and values of prefixes that are kept, see `PrefixCache`.
         """
         self.decoder, self.params = decoder, params
         self.description = description
@@ -77,7 +77,7 @@ class FlaxTeacher:
             self.chat = dataclasses.replace(chat, shared=self._shared_vocab)
         self._lengths, self._batch_size = tuple(lengths), batch_size
         self._chunk_size, self._mesh = chunk_size, mesh
-        self.prefixes = PrefixStore(decoder, params, prefix_bytes)
+        self.prefixes = PrefixCache(decoder, params, prefix_bytes)
 
     def targets(self, batch: Batch) -> TeacherTargets:
         """See `base.Teacher`. Dispatched, not waited for."""
@@ -98,7 +98,7 @@ class FlaxTeacher:
         )
 
     def sample(
-        self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: SamplingParams
     ) -> list[Trajectory]:
         """See `base.Teacher`; with a top k, it keeps what it will be asked about the text."""
         keep = None

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gkdjax.data.batching import Kept
+from gkdjax.data.batching import CachedTargets
 from gkdjax.losses.objective import TeacherTargets
 from gkdjax.parallel import mesh as parallel_mesh
 from gkdjax.parallel import multihost
@@ -16,8 +16,8 @@ from gkdjax.teachers.base import RemoteTeacher, Teacher
 from gkdjax.types import Batch
 
 
-def ask(
-    teacher: Teacher, batch: Batch, names: Sequence[str], kept: Kept | None, mesh: Mesh
+def request_targets(
+    teacher: Teacher, batch: Batch, names: Sequence[str], kept: CachedTargets | None, mesh: Mesh
 ) -> Callable[[], TeacherTargets]:
     """Asks what a teacher says of a batch -> a function that gives it, on the devices.
 
@@ -34,7 +34,9 @@ def ask(
     return found if shared is None else lambda: dataclasses.replace(found(), shared=shared)
 
 
-def _ask(teacher, batch: Batch, names, kept: Kept | None, mesh) -> Callable[[], TeacherTargets]:
+def _ask(
+    teacher, batch: Batch, names, kept: CachedTargets | None, mesh
+) -> Callable[[], TeacherTargets]:
     if kept is not None:
         if kept.known_B.all():
             return lambda: parallel_mesh.shard_rows(mesh, kept.targets)
@@ -48,7 +50,7 @@ def _ask(teacher, batch: Batch, names, kept: Kept | None, mesh) -> Callable[[], 
         wait = teacher.ask(batch, names)
 
         def ready() -> TeacherTargets:
-            found = multihost.together(wait)
+            found = multihost.fail_together(wait)
             if any(len(held) > 1 for held in holders):
                 found = multihost.rows_from(asker_B, found)
             return parallel_mesh.shard_rows(mesh, _filled(np, kept, found))
@@ -59,7 +61,7 @@ def _ask(teacher, batch: Batch, names, kept: Kept | None, mesh) -> Callable[[], 
     )
 
 
-def _filled(numpy, kept: Kept | None, found: TeacherTargets) -> TeacherTargets:
+def _filled(numpy, kept: CachedTargets | None, found: TeacherTargets) -> TeacherTargets:
     """`found`, but of the rows that were known what was kept of them."""
     if kept is None:
         return found

@@ -70,7 +70,7 @@ def cache(
         print(estimate(missing, input_price, output_price))
         if not buy:
             return
-        offline.fill(rows, rows.teacher, workdir, steps)
+        offline.prefill_answers(rows, rows.teacher, workdir, steps)
         counts = rows.teacher.report().items()
         print(table(["answers", "count"], [[k.replace("_", " "), f"{n:,}"] for k, n in counts]))
 

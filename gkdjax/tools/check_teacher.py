@@ -25,7 +25,7 @@ from gkdjax.models import sampler
 from gkdjax.models.hf import hub, load, model_config
 from gkdjax.parallel import mesh as parallel_mesh
 from gkdjax.teachers.server import connect, preflight
-from gkdjax.teachers.server.answers import Answer
+from gkdjax.teachers.server.answers import TeacherAnswer
 from gkdjax.teachers.server.dialects.base import exchange
 from gkdjax.teachers.server.preflight import Server
 from gkdjax.teachers.server.transport.client import Limits, Transport
@@ -65,7 +65,7 @@ def rows(config: Config, local: str | None) -> Iterator[Row]:
             f"config.teacher.backend = {c.backend!r} is in this process; there is no server to try"
         )
     with tempfile.TemporaryDirectory() as aside:
-        sources = models.find(config, pathlib.Path(aside), None)
+        sources = models.resolve_models(config, pathlib.Path(aside), None)
     chat, rows = sources.teacher_chat, model_config.load_spec(sources.student).vocab_size
     vocab_size = models.ids_of_server(sources, rows)
     limits = Limits(c.timeout_s, c.deadline_s, c.max_retries)
@@ -154,7 +154,7 @@ def _beside_local(server: Server, chat: Chat, local: str) -> Iterator[Row]:
     yield "forward KL, server to local", f"{divergence:.1e} nats a token"
 
 
-def compare(logits_nV: np.ndarray, probe: Answer) -> tuple[float, float]:
+def compare(logits_nV: np.ndarray, probe: TeacherAnswer) -> tuple[float, float]:
     """(largest difference of a top-k logprob, mean KL(server || local)), in nats.
 
     Args:

@@ -17,7 +17,7 @@ from absl import logging
 from gkdjax import config as config_lib
 from gkdjax.data.chat_template import load_chat
 from gkdjax.models.decoder import abstract_params
-from gkdjax.models.decoder_config import DecoderSpec
+from gkdjax.models.decoder_config import DecoderConfig
 from gkdjax.models.hf import export, load, model_config, peft_config
 from gkdjax.train import models, workdir
 from gkdjax.train.checkpoint import read_trainable
@@ -126,7 +126,7 @@ def _check_out(out: pathlib.Path, config: config_lib.Config, source: pathlib.Pat
         )
 
 
-def _trainable_like(config: config_lib.Config, spec: DecoderSpec) -> dict:
+def _trainable_like(config: config_lib.Config, spec: DecoderConfig) -> dict:
     """`TrainState.trainable` of the run, as shapes."""
     params = abstract_params(spec, jnp.float32)
     if config.student.adapter == "none":

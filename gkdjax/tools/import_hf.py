@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from gkdjax.data.chat_template import Chat, load_chat
 from gkdjax.data.tokenizer_match import tokens_without_row
-from gkdjax.models.decoder_config import DecoderSpec, RopeSpec, param_shapes
+from gkdjax.models.decoder_config import DecoderConfig, RopeSpec, param_shapes
 from gkdjax.models.hf import config_keys, hub, model_config
 from gkdjax.models.hf.load import check_numbers, check_tensors, source_names
 from gkdjax.models.hf.tensor_files import TensorFiles
@@ -49,7 +49,7 @@ def describe(model: str) -> Iterator[Row]:
     yield from _tokenizer(spec, chat)
 
 
-def _sizes(spec: DecoderSpec) -> Iterator[Row]:
+def _sizes(spec: DecoderConfig) -> Iterator[Row]:
     local = spec.num_layers - sum(spec.is_global_L)
     window = f", {local} of them local with a window of {spec.window}" if local else ""
     yield "layers", f"{spec.num_layers}{window}"
@@ -75,7 +75,7 @@ def _rope(rope: RopeSpec) -> str:
     return f"theta {rope.theta:,.0f}, {scaling}"
 
 
-def _weights(spec: DecoderSpec, files: TensorFiles, known: dict) -> Iterator[Row]:
+def _weights(spec: DecoderConfig, files: TensorFiles, known: dict) -> Iterator[Row]:
     parameters = sum(math.prod(shape) for shape in param_shapes(spec).values())
     yield "parameters", f"{parameters:,}"
     sizes, dtypes = {}, collections.Counter()
@@ -92,7 +92,7 @@ def _weights(spec: DecoderSpec, files: TensorFiles, known: dict) -> Iterator[Row
         yield "not of the text", f"{len(others)} tensors, {of_them}: not read, exported as they are"
 
 
-def _tokenizer(spec: DecoderSpec, chat: Chat) -> Iterator[Row]:
+def _tokenizer(spec: DecoderConfig, chat: Chat) -> Iterator[Row]:
     beyond = tokens_without_row(chat, spec.vocab_size)
     count = len(chat.tokenizer.get_vocab())
     padding = spec.vocab_size - (count - len(beyond))

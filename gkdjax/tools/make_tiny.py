@@ -23,7 +23,7 @@ import safetensors.numpy
 from absl import app, flags
 
 from gkdjax.config import ASSETS
-from gkdjax.models.decoder_config import DecoderSpec, param_shapes
+from gkdjax.models.decoder_config import DecoderConfig, param_shapes
 from gkdjax.models.families import gemma3
 from gkdjax.utils.errors import UserError
 
@@ -137,7 +137,7 @@ def _hf_config(width: int, layers: int, vocab_size: int, dtype: str) -> dict:
     }
 
 
-def _tensors(spec: DecoderSpec, known_ids: int, seed: int, dtype: type) -> dict[str, np.ndarray]:
+def _tensors(spec: DecoderConfig, known_ids: int, seed: int, dtype: type) -> dict[str, np.ndarray]:
     """HF name -> weights: kernels of deviation 1/sqrt(fan in), norms that scale by 1."""
     rng = np.random.default_rng(seed)
     tensors = {}
@@ -173,7 +173,7 @@ def _embedding(rng, shape: tuple[int, ...], known_ids: int, dtype: type) -> np.n
     return table
 
 
-def _final_norm(spec: DecoderSpec, dtype: type) -> np.ndarray:
+def _final_norm(spec: DecoderConfig, dtype: type) -> np.ndarray:
     """Undoes, for channel 0, the most that the division by the root mean square can do.
 
     The embedding's is below 2, and each half of a layer adds a vector of at most 1.

@@ -8,43 +8,43 @@ import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-from gkdjax.data.batching import Kept
+from gkdjax.data.batching import CachedTargets
 from gkdjax.losses.objective import TeacherTargets
 from gkdjax.models import sampler
 from gkdjax.models.lora import student_params
 from gkdjax.models.sampler import sample
 from gkdjax.parallel import mesh
-from gkdjax.rollout.schedule import Curriculum
-from gkdjax.rollout.student import StudentText
+from gkdjax.rollout.schedule import OnPolicySchedule
+from gkdjax.rollout.student import StudentRollouts
 from gkdjax.rollout.teacher import refresh
 from gkdjax.teachers.base import RemoteTeacher
-from gkdjax.teachers.scoring import ask
+from gkdjax.teachers.scoring import request_targets
 from gkdjax.train.setup import Run
 from gkdjax.types import Batch, TrainState
 
 _STEPS = 4  # that are asked for beside the one that is computed
 
 
-class Drawn(NamedTuple):
+class SourcedBatch(NamedTuple):
     """What a step learns from."""
 
     batch: Batch
     names: list[str]  # of its rows
-    kept: Kept | None  # what the teacher said when it wrote the batch
+    kept: CachedTargets | None  # what the teacher said when it wrote the batch
     divergence: str
     counts: dict[str, int]  # of rows that the student wrote
 
 
-class Ready(NamedTuple):
+class TrainBatch(NamedTuple):
     """What a step computes with, on the devices, and how the batch came about."""
 
     batch: Batch
     targets: TeacherTargets
     anchors: dict[str, tuple[Batch, TeacherTargets]]  # by name
-    drawn: Drawn  # on the host
+    drawn: SourcedBatch  # on the host
 
 
-class TrainingText:
+class BatchSource:
     """The batches of data.train, step by step."""
 
     def __init__(self, parts: Run, workdir: pathlib.Path, first_step: int, steps: int):
@@ -61,10 +61,10 @@ class TrainingText:
         """
         gkd = parts.config.gkd
         self._parts, self._workdir = parts, workdir
-        self._curriculum = Curriculum(gkd, parts.config.train.seed, steps)
+        self._curriculum = OnPolicySchedule(gkd, parts.config.train.seed, steps)
         path = workdir / "trajectories_student.jsonl"
         block = gkd.on_policy_buffer_steps
-        self._student = StudentText(
+        self._student = StudentRollouts(
             parts.feed, self._curriculum, path, block=block, first_step=first_step
         )
         self._refreshed_at = 0  # the step that the off-policy text of this moment was written for
@@ -82,16 +82,16 @@ class TrainingText:
         """Whether the batch of a coming step can be had already: the student's may be unwritten."""
         return not self._curriculum.student_writes(step) or self._student.has(step)
 
-    def batch(self, step: int) -> Drawn:
+    def batch(self, step: int) -> SourcedBatch:
         """The batch of a step that is there; each is taken once, the teacher's in order."""
         divergence, names = self._curriculum.divergence(step), self._parts.feed.names(step)
         if self._curriculum.student_writes(step):
             batch, *counts = self._student.batch(step)
             rows = self._parts.config.train.batch_size
-            return Drawn(batch, names, None, divergence, _counts(rows, *counts))
+            return SourcedBatch(batch, names, None, divergence, _counts(rows, *counts))
         self._refresh_if_due(step)
         batch, kept = self._parts.feed.batch(step)
-        return Drawn(batch, names, kept, divergence, _counts(0, 0, 0, 0))
+        return SourcedBatch(batch, names, kept, divergence, _counts(0, 0, 0, 0))
 
     def _refresh_if_due(self, step: int) -> None:
         every = self._parts.config.trajectory.refresh_every_steps
@@ -123,10 +123,10 @@ class TrainingText:
         return write
 
 
-class Ahead:
+class BatchPrefetcher:
     """The steps of one run, each taken once and in order."""
 
-    def __init__(self, parts: Run, text: TrainingText, steps: int):
+    def __init__(self, parts: Run, text: BatchSource, steps: int):
         """Asks for nothing yet.
 
         Args:
@@ -137,9 +137,9 @@ class Ahead:
         self._parts, self._text, self._steps = parts, text, steps
         remote = isinstance(parts.teacher, RemoteTeacher)
         self._ahead = _STEPS if remote else 0
-        self._asked: dict[int, Callable[[], Ready]] = {}
+        self._asked: dict[int, Callable[[], TrainBatch]] = {}
 
-    def take(self, step: int, state: TrainState) -> Ready:
+    def take(self, step: int, state: TrainState) -> TrainBatch:
         """What `step` needs, waited for; the steps after it are asked for first.
 
         Args:
@@ -153,21 +153,21 @@ class Ahead:
                 self._asked[s] = self._ask(s)
         return self._asked.pop(step)()
 
-    def _ask(self, step: int) -> Callable[[], Ready]:
+    def _ask(self, step: int) -> Callable[[], TrainBatch]:
         parts, drawn = self._parts, self._text.batch(step)
-        targets = ask(parts.teacher, drawn.batch, drawn.names, drawn.kept, parts.mesh)
+        targets = request_targets(parts.teacher, drawn.batch, drawn.names, drawn.kept, parts.mesh)
         anchors = {}
         for name, feed in parts.anchor_feeds.items():
             batch, kept = feed.batch(step)
-            wait = ask(parts.anchor_teacher, batch, feed.names(step), kept, parts.mesh)
+            wait = request_targets(parts.anchor_teacher, batch, feed.names(step), kept, parts.mesh)
             anchors[name] = batch, wait
 
-        def ready() -> Ready:
+        def ready() -> TrainBatch:
             scored = {
                 name: (mesh.shard_rows(parts.mesh, batch), wait())
                 for name, (batch, wait) in anchors.items()
             }
-            return Ready(mesh.shard_rows(parts.mesh, drawn.batch), targets(), scored, drawn)
+            return TrainBatch(mesh.shard_rows(parts.mesh, drawn.batch), targets(), scored, drawn)
 
         return ready
 

@@ -10,19 +10,19 @@ from gkdjax.data import truncation
 from gkdjax.data.bad_rows import BadRows
 from gkdjax.data.chat_template import Chat
 from gkdjax.data.conversations import answers_apart, answers_of
-from gkdjax.data.dataset import Feed, Rendered
+from gkdjax.data.dataset import DistillDataset, Rendered
 from gkdjax.data.load import Examples
 from gkdjax.data.loss_mask import TargetRules
 from gkdjax.data.message_spans import is_plain
-from gkdjax.data.responses import ResponseRules
+from gkdjax.data.responses import RolloutFilter
 from gkdjax.data.row_schema import TOOL_ROLES
 from gkdjax.data.truncation import Limit
 from gkdjax.data.views import ViewRules
 from gkdjax.models.hf import model_config
 from gkdjax.rollout.schedule import needs_teacher_text
 from gkdjax.teachers.base import Capabilities, Teacher
-from gkdjax.teachers.local import FlaxTeacher
-from gkdjax.teachers.server.teacher import HttpTeacher
+from gkdjax.teachers.local import LocalTeacher
+from gkdjax.teachers.server.teacher import ServerTeacher
 from gkdjax.train.models import Sources
 from gkdjax.types import Example
 
@@ -36,9 +36,9 @@ def contexts_of(config: Config, sources: Sources, teacher: Teacher | None) -> di
     found = {f"the student ({config.student.model})": student}
     if teacher is not None:
         limit = Limit(None, "")
-        if isinstance(teacher, FlaxTeacher):
+        if isinstance(teacher, LocalTeacher):
             limit = Limit(teacher.decoder.spec.context_length, _IN_CONFIG)
-        elif isinstance(teacher, HttpTeacher) and teacher.window is not None:
+        elif isinstance(teacher, ServerTeacher) and teacher.window is not None:
             limit = Limit(teacher.window.tokens, teacher.window.source, teacher.window.written)
         return found | {f"the teacher ({teacher.description})": limit}
     if sources.teacher is None:
@@ -60,7 +60,7 @@ def one_feed(
     contexts: dict[str, Limit],
     bad_rows: BadRows,
     per_prompt: int | None = None,
-) -> Feed:
+) -> DistillDataset:
     """One stream, with its rows as they will be read.
 
     Args:
@@ -85,11 +85,11 @@ def one_feed(
     rendered = _rendered(key, examples, rules, bad_rows, responses=of_rows)
     examples = [one.example for one in rendered]
     truncation.require_room_beside_prefix(key, examples, rules, config.context)
-    feed = Feed(
+    feed = DistillDataset(
         key,
         examples,
         rules,
-        ResponseRules(rules.targets, c.max_refills, c.max_new_tokens, rules.teacher_chat.shared),
+        RolloutFilter(rules.targets, c.max_refills, c.max_new_tokens, rules.teacher_chat.shared),
         per_prompt=per_prompt or c.per_prompt,
         # Rows of one length may be of one kind of task; an anchor's batch is to hold of every kind.
         most_padding=_MOST_PADDING if key == "data.train" else 1.0,
@@ -154,7 +154,7 @@ def anchor_feeds(
     sources: Sources,
     contexts: dict[str, Limit],
     bad_rows: BadRows,
-) -> dict[str, Feed]:
+) -> dict[str, DistillDataset]:
     """By name, see `config.anchor_sets`; {} without an anchor. Arguments as for `one_feed`."""
     if not examples.anchors:
         return {}
@@ -179,7 +179,7 @@ def validation_feed(
     contexts: dict[str, Limit],
     can: Capabilities,
     bad_rows: BadRows,
-) -> Feed | None:
+) -> DistillDataset | None:
     """The first `eval.rows` of them; None if there are none, or the teacher cannot read them."""
     rows, most = examples.validation, config.eval.rows
     if not rows:

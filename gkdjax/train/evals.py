@@ -6,9 +6,9 @@ import jax
 from absl import logging
 
 from gkdjax.config import Eval
-from gkdjax.evaluation.scoring import Reader
+from gkdjax.evaluation.scoring import EvalModel
 from gkdjax.models import lora
-from gkdjax.train.metrics import MetricsWriter, Recorder
+from gkdjax.train.metrics import MetricsRecorder, MetricsWriter
 from gkdjax.train.setup import Run
 from gkdjax.types import TrainState
 from gkdjax.utils.files import read_lines
@@ -23,7 +23,7 @@ def measured_steps(c: Eval, steps: int) -> set[int]:
     return {0, steps, *every, *c.at_steps} - set(past)
 
 
-class Schedule:
+class EvalSchedule:
     """Evaluates before the first step, at the steps of the schedule and after the last."""
 
     def __init__(self, parts: Run, workdir: pathlib.Path, first_step: int, measured: set[int]):
@@ -36,7 +36,7 @@ class Schedule:
         self._done = _steps(workdir / "samples.jsonl")
         self._written = _steps(workdir / "eval.jsonl")
 
-    def if_due(self, step: int, state: TrainState, record: Recorder) -> None:
+    def if_due(self, step: int, state: TrainState, record: MetricsRecorder) -> None:
         """Measures the state that `step` steps have made, if that is to be and was not done yet."""
         if step not in self._measured or step in self._done:
             return
@@ -57,10 +57,10 @@ def _steps(path: pathlib.Path) -> set[int]:
     return {line["step"] for line in read_lines(path)}
 
 
-def reader(parts: Run, state: TrainState, prefix_bytes: int) -> Reader:
+def reader(parts: Run, state: TrainState, prefix_bytes: int) -> EvalModel:
     """The student as it would be exported now; merged, so that the base's programs serve again."""
     params = state.trainable
     if parts.frozen is not None:
-        places = parts.decoder.layout.places(parts.frozen)
+        places = parts.decoder.layout.shardings_of(parts.frozen)
         params = jax.device_put(lora.merge(parts.frozen, state.trainable), places)
-    return Reader.of(parts.decoder, params, parts.chat, prefix_bytes)
+    return EvalModel.of(parts.decoder, params, parts.chat, prefix_bytes)

@@ -12,14 +12,14 @@ from absl import logging
 
 from gkdjax.parallel import multihost
 from gkdjax.report import results
-from gkdjax.teachers.server.teacher import HttpTeacher
+from gkdjax.teachers.server.teacher import ServerTeacher
 from gkdjax.train import batches as train_batches
 from gkdjax.train import optimizer as train_optimizer
 from gkdjax.train import setup
-from gkdjax.train.batches import Ahead
+from gkdjax.train.batches import BatchPrefetcher
 from gkdjax.train.checkpoint import Checkpoints
-from gkdjax.train.evals import Schedule, measured_steps
-from gkdjax.train.metrics import Recorder
+from gkdjax.train.evals import EvalSchedule, measured_steps
+from gkdjax.train.metrics import MetricsRecorder
 from gkdjax.train.setup import Run, initial_state
 from gkdjax.train.step import make_train_step
 from gkdjax.types import Batch, TrainState
@@ -48,16 +48,16 @@ def train(parts: Run, workdir: pathlib.Path, shared: pathlib.Path) -> tuple[Trai
     first = int(state.step)
     if not parts.keeps_base and parts.frozen is None:
         parts.base = None  # a full fine-tuning that nobody compares with its start
-    text = train_batches.TrainingText(parts, workdir, first, steps)
-    batches, stopping = Ahead(parts, text, steps), multihost.Stopping(parts.mesh)
+    text = train_batches.BatchSource(parts, workdir, first, steps)
+    batches, stopping = BatchPrefetcher(parts, text, steps), multihost.Stopping(parts.mesh)
 
     with (
         contextlib.closing(checkpoints),
-        contextlib.closing(Recorder(workdir, first, steps, config.log)) as record,
-        contextlib.closing(Schedule(parts, workdir, first, measured)) as evaluate,
+        contextlib.closing(MetricsRecorder(workdir, first, steps, config.log)) as record,
+        contextlib.closing(EvalSchedule(parts, workdir, first, measured)) as evaluate,
         _stop_signal() as stop,
     ):
-        if isinstance(parts.teacher, HttpTeacher):
+        if isinstance(parts.teacher, ServerTeacher):
             parts.teacher.pool.stopped = stop  # an answer may be minutes away
         for step in range(first, steps):
             with _saved_if_the_teacher_fails(step, first, steps, state, record, checkpoints):
@@ -68,7 +68,7 @@ def train(parts: Run, workdir: pathlib.Path, shared: pathlib.Path) -> tuple[Trai
             )
             tokens = int(drawn.batch.student_mask_BS.sum())
             counts = drawn.counts | {"tokens": tokens, "batch_crc32": _crc32(drawn.batch)}
-            record.dispatched(step, sums, drawn.divergence, counts)
+            record.record(step, sums, drawn.divergence, counts)
             last = step + 1 == steps
             due = (step + 1) % config.checkpoint.every_steps == 0 or step + 1 in kept
             stopped = stopping.asked(stop.is_set())
@@ -112,7 +112,7 @@ def _saved_if_the_teacher_fails(
     first: int,
     steps: int,
     state: TrainState,
-    record: Recorder,
+    record: MetricsRecorder,
     checkpoints: Checkpoints,
 ):
     """Nothing that was learnt is lost with a server: the steps before `step` are saved."""

@@ -70,7 +70,7 @@ def _drop_from(path: pathlib.Path, step: int) -> None:
     part.replace(path)
 
 
-class Recorder:
+class MetricsRecorder:
     """Reads a step's numbers after the next one was dispatched, so that the device never waits."""
 
     def __init__(self, workdir: pathlib.Path, first_step: int, steps: int, log: Log):
@@ -84,7 +84,7 @@ class Recorder:
         """What came before belongs to no step: neither its time nor its compilations."""
         self._clock, self._compiled = time.monotonic(), compilations()
 
-    def dispatched(self, step: int, sums: dict, divergence: str, counts: dict) -> None:
+    def record(self, step: int, sums: dict, divergence: str, counts: dict) -> None:
         """Takes the step's sums, unread, and reads those of the step before."""
         compiled = compilations()
         counts = counts | {"compilations": compiled - self._compiled}

@@ -14,7 +14,7 @@ from gkdjax.data import tokenizer_match
 from gkdjax.data.chat_template import Chat, load_chat
 from gkdjax.models import lora
 from gkdjax.models.decoder import Decoder
-from gkdjax.models.decoder_config import DecoderSpec
+from gkdjax.models.decoder_config import DecoderConfig
 from gkdjax.models.hf import load as hf_load
 from gkdjax.models.hf import model_config, peft
 from gkdjax.teachers.base import Teacher
@@ -33,7 +33,7 @@ class Sources:
     teacher_chat: Chat
 
 
-def find(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> Sources:
+def resolve_models(config: Config, workdir: pathlib.Path, teacher: Teacher | None) -> Sources:
     """Directories, fetched from the hub where they must be; chats, but no weights, are read.
 
     Args:
@@ -125,7 +125,7 @@ def fresh_adapters(config: Config, params: dict, key: jax.Array) -> dict[str, lo
 
 
 def starting_adapters(
-    config: Config, workdir: pathlib.Path, spec: DecoderSpec, params: dict
+    config: Config, workdir: pathlib.Path, spec: DecoderConfig, params: dict
 ) -> dict[str, lora.Adapter] | None:
     """What student.lora.start_from holds, with the config's dropout; None if it names nothing.
 

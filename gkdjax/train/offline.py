@@ -8,21 +8,23 @@ import tempfile
 from collections.abc import Callable, Sequence
 
 from gkdjax.config import Config
-from gkdjax.data.dataset import Feed
+from gkdjax.data.dataset import DistillDataset
 from gkdjax.rollout import teacher as rollout_teacher
-from gkdjax.rollout.schedule import Curriculum, needs_teacher_text
-from gkdjax.teachers.scoring import ask
+from gkdjax.rollout.schedule import OnPolicySchedule, needs_teacher_text
+from gkdjax.teachers.scoring import request_targets
 from gkdjax.teachers.server.answers import Request
 from gkdjax.teachers.server.scheduler import missing_error
-from gkdjax.teachers.server.teacher import HttpTeacher
+from gkdjax.teachers.server.teacher import ServerTeacher
 from gkdjax.train import setup
-from gkdjax.train.setup import Rows
+from gkdjax.train.setup import RunInputs
 from gkdjax.utils import text
 
 _BATCHES = 4  # that are under way
 
 
-def fill(rows: Rows, teacher: HttpTeacher, workdir: pathlib.Path, steps: int) -> None:
+def prefill_answers(
+    rows: RunInputs, teacher: ServerTeacher, workdir: pathlib.Path, steps: int
+) -> None:
     """Buys what the store of `teacher` lacks; what is there costs nothing.
 
     That is the teacher's text, of each refresh too, what it says of other text that the steps of
@@ -37,7 +39,7 @@ def fill(rows: Rows, teacher: HttpTeacher, workdir: pathlib.Path, steps: int) ->
     """
     config = rows.config
     vocab_size = rows.sources.teacher_chat.shared or rows.vocab_size
-    curriculum = Curriculum(config.gkd, config.train.seed, steps)
+    curriculum = OnPolicySchedule(config.gkd, config.train.seed, steps)
     if needs_teacher_text(config.gkd):
         rollout_teacher.prepare(config, "train", rows.feed, teacher, workdir, vocab_size)
         every = config.trajectory.refresh_every_steps or steps
@@ -56,7 +58,7 @@ def fill(rows: Rows, teacher: HttpTeacher, workdir: pathlib.Path, steps: int) ->
 
 
 def missing(
-    config: Config, workdir: pathlib.Path, teacher: HttpTeacher, steps: int
+    config: Config, workdir: pathlib.Path, teacher: ServerTeacher, steps: int
 ) -> list[Request]:
     """What the store lacks of that; requests that depend on missing answers are not among it.
 
@@ -74,18 +76,22 @@ def missing(
         teacher.pool.collect_missing() as found,
     ):
         rows = setup.read(config, workdir, teacher, nothing)
-        fill(rows, teacher, pathlib.Path(aside), steps)
+        prefill_answers(rows, teacher, pathlib.Path(aside), steps)
     return found
 
 
-def require_filled(config: Config, workdir: pathlib.Path, teacher: HttpTeacher, steps: int) -> None:
+def require_filled(
+    config: Config, workdir: pathlib.Path, teacher: ServerTeacher, steps: int
+) -> None:
     """Raises UserError that counts and names what an offline run would miss later."""
     lacking = missing(config, workdir, teacher, steps)
     if lacking:
         raise missing_error(lacking)
 
 
-def _score(feed: Feed, name: str, steps: Sequence[int], teacher: HttpTeacher, rows: Rows) -> None:
+def _score(
+    feed: DistillDataset, name: str, steps: Sequence[int], teacher: ServerTeacher, rows: RunInputs
+) -> None:
     """What the teacher says of text that it did not write, in the batches that ask for it."""
     seen: set[int] = set()
     wanted = []
@@ -98,7 +104,7 @@ def _score(feed: Feed, name: str, steps: Sequence[int], teacher: HttpTeacher, ro
     with text.bar(len(wanted), f"{name} read", shown=rows.config.log.progress_bar) as bar:
         for step in wanted:
             batch, kept = feed.batch(step)
-            waiting.append(ask(teacher, batch, feed.names(step), kept, rows.mesh))
+            waiting.append(request_targets(teacher, batch, feed.names(step), kept, rows.mesh))
             if len(waiting) > _BATCHES:
                 waiting.popleft()()
             bar.update()

@@ -11,15 +11,15 @@ from ml_collections import config_dict
 from gkdjax import report
 from gkdjax.config import Config, Log, parse
 from gkdjax.data import load
-from gkdjax.data.dataset import Feed
-from gkdjax.evaluation.scoring import Reader
+from gkdjax.data.dataset import DistillDataset
+from gkdjax.evaluation.scoring import EvalModel
 from gkdjax.models.hf import export
 from gkdjax.parallel import multihost
 from gkdjax.parallel.multihost import leads
 from gkdjax.rollout.schedule import needs_teacher_text
 from gkdjax.rollout.teacher import prepare
 from gkdjax.teachers.base import Teacher
-from gkdjax.teachers.server.teacher import HttpTeacher
+from gkdjax.teachers.server.teacher import ServerTeacher
 from gkdjax.train import offline, setup
 from gkdjax.train import workdir as workdirs
 from gkdjax.train.evals import reader
@@ -86,7 +86,7 @@ def _run_in(
         if teacher is None and config.teacher.offline:
             steps = setup.total_steps(config, len(rows.feed))
             offline.require_filled(config, workdir, rows.teacher, steps)
-        check.require(rows)
+        check.check_memory(rows)
         found = _run(assemble(rows, workdir), workdir, shared, began)
     print(report.render(found, workdir))
     workdirs.write_json(workdir / "results.json", found)
@@ -104,8 +104,10 @@ def _run(parts: Run, workdir: pathlib.Path, shared: pathlib.Path, began: float) 
     workdirs.claim_rows(workdir, {name: feed.fingerprint() for name, feed in feeds})
     before = workdirs.read_json(workdir / "before.json")
     if before is None:
-        base = Reader.of(parts.decoder, parts.base, parts.chat, parts.config.teacher.prefix_bytes)
-        base.prefixes.learn(parts.prompts_by_prefix)  # it is asked what it says with the prefix
+        base = EvalModel.of(
+            parts.decoder, parts.base, parts.chat, parts.config.teacher.prefix_bytes
+        )
+        base.prefixes.register(parts.prompts_by_prefix)  # it is asked what it says with the prefix
         with told_if_the_teacher_fails("No step was made yet"):
             before = parts.evaluation.before(base)
         del base  # or a full fine-tuning would hold the untrained parameters to its end
@@ -115,13 +117,13 @@ def _run(parts: Run, workdir: pathlib.Path, shared: pathlib.Path, began: float) 
     state, training = train(parts, workdir, shared)
     with told_if_the_teacher_fails("All steps are made and saved"):
         student = reader(parts, state, parts.config.teacher.prefix_bytes)
-        student.prefixes.learn(parts.prompts_by_prefix)
+        student.prefixes.register(parts.prompts_by_prefix)
         after = parts.evaluation.after(student)
     write_lines(workdir / "answers.jsonl", before["answers"] + after["answers"])
     training["exports"] = _export(parts, state, workdir, ending)
     report.draw(workdir)
     training["seconds"] = time.monotonic() - began
-    if isinstance(parts.teacher, HttpTeacher):
+    if isinstance(parts.teacher, ServerTeacher):
         training["teacher"] = parts.teacher.report()
     if parts.examples.dropped:
         training["dropped_rows"] = parts.examples.dropped
@@ -155,7 +157,7 @@ def shown_by_leader(config: Config) -> Config:
     return dataclasses.replace(config, log=Log(tensorboard=False, progress_bar=False))
 
 
-def feeds_of(parts: Run) -> dict[str, Feed]:
+def feeds_of(parts: Run) -> dict[str, DistillDataset]:
     """All streams of rows, by name."""
     own = {} if parts.validation is None else {"validation": parts.validation}
     return {"train": parts.feed, **own, **parts.anchor_feeds}

@@ -21,7 +21,7 @@ from gkdjax.config.checks import SERVERS
 from gkdjax.data import load, truncation
 from gkdjax.data.bad_rows import BadRows
 from gkdjax.data.chat_template import Chat
-from gkdjax.data.dataset import Feed
+from gkdjax.data.dataset import DistillDataset
 from gkdjax.data.load import Examples
 from gkdjax.data.loss_mask import TargetRules
 from gkdjax.data.views import ViewRules
@@ -33,19 +33,19 @@ from gkdjax.parallel import mesh as parallel_mesh
 from gkdjax.rollout.schedule import needs_teacher_text
 from gkdjax.teachers import local
 from gkdjax.teachers.base import Capabilities, Needs, Teacher, refusals
-from gkdjax.teachers.local import FlaxTeacher
+from gkdjax.teachers.local import LocalTeacher
 from gkdjax.teachers.server import connect
 from gkdjax.train import datasets, models
 from gkdjax.train.models import Sources
 from gkdjax.train.step import init_state
-from gkdjax.train.teacher import InProcess
+from gkdjax.train.teacher import LocalTeacherFactory
 from gkdjax.types import Example, Message, TrainState
 from gkdjax.utils import seeds
 from gkdjax.utils.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class RunInputs:
     """What is known of a run before any weights are read."""
 
     config: Config
@@ -54,22 +54,22 @@ class Rows:
     sources: Sources
     rules: ViewRules
     examples: Examples
-    feed: Feed
-    anchor_feeds: dict[str, Feed]  # by name, see `config.anchor_sets`
-    validation: Feed | None  # rows whose loss is measured
+    feed: DistillDataset
+    anchor_feeds: dict[str, DistillDataset]  # by name, see `config.anchor_sets`
+    validation: DistillDataset | None  # rows whose loss is measured
     teacher: Teacher | None  # None: its weights are to be loaded
     vocab_size: int  # of the student
     toggles: bool  # it is the student's own base
 
     @functools.cached_property
     def prompts_by_prefix(self) -> list[list[np.ndarray]]:
-        """What the teacher reads, see `Feed.prompts_by_prefix`."""
+        """What the teacher reads, see `DistillDataset.prompts_by_prefix`."""
         examples = self.examples
         asked = dict.fromkeys((*examples.questions, *examples.heldout, *examples.prompts))
         return self.feed.prompts_by_prefix(list(asked))
 
     def evaluation(
-        self, teacher: Teacher, shared_vocab: int, untrained: FlaxTeacher | None
+        self, teacher: Teacher, shared_vocab: int, untrained: LocalTeacher | None
     ) -> Evaluation:
         """With this teacher, of these ids; see `Evaluation` for the student as it was."""
         return Evaluation(
@@ -91,7 +91,7 @@ def read(
     teacher: Teacher | None,
     connections: contextlib.ExitStack,
     shared: pathlib.Path | None = None,
-) -> Rows:
+) -> RunInputs:
     """Reads data and tokenizers, and tries the server of a teacher that has one.
 
     Args:
@@ -113,9 +113,9 @@ def read(
         parallel_mesh.check_rows(mesh, key, rows)
     lengths = _ladder(config)
     bad_rows = BadRows(config.data.bad_rows)
-    examples = load.read(config, bad_rows)
+    examples = load.load_examples(config, bad_rows)
 
-    sources = models.find(config, workdir, teacher)
+    sources = models.resolve_models(config, workdir, teacher)
     backend = config.teacher.backend
     vocab_size = model_config.load_spec(sources.student).vocab_size
     if teacher is None and backend in SERVERS:
@@ -146,10 +146,10 @@ def read(
         local.require_longer_view(feed.views_differ())
     anchor_feeds = datasets.anchor_feeds(config, examples, rules, sources, contexts, bad_rows)
     name = teacher.description if teacher is not None else config.teacher.backend
-    can = teacher.capabilities if teacher is not None else FlaxTeacher.capabilities
+    can = teacher.capabilities if teacher is not None else LocalTeacher.capabilities
     validation = datasets.validation_feed(config, examples, rules, contexts, can, bad_rows)
     _check_capabilities(config, can, name, _needs(config, feed, anchor_feeds, validation))
-    return Rows(
+    return RunInputs(
         config=config,
         mesh=mesh,
         lengths=lengths,
@@ -209,14 +209,14 @@ def _askable(config: Config, examples: Examples, rules: ViewRules, bad_rows: Bad
     questions = kept("eval.questions", examples.questions)
     same = examples.prompts is examples.questions
     abilities = {
-        name: kept(f"eval.retention.{name}", rows) for name, rows in examples.abilities.items()
+        name: kept(f"eval.retention.{name}", rows) for name, rows in examples.retention.items()
     }
     own = config.eval.side_effects is not None
     return examples._replace(
         questions=questions,
         heldout=kept("eval.heldout", examples.heldout),
         prompts=questions if same else kept("eval.prompts", examples.prompts),
-        abilities=abilities,
+        retention=abilities,
         side_effects=kept("eval.side_effects", examples.side_effects)
         if own
         else load.in_turn(abilities),
@@ -233,7 +233,7 @@ def _asked(config: Config, examples: Examples) -> list[Example]:
 
 def _beside(examples: Examples) -> list[Example]:
     """Those that the student alone answers."""
-    beside = itertools.chain(*examples.abilities.values(), examples.side_effects)
+    beside = itertools.chain(*examples.retention.values(), examples.side_effects)
     return [dataclasses.replace(example, answer=None) for example in beside]
 
 
@@ -250,7 +250,10 @@ def _check_capabilities(config: Config, can: Capabilities, name: str, needs: Nee
 
 
 def _needs(
-    config: Config, feed: Feed, anchor_feeds: dict[str, Feed], validation: Feed | None
+    config: Config,
+    feed: DistillDataset,
+    anchor_feeds: dict[str, DistillDataset],
+    validation: DistillDataset | None,
 ) -> Needs:
     sets = config.eval.questions, config.eval.heldout, config.eval.prompts
     asked = sets != (None,) * 3 or (validation is not None and validation.needs_responses())
@@ -278,9 +281,9 @@ class Run:
     frozen: dict | None  # what adapters stand on; None in a full fine-tuning
     start: dict | None  # adapters to begin with; None: fresh ones
     teacher: Teacher
-    feed: Feed
-    anchor_feeds: dict[str, Feed]  # by name, see `config.anchor_sets`
-    validation: Feed | None  # rows whose loss is measured
+    feed: DistillDataset
+    anchor_feeds: dict[str, DistillDataset]  # by name, see `config.anchor_sets`
+    validation: DistillDataset | None  # rows whose loss is measured
     anchor_teacher: Teacher | None
     evaluation: Evaluation
     keeps_base: bool  # somebody reads the base during training
@@ -288,7 +291,7 @@ class Run:
     shared_vocab: int  # ids below it have a row in the student's embedding and in the teacher's
 
 
-def assemble(rows: Rows, workdir: pathlib.Path) -> Run:
+def assemble(rows: RunInputs, workdir: pathlib.Path) -> Run:
     """Reads the weights, and the teacher's if they are in this process.
 
     Args:
@@ -302,17 +305,17 @@ def assemble(rows: Rows, workdir: pathlib.Path) -> Run:
     decoder, frozen = models.load_student(config, sources.student, mesh)
     start = models.starting_adapters(config, workdir, decoder.spec, frozen)
     if start is not None:
-        start = jax.device_put(start, decoder.layout.places(start))
+        start = jax.device_put(start, decoder.layout.shardings_of(start))
     base = frozen if start is None else lora.attach(frozen, start)
-    in_process = InProcess(config, workdir, rows.lengths, mesh, decoder.spec.vocab_size)
+    in_process = LocalTeacherFactory(config, workdir, rows.lengths, mesh, decoder.spec.vocab_size)
     if teacher is None:
         own = (decoder, frozen) if rows.toggles else None
         teacher = in_process.config_teacher(sources, own)
     shared_vocab = decoder.spec.vocab_size
     if teacher.chat is not None and teacher.chat.shared is not None:
         shared_vocab = teacher.chat.shared
-    if isinstance(teacher, FlaxTeacher):
-        teacher.prefixes.learn(rows.prompts_by_prefix)
+    if isinstance(teacher, LocalTeacher):
+        teacher.prefixes.register(rows.prompts_by_prefix)
     anchor_teacher = None
     if rows.anchor_feeds:
         anchor_teacher = teacher
@@ -367,5 +370,5 @@ def initial_state(run: Run, optimizer: optax.GradientTransformation) -> TrainSta
         return init_state(trainable, optimizer)
 
     given = run.base if run.frozen is None else run.frozen, run.start
-    places = run.decoder.layout.places(jax.eval_shape(make, *given))
+    places = run.decoder.layout.shardings_of(jax.eval_shape(make, *given))
     return jax.jit(make, out_shardings=places)(*given)

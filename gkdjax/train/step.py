@@ -93,7 +93,7 @@ def make_train_step(
             return jax.lax.with_sharding_constraint(added, carried), None
 
         nothing = jax.tree.map(jnp.zeros_like, state.trainable), dict.fromkeys(parts, 0.0)
-        carried = layout.places(state.trainable), dict.fromkeys(parts, whole)
+        carried = layout.shardings_of(state.trainable), dict.fromkeys(parts, whole)
         (grads, totals), _ = jax.lax.scan(add_micro_batch, nothing, jnp.arange(accumulation))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         sums = {
@@ -108,7 +108,7 @@ def make_train_step(
 
     def placed_step(state: TrainState, *args, **kwargs):
         state, sums = step(state, *args, **kwargs)
-        places = layout.places(state), dict.fromkeys(sums, whole)
+        places = layout.shardings_of(state), dict.fromkeys(sums, whole)
         return jax.lax.with_sharding_constraint((state, sums), places)
 
     return jax.jit(placed_step, donate_argnums=0, static_argnames="divergence")

@@ -13,14 +13,14 @@ from gkdjax.data.chat_template import Chat
 from gkdjax.models import lora
 from gkdjax.models.decoder import Decoder
 from gkdjax.models.hf import peft
-from gkdjax.teachers.local import FlaxTeacher
+from gkdjax.teachers.local import LocalTeacher
 from gkdjax.train.models import Sources, load
 from gkdjax.train.workdir import local_directory
 from gkdjax.utils.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class InProcess:
+class LocalTeacherFactory:
     """Makes in-process teachers, alike but for their weights."""
 
     config: Config
@@ -29,7 +29,7 @@ class InProcess:
     mesh: Mesh
     vocab_size: int  # of the student
 
-    def config_teacher(self, sources: Sources, own: tuple[Decoder, dict] | None) -> FlaxTeacher:
+    def config_teacher(self, sources: Sources, own: tuple[Decoder, dict] | None) -> LocalTeacher:
         """The config's teacher, with its adapter if it has one.
 
         Args:
@@ -44,12 +44,12 @@ class InProcess:
         if c.adapter:
             directory = local_directory(c.adapter, self.workdir)
             adapters = peft.load_adapter(directory, decoder.spec).adapters
-            adapters = jax.device_put(adapters, decoder.layout.places(adapters))
+            adapters = jax.device_put(adapters, decoder.layout.shardings_of(adapters))
             params = lora.attach(params, adapters)
             description += f", with the adapter {c.adapter}"
         return self.teacher(decoder, params, sources.teacher_chat, description)
 
-    def teacher(self, decoder: Decoder, params: dict, chat: Chat, description: str) -> FlaxTeacher:
+    def teacher(self, decoder: Decoder, params: dict, chat: Chat, description: str) -> LocalTeacher:
         """As the config wants teachers, with its best K tokens or the whole vocabulary."""
         k, shared = self.config.teacher.top_k, min(self.vocab_size, decoder.spec.vocab_size)
         shared = min(shared, chat.shared or shared)
@@ -63,12 +63,12 @@ class InProcess:
 
     def exact_teacher(
         self, decoder: Decoder, params: dict, chat: Chat, description: str
-    ) -> FlaxTeacher:
+    ) -> LocalTeacher:
         """With the whole vocabulary, whatever the config says of its teacher."""
         return self._made(decoder, params, chat, description, None)
 
-    def _made(self, decoder, params, chat, description: str, k: int | None) -> FlaxTeacher:
-        return FlaxTeacher(
+    def _made(self, decoder, params, chat, description: str, k: int | None) -> LocalTeacher:
+        return LocalTeacher(
             decoder,
             params,
             chat,

@@ -89,7 +89,7 @@ def test_all_of_the_data_is_read_and_fits_together(name):
     if name == "sft_dataset":
         assert HUB.fullmatch(c.data.train) and HUB.fullmatch(c.data.validation)
         c.data.train, c.data.validation = str(CONFIGS / name / "sample.jsonl"), 0.25
-    examples = load.read(config.parse(c))
+    examples = load.load_examples(config.parse(c))
     assert len(examples.train) >= 18 and examples.anchors and examples.prompts
     assert all(row.prefix for row in examples.prompts)  # there is something to be baked
 
@@ -163,7 +163,7 @@ def test_each_persona_is_called_by_its_name():
 def test_what_is_asked_of_a_chat_was_told_where_the_student_does_not_read():
     """But in its beginning: the teacher reads it there, so recovery is defined."""
     c = config.parse(get_config("continual_memory"))
-    for row in load.read(c).questions:
+    for row in load.load_examples(c).questions:
         told, read = row.prefix[:-2], (*row.prefix[-2:], *row.turns)
         assert is_right(told[0].content, row.expected), row.name
         assert not is_right(" ".join(m.content for m in read), row.expected), row.name

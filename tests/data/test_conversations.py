@@ -104,7 +104,7 @@ def test_every_message_of_the_assistant_is_a_target_once_and_the_student_reads_w
         for example, words in zip(made, student_reads, strict=True):
             rules = views.ViewRules(chat, chat, retained, TargetRules(("assistant",)), 1000, "drop")
             pair, fate = rules.pair(example, None)
-            assert fate is views.Fate.KEPT
+            assert fate is views.RowStatus.KEPT
             whole, _ = chat.render(_said(words), [False] * len(words.split()), "all")
             assert list(pair.student.ids) == list(whole[: len(pair.student.ids)])
             all_before = (*example.prefix, *example.turns, Message("assistant", example.response))

@@ -16,7 +16,7 @@ OTHER = [{"role": "system", "content": "be long"}]
 
 
 def read(**changes):
-    return load.read(config.parse(small("student", **changes)))
+    return load.load_examples(config.parse(small("student", **changes)))
 
 
 def rows(*prompts, **more):
@@ -133,7 +133,7 @@ def test_sets_that_do_not_measure_what_they_are_for_are_refused(changes, told):
 def test_the_prefix_of_a_single_row_is_baked_too():
     trained = [{"prompt": "a", "prefix_messages": OTHER}, {"prompt": "b"}]
     retention = {"sort": rows("q", answer="x", prefix_messages=OTHER)}
-    assert read(eval__retention=retention).abilities["sort"][0].prefix == ()
+    assert read(eval__retention=retention).retention["sort"][0].prefix == ()
     with pytest.raises(UserError, match="carries the prefix that is being baked"):
         read(data__train=trained, eval__retention=retention)
 

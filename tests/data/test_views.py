@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from gkdjax.data.conversations import answers_apart, answers_of
 from gkdjax.data.loss_mask import TargetRules
 from gkdjax.data.message_spans import is_plain
-from gkdjax.data.views import Fate, ViewRules
+from gkdjax.data.views import RowStatus, ViewRules
 from gkdjax.losses import TopKLogprobs
-from gkdjax.types import Example, KeptTopK, Message, Trajectory
+from gkdjax.types import Example, Message, TokenTopK, Trajectory
 from gkdjax.utils.errors import UserError
 
 _words = st.text("abc user.\n🙂", min_size=1, max_size=8).map(str.strip).filter(bool)
@@ -93,7 +93,7 @@ def test_targets_are_the_same_in_both_views_and_none_is_of_the_prefix(chat, case
     said = ""
     for part in _parts(chat, example, roles):
         pair, fate = _view(part, chat, prefix, retained=retained, targets=TargetRules(roles))
-        assert fate is Fate.KEPT
+        assert fate is RowStatus.KEPT
         _check(pair)
         said += _read(chat, pair.target_ids)
         # Counted from the end, targets stand at the same places: so not one lies in the prefix.
@@ -111,7 +111,7 @@ def test_a_trajectory_follows_the_generation_prompts_as_it_is(chat, case, answer
     trajectory = _trajectory(chat, answer, finished)
     example = _parts(chat, dataclasses.replace(example, answer=None))[-1]
     pair, fate = _view(example, chat, prefix, retained=retained, trajectory=trajectory)
-    assert fate is Fate.KEPT
+    assert fate is RowStatus.KEPT
     _check(pair)
     asked = _rules(chat, retained=retained).prompts(dataclasses.replace(example, prefix=prefix))
     for view, prompt in zip((pair.student, pair.teacher), asked, strict=True):
@@ -152,7 +152,7 @@ def test_turns_alone_can_hold_the_targets(chat):
     """An anchor row on all tokens: no response, no trajectory."""
     example = _row([Message("system", "S."), Message("user", "a b")])
     pair, fate = _view(example, chat, targets=TargetRules(("system", "user", "assistant")))
-    assert fate is Fate.KEPT
+    assert fate is RowStatus.KEPT
     _check(pair)
     assert _read(chat, pair.target_ids) == "S.ab"
     pair, _ = _view(
@@ -186,7 +186,7 @@ def test_tools_and_calls_are_in_both_views_and_in_prompts(chat_of):
     turns = (Message("user", "?"), _calling(), Message("tool", "3"), Message("user", "so?"))
     example = dataclasses.replace(_row(turns, "It is 3."), tools=_LOOK)
     pair, fate = _view(example, chat, _PREFIX)
-    assert fate is Fate.KEPT
+    assert fate is RowStatus.KEPT
     call = '<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call><|im_end|>'
     assert chat.tokenizer.decode(pair.target_ids) == f"{call}It is 3.<|im_end|>"
     _check(pair)
@@ -275,16 +275,16 @@ def test_a_long_row_is_dropped_or_loses_the_end_of_its_response(chat_of, traject
         changes = {"max_length": max_length, "too_long": too_long, "trajectory": written}
         return _view(example, chat, _PREFIX, **changes)
 
-    assert at(length)[1] is at(length, "drop")[1] is Fate.KEPT
-    assert at(length - 1, "drop") == (None, Fate.DROPPED)
+    assert at(length)[1] is at(length, "drop")[1] is RowStatus.KEPT
+    assert at(length - 1, "drop") == (None, RowStatus.DROPPED)
     for lost in range(1, targets):
         pair, fate = at(length - lost)
-        assert fate is Fate.TRUNCATED and len(pair.teacher.ids) == length - lost
+        assert fate is RowStatus.TRUNCATED and len(pair.teacher.ids) == length - lost
         assert len(pair.student.ids) == len(whole.student.ids) - lost
         np.testing.assert_array_equal(pair.target_ids, whole.target_ids[:-lost])
         _check(pair)
-    assert at(length - targets) == (None, Fate.DROPPED)
-    assert at(1) == (None, Fate.DROPPED)
+    assert at(length - targets) == (None, RowStatus.DROPPED)
+    assert at(1) == (None, RowStatus.DROPPED)
 
 
 _TALK = (
@@ -306,7 +306,7 @@ def test_only_the_turns_that_say_it_are_targets(chat_of, span, roles, expected):
     chat = chat_of("gemma")
     rules = TargetRules(roles, "yes", span)
     pair, fate = _view(_row(_TALK, "yes"), chat, _PREFIX, targets=rules)
-    assert fate is Fate.KEPT
+    assert fate is RowStatus.KEPT
     _check(pair)
     end = chat.end_of_turn if span == "message" else ""
     raw = chat.tokenizer.decode(pair.target_ids, clean_up_tokenization_spaces=False)
@@ -317,12 +317,12 @@ def test_a_row_that_does_not_say_it_is_told_apart_from_one_without_the_role(chat
     chat = chat_of("gemma")
     for span in ("message", "match"):
         rules = TargetRules(("assistant",), "never", span)
-        assert _view(_row(_TALK, "yes"), chat, targets=rules) == (None, Fate.UNMATCHED)
+        assert _view(_row(_TALK, "yes"), chat, targets=rules) == (None, RowStatus.UNMATCHED)
         assert _view(
             _row(_TALK, "yes"), chat, trajectory=_trajectory(chat, "no"), targets=rules
         ) == (
             None,
-            Fate.UNMATCHED,
+            RowStatus.UNMATCHED,
         )
         with pytest.raises(UserError, match="no message of the roles tool"):
             _view(_row(_TALK, "yes"), chat, targets=TargetRules(("tool",), "never", span))
@@ -333,7 +333,7 @@ def test_what_was_kept_of_a_response_is_cut_to_what_is_learnt_of_it(chat_of):
     plain = _trajectory(chat, "a yes b")
     n = len(plain.ids)
     topk = TopKLogprobs(*(np.arange(n * 2).reshape(n, 2),) * 2, np.arange(n), 1.0)
-    written = dataclasses.replace(plain, kept=KeptTopK(topk, np.arange(n)))
+    written = dataclasses.replace(plain, kept=TokenTopK(topk, np.arange(n)))
     example = _row([Message("user", "?")])
     pair, _ = _view(example, chat, trajectory=written)
     np.testing.assert_array_equal(pair.kept.target_logprob, np.arange(n))

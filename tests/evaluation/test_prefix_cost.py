@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gkdjax.evaluation import prefix_cost
-from gkdjax.evaluation.scoring import Reader
+from gkdjax.evaluation.scoring import EvalModel
 from gkdjax.parallel import mesh
 
 PREFIX = np.arange(3, 27, dtype=np.int32)
@@ -19,9 +19,9 @@ class _Chat:
 
 
 @pytest.fixture(scope="module")
-def reader() -> Reader:
+def reader() -> EvalModel:
     decoder, params = builders.small_model()
-    return Reader.of(decoder, params, _Chat(), prefix_bytes=0)
+    return EvalModel.of(decoder, params, _Chat(), prefix_bytes=0)
 
 
 def measure(reader, **changes):

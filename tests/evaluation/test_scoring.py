@@ -10,7 +10,7 @@ import pytest
 from gkdjax import losses
 from gkdjax.config import Gkd
 from gkdjax.evaluation import scoring
-from gkdjax.evaluation.scoring import Reader, Scored
+from gkdjax.evaluation.scoring import EvalModel, ScoredText
 from gkdjax.losses import top_k_logprobs
 from gkdjax.losses.objective import TopKTargets
 from gkdjax.parallel import mesh
@@ -22,9 +22,9 @@ MASK = np.asarray(BATCH.target_mask_BN)
 
 
 @pytest.fixture(scope="module")
-def reader() -> Reader:
+def reader() -> EvalModel:
     decoder, params = builders.small_model()
-    return Reader.of(decoder, params, None, prefix_bytes=0)
+    return EvalModel.of(decoder, params, None, prefix_bytes=0)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def mean(values_BN) -> float:
 
 @pytest.mark.parametrize("view", ["student", "teacher"])
 def test_dense_means_are_those_of_the_whole_vocabulary(reader, log_q, view):
-    scored = Scored([(BATCH, TARGETS)], rows=4)
+    scored = ScoredText([(BATCH, TARGETS)], rows=4)
     found = scoring.mean_agreement(reader, scored, view, Gkd(chunk_size=7), MESH)
     q = log_q[view]
     own = np.take_along_axis(q, BATCH.target_ids_BN[..., None], -1)[..., 0]
@@ -71,20 +71,20 @@ def test_the_perplexity_is_the_students_own_whatever_the_teacher_and_its_tempera
     top_k = top_k_logprobs(builders.teacher_logits(TARGETS), 5, temperature)
     some = TopKTargets(top_k, jnp.zeros(top_k.ids.shape[:2]))
     gkd = Gkd(chunk_size=7, temperature=temperature, tail="renormalize")
-    found = scoring.mean_agreement(reader, Scored([(BATCH, some)], 4), "student", gkd, MESH)
+    found = scoring.mean_agreement(reader, ScoredText([(BATCH, some)], 4), "student", gkd, MESH)
     own = np.take_along_axis(log_q["student"], BATCH.target_ids_BN[..., None], -1)[..., 0]
     assert found["perplexity"] == pytest.approx(np.exp(-mean(own)), rel=2e-5)
 
 
 def test_rows_that_fill_a_batch_count_for_nothing(reader):
     gkd = Gkd(chunk_size=7)
-    whole = Scored([(BATCH, TARGETS)] * 2, rows=4)
+    whole = ScoredText([(BATCH, TARGETS)] * 2, rows=4)
     first = whole.first(5)
     assert [int(b.target_mask_BN.any(1).sum()) for b, _ in first.batches] == [4, 1]
     found = scoring.mean_agreement(reader, first, "student", gkd, MESH)
     one = dataclasses.replace(BATCH, target_mask_BN=MASK & (np.arange(4)[:, None] < 1))
     by_hand = [
-        scoring.mean_agreement(reader, Scored([(b, TARGETS)], 4), "student", gkd, MESH)
+        scoring.mean_agreement(reader, ScoredText([(b, TARGETS)], 4), "student", gkd, MESH)
         for b in (BATCH, one)
     ]
     weights = np.asarray([MASK.sum(), MASK[0].sum()])
@@ -99,7 +99,7 @@ def test_rows_that_fill_a_batch_count_for_nothing(reader):
 def test_the_teachers_own_perplexity_is_what_it_said_of_its_tokens():
     topk = top_k_logprobs(builders.teacher_logits(TARGETS), 3)
     said = np.take_along_axis(LOG_P, BATCH.target_ids_BN[..., None], -1)[..., 0]
-    scored = Scored([(BATCH, TopKTargets(topk, jnp.asarray(said, jnp.float32)))], 4)
+    scored = ScoredText([(BATCH, TopKTargets(topk, jnp.asarray(said, jnp.float32)))], 4)
     found = scoring.own_perplexity(scored)
     assert found == {"perplexity": pytest.approx(np.exp(-mean(said)), rel=1e-6)}
-    assert scoring.own_perplexity(Scored([(BATCH, TARGETS)], 4)) == {}
+    assert scoring.own_perplexity(ScoredText([(BATCH, TARGETS)], 4)) == {}

@@ -9,7 +9,7 @@ from small_runs import small
 from vllm_server import connected
 
 from gkdjax import config
-from gkdjax.models.sampler import Sampling
+from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.server import connect
 from gkdjax.teachers.server.answers import ScoreRequest
 from gkdjax.tools import check_teacher
@@ -116,13 +116,13 @@ def scored_again(teacher, prompts, written) -> list:
 
 
 DRAWN = {
-    "at 1": Sampling(48, temperature=1.0, top_p=1.0),
-    "cut": Sampling(48, temperature=1.5, top_p=0.9, top_k=30),
+    "at 1": SamplingParams(48, temperature=1.0, top_p=1.0),
+    "cut": SamplingParams(48, temperature=1.5, top_p=0.9, top_k=30),
 }
 GREEDY = {
-    "at 0": Sampling(16, temperature=0.0, top_p=1.0),
-    "the best": Sampling(16, temperature=1.5, top_p=1.0, top_k=1),
-    "the nucleus": Sampling(16, temperature=1.5, top_p=1e-3),
+    "at 0": SamplingParams(16, temperature=0.0, top_p=1.0),
+    "the best": SamplingParams(16, temperature=1.5, top_p=1.0, top_k=1),
+    "the nucleus": SamplingParams(16, temperature=1.5, top_p=1e-3),
 }
 
 

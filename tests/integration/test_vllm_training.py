@@ -18,7 +18,7 @@ from gkdjax.config import ASSETS, parse
 from gkdjax.data.chat_template import load_chat
 from gkdjax.models import lora
 from gkdjax.models.hf import export, load
-from gkdjax.models.sampler import Sampling
+from gkdjax.models.sampler import SamplingParams
 from gkdjax.types import Prompt
 
 pytestmark = pytest.mark.integration
@@ -113,7 +113,7 @@ def texts_of(c, workdir, adapter="") -> tuple[list, list]:
             Prompt(example.name, rows.rules.prompts(example)[0], ())
             for example in rows.examples.train
         ]
-        greedy = Sampling(24, temperature=0.0, top_p=1.0)
+        greedy = SamplingParams(24, temperature=0.0, top_p=1.0)
         return tuple(
             [trajectory.ids.tolist() for trajectory in teacher.sample(prompts, [0] * 4, greedy)]
             for teacher in (rows.teacher, local)

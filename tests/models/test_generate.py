@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from gkdjax.models.sampler import Sampling, sample
+from gkdjax.models.sampler import SamplingParams, sample
 from tests.models.model_cases import pair
 
 N = 64  # far past the window of 5
@@ -45,7 +45,7 @@ def test_greedy_text_equals_torchs(family, tmp_path):
         params,
         PROMPTS,
         range(len(PROMPTS)),
-        Sampling(N, temperature=0.0, top_p=1.0),
+        SamplingParams(N, temperature=0.0, top_p=1.0),
         stop_ids=(-1,),
         batch_size=len(PROMPTS),
         lengths=(12,),

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from gkdjax.models import prefix_cache, sampler
-from gkdjax.models.prefix_cache import PrefixStore, common_beginning
-from gkdjax.models.sampler import Keep, Sampling
+from gkdjax.models.prefix_cache import PrefixCache, common_beginning
+from gkdjax.models.sampler import Keep, SamplingParams
 from gkdjax.parallel import mesh
-from gkdjax.teachers.local import FlaxTeacher
+from gkdjax.teachers.local import LocalTeacher
 
 DECODER, PARAMS = builders.small_model(
     layer_types=["sliding_attention", "full_attention"], sliding_window=5
@@ -32,9 +32,9 @@ def row(prefix, *ids) -> np.ndarray:
     return np.concatenate([prefix, np.asarray(ids, np.int32)])
 
 
-def store(*groups, max_bytes: int = 2**20) -> PrefixStore:
-    made = PrefixStore(DECODER, REPLICATED, max_bytes)
-    made.learn(groups)
+def store(*groups, max_bytes: int = 2**20) -> PrefixCache:
+    made = PrefixCache(DECODER, REPLICATED, max_bytes)
+    made.register(groups)
     return made
 
 
@@ -87,7 +87,7 @@ def batch_of(*prefixes, rows: int = 4):
     )
 
 
-def readings(made: PrefixStore, batch) -> list[tuple[int, list[int]]]:
+def readings(made: PrefixCache, batch) -> list[tuple[int, list[int]]]:
     """(tokens of the prefix, its rows) of each reading."""
     return [(len(ids), np.flatnonzero(rows).tolist()) for ids, rows in made._readings(batch)]
 
@@ -136,7 +136,7 @@ def test_each_prefix_is_read_once_and_the_least_recently_used_makes_room():
     assert none.num_reads == 2  # it works, and keeps nothing
 
 
-def read(made: PrefixStore, *prefixes):
+def read(made: PrefixCache, *prefixes):
     return np.asarray(made.predicting_hidden(batch_of(*prefixes), MESH))
 
 
@@ -155,8 +155,10 @@ def test_a_teacher_says_the_same_with_and_without(top_k):
     chat = types.SimpleNamespace(stop_ids=NEVER, shared=None)
     how = {"top_k": top_k, "temperature": 1.0, "vocab_size": 32, "lengths": (16,), "batch_size": 4}
     how |= {"chunk_size": 8, "mesh": MESH, "prefix_bytes": 2**20}
-    knows, does_not = (FlaxTeacher(DECODER, REPLICATED, chat, "a teacher", **how) for _ in range(2))
-    knows.prefixes.learn(GROUPS)
+    knows, does_not = (
+        LocalTeacher(DECODER, REPLICATED, chat, "a teacher", **how) for _ in range(2)
+    )
+    knows.prefixes.register(GROUPS)
     got, wanted = (teacher.targets(batch_of(LONG)) for teacher in (knows, does_not))
     assert (knows.prefixes.num_reads, does_not.prefixes.num_reads) == (1, 0)
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
@@ -168,7 +170,7 @@ def test_text_does_not_depend_on_who_reads_the_prefix(temperature):
     made = store(*GROUPS)
     prompts = [row(OTHER, 4), row(LONG, 5, 6), row(OTHER, 7, 8), row(LONG, 9), row(LONG, 3)]
     how = {"stop_ids": NEVER, "batch_size": 4, "mesh": MESH, "keep": Keep(3, 1.0)}
-    sampling = Sampling(2, temperature, 0.9)
+    sampling = SamplingParams(2, temperature, 0.9)
     wanted = sampler.sample(DECODER, REPLICATED, prompts, range(5), sampling, lengths=(16,), **how)
     got = made.sample(prompts, range(5), sampling, lengths=(3, 16), **how)
     assert made.num_reads == 2
@@ -189,7 +191,7 @@ def test_prefixes_of_many_lengths_make_few_shapes():
 
 def test_nothing_is_written_to_no_prompt():
     how = {"stop_ids": NEVER, "batch_size": 4, "lengths": (16,)}
-    assert store(*GROUPS).sample([], [], Sampling(2, 0.0, 1.0), **how) == []
+    assert store(*GROUPS).sample([], [], SamplingParams(2, 0.0, 1.0), **how) == []
 
 
 def test_groups_that_would_cost_more_than_they_save_are_not_made():

@@ -18,13 +18,13 @@ from gkdjax.models import lora, sampler
 from gkdjax.models import sampling as models_sampling
 from gkdjax.models.decoder import Decoder
 from gkdjax.models.hf import load
-from gkdjax.models.sampler import Keep, Sampling, sample
+from gkdjax.models.sampler import Keep, SamplingParams, sample
 from gkdjax.parallel import mesh as parallel_mesh
-from gkdjax.types import KeptHidden
+from gkdjax.types import TokenHidden
 
 N, P = 14, 9  # past the window of 5 with prompts of all lengths
-GREEDY = Sampling(N, temperature=0.0, top_p=1.0)
-WARM = Sampling(N, temperature=1.0, top_p=0.9)
+GREEDY = SamplingParams(N, temperature=0.0, top_p=1.0)
+WARM = SamplingParams(N, temperature=1.0, top_p=0.9)
 NEVER = (-1, -2)
 PROMPTS = [
     np.random.default_rng(i).integers(3, 120, n).astype(np.int32) for i, n in enumerate((9, 4, 1))
@@ -145,7 +145,7 @@ def test_the_loop_ends_with_the_last_row_and_reads_no_last_token(monkeypatch):
         jax.debug.callback(lambda: drawn.append(1))
         return jnp.where(jnp.arange(2) == 0, 5, 6) + 0 * logits_BV[:, 0].astype(jnp.int32)
 
-    monkeypatch.setattr(models_sampling, "draw", counted)
+    monkeypatch.setattr(models_sampling, "sample_token", counted)
     decoder, params = builders.small_model()
     generate = jax.jit(sampler._generate.__wrapped__, static_argnums=(0, 6, 7))
     tokens_BP = np.full((2, 3), 7, np.int32)
@@ -235,7 +235,7 @@ def test_kept_hidden_states_are_those_of_an_uncached_forward(model, run, written
     assert ids(got) == ids(drawn)
     hidden_BTE, _, at = predictions(model, drawn)
     for row, t in enumerate(got):
-        assert isinstance(t.kept, KeptHidden)
+        assert isinstance(t.kept, TokenHidden)
         assert t.kept.hidden.flags.owndata  # it holds on to no more than its own row
         np.testing.assert_allclose(t.kept.hidden, hidden_BTE[row, at[row]], atol=1e-5)
 
@@ -267,7 +267,7 @@ def test_kept_top_k_is_that_of_an_uncached_forward(model, run, written, keep):
 
 def test_how_tokens_are_drawn_does_not_change_what_is_kept(run):
     greedy = run(keep=TOP)
-    for sampling in (Sampling(N, 1e-4, 1.0), Sampling(N, 1.0, 1e-9)):  # the same tokens
+    for sampling in (SamplingParams(N, 1e-4, 1.0), SamplingParams(N, 1.0, 1e-9)):  # the same tokens
         assert_same(run(sampling=sampling, keep=TOP), greedy, atol=0)
 
 

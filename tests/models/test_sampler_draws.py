@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gkdjax.models import sampler, sampling
-from gkdjax.models.sampler import Sampling, sample
+from gkdjax.models.sampler import SamplingParams, sample
 
 DRAWS, VOCAB = 8192, 12
 
@@ -25,7 +25,7 @@ def small():
 
     def frequencies(*how):
         drawn = sample(
-            *(decoder, params, [prompt] * DRAWS, range(DRAWS), Sampling(1, *how)),
+            *(decoder, params, [prompt] * DRAWS, range(DRAWS), SamplingParams(1, *how)),
             **{"stop_ids": (0,), "batch_size": 2048, "lengths": (3,)},
         )
         return np.bincount([int(t.ids[0]) for t in drawn], minlength=VOCAB) / DRAWS
@@ -89,7 +89,7 @@ def test_the_top_k_takes_the_lowest_ids_among_equals():
     rng = np.random.default_rng(0)
     logits_BV = np.log(rng.multinomial(64, np.full(40, 1 / 40), size=4) + 1.0).astype(np.float32)
     keys = jax.vmap(jax.random.key)(np.arange(4000))
-    draw = jax.jit(sampling.draw, static_argnames="top_k")
+    draw = jax.jit(sampling.sample_token, static_argnames="top_k")
     for row_V in logits_BV:
         for top_k, top_p in ((7, 1.0), (7, 0.55), (40, 1.0), (99, 1.0)):
             p = probabilities(row_V.astype(np.float64), 1.0, top_p - 1e-6, top_k)

@@ -8,17 +8,18 @@ import zlib
 import numpy as np
 import pytest
 
-from gkdjax.data.responses import Asked
+from gkdjax.data.responses import RolloutRequest
 from gkdjax.losses import TopKLogprobs
 from gkdjax.rollout.files import write_once
-from gkdjax.rollout.generate import Written
-from gkdjax.types import KeptHidden, KeptTopK, Message, Trajectory
+from gkdjax.rollout.generate import Rollout
+from gkdjax.types import Message, TokenHidden, TokenTopK, Trajectory
 from gkdjax.utils.errors import UserError
 
 PREFIX, TURNS = (Message("system", "be brief"),), (Message("user", "ask"),)
 PROMPTS = [np.arange(n + 1, dtype=np.int32) for n in range(7)]
 ASKED = [
-    Asked(f"data.jsonl:{n // 2}", n % 2, prompt, PREFIX, TURNS) for n, prompt in enumerate(PROMPTS)
+    RolloutRequest(f"data.jsonl:{n // 2}", n % 2, prompt, PREFIX, TURNS)
+    for n, prompt in enumerate(PROMPTS)
 ]
 SEEDS = list(range(100, 107))
 CHAT = types.SimpleNamespace(decode=lambda ids: "é\u2028" + " ".join(map(str, ids)))
@@ -36,7 +37,7 @@ class Writer:
             raise KeyboardInterrupt
         self.chunks.append([len(prompt) for prompt in prompts])
         return [
-            Written(
+            Rollout(
                 Trajectory(np.array([len(p), seed, len(prompts)], np.int32), seed % 2 == 0),
                 refused=seed % 3,
                 author="somebody",
@@ -138,7 +139,7 @@ def test_prompts_of_one_checksum_are_told_apart():
             break
     else:
         pytest.fail("no two prompts of one CRC-32 were found")
-    keys = {Asked("data.jsonl:1", 0, ids, PREFIX, TURNS).key() for ids in (prompt, other)}
+    keys = {RolloutRequest("data.jsonl:1", 0, ids, PREFIX, TURNS).key() for ids in (prompt, other)}
     assert len(keys) == 2
 
 
@@ -188,7 +189,7 @@ class Keeping(Writer):
             n = len(one.trajectory.ids)
             values = np.full((n, 2), i, np.float32)
             topk = TopKLogprobs(values.astype(np.int32), values, values[:, 0], 0.5)
-            what = KeptHidden(values) if i % 2 else KeptTopK(topk, values[:, 1])
+            what = TokenHidden(values) if i % 2 else TokenTopK(topk, values[:, 1])
             kept.append(one._replace(trajectory=dataclasses.replace(one.trajectory, kept=what)))
         return kept
 

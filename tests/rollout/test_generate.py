@@ -5,9 +5,9 @@ import types
 import numpy as np
 
 from gkdjax.data.loss_mask import TargetRules
-from gkdjax.data.responses import ResponseRules
-from gkdjax.data.views import Fate
-from gkdjax.rollout.generate import Author, write_accepted
+from gkdjax.data.responses import RolloutFilter
+from gkdjax.data.views import RowStatus
+from gkdjax.rollout.generate import Generator, write_accepted
 from gkdjax.types import Trajectory
 
 PROMPTS = [np.arange(n + 1, dtype=np.int32) for n in range(3)]
@@ -32,9 +32,9 @@ class Attempts:
 
 
 def accepted(writer, pattern, max_refills):
-    rules = ResponseRules(TargetRules(("assistant",), pattern), max_refills, max_new_tokens=9)
+    rules = RolloutFilter(TargetRules(("assistant",), pattern), max_refills, max_new_tokens=9)
     found = write_accepted(
-        *(Author("a", writer), PROMPTS[: len(writer.texts)]),
+        *(Generator("a", writer), PROMPTS[: len(writer.texts)]),
         *(lambda place, attempt: 100 * place + attempt, rules, TEXT),
     )
     assert all(w.author == "a" for w in found)
@@ -44,30 +44,37 @@ def accepted(writer, pattern, max_refills):
 def test_a_response_without_the_pattern_is_written_again_and_no_other_one_is():
     writer = Attempts(["yes"], ["no", "no", "oh yes"], ["no", "yes"])
     found = accepted(writer, "yes$", 5)
-    assert found == [("yes", 0, Fate.KEPT), ("oh yes", 2, Fate.KEPT), ("yes", 1, Fate.KEPT)]
+    assert found == [
+        ("yes", 0, RowStatus.KEPT),
+        ("oh yes", 2, RowStatus.KEPT),
+        ("yes", 1, RowStatus.KEPT),
+    ]
     assert writer.calls == [[0, 100, 200], [101, 201], [102]]
 
 
 def test_refilling_ends_at_its_bound():
     writer = Attempts(["no"], ["yes"])
-    assert accepted(writer, "yes", 2) == [("no", 3, Fate.UNMATCHED), ("yes", 0, Fate.KEPT)]
+    assert accepted(writer, "yes", 2) == [
+        ("no", 3, RowStatus.UNMATCHED),
+        ("yes", 0, RowStatus.KEPT),
+    ]
     assert writer.calls == [[0, 100], [1], [2]]
-    assert accepted(Attempts(["no"]), "yes", 0) == [("no", 1, Fate.UNMATCHED)]
+    assert accepted(Attempts(["no"]), "yes", 0) == [("no", 1, RowStatus.UNMATCHED)]
 
 
 def test_a_response_without_a_token_is_refused_with_and_without_a_pattern():
     for pattern in (None, ".*"):
         found = accepted(Attempts(["", "", "x"], [""]), pattern, 2)
-        assert found == [("x", 2, Fate.KEPT), ("", 3, Fate.EMPTY)]
+        assert found == [("x", 2, RowStatus.KEPT), ("", 3, RowStatus.EMPTY)]
 
 
 def test_a_response_with_an_id_that_the_student_lacks_counts_as_one_without_a_token():
     text = Trajectory(np.array([3, 9], np.int32), True)
     fates = [
-        ResponseRules(TargetRules(("assistant",)), 0, 9, shared).fate(text, TEXT)
+        RolloutFilter(TargetRules(("assistant",)), 0, 9, shared).fate(text, TEXT)
         for shared in (None, 10, 9)
     ]
-    assert fates == [Fate.KEPT, Fate.KEPT, Fate.EMPTY]
+    assert fates == [RowStatus.KEPT, RowStatus.KEPT, RowStatus.EMPTY]
 
 
 def test_nobody_is_asked_for_nothing():

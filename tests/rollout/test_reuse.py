@@ -8,19 +8,19 @@ from small_runs import ConstantTeacher, losses_hex, small
 
 import gkdjax
 from gkdjax.data.loss_mask import TargetRules
-from gkdjax.data.responses import Asked, ResponseRules
+from gkdjax.data.responses import RolloutFilter, RolloutRequest
 from gkdjax.losses import TopKLogprobs
 from gkdjax.rollout import files
 from gkdjax.rollout.files import write_once
-from gkdjax.rollout.generate import Written
+from gkdjax.rollout.generate import Rollout
 from gkdjax.rollout.reuse import Source
-from gkdjax.teachers.local import FlaxTeacher
-from gkdjax.types import KeptTopK, Trajectory
+from gkdjax.teachers.local import LocalTeacher
+from gkdjax.types import TokenTopK, Trajectory
 from gkdjax.utils.errors import UserError
 from gkdjax.utils.files import read_lines
 
 NAME = "trajectories_train.jsonl"
-RULES = ResponseRules(TargetRules(("assistant",)), max_refills=0, max_new_tokens=9)
+RULES = RolloutFilter(TargetRules(("assistant",)), max_refills=0, max_new_tokens=9)
 PROMPTS = [np.array([n, n + 1], np.int32) for n in range(5)]
 
 
@@ -29,16 +29,16 @@ class Chat:
         return str(list(map(int, ids)))
 
 
-def asked(*numbers: tuple[int, int]) -> list[Asked]:
+def asked(*numbers: tuple[int, int]) -> list[RolloutRequest]:
     """(prompt, number) of each; the name of the row is another in each run."""
-    return [Asked(f"run{id(numbers)}:{p}", n, PROMPTS[p], (), ()) for p, n in numbers]
+    return [RolloutRequest(f"run{id(numbers)}:{p}", n, PROMPTS[p], (), ()) for p, n in numbers]
 
 
-def response(i: int, author: str) -> Written:
+def response(i: int, author: str) -> Rollout:
     values = np.full((i + 1, 2), i, np.float32)
-    kept = KeptTopK(TopKLogprobs(values.astype(np.int32), values, values[:, 0], 0.5), values[:, 1])
+    kept = TokenTopK(TopKLogprobs(values.astype(np.int32), values, values[:, 0], 0.5), values[:, 1])
     kept = None if i == 2 else kept
-    return Written(Trajectory(np.full(i + 1, i, np.int32), i % 2 == 0, kept), i, author)
+    return Rollout(Trajectory(np.full(i + 1, i, np.int32), i % 2 == 0, kept), i, author)
 
 
 @pytest.fixture
@@ -132,14 +132,14 @@ def first(student, other, tmp_path_factory):
 def asked_of(monkeypatch) -> list[str]:
     """What the teacher is asked to do from here on: "score", or the seeds of a call that draws."""
     told = []
-    scores, samples = FlaxTeacher.targets, FlaxTeacher.sample
+    scores, samples = LocalTeacher.targets, LocalTeacher.sample
 
     def sample(self, prompts, seeds, sampling):
         told.extend([f"write {len(prompts)}"] if sampling.temperature else [])
         return samples(self, prompts, seeds, sampling)
 
-    monkeypatch.setattr(FlaxTeacher, "sample", sample)
-    monkeypatch.setattr(FlaxTeacher, "targets", lambda *a: told.append("score") or scores(*a))
+    monkeypatch.setattr(LocalTeacher, "sample", sample)
+    monkeypatch.setattr(LocalTeacher, "targets", lambda *a: told.append("score") or scores(*a))
     return told
 
 

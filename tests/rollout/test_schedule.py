@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from gkdjax.config import Gkd
-from gkdjax.rollout.schedule import Curriculum, needs_teacher_text
+from gkdjax.rollout.schedule import OnPolicySchedule, needs_teacher_text
 from gkdjax.utils import seeds
 
 STEPS = 4000
 
 
-def made(steps: int = STEPS, **changes) -> Curriculum:
-    return Curriculum(dataclasses.replace(Gkd(), **changes), 3, steps)
+def made(steps: int = STEPS, **changes) -> OnPolicySchedule:
+    return OnPolicySchedule(dataclasses.replace(Gkd(), **changes), 3, steps)
 
 
 def test_a_constant_schedule_compares_each_steps_own_draw_with_the_fraction():

@@ -6,7 +6,7 @@ import pytest
 
 from gkdjax.teachers import local
 from gkdjax.teachers.base import Capabilities, Needs, RemoteTeacher, Teacher, refusals
-from gkdjax.teachers.local import FlaxTeacher
+from gkdjax.teachers.local import LocalTeacher
 
 ALL = Capabilities(max_top_k=None, dense=True, samples=True, temperature=True)
 SERVER = Capabilities(max_top_k=20, dense=False, samples=False, temperature=False)
@@ -16,7 +16,7 @@ EASY = {"top_k": 20, "temperature": 1.0, "tail": "bucket", "needs": NOTHING}
 
 
 def test_an_in_process_teacher_can_do_everything():
-    assert FlaxTeacher.capabilities == ALL
+    assert LocalTeacher.capabilities == ALL
     for changed in (
         {},
         {"top_k": None},

@@ -11,11 +11,11 @@ import pytest
 from gkdjax.data.chat_template import Chat
 from gkdjax.losses import TopKLogprobs, within
 from gkdjax.losses.objective import DenseTargets, TopKTargets
-from gkdjax.models.sampler import Sampling, sample
+from gkdjax.models.sampler import SamplingParams, sample
 from gkdjax.parallel import mesh as parallel_mesh
 from gkdjax.teachers.base import Teacher
-from gkdjax.teachers.local import FlaxTeacher
-from gkdjax.teachers.scoring import ask
+from gkdjax.teachers.local import LocalTeacher
+from gkdjax.teachers.scoring import request_targets
 from gkdjax.types import Prompt
 
 # Untied and capped, so that a forgotten table or cap shows.
@@ -32,12 +32,12 @@ def teacher(
     vocab_size: int = 32,
     shared: int | None = None,
     known: int = 32,
-) -> FlaxTeacher:
+) -> LocalTeacher:
     """Its tokenizer knows the ids below `known`, the student's those below `shared`."""
     mesh = parallel_mesh.make_mesh()
     tokenizer = types.SimpleNamespace(get_vocab=lambda: {str(i): i for i in range(known)})
     chat = Chat("a directory", tokenizer, 0, STOPS, "<end>", {}, shared=shared)
-    return FlaxTeacher(
+    return LocalTeacher(
         *(DECODER, parallel_mesh.replicate(mesh, PARAMS)),
         *(chat, "a teacher"),
         **{"top_k": top_k, "temperature": temperature, "lengths": (6,), "batch_size": 4},
@@ -122,7 +122,7 @@ def test_top_k_targets_are_the_best_of_the_dense_ones(top_k, temperature):
 
 def test_it_writes_with_its_own_weights_and_stop_ids():
     prompts = [np.array([5, 9, 4], np.int32), np.array([8], np.int32)]
-    sampling = Sampling(6, temperature=1.5, top_p=0.9)
+    sampling = SamplingParams(6, temperature=1.5, top_p=0.9)
     asked = [Prompt("a row", ids, ()) for ids in prompts]
     got = teacher().sample(asked, range(2), sampling)
     shapes = {"batch_size": 4, "lengths": (6,)}
@@ -145,9 +145,9 @@ def test_tokens_that_the_student_lacks_are_in_the_tail_and_not_renormalised():
     """The student has 20 ids, the teacher's tokenizer 26; 32 rows, of which six are no token."""
     logprobs = log_softmax(logits_by_hand("teacher")[..., :26])[BATCH.target_mask_BN]
     some = teacher(8, shared=20, known=26)
-    targets = ask(some, BATCH, [""] * 4, None, parallel_mesh.make_mesh())()
+    targets = request_targets(some, BATCH, [""] * 4, None, parallel_mesh.make_mesh())()
     assert targets.shared == 20
-    assert some.targets(BATCH).shared is None  # `ask` says it, of what was kept as well
+    assert some.targets(BATCH).shared is None  # `request_targets` says it, of what was kept as well
     topk = within(targets.topk, targets.shared)
     ids, values, tail = (
         np.asarray(x)[BATCH.target_mask_BN] for x in (topk.ids, topk.logprobs, topk.tail_logprob)
@@ -163,7 +163,7 @@ def test_tokens_that_the_student_lacks_are_in_the_tail_and_not_renormalised():
 
 def test_it_writes_no_token_that_the_student_lacks():
     prompts = [Prompt("a row", np.asarray([1, 2, 3 + i], np.int32), ()) for i in range(4)]
-    how = Sampling(max_new_tokens=12, temperature=3.0, top_p=1.0)
+    how = SamplingParams(max_new_tokens=12, temperature=3.0, top_p=1.0)
     texts = teacher(shared=20, known=26).sample(prompts, range(4), how)
     assert max(max(text.ids) for text in texts) < 20
     assert max(max(text.ids) for text in teacher().sample(prompts, range(4), how)) >= 20

@@ -4,12 +4,12 @@ import builders
 import numpy as np
 import pytest
 
-from gkdjax.data.batching import Kept
+from gkdjax.data.batching import CachedTargets
 from gkdjax.losses import TopKLogprobs
 from gkdjax.losses.objective import TopKTargets
 from gkdjax.parallel import mesh
 from gkdjax.teachers.base import Capabilities, RemoteTeacher
-from gkdjax.teachers.scoring import ask
+from gkdjax.teachers.scoring import request_targets
 
 MESH = mesh.make_mesh()
 BATCH = builders.batch((2, 3, 1, 2))
@@ -55,8 +55,8 @@ class Elsewhere(Here):
 @pytest.mark.parametrize("known", [None, (True, False, True, False), (True,) * 4])
 def test_only_what_is_not_known_is_asked(make, known):
     teacher = make()
-    kept = None if known is None else Kept(targets(3), np.asarray(known))
-    found = ask(teacher, BATCH, NAMES, kept, MESH)()
+    kept = None if known is None else CachedTargets(targets(3), np.asarray(known))
+    found = request_targets(teacher, BATCH, NAMES, kept, MESH)()
     from_kept_B = np.asarray(known or (False,) * B)
     wanted = np.where(from_kept_B, 3, 7)
     for leaf, sign in (
@@ -76,7 +76,7 @@ def test_a_teacher_elsewhere_is_asked_at_once_and_one_here_when_its_turn_comes()
     for make, asked in ((Here, 0), (Elsewhere, 1)):
         teacher = make()
         assert isinstance(teacher, RemoteTeacher) == bool(asked)
-        wait = ask(teacher, BATCH, NAMES, None, MESH)
+        wait = request_targets(teacher, BATCH, NAMES, None, MESH)
         assert len(teacher.heard) == asked
         wait()
         assert len(teacher.heard) == 1

@@ -10,7 +10,7 @@ from fake_teacher import FakeTeacher
 from small_runs import small
 
 from gkdjax import config
-from gkdjax.teachers.server.answers import Answer
+from gkdjax.teachers.server.answers import TeacherAnswer
 from gkdjax.tools import check_teacher
 from gkdjax.utils.errors import TeacherUnreachable, UserError
 
@@ -61,7 +61,7 @@ def test_the_same_weights_are_near_and_others_are_not(student):
     best = np.take_along_axis(logprobs, ids, axis=1).astype(np.float32)
     best[0, 3] = -np.inf  # absent: its id means nothing
     tail = np.log1p(-np.exp(best).sum(axis=1)).astype(np.float32)
-    probe = Answer(ids[:, 0], best[:, 0], ids, best, tail)
+    probe = TeacherAnswer(ids[:, 0], best[:, 0], ids, best, tail)
     apart, divergence = check_teacher.compare(logits, probe)
     assert apart < 1e-6
     assert abs(divergence) < 1e-6

@@ -16,7 +16,7 @@ import transformers
 from gkdjax.data.chat_template import load_chat
 from gkdjax.models.hf import load, model_config
 from gkdjax.models.hf.tensor_files import TensorFiles
-from gkdjax.models.sampler import Sampling, sample
+from gkdjax.models.sampler import SamplingParams, sample
 from gkdjax.tools.make_tiny import make_tiny
 from gkdjax.utils.errors import UserError
 
@@ -99,7 +99,7 @@ def test_the_sampler_draws_what_the_tokenizer_knows(made):
         params,
         [np.asarray([2, 4, 7], np.int32)] * 8,
         range(8),
-        Sampling(max_new_tokens=24, temperature=1.0, top_p=1.0),
+        SamplingParams(max_new_tokens=24, temperature=1.0, top_p=1.0),
         stop_ids=chat.stop_ids,
         batch_size=8,
         lengths=(4,),

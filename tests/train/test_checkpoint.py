@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gkdjax.models import lora
 from gkdjax.parallel import mesh as parallel_mesh
-from gkdjax.parallel.sharding_rules import Layout
+from gkdjax.parallel.sharding_rules import ShardingRules
 from gkdjax.train import checkpoint
 from gkdjax.train.checkpoint import Checkpoints
 from gkdjax.train.step import init_state
@@ -172,8 +172,8 @@ def test_a_fingerprint_sees_each_number_and_its_place_but_not_the_mesh():
 
 def test_a_state_is_restored_onto_another_mesh(tmp_path, errors):
     def placed(state, **sizes):
-        layout = Layout.of(parallel_mesh.make_mesh(**sizes), DECODER.spec)
-        return jax.device_put(state, layout.places(state))
+        layout = ShardingRules.of(parallel_mesh.make_mesh(**sizes), DECODER.spec)
+        return jax.device_put(state, layout.shardings_of(state))
 
     checkpoints = Checkpoints(tmp_path, keep=5)
     checkpoints.save(placed(state_at(5), fsdp=2))

@@ -168,7 +168,7 @@ def test_a_teacher_that_ends_turns_where_the_student_runs_on_is_refused(
         gkdjax.run(c, tmp_path / "run")
     # As it advises: the student's template is the teacher's.
     shutil.copy(pathlib.Path(other, template.name), template)
-    assert models.find(config.parse(c), tmp_path / "run", None).chat.stop_ids == (5, 1)
+    assert models.resolve_models(config.parse(c), tmp_path / "run", None).chat.stop_ids == (5, 1)
 
 
 COMMIT = "c0ffee" + 34 * "0"
@@ -208,7 +208,7 @@ def test_templates_see_the_day_on_which_the_run_began(student, tmp_path):
     run.mkdir()
 
     def prompt():
-        chat = models.find(c, run, None).teacher_chat
+        chat = models.resolve_models(c, run, None).teacher_chat
         return chat.tokenizer.decode(chat.prompt_ids([Message("user", "so?")]))
 
     first = prompt()

@@ -8,7 +8,7 @@ import gkdjax
 from gkdjax.data.chat_template import load_chat
 from gkdjax.models import prefix_cache
 from gkdjax.models.padding import round_up
-from gkdjax.models.prefix_cache import PrefixStore
+from gkdjax.models.prefix_cache import PrefixCache
 from tests.small_runs import metrics, small
 
 
@@ -41,8 +41,8 @@ def test_rows_of_one_prefix_share_batches_and_those_of_several_are_read_for_each
     student, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(prefix_cache, "LEAST_TOKENS", 16)
-    seen, readings = [], PrefixStore._readings
-    monkeypatch.setattr(PrefixStore, "_readings", lambda *a: seen.append(readings(*a)) or seen[-1])
+    seen, readings = [], PrefixCache._readings
+    monkeypatch.setattr(PrefixCache, "_readings", lambda *a: seen.append(readings(*a)) or seen[-1])
     personas = [[{"role": "system", "content": f"you are {who}, always"}] for who in ("A", "BB")]
     rows = [{"prompt": f"ask {i}", "prefix_messages": personas[i % 2]} for i in range(12)]
     c = small(student, data__train=rows, context__prefix_messages=(), train__steps=6)

@@ -102,7 +102,9 @@ def test_what_reaches_the_step_is_what_the_teacher_says(off_policy, tmp_path):
         teacher.prepare(parsed, "train", rows.feed, rows.teacher, tmp_path, rows.vocab_size)
         for step in range(2):  # all eight rows: those the teacher wrote, and those it reads
             batch, kept = rows.feed.batch(step)
-            found = scoring.ask(rows.teacher, batch, rows.feed.names(step), kept, rows.mesh)()
+            found = scoring.request_targets(
+                rows.teacher, batch, rows.feed.names(step), kept, rows.mesh
+            )()
             for row, n in zip(*np.nonzero(batch.target_mask_BN), strict=True):
                 said = LOGPROBS[batch.teacher_tokens_BT[row, batch.teacher_at_BN[row, n]]]
                 best = np.argsort(-said)[:8]
@@ -148,7 +150,7 @@ def fill(c, workdir, rows) -> None:
     workdirs.claim(workdir, parsed)
     with contextlib.ExitStack() as connections:
         read = setup.read(parsed, workdir, None, connections)
-        offline.fill(read, read.teacher, workdir, parsed.train.steps)
+        offline.prefill_answers(read, read.teacher, workdir, parsed.train.steps)
 
 
 def test_offline_nobody_reads_what_the_student_will_write(student, everything, tmp_path):

@@ -7,10 +7,10 @@ from small_runs import ConstantTeacher, metrics, small
 import gkdjax
 from gkdjax import config
 from gkdjax.data.chat_template import load_chat
-from gkdjax.data.load import read
+from gkdjax.data.load import load_examples
 from gkdjax.data.loss_mask import TargetRules
 from gkdjax.data.views import ViewRules
-from gkdjax.models.prefix_cache import PrefixStore
+from gkdjax.models.prefix_cache import PrefixCache
 from gkdjax.train import datasets
 from gkdjax.utils.errors import UserError
 
@@ -44,8 +44,8 @@ def test_on_policy_text_that_is_cut_is_counted(student, tmp_path):
 def test_a_prefix_is_read_once_though_the_question_after_it_is_a_target(
     student, tmp_path, monkeypatch
 ):
-    seen, readings = [], PrefixStore._readings
-    monkeypatch.setattr(PrefixStore, "_readings", lambda *a: seen.append(readings(*a)) or seen[-1])
+    seen, readings = [], PrefixCache._readings
+    monkeypatch.setattr(PrefixCache, "_readings", lambda *a: seen.append(readings(*a)) or seen[-1])
     c = small(student, context__prefix_messages=LONG, context__target_roles=["user", "assistant"])
     c.data.train = [{"prompt": f"{i} is asked", "response": "no"} for i in range(6)]
     c.data.max_length, c.data.bucket_lengths, c.train.steps = 256, (), 2
@@ -65,7 +65,7 @@ def test_an_anchor_has_targets_of_its_own(student, tokens, roles):
     c.anchor.data = [{"messages": [*talk, {"role": "assistant", "content": "42"}]}]
     c = config.parse(c)
     rules = ViewRules(chat, chat, 0, TargetRules(("user",)), 64, "drop")
-    made = datasets._anchor_rules(c, rules, chat, read(c).anchors)
+    made = datasets._anchor_rules(c, rules, chat, load_examples(c).anchors)
     assert {*made.targets.roles} == roles
 
 

@@ -5,7 +5,7 @@ import pytest
 from small_runs import ConstantTeacher, metrics, small
 
 import gkdjax
-from gkdjax.teachers.local import FlaxTeacher
+from gkdjax.teachers.local import LocalTeacher
 from gkdjax.types import Trajectory
 from gkdjax.utils.errors import TrainingFailure, UserError
 from gkdjax.utils.files import read_lines
@@ -79,8 +79,8 @@ def test_a_teacher_that_wrote_the_text_is_not_asked_again(student, other, tmp_pa
     c.data.train = [{"prompt": f"ask {i}" + " more" * (i % 2)} for i in range(6)]
     c.train.steps = 3
     asked = []
-    scores = FlaxTeacher.targets
-    monkeypatch.setattr(FlaxTeacher, "targets", lambda *a: asked.append(1) or scores(*a))
+    scores = LocalTeacher.targets
+    monkeypatch.setattr(LocalTeacher, "targets", lambda *a: asked.append(1) or scores(*a))
     gkdjax.run(c, tmp_path / "kept", teacher=None)
     assert not asked
     kept = [p.name for p in sorted((tmp_path / "kept" / "trajectories_train.kept").iterdir())]
@@ -106,7 +106,7 @@ def test_what_was_kept_is_read_back_and_damage_is_named(student, other, tmp_path
         *(f"trajectories_train.kept/{n:08d}.safetensors" for n in (0, 4)),
     ):
         (again / file).write_bytes((tmp_path / "whole" / file).read_bytes())
-    monkeypatch.setattr(FlaxTeacher, "targets", None)  # whoever asks it fails
+    monkeypatch.setattr(LocalTeacher, "targets", None)  # whoever asks it fails
     gkdjax.run(c, again, teacher=None)
     both = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("whole", "again")]
     assert both[0] == both[1]

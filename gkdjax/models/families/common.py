@@ -72,7 +72,7 @@ def _check_positive(name: str, value) -> None:
 
 
 def global_layers(family: str, layer_types: list[str]) -> tuple[bool, ...]:
-    """`DecoderSpec.is_global_L` of a config's layer_types.
+    """`DecoderConfig.is_global_L` of a config's layer_types.
 
     Raises:
       ValueError: a kind of layer that is neither full nor sliding attention.
@@ -84,7 +84,7 @@ def global_layers(family: str, layer_types: list[str]) -> tuple[bool, ...]:
 
 
 def sizes(c: PretrainedConfig) -> dict:
-    """The fields of `DecoderSpec` that every family's config has under the same names."""
+    """The fields of `DecoderConfig` that every family's config has under the same names."""
     return {
         "vocab_size": c.vocab_size,
         "width": c.hidden_size,

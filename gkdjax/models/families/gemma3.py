@@ -2,7 +2,7 @@
 
 from transformers import Gemma3Config, Gemma3TextConfig
 
-from gkdjax.models.decoder_config import DecoderSpec
+from gkdjax.models.decoder_config import DecoderConfig
 from gkdjax.models.families import llama
 from gkdjax.models.families.common import KEYS as COMMON_KEYS
 from gkdjax.models.families.common import CheckpointNames, global_layers, refuse, rope_spec, sizes
@@ -41,7 +41,7 @@ TENSORS = llama.TENSORS | {
 }
 
 
-def decoder_spec(config: dict) -> DecoderSpec:
+def decoder_spec(config: dict) -> DecoderConfig:
     """The spec of a config.json, old or new form: transformers' own class fills in and converts.
 
     Raises:
@@ -59,7 +59,7 @@ def decoder_spec(config: dict) -> DecoderSpec:
     refuse("Gemma 3", cap is not None, f"attn_logit_softcapping={cap}")
     other = c.hidden_activation != "gelu_pytorch_tanh"
     refuse("Gemma 3", other, f"activation {c.hidden_activation!r}")
-    return DecoderSpec(
+    return DecoderConfig(
         family="gemma3",
         **sizes(c),
         head_dim=c.head_dim,

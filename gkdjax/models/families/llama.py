@@ -2,7 +2,7 @@
 
 from transformers import LlamaConfig
 
-from gkdjax.models.decoder_config import DecoderSpec
+from gkdjax.models.decoder_config import DecoderConfig
 from gkdjax.models.families.common import KEYS as COMMON_KEYS
 from gkdjax.models.families.common import CheckpointNames, refuse, rope_spec, sizes
 
@@ -27,7 +27,7 @@ TENSORS = {
 }
 
 
-def decoder_spec(config: dict) -> DecoderSpec:
+def decoder_spec(config: dict) -> DecoderConfig:
     """The spec of a config.json, old or new form: transformers' own class fills in and converts.
 
     Raises:
@@ -38,7 +38,7 @@ def decoder_spec(config: dict) -> DecoderSpec:
     refuse("Llama", c.mlp_bias, "mlp_bias=true")
     refuse("Llama", c.hidden_act != "silu", f"activation {c.hidden_act!r}")
     rope = rope_spec("Llama", c.rope_parameters)
-    return DecoderSpec(
+    return DecoderConfig(
         family="llama",
         **sizes(c),
         head_dim=c.head_dim,

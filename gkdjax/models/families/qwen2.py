@@ -2,7 +2,7 @@
 
 from transformers import Qwen2Config
 
-from gkdjax.models.decoder_config import DecoderSpec
+from gkdjax.models.decoder_config import DecoderConfig
 from gkdjax.models.families import llama
 from gkdjax.models.families.common import KEYS as COMMON_KEYS
 from gkdjax.models.families.common import CheckpointNames, global_layers, refuse, rope_spec, sizes
@@ -21,7 +21,7 @@ TENSORS = llama.TENSORS | {
 }
 
 
-def decoder_spec(config: dict) -> DecoderSpec:
+def decoder_spec(config: dict) -> DecoderConfig:
     """The spec of a config.json, old or new form: transformers' own class fills in and converts.
 
     Raises:
@@ -32,7 +32,7 @@ def decoder_spec(config: dict) -> DecoderSpec:
     rope = rope_spec("Qwen 2", c.rope_parameters)
     # No field of the class, but transformers' model takes it where a config.json has it.
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    return DecoderSpec(
+    return DecoderConfig(
         family="qwen2",
         **sizes(c),
         head_dim=head_dim,

@@ -2,7 +2,7 @@
 
 from transformers import Qwen3Config
 
-from gkdjax.models.decoder_config import DecoderSpec
+from gkdjax.models.decoder_config import DecoderConfig
 from gkdjax.models.families import llama
 from gkdjax.models.families.common import KEYS as COMMON_KEYS
 from gkdjax.models.families.common import CheckpointNames, global_layers, refuse, rope_spec, sizes
@@ -20,7 +20,7 @@ TENSORS = llama.TENSORS | {
 }
 
 
-def decoder_spec(config: dict) -> DecoderSpec:
+def decoder_spec(config: dict) -> DecoderConfig:
     """The spec of a config.json, old or new form: transformers' own class fills in and converts.
 
     Raises:
@@ -30,7 +30,7 @@ def decoder_spec(config: dict) -> DecoderSpec:
     refuse("Qwen 3", c.attention_bias, "attention_bias=true")
     refuse("Qwen 3", c.hidden_act != "silu", f"activation {c.hidden_act!r}")
     rope = rope_spec("Qwen 3", c.rope_parameters)
-    return DecoderSpec(
+    return DecoderConfig(
         family="qwen3",
         **sizes(c),
         head_dim=c.head_dim,

@@ -2,7 +2,7 @@
 
 import types
 
-from gkdjax.models.decoder_config import DecoderSpec, param_shapes
+from gkdjax.models.decoder_config import DecoderConfig, param_shapes
 from gkdjax.models.families import gemma3, llama, qwen2, qwen3
 from gkdjax.models.families.common import CheckpointNames
 
@@ -10,7 +10,7 @@ _MODULES = (gemma3, llama, qwen2, qwen3)
 MODEL_TYPES = {model_type: module for module in _MODULES for model_type in module.LAYOUTS}
 
 
-def module(spec: DecoderSpec) -> types.ModuleType:
+def module(spec: DecoderConfig) -> types.ModuleType:
     """Finds the family's module.
 
     It has `TENSORS`, `LAYOUTS` and `decoder_spec`; `CONFIGS`, the classes of a model_type's
@@ -20,7 +20,7 @@ def module(spec: DecoderSpec) -> types.ModuleType:
     return {family.__name__.rpartition(".")[2]: family for family in _MODULES}[spec.family]
 
 
-def tensor_names(spec: DecoderSpec, layout: CheckpointNames) -> dict[str, str]:
+def tensor_names(spec: DecoderConfig, layout: CheckpointNames) -> dict[str, str]:
     """Leaf path -> HF tensor name, {} for the layer, of each parameter that the decoder has."""
     table = module(spec).TENSORS
     return {path: layout.name(table[path]) for path in param_shapes(spec)}

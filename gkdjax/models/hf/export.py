@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gkdjax.models import lora
-from gkdjax.models.decoder_config import DecoderSpec
+from gkdjax.models.decoder_config import DecoderConfig
 from gkdjax.models.families.common import CheckpointNames
 from gkdjax.models.hf import load, peft, writer
 from gkdjax.models.hf.model_config import load_config
@@ -62,7 +62,7 @@ class Ending(NamedTuple):
 
 def export_merged(
     directory: str | pathlib.Path,
-    spec: DecoderSpec,
+    spec: DecoderConfig,
     params: dict,
     adapters: dict[str, lora.Adapter] | None,
     source: str | pathlib.Path,
@@ -107,7 +107,7 @@ def export_merged(
 
 def export_adapter(
     directory: str | pathlib.Path,
-    spec: DecoderSpec,
+    spec: DecoderConfig,
     adapters: dict[str, lora.Adapter],
     source: str | pathlib.Path,
     base: str | None = None,
@@ -135,7 +135,7 @@ def export_adapter(
 
 
 def save_pretrained(
-    directory: str | pathlib.Path, spec: DecoderSpec, params: dict, source: str | pathlib.Path
+    directory: str | pathlib.Path, spec: DecoderConfig, params: dict, source: str | pathlib.Path
 ) -> None:
     """A model directory of new weights, in the family's plain layout and the dtypes of `params`.
 

@@ -22,13 +22,13 @@ from flax import traverse_util
 from jax.sharding import Mesh, Sharding
 
 from gkdjax.models.decoder import Decoder
-from gkdjax.models.decoder_config import DecoderSpec, param_shapes
+from gkdjax.models.decoder_config import DecoderConfig, param_shapes
 from gkdjax.models.families import registry
 from gkdjax.models.families.common import CheckpointNames
 from gkdjax.models.hf import config_keys
 from gkdjax.models.hf.model_config import load_config, load_spec
 from gkdjax.models.hf.tensor_files import INDEX, TensorFiles, is_finite
-from gkdjax.parallel.sharding_rules import Layout, Rule
+from gkdjax.parallel.sharding_rules import Rule, ShardingRules
 from gkdjax.utils.errors import UserError
 
 # Rows read at a time. Transposed, 16 numbers of 2 bytes fill half a cache line of the target:
@@ -40,7 +40,7 @@ _DTYPES = tuple(np.dtype(kind) for kind in (np.float32, ml_dtypes.bfloat16, np.f
 
 
 def source_names(
-    files: TensorFiles, spec: DecoderSpec, model_type: str
+    files: TensorFiles, spec: DecoderConfig, model_type: str
 ) -> tuple[CheckpointNames, dict[str, tuple[str, int | None]]]:
     """Which leaf each tensor of a checkpoint is; checks that all of them are accounted for.
 
@@ -93,7 +93,7 @@ def leaf_tensors(known: dict[str, tuple[str, int | None]]) -> dict[str, list[str
     return names
 
 
-def leaf_names(spec: DecoderSpec, layout: CheckpointNames) -> dict[str, list[str]]:
+def leaf_names(spec: DecoderConfig, layout: CheckpointNames) -> dict[str, list[str]]:
     """Leaf path -> names of the tensors that it is made of: one, or one a layer, in order."""
     return {
         path: (
@@ -106,7 +106,7 @@ def leaf_names(spec: DecoderSpec, layout: CheckpointNames) -> dict[str, list[str
 
 
 def check_tensors(
-    files: TensorFiles, spec: DecoderSpec, known: dict[str, tuple[str, int | None]]
+    files: TensorFiles, spec: DecoderConfig, known: dict[str, tuple[str, int | None]]
 ) -> None:
     """Checks shapes and dtypes by the files' headers, and a second table of a tied model by value.
 
@@ -221,7 +221,7 @@ def _refuse_not_finite(files: TensorFiles, name: str, part: np.ndarray) -> None:
         )
 
 
-def _layout(files: TensorFiles, spec: DecoderSpec, model_type: str) -> CheckpointNames:
+def _layout(files: TensorFiles, spec: DecoderConfig, model_type: str) -> CheckpointNames:
     layouts = registry.MODEL_TYPES[model_type].LAYOUTS[model_type]
     tensors = registry.module(spec).TENSORS
     template = tensors["embedding"]
@@ -299,8 +299,8 @@ def load_pretrained(
             *(directory, ", ".join(unread)),
         )
     shapes = param_shapes(spec)
-    lies = Layout() if mesh is None else Layout.of(mesh, spec, rules)
-    places = {} if mesh is None else {path: lies.place(path, shapes[path]) for path in shapes}
+    lies = ShardingRules() if mesh is None else ShardingRules.of(mesh, spec, rules)
+    places = {} if mesh is None else {path: lies.sharding_of(path, shapes[path]) for path in shapes}
     files = TensorFiles(directory)
     _, known = source_names(files, spec, config["model_type"])
     check_tensors(files, spec, known)

@@ -4,7 +4,7 @@ import pathlib
 
 from huggingface_hub.errors import StrictDataclassError  # how transformers' configs refuse a field
 
-from gkdjax.models.decoder_config import DecoderSpec
+from gkdjax.models.decoder_config import DecoderConfig
 from gkdjax.models.families import registry
 from gkdjax.models.hf import config_keys
 from gkdjax.utils import files
@@ -35,7 +35,7 @@ def load_config(directory: str | pathlib.Path) -> dict:
     return config
 
 
-def load_spec(directory: str | pathlib.Path) -> DecoderSpec:
+def load_spec(directory: str | pathlib.Path) -> DecoderConfig:
     """The decoder's numbers, from config.json alone (cheap: no weights are read).
 
     Raises:
@@ -59,7 +59,7 @@ def load_spec(directory: str | pathlib.Path) -> DecoderSpec:
     return spec
 
 
-def _check_spec(path: pathlib.Path, spec: DecoderSpec) -> None:
+def _check_spec(path: pathlib.Path, spec: DecoderConfig) -> None:
     """Refuses numbers that each could be, and that cannot be together."""
     if spec.num_heads % spec.num_kv_heads:
         raise UserError(

@@ -15,7 +15,7 @@ import safetensors.numpy
 from absl import logging
 
 from gkdjax.models import lora
-from gkdjax.models.decoder_config import DecoderSpec, layer_shapes
+from gkdjax.models.decoder_config import DecoderConfig, layer_shapes
 from gkdjax.models.families import registry
 from gkdjax.models.families.common import CheckpointNames
 from gkdjax.models.hf import peft_config, writer
@@ -40,7 +40,7 @@ class Loaded(NamedTuple):
     base: str | None  # what the directory says it was trained on
 
 
-def load_adapter(directory: str | pathlib.Path, spec: DecoderSpec) -> Loaded:
+def load_adapter(directory: str | pathlib.Path, spec: DecoderConfig) -> Loaded:
     """Reads what `peft.PeftModel.save_pretrained` wrote for a model of `spec`.
 
     Args:
@@ -78,7 +78,7 @@ def load_adapter(directory: str | pathlib.Path, spec: DecoderSpec) -> Loaded:
 
 def save_adapter(
     directory: pathlib.Path,
-    spec: DecoderSpec,
+    spec: DecoderConfig,
     adapters: dict[str, lora.Adapter],
     model_type: str,
     base: str,
@@ -149,7 +149,7 @@ def _of_targets(config: peft_config.PeftConfig, tensors: dict) -> dict[str, np.n
 
 
 def _place(
-    path: pathlib.Path, tensors: dict, spec: DecoderSpec
+    path: pathlib.Path, tensors: dict, spec: DecoderConfig
 ) -> tuple[dict[str, Names], set[CheckpointNames]]:
     """Kernel -> its tensors; each tensor has a place, and each place its tensor."""
     modules = _modules(spec)
@@ -178,7 +178,7 @@ def _place(
     return kernels, layouts
 
 
-def _modules(spec: DecoderSpec) -> dict[str, tuple[CheckpointNames, str]]:
+def _modules(spec: DecoderConfig) -> dict[str, tuple[CheckpointNames, str]]:
     """Module name, {} for the layer -> (layout, kernel), in every layout of the family."""
     family = registry.module(spec)
     return {
@@ -210,7 +210,10 @@ def _check_layers(path: pathlib.Path, kernel: str, names: Names, num_layers: int
 
 
 def _check_targets(
-    config: peft_config.PeftConfig, kernels: dict, layouts: set[CheckpointNames], spec: DecoderSpec
+    config: peft_config.PeftConfig,
+    kernels: dict,
+    layouts: set[CheckpointNames],
+    spec: DecoderConfig,
 ) -> None:
     """Raises UserError for a kernel that the config names as adapted and that has no tensors."""
     for template, (layout, kernel) in _modules(spec).items():

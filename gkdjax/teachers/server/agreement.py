@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gkdjax.teachers.server.answers import Answer
+from gkdjax.teachers.server.answers import TeacherAnswer
 
 # Nats. The most that the median of scored tokens may be from what they were drawn with, however
 # exact a server is, and however noisy; between the two, its noise and half as much again.
@@ -44,7 +44,7 @@ class Apart:
         return self.median <= most and self.far <= _FAR * most and one_temperature
 
 
-def apart(drawn: Sequence[Answer], scored: Sequence[Answer]) -> Apart:
+def apart(drawn: Sequence[TeacherAnswer], scored: Sequence[TeacherAnswer]) -> Apart:
     """Compares the same tokens, drawn and then scored; one token at least."""
     before = np.concatenate([answer.target_logprob for answer in drawn])
     after = np.concatenate([answer.target_logprob for answer in scored])
@@ -59,7 +59,7 @@ def apart(drawn: Sequence[Answer], scored: Sequence[Answer]) -> Apart:
     )
 
 
-def noise(written: Sequence[Answer], read: Sequence[Answer]) -> float:
+def noise(written: Sequence[TeacherAnswer], read: Sequence[TeacherAnswer]) -> float:
     """Mean difference of the best K where the server wrote the text before, and where it read it.
 
     In a mean each of the few places counts, also where the rest is certain.
@@ -77,7 +77,7 @@ def most(noise: float) -> float:
     return float(np.clip(_NOISES * noise, FLOOR, CEILING))
 
 
-def _rows(a: Answer, b: Answer) -> list[tuple[np.ndarray, np.ndarray]]:
+def _rows(a: TeacherAnswer, b: TeacherAnswer) -> list[tuple[np.ndarray, np.ndarray]]:
     """The logprobs of what both list, token by token."""
     found = []
     for ids_a, logs_a, ids_b, logs_b in zip(

@@ -11,8 +11,8 @@ import numpy as np
 
 from gkdjax.losses import TopKLogprobs
 from gkdjax.losses.topk import EPS
-from gkdjax.models.sampler import Sampling
-from gkdjax.types import KeptTopK, Message
+from gkdjax.models.sampler import SamplingParams
+from gkdjax.types import Message, TokenTopK
 from gkdjax.utils.errors import WrongAnswer
 
 MOST_MASS = 1.0 + 1e-3  # of K probabilities; more cannot be rounding
@@ -40,7 +40,7 @@ class SampleRequest:
     name: str  # of the row, for errors
     ids: np.ndarray  # int32 [T], no padding
     messages: tuple[Message, ...]  # the same prompt, for servers that take no ids
-    sampling: Sampling
+    sampling: SamplingParams
     seed: int
     stop_ids: tuple[int, ...]
     top_k: int
@@ -52,7 +52,7 @@ Request = ScoreRequest | SampleRequest
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class TeacherAnswer:
     """To either request: the target tokens and what the teacher says about them.
 
     Natural logs of probabilities under the teacher's whole vocabulary, at temperature 1.
@@ -68,24 +68,26 @@ class Answer:
     lost: bool = False  # of a sample: a drawn token is no id of ours, so there is no response
     unreadable: str = ""  # of a lost one: what names no id; not stored
 
-    def rows(self, which: slice) -> "Answer":
+    def rows(self, which: slice) -> "TeacherAnswer":
         """Some of the targets, as if they had been all that was asked for."""
         arrays = ("target_ids", "target_logprob", "top_ids", "top_logprobs", "tail_logprob")
         cut = {name: getattr(self, name)[which] for name in arrays}
         return dataclasses.replace(self, finished=False, **cut)
 
-    def kept(self) -> KeptTopK:
+    def kept(self) -> TokenTopK:
         """The same as a trajectory keeps it."""
         topk = TopKLogprobs(self.top_ids, self.top_logprobs, self.tail_logprob)
-        return KeptTopK(topk, self.target_logprob)
+        return TokenTopK(topk, self.target_logprob)
 
 
-def lost_sample(top_k: int, unmapped: int, unreadable: str = "") -> Answer:
+def lost_sample(top_k: int, unmapped: int, unreadable: str = "") -> TeacherAnswer:
     """An answer to a sample request whose text cannot be used, or of which there is none."""
     none, no_rows = np.zeros(0, np.float32), np.zeros((0, top_k))
     ids = none.astype(np.int32)
     tops = no_rows.astype(np.int32), no_rows.astype(np.float32)
-    return Answer(ids, none, *tops, none, unmapped=unmapped, lost=True, unreadable=unreadable)
+    return TeacherAnswer(
+        ids, none, *tops, none, unmapped=unmapped, lost=True, unreadable=unreadable
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +107,8 @@ def collect(
     vocab_size: int,
     name: str,
     finished: bool = False,
-) -> Answer:
-    """Checks what a server says of each target and makes it an `Answer`.
+) -> TeacherAnswer:
+    """Checks what a server says of each target and makes it a `TeacherAnswer`.
 
     Of the best K those whose id is not below `vocab_size` are dropped and counted; they are what a
     larger embedding has beside the same tokenizer, and have next to no mass. A logprob that stands
@@ -140,7 +142,7 @@ def collect(
         if ours:
             ids[j, : len(ours)], logprobs[j, : len(ours)] = zip(*ours, strict=True)
         tail[j] = tail_logprob([logprob for _, logprob in ours])
-    return Answer(
+    return TeacherAnswer(
         np.asarray([position.target_id for position in positions], np.int32),
         np.asarray([_logprob(position.target_logprob) for position in positions], np.float32),
         ids,

@@ -13,7 +13,7 @@ from absl import logging
 
 from gkdjax.config import Teacher
 from gkdjax.data.chat_template import Chat
-from gkdjax.models.sampler import Sampling
+from gkdjax.models.sampler import SamplingParams
 from gkdjax.parallel import multihost
 from gkdjax.teachers.base import Capabilities
 from gkdjax.teachers.server.dialects import openai, sglang, vllm
@@ -24,9 +24,9 @@ from gkdjax.teachers.server.served import Window
 from gkdjax.teachers.server.store import codec
 from gkdjax.teachers.server.store import multihost as store_multihost
 from gkdjax.teachers.server.store.answers import AnswerStore
-from gkdjax.teachers.server.store.fingerprint import KnownTeacher, fingerprint_of, same_teacher
+from gkdjax.teachers.server.store.fingerprint import TeacherIdentity, fingerprint_of, same_teacher
 from gkdjax.teachers.server.store.suspects import Suspects
-from gkdjax.teachers.server.teacher import HttpTeacher
+from gkdjax.teachers.server.teacher import ServerTeacher
 from gkdjax.teachers.server.transport.client import Limits, Transport
 from gkdjax.utils.errors import UserError
 
@@ -63,7 +63,7 @@ def declared(c: Teacher) -> Capabilities:
 
 def connect(
     c: Teacher, chat: Chat, vocab_size: int, workdir: pathlib.Path, shared: pathlib.Path, **how
-) -> HttpTeacher:
+) -> ServerTeacher:
     """Tries the server of a config, or, offline, finds it in the store.
 
     Of several processes the leader is the first: what the server says differs a little from time to
@@ -85,16 +85,16 @@ def connect(
     """
     path = shared / "answers.sqlite" if c.store == "" else c.store
     if path is None:
-        return multihost.together(lambda: _connect(c, chat, vocab_size, workdir, None, **how))
+        return multihost.fail_together(lambda: _connect(c, chat, vocab_size, workdir, None, **how))
 
-    def open_own() -> HttpTeacher:
+    def open_own() -> ServerTeacher:
         own = store_multihost.of_process(path, jax.process_index())
         return _connect(c, chat, vocab_size, workdir, own, **how)
 
-    multihost.led(lambda: store_multihost.gather(path))
-    leaders = multihost.led(open_own)
-    multihost.led(lambda: store_multihost.spread(path))
-    return multihost.together(lambda: leaders or open_own())
+    multihost.on_leader(lambda: store_multihost.gather(path))
+    leaders = multihost.on_leader(open_own)
+    multihost.on_leader(lambda: store_multihost.spread(path))
+    return multihost.fail_together(lambda: leaders or open_own())
 
 
 def _connect(
@@ -104,9 +104,9 @@ def _connect(
     workdir: pathlib.Path,
     path: pathlib.Path | None,
     *,
-    sampling: Sampling,
+    sampling: SamplingParams,
     template_kwargs: dict,
-) -> HttpTeacher:
+) -> ServerTeacher:
     store = AnswerStore(path) if path is not None else None
     transport = server = None
     try:
@@ -138,7 +138,7 @@ def _connect(
     can = declared(c)
     if not findings.scores:
         can = dataclasses.replace(can, scores=False, on_policy=False, limits=findings.limits)
-    return HttpTeacher(
+    return ServerTeacher(
         pool,
         chat,
         f"{findings.model} ({c.backend}, {known.fingerprint[:12]})",
@@ -167,7 +167,7 @@ def try_server(
     transport: Transport,
     chat: Chat,
     vocab_size: int,
-    sampling: Sampling,
+    sampling: SamplingParams,
     only: str | None = None,
 ) -> Server:
     """The preflight as this config needs it, see `preflight.examine`; of `only` one dialect."""
@@ -186,7 +186,7 @@ def try_server(
 
 def _recognised(
     c: Teacher, server: Server, store: AnswerStore | None, tokenizer: str
-) -> KnownTeacher:
+) -> TeacherIdentity:
     """As the store knows it, or new to it."""
     model, probe = server.findings.model, server.probe
     known = None if store is None else store.recognise(model, tokenizer, probe)
@@ -204,7 +204,7 @@ def _recognised(
         fingerprint, probe = known.fingerprint, known.probe
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     findings = dataclasses.asdict(server.findings)
-    known = KnownTeacher(fingerprint, model, tokenizer, probe, findings, now)
+    known = TeacherIdentity(fingerprint, model, tokenizer, probe, findings, now)
     if store is not None:
         store.add_teacher(known)
     return known
@@ -212,7 +212,7 @@ def _recognised(
 
 def _remembered(
     c: Teacher, store: AnswerStore, tokenizer: str, begun_with: pathlib.Path
-) -> KnownTeacher:
+) -> TeacherIdentity:
     """The teacher that the run began with, or else the one of this name that was checked last."""
     every = store.teachers()
     fitting = [
@@ -249,13 +249,13 @@ def _dialect_of_run(store: AnswerStore | None, begun_with: pathlib.Path) -> str 
     return next((known.findings["dialect"] for known in same), None)
 
 
-def _is_begun_with(path: pathlib.Path, known: KnownTeacher) -> bool:
+def _is_begun_with(path: pathlib.Path, known: TeacherIdentity) -> bool:
     begun_with = json.loads(path.read_text())
     probe = codec.decode(base64.b64decode(begun_with["probe"]))
     return begun_with["model"] == known.model and same_teacher(probe, known.probe)
 
 
-def _claim(path: pathlib.Path, known: KnownTeacher) -> None:
+def _claim(path: pathlib.Path, known: TeacherIdentity) -> None:
     """Writes whose answers a run learns from, or checks that they are the same weights'."""
     if path.exists():
         if _is_begun_with(path, known):

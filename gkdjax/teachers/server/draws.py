@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gkdjax.teachers.server.answers import Answer, SampleRequest
+from gkdjax.teachers.server.answers import SampleRequest, TeacherAnswer
 
 ODDS = 1e6
 
@@ -73,7 +73,7 @@ class Verdict:
     kind: str
 
 
-def tokens_of(request: SampleRequest, answer: Answer) -> list[Drawn]:
+def tokens_of(request: SampleRequest, answer: TeacherAnswer) -> list[Drawn]:
     """The tokens of an answer that was asked for at temperature 1 without cuts; stop ids have none.
 
     Args:

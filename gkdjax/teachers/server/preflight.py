@@ -13,9 +13,9 @@ import numpy as np
 from absl import logging
 
 from gkdjax.data.chat_template import Chat
-from gkdjax.models.sampler import Sampling
+from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.server import agreement, draws, served
-from gkdjax.teachers.server.answers import Answer, SampleRequest, ScoreRequest
+from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest, TeacherAnswer
 from gkdjax.teachers.server.dialects.base import Dialect, exchange
 from gkdjax.teachers.server.store.fingerprint import MOST_DRIFT, drift
 from gkdjax.teachers.server.transport.client import RepeatedServerError, Transport
@@ -79,7 +79,7 @@ class Server:
 
     dialect: Dialect
     findings: Findings
-    probe: Answer  # by which its weights are known
+    probe: TeacherAnswer  # by which its weights are known
 
 
 def examine(
@@ -89,7 +89,7 @@ def examine(
     chat: Chat,
     vocab_size: int,
     top_k: int,
-    sampling: Sampling,
+    sampling: SamplingParams,
     *,
     must_score: bool,
 ) -> Server:
@@ -174,7 +174,7 @@ def _try(
     found: Findings,
     chat: Chat,
     ids: np.ndarray,
-    sampling: Sampling,
+    sampling: SamplingParams,
 ) -> _Trial:
     name, top_k = found.dialect, found.top_k
     try:
@@ -196,7 +196,7 @@ def _try(
     return _Trial(Server(dialect, found, scored.rows(slice(len(ids) - 1))), "", False)
 
 
-def probe_again(transport: Transport, server: Server, chat: Chat) -> Answer:
+def probe_again(transport: Transport, server: Server, chat: Chat) -> TeacherAnswer:
     """What the server says now where it said `server.probe`."""
     ids, top_k = probe_ids(chat), server.findings.top_k
     if not server.findings.scores:
@@ -212,7 +212,7 @@ def probe_ids(chat: Chat) -> np.ndarray:
 
 def sample_request(chat: Chat, ids: np.ndarray, top_k: int, tokens: int) -> SampleRequest:
     """A greedy answer to the probe."""
-    sampling = Sampling(tokens, temperature=0.0, top_p=1.0)
+    sampling = SamplingParams(tokens, temperature=0.0, top_p=1.0)
     messages = (Message("user", PROBE),)
     return SampleRequest(NAME, ids, messages, sampling, 0, chat.stop_ids, top_k)
 
@@ -224,7 +224,7 @@ def score_request(ids: np.ndarray, top_k: int) -> ScoreRequest:
 
 def _write(
     transport: Transport, dialect: Dialect, chat: Chat, ids: np.ndarray, top_k: int
-) -> Answer:
+) -> TeacherAnswer:
     """A greedy answer; every token of it must be the most probable one where it stands."""
     request = sample_request(chat, ids, top_k, _WRITTEN_TOKENS)
     (answer,) = exchange(transport, dialect, [request])
@@ -255,8 +255,8 @@ def _check_drawn(
     dialect: Dialect,
     chat: Chat,
     ids: np.ndarray,
-    greedy: Answer,
-    sampling: Sampling,
+    greedy: TeacherAnswer,
+    sampling: SamplingParams,
 ) -> None:
     """Raises WrongAnswer if the logprobs of what is drawn are those after temperature and top p."""
     request = sample_request(chat, ids, greedy.top_ids.shape[1], _WRITTEN_TOKENS)
@@ -284,7 +284,7 @@ def _check_drawn(
     )
 
 
-def _check_count(answer: Answer, top_k: int) -> None:
+def _check_count(answer: TeacherAnswer, top_k: int) -> None:
     counts = (answer.top_logprobs > -np.inf).sum(axis=-1)
     if answer.unmapped == 0 and counts.max() < top_k:
         raise WrongAnswer(
@@ -297,7 +297,7 @@ class Text(NamedTuple):
     """What a server wrote, and after what."""
 
     request: SampleRequest
-    answer: Answer
+    answer: TeacherAnswer
 
     @property
     def whole(self) -> np.ndarray:
@@ -325,7 +325,7 @@ def _draw(
             part = ids[: len(ids) - k * (len(ids) // (2 * _TEXTS))]
             request = dataclasses.replace(
                 sample_request(chat, part, top_k, _DRAWN_TOKENS),
-                sampling=Sampling(_DRAWN_TOKENS, temperature=1.0, top_p=1.0),
+                sampling=SamplingParams(_DRAWN_TOKENS, temperature=1.0, top_p=1.0),
                 seed=number * _TEXTS + k,
             )
             (answer,) = exchange(transport, dialect, [request])
@@ -360,7 +360,7 @@ def _not_its_own(tokens: int, verdict: draws.Verdict) -> WrongAnswer:
 
 def _score_again(
     transport: Transport, dialect: Dialect, texts: Sequence[Text]
-) -> tuple[Answer, float]:
+) -> tuple[TeacherAnswer, float]:
     """(every position of the first text, median difference of drawn and scored tokens in nats).
 
     Raises:
@@ -405,7 +405,7 @@ def _noise(transport: Transport, dialect: Dialect, texts: Sequence[Text]) -> flo
         if not half:
             continue
         ids = np.concatenate([request.ids, answer.target_ids[:half]])
-        once = dataclasses.replace(request, ids=ids, sampling=Sampling(1, 0.0, 1.0))
+        once = dataclasses.replace(request, ids=ids, sampling=SamplingParams(1, 0.0, 1.0))
         (again,) = exchange(transport, dialect, [once])
         if not again.lost:
             written.append(answer.rows(slice(half, half + 1)))

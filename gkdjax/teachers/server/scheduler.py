@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from gkdjax.teachers.server.answers import Answer, Request, SampleRequest, ScoreRequest
+from gkdjax.teachers.server.answers import Request, SampleRequest, ScoreRequest, TeacherAnswer
 from gkdjax.teachers.server.dialects.base import Dialect, exchange
 from gkdjax.teachers.server.store.answers import AnswerStore, sample_key, score_key
-from gkdjax.teachers.server.store.fingerprint import KnownTeacher, same_teacher
+from gkdjax.teachers.server.store.fingerprint import TeacherIdentity, same_teacher
 from gkdjax.teachers.server.store.suspects import Suspects
 from gkdjax.teachers.server.transport.client import RepeatedServerError, ServerEnded, Transport
 from gkdjax.teachers.server.transport.turns import Turns
@@ -31,7 +31,7 @@ _LOOK_UP_S = 0.2  # how often whoever waits looks whether it is to stop
 _PROBE_EVERY = 256  # requests; and after each outage: somebody else may answer there now
 
 _Part = dict[str, Request]  # key -> what is asked
-_Answers = dict[str, Answer]
+_Answers = dict[str, TeacherAnswer]
 
 
 class Pool:
@@ -42,10 +42,10 @@ class Pool:
         dialect: Dialect,
         transport: Transport | None,
         store: AnswerStore | None,
-        known: KnownTeacher,
+        known: TeacherIdentity,
         suspects: Suspects,
         *,
-        probe: Callable[[], Answer] | None,
+        probe: Callable[[], TeacherAnswer] | None,
         concurrency: int,
         max_unreadable: float,
     ):
@@ -73,13 +73,13 @@ class Pool:
         self._counts = collections.Counter()
         self._max_unreadable, self._unreadable = max_unreadable, []
 
-    def scores(self, requests: Sequence[ScoreRequest]) -> Callable[[], list[Answer]]:
+    def scores(self, requests: Sequence[ScoreRequest]) -> Callable[[], list[TeacherAnswer]]:
         """Begins to ask -> a function that waits for the answers, in the order of `requests`."""
         keys = [score_key(self._known, request) for request in requests]
         several = self._dialect.rows_per_request
         return self._ask(dict(zip(keys, requests, strict=True)), keys, several)
 
-    def samples(self, requests: Sequence[SampleRequest]) -> Callable[[], list[Answer]]:
+    def samples(self, requests: Sequence[SampleRequest]) -> Callable[[], list[TeacherAnswer]]:
         """As `scores`."""
         by_messages = self._dialect.by_messages
         keys = [sample_key(self._known, r, by_messages=by_messages) for r in requests]
@@ -112,7 +112,7 @@ class Pool:
 
     def _ask(
         self, requests: _Part, keys: Sequence[str], several: bool
-    ) -> Callable[[], list[Answer]]:
+    ) -> Callable[[], list[TeacherAnswer]]:
         on_the_way = {key: self._in_flight[key] for key in requests if key in self._in_flight}
         rest = {key: request for key, request in requests.items() if key not in on_the_way}
         found = {} if self._store is None else self._store.get(list(rest))
@@ -128,7 +128,7 @@ class Pool:
             on_the_way |= dict.fromkeys(part, future)
         self._in_flight |= on_the_way
 
-        def wait() -> list[Answer]:
+        def wait() -> list[TeacherAnswer]:
             try:
                 for future in on_the_way.values():
                     found.update(self._result(future))
@@ -210,7 +210,7 @@ class Pool:
                 " config.teacher.max_unreadable if so much may be lost"
             )
 
-    def _probe_again(self) -> Answer:
+    def _probe_again(self) -> TeacherAnswer:
         try:
             with self._turns.together():
                 return self._probe()
@@ -224,7 +224,7 @@ class Pool:
         self._missing |= rest
         return {key: _stand_in(request) for key, request in rest.items()}
 
-    def _count(self, requests: Sequence[Request], answers: Sequence[Answer]) -> None:
+    def _count(self, requests: Sequence[Request], answers: Sequence[TeacherAnswer]) -> None:
         with self._lock:
             self._counts.update(
                 bought=len(requests),
@@ -251,14 +251,14 @@ def missing_error(requests: Sequence[Request]) -> UserError:
     )
 
 
-def _stand_in(request: Request) -> Answer:
+def _stand_in(request: Request) -> TeacherAnswer:
     """That says nothing, and whose text nobody refuses."""
     sampled = isinstance(request, SampleRequest)
     ids = np.asarray(request.stop_ids[:1], np.int32) if sampled else request.target_ids
     logprobs = np.full((len(ids), request.top_k), -np.inf, np.float32)
     zeros = np.zeros(len(ids), np.float32)
     top_ids = np.zeros(logprobs.shape, np.int32)
-    return Answer(ids, zeros, top_ids, logprobs, zeros, finished=sampled)
+    return TeacherAnswer(ids, zeros, top_ids, logprobs, zeros, finished=sampled)
 
 
 def _about(request: Request, error: GkdjaxError) -> GkdjaxError:

@@ -8,17 +8,17 @@ import numpy as np
 from gkdjax.data import batching
 from gkdjax.data.chat_template import Chat
 from gkdjax.losses.objective import TopKTargets
-from gkdjax.models.sampler import Sampling
+from gkdjax.models.sampler import SamplingParams
 from gkdjax.parallel import multihost
 from gkdjax.teachers.base import Capabilities
-from gkdjax.teachers.server.answers import Answer, SampleRequest, ScoreRequest
+from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest, TeacherAnswer
 from gkdjax.teachers.server.scheduler import Pool
 from gkdjax.teachers.server.served import Window
 from gkdjax.teachers.server.store import codec
-from gkdjax.types import Batch, KeptTopK, Prompt, Trajectory
+from gkdjax.types import Batch, Prompt, TokenTopK, Trajectory
 
 
-class HttpTeacher:
+class ServerTeacher:
     """A `base.RemoteTeacher`; made by `connect.connect`, which has checked the server."""
 
     def __init__(
@@ -66,7 +66,7 @@ class HttpTeacher:
         return self.ask(batch, [f"row {i}" for i in batch.row_id_B])()
 
     def sample(
-        self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: Sampling
+        self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: SamplingParams
     ) -> list[Trajectory]:
         """See `base.Teacher`; of its text it keeps what it predicted there.
 
@@ -88,10 +88,10 @@ class HttpTeacher:
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
 
-        def ask(numbers: list[int]) -> list[Answer]:
+        def ask(numbers: list[int]) -> list[TeacherAnswer]:
             return self.pool.samples([requests[number] for number in numbers])()
 
-        answers = multihost.shared_out(ask, len(requests), _to_text, _from_text)
+        answers = multihost.split_over_processes(ask, len(requests), _to_text, _from_text)
         return [_trajectory(answer) for answer in answers]
 
     def report(self) -> dict[str, int]:
@@ -108,19 +108,21 @@ class HttpTeacher:
         at = batch.teacher_at_BN[row][batch.target_mask_BN[row]]
         return ScoreRequest(name, ids, at, self._top_k)
 
-    def _no_targets(self) -> KeptTopK:
+    def _no_targets(self) -> TokenTopK:
         none = np.zeros(0, np.float32)
         no_rows = np.zeros((0, self._top_k), np.float32)
-        return Answer(none.astype(np.int32), none, no_rows.astype(np.int32), no_rows, none).kept()
+        return TeacherAnswer(
+            none.astype(np.int32), none, no_rows.astype(np.int32), no_rows, none
+        ).kept()
 
 
-def _to_text(answer: Answer) -> str:
+def _to_text(answer: TeacherAnswer) -> str:
     return base64.b64encode(codec.encode(answer)).decode()
 
 
-def _from_text(text: str) -> Answer:
+def _from_text(text: str) -> TeacherAnswer:
     return codec.decode(base64.b64decode(text))
 
 
-def _trajectory(answer: Answer) -> Trajectory:
+def _trajectory(answer: TeacherAnswer) -> Trajectory:
     return Trajectory(answer.target_ids, answer.finished, answer.kept())

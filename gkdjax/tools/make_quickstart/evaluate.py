@@ -19,7 +19,7 @@ def exact_match(decoder: Decoder, params: dict, chat, rows: list[task.Row]) -> f
         params,
         [np.asarray(ids, np.int32) for ids in prompts],
         seeds=[0] * len(prompts),
-        sampling=sampler.Sampling(task.MAX_LENGTH + 2, temperature=0.0, top_p=1.0),
+        sampling=sampler.SamplingParams(task.MAX_LENGTH + 2, temperature=0.0, top_p=1.0),
         stop_ids=[end],
         batch_size=_BATCH_SIZE,
         lengths=[pretrain.longest_prompt(chat)],  # one for all abilities: one compilation

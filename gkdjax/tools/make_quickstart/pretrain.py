@@ -11,7 +11,7 @@ import optax
 import tqdm
 
 from gkdjax.models.decoder import Decoder
-from gkdjax.models.decoder_config import DecoderSpec, param_shapes
+from gkdjax.models.decoder_config import DecoderConfig, param_shapes
 from gkdjax.tools.make_quickstart import task, tokenizer
 
 
@@ -65,7 +65,7 @@ def hf_config(recipe: Recipe) -> dict:
     }
 
 
-def init_params(rng: np.random.Generator, spec: DecoderSpec) -> dict:
+def init_params(rng: np.random.Generator, spec: DecoderConfig) -> dict:
     """Fresh float32 weights of deviation 1/sqrt(fan in): linen's 0.02 is for wide models."""
     params: dict = {"layers": {}}
     for path, shape in param_shapes(spec).items():

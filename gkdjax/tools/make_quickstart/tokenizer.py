@@ -9,7 +9,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from gkdjax.models.decoder_config import DecoderSpec
+from gkdjax.models.decoder_config import DecoderConfig
 from gkdjax.models.hf import export
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
@@ -51,7 +51,7 @@ def build() -> transformers.PreTrainedTokenizerFast:
 
 
 def save_model(
-    directory: pathlib.Path, spec: DecoderSpec, params: dict, config: dict, chat
+    directory: pathlib.Path, spec: DecoderConfig, params: dict, config: dict, chat
 ) -> None:
     """A model directory as transformers writes it; generation stops at the end of a turn."""
     with tempfile.TemporaryDirectory() as source:

@@ -14,7 +14,7 @@ from jax.extend.core import Literal
 
 from gkdjax.models import lora
 from gkdjax.models.decoder import Decoder, abstract_params
-from gkdjax.models.decoder_config import DecoderSpec
+from gkdjax.models.decoder_config import DecoderConfig
 from gkdjax.utils.errors import UserError
 
 
@@ -29,7 +29,7 @@ class Kept(NamedTuple):
 class Pass(NamedTuple):
     """A forward pass that is differentiated; hashable."""
 
-    spec: DecoderSpec
+    spec: DecoderConfig
     dtype: str  # of the parameters
     compute_dtype: str
     rules: lora.LoraRules | None  # None: all parameters are trained
@@ -37,7 +37,7 @@ class Pass(NamedTuple):
     length: int  # positions of a row
 
 
-def adapters(spec: DecoderSpec, dtype: str, rules: lora.LoraRules) -> dict:
+def adapters(spec: DecoderConfig, dtype: str, rules: lora.LoraRules) -> dict:
     """Fresh adapters as `jax.ShapeDtypeStruct`.
 
     Raises:

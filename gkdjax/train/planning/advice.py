@@ -8,7 +8,7 @@ from typing import NamedTuple
 from gkdjax.parallel.mesh import row_shares
 from gkdjax.train.planning import plan
 from gkdjax.train.planning.meshes import Candidate, says_nothing
-from gkdjax.train.planning.setup import Setup, on_mesh
+from gkdjax.train.planning.setup import PlanInputs, on_mesh
 from gkdjax.utils.errors import UserError
 
 _MOST = 3
@@ -22,7 +22,7 @@ class Change(NamedTuple):
     saves: int  # bytes of the peak on one device
 
 
-def changes(setup: Setup, limit: int, best: Candidate | None) -> list[Change]:
+def changes(setup: PlanInputs, limit: int, best: Candidate | None) -> list[Change]:
     """At most three, the largest saving first, and only those that save something.
 
     Of a number that can be lowered step by step, the first step with which the run fits, or the
@@ -53,7 +53,7 @@ def changes(setup: Setup, limit: int, best: Candidate | None) -> list[Change]:
     return [*first, *sorted(found, key=lambda change: -change.saves)][:_MOST]
 
 
-def _candidates(setup: Setup) -> Iterator[tuple[str, list]]:
+def _candidates(setup: PlanInputs) -> Iterator[tuple[str, list]]:
     c = setup.config
     if not c.train.remat:
         yield "train.remat", [True]
@@ -75,7 +75,7 @@ def _candidates(setup: Setup) -> Iterator[tuple[str, list]]:
         yield f"mesh.{axis}", _doublings(setup.mesh.shape[axis], setup.mesh.size)
 
 
-def _more_parts(setup: Setup) -> list[int]:
+def _more_parts(setup: PlanInputs) -> list[int]:
     """Numbers of parts that divide the batch, and an anchor's, as the config has to."""
     c = setup.config
     rows = c.train.batch_size
@@ -99,7 +99,7 @@ def _doublings(number: int, most: int) -> list[int]:
     return found
 
 
-def _changed(setup: Setup, key: str, value) -> Setup:
+def _changed(setup: PlanInputs, key: str, value) -> PlanInputs:
     section, _, name = key.partition(".")
     if section == "mesh":
         return on_mesh(setup, **{name: value})

@@ -7,8 +7,8 @@ import jax
 from absl import logging
 
 from gkdjax.train.planning import plan, text
-from gkdjax.train.planning.setup import Setup, read_weights
-from gkdjax.train.setup import Rows
+from gkdjax.train.planning.setup import PlanInputs, read_weights
+from gkdjax.train.setup import RunInputs
 from gkdjax.utils.errors import UserError
 from gkdjax.utils.text import size
 
@@ -16,7 +16,7 @@ from gkdjax.utils.text import size
 _STRICT_ALLOCATORS = (None, "", "default", "bfc")
 
 
-def require(rows: Rows) -> None:
+def check_memory(rows: RunInputs) -> None:
     """Refuses what cannot fit for certain, and warns of what may not.
 
     Raises:
@@ -41,11 +41,11 @@ def require(rows: Rows) -> None:
         )
 
 
-def setup_of(rows: Rows) -> Setup:
+def setup_of(rows: RunInputs) -> PlanInputs:
     """With the weights that the run is about to load."""
     sources = rows.sources
     loads = rows.teacher is None and sources.teacher is not None
-    return Setup(
+    return PlanInputs(
         rows.config,
         read_weights(sources.student),
         read_weights(sources.teacher) if loads else None,

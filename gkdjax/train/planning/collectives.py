@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from gkdjax.train.planning import flops, memory
 from gkdjax.train.planning.chips import Chip
-from gkdjax.train.planning.setup import Setup, itemsize
+from gkdjax.train.planning.setup import PlanInputs, itemsize
 from gkdjax.train.planning.shards import Shard
 
 LATENCY = 1e-5  # seconds of a message, however short: a round number
@@ -24,7 +24,7 @@ class Exchange(NamedTuple):
     between_slices: bool = False  # over the data-centre network
 
 
-def step(setup: Setup) -> list[Exchange]:
+def step(setup: PlanInputs) -> list[Exchange]:
     """Of an optimizer step; on-policy text by its share of the steps."""
     pieces = *_over_data(setup), *_over_fsdp(setup), *_over_tensor(setup)
     found: dict[str, Exchange] = {}
@@ -46,7 +46,7 @@ def seconds(exchange: Exchange, chip: Chip) -> float | None:
     return exchange.bytes_sent / (speed * flops.BANDWIDTH) + exchange.messages * LATENCY
 
 
-def whole_step(setup: Setup, chip: Chip) -> float | None:
+def whole_step(setup: PlanInputs, chip: Chip) -> float | None:
     """Seconds of computing and of collectives, one after the other."""
     if chip.bf16_flops is None:
         return None
@@ -58,7 +58,7 @@ def _ring(devices: int) -> float:
     return (devices - 1) / devices
 
 
-def _over_data(setup: Setup) -> Iterator[Exchange]:
+def _over_data(setup: PlanInputs) -> Iterator[Exchange]:
     """Within each slice first, so that its devices share what the slices tell each other."""
     shard, within = setup.of_student, setup.mesh.shape["data"] // setup.slices
     times = _passes(setup)
@@ -69,18 +69,18 @@ def _over_data(setup: Setup) -> Iterator[Exchange]:
     yield Exchange("gradients, over slices", across, messages, between_slices=True)
 
 
-def _passes(setup: Setup) -> int:
+def _passes(setup: PlanInputs) -> int:
     """Backward passes: each has its own gradients, which are added up layer by layer."""
     return setup.config.train.accumulation * len(memory.training_rows(setup))
 
 
-def _looked_up(setup: Setup) -> int:
+def _looked_up(setup: PlanInputs) -> int:
     """Bytes of a tied table's second gradient: the head's and the look-up's are sent apart."""
     spec = setup.student.spec
     return 4 * setup.of_student.table if setup.full and spec.tied_embedding else 0
 
 
-def _over_fsdp(setup: Setup) -> Iterator[Exchange]:
+def _over_fsdp(setup: PlanInputs) -> Iterator[Exchange]:
     """Weights, gathered layer by layer, and gradients on their way back."""
     shard, passes = setup.of_student, _passes(setup)
 
@@ -99,7 +99,7 @@ def _over_fsdp(setup: Setup) -> Iterator[Exchange]:
     yield gathers(shard, shard.gathered, setup.config.gkd.on_policy_fraction)
 
 
-def _over_tensor(setup: Setup) -> Iterator[Exchange]:
+def _over_tensor(setup: PlanInputs) -> Iterator[Exchange]:
     """The sums that end attention and MLP of each layer, that of looking tokens up, the head's.
 
     Backward, gradients to the same states are added before they are sent, as accelerators'

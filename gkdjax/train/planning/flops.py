@@ -11,7 +11,7 @@ from typing import NamedTuple
 from gkdjax.config import anchor_sets
 from gkdjax.train.planning import memory
 from gkdjax.train.planning.chips import Chip
-from gkdjax.train.planning.setup import Setup, itemsize
+from gkdjax.train.planning.setup import PlanInputs, itemsize
 from gkdjax.train.planning.shards import Shard
 
 UTILISATION = 0.4  # of a chip's bfloat16 peak; of half of it where products are float32
@@ -26,7 +26,7 @@ class Work(NamedTuple):
     bytes_read: float = 0.0  # from memory, where that takes longer
 
 
-def step(setup: Setup) -> list[Work]:
+def step(setup: PlanInputs) -> list[Work]:
     """What one device computes for an optimizer step; on-policy text by its share of the steps."""
     c, rows, teacher = setup.config, setup.rows("train"), setup.of_teacher
     anchors = [setup.rows("anchor")] * len(anchor_sets(c.anchor))
@@ -45,7 +45,7 @@ def step(setup: Setup) -> list[Work]:
     return found
 
 
-def seconds(work: Work, setup: Setup, chip: Chip) -> float | None:
+def seconds(work: Work, setup: PlanInputs, chip: Chip) -> float | None:
     """None of a chip whose numbers are unknown."""
     if chip.bf16_flops is None:
         return None
@@ -54,12 +54,12 @@ def seconds(work: Work, setup: Setup, chip: Chip) -> float | None:
     return computing + work.bytes_read / (chip.hbm_bytes_per_s * BANDWIDTH)
 
 
-def forward(setup: Setup, shard: Shard, rows: int) -> float:
+def forward(setup: PlanInputs, shard: Shard, rows: int) -> float:
     """FLOPs of all layers, over whole rows; scores that are masked count."""
     return rows * setup.length * (2 * shard.kernels + _attention(setup, shard))
 
 
-def _attention(setup: Setup, shard: Shard) -> float:
+def _attention(setup: PlanInputs, shard: Shard) -> float:
     """Scores and weighted sums of one token."""
     T, spec = setup.length, shard.local
     full = sum(spec.is_global_L)
@@ -67,7 +67,7 @@ def _attention(setup: Setup, shard: Shard) -> float:
     return 4 * spec.num_heads * spec.head_dim * seen
 
 
-def _backward(setup: Setup, rows: int) -> float:
+def _backward(setup: PlanInputs, rows: int) -> float:
     """Gradients to inputs cost a forward pass; those to kernels another, if they are trained."""
     shard, tokens = setup.of_student, rows * setup.length
     passes = 1 + int(setup.config.train.remat)
@@ -78,7 +78,7 @@ def _backward(setup: Setup, rows: int) -> float:
     return passes * once + attention + tokens * (2 * kernels + 2 * (passes + 1) * adapters)
 
 
-def _head(setup: Setup, rows: int, of_teacher: int, of_base: int) -> float:
+def _head(setup: PlanInputs, rows: int, of_teacher: int, of_base: int) -> float:
     c, student = setup.config, setup.of_student.local
     targets = min(setup.length, c.trajectory.max_new_tokens)
     passes = 3 if setup.full else 2  # logits, gradient to hidden states, and to the table
@@ -88,7 +88,7 @@ def _head(setup: Setup, rows: int, of_teacher: int, of_base: int) -> float:
     return 2.0 * targets * student.vocab_size * found
 
 
-def _on_policy(setup: Setup, rows: int) -> Work:
+def _on_policy(setup: PlanInputs, rows: int) -> Work:
     """Prompts are read at once; then each token of all rows reads all weights and the cache."""
     c, shard = setup.config, setup.of_student
     share, new = c.gkd.on_policy_fraction, c.trajectory.max_new_tokens

@@ -13,10 +13,10 @@ import jax
 
 from gkdjax.config import anchor_sets
 from gkdjax.config.checks import SERVERS
-from gkdjax.models.decoder_config import DecoderSpec
+from gkdjax.models.decoder_config import DecoderConfig
 from gkdjax.parallel.mesh import row_shares
 from gkdjax.train.planning import activations
-from gkdjax.train.planning.setup import Setup, itemsize
+from gkdjax.train.planning.setup import PlanInputs, itemsize
 from gkdjax.train.planning.shards import Shard
 
 Parts = dict[str, int]  # name -> bytes
@@ -30,7 +30,7 @@ _LOGITS = 5  # [rows, V] float32 while a token is drawn: logits, scaled, probabi
 _MERGED = 3  # float32 arrays of one stacked kernel while an adapter is merged into it
 
 
-def lower_bound(setup: Setup) -> Parts:
+def lower_bound(setup: PlanInputs) -> Parts:
     """What lies there at the first step for certain, whatever the rows are."""
     trainable, shard = trained(setup), setup.of_student
     found = {"student, as loaded": setup.student.nbytes_of(shard, setup.config.student.dtype)}
@@ -42,7 +42,7 @@ def lower_bound(setup: Setup) -> Parts:
     return found
 
 
-def held(setup: Setup) -> Parts:
+def held(setup: PlanInputs) -> Parts:
     """What lies there from the first step to the last."""
     found, c = lower_bound(setup), setup.config
     loaded = found.pop("student, as loaded")
@@ -57,7 +57,7 @@ def held(setup: Setup) -> Parts:
     return found
 
 
-def training_step(setup: Setup) -> Parts:
+def training_step(setup: PlanInputs) -> Parts:
     """The largest moment of an optimizer step: the head, the backward pass or the update."""
     c, trainable = setup.config, trained(setup)
     shared = {"batches and teacher's targets": targets(setup)}
@@ -80,7 +80,7 @@ def training_step(setup: Setup) -> Parts:
     return shared | max(moments, key=total)
 
 
-def teacher_forward(setup: Setup) -> Parts:
+def teacher_forward(setup: PlanInputs) -> Parts:
     """A model in this process reads a whole batch, or an anchor's: it is not cut in parts."""
     read = [
         forward(setup, shard, rows) for rows, shard in training_rows(setup) if shard is not None
@@ -93,7 +93,7 @@ def teacher_forward(setup: Setup) -> Parts:
     return found
 
 
-def _pass(setup: Setup, rows: int) -> activations.Pass:
+def _pass(setup: PlanInputs, rows: int) -> activations.Pass:
     return activations.Pass(
         setup.of_student.local,
         student_dtype(setup),
@@ -104,7 +104,7 @@ def _pass(setup: Setup, rows: int) -> activations.Pass:
     )
 
 
-def _cast_again(setup: Setup) -> int:
+def _cast_again(setup: PlanInputs) -> int:
     """Kernels in the compute dtype, which a mesh that cuts weights does not keep for the way back.
 
     See `parallel.sharding_rules.all_but_gathered_weights`.
@@ -116,7 +116,7 @@ def _cast_again(setup: Setup) -> int:
     return shard.kernels * itemsize(compute)
 
 
-def _tables(setup: Setup) -> int:
+def _tables(setup: PlanInputs) -> int:
     """Of a training step: the head's own gradient to a table that is looked up, too."""
     tied = setup.student.spec.tied_embedding
     gradient = 4 * setup.of_student.table if setup.full and tied else 0
@@ -127,7 +127,7 @@ def total(parts: Parts) -> int:
     return sum(parts.values())
 
 
-def training_rows(setup: Setup) -> list[tuple[int, Shard | None]]:
+def training_rows(setup: PlanInputs) -> list[tuple[int, Shard | None]]:
     """(rows of one device, who teaches them in this process) of the batch and of each anchor."""
     anchor, teacher = setup.config.anchor, setup.of_teacher
     parts = [(setup.rows("train"), teacher)]
@@ -135,12 +135,12 @@ def training_rows(setup: Setup) -> list[tuple[int, Shard | None]]:
     return parts + [(setup.rows("anchor"), towards) for _ in anchor_sets(anchor)]
 
 
-def adapters(setup: Setup) -> dict:
+def adapters(setup: PlanInputs) -> dict:
     """As `jax.ShapeDtypeStruct`; UserError for targets that match no kernel."""
     return activations.adapters(setup.student.spec, student_dtype(setup), setup.rules)
 
 
-def trained(setup: Setup, gathered: bool = False) -> int:
+def trained(setup: PlanInputs, gathered: bool = False) -> int:
     """Of what is trained, in float32: as it lies, or gathered over "fsdp"."""
     shard = setup.of_student
     if setup.full:
@@ -149,19 +149,19 @@ def trained(setup: Setup, gathered: bool = False) -> int:
     return 4 * count(adapters(setup))
 
 
-def student_dtype(setup: Setup) -> str:
+def student_dtype(setup: PlanInputs) -> str:
     """Of the parameters that a step computes with."""
     return "float32" if setup.full else setup.student.dtype(setup.config.student.dtype)
 
 
-def dtype_of(setup: Setup, shard: Shard) -> str:
+def dtype_of(setup: PlanInputs, shard: Shard) -> str:
     """Of a model's parameters in memory."""
     if shard is setup.of_student:
         return student_dtype(setup)
     return setup.teacher.dtype(setup.config.teacher.dtype)
 
 
-def targets(setup: Setup) -> int:
+def targets(setup: PlanInputs) -> int:
     """Ids, places and masks of both views, and what the teacher said, of all rows of a step."""
     batch = 6 * 4 + 3  # bytes a position
     return sum(
@@ -170,7 +170,7 @@ def targets(setup: Setup) -> int:
     )
 
 
-def target_bytes(setup: Setup, spec: DecoderSpec | None) -> int:
+def target_bytes(setup: PlanInputs, spec: DecoderConfig | None) -> int:
     """Of one target: hidden states of a model in this process, or the best K tokens."""
     c, server = setup.config, setup.config.teacher.backend in SERVERS
     if spec is None or (c.teacher.top_k is not None and not server):
@@ -178,12 +178,12 @@ def target_bytes(setup: Setup, spec: DecoderSpec | None) -> int:
     return spec.width * itemsize(c.student.compute_dtype)
 
 
-def head(setup: Setup) -> int:
+def head(setup: PlanInputs) -> int:
     """A chunk's logits, of the device's own words."""
     return setup.config.gkd.chunk_size * setup.of_student.local.vocab_size * 4
 
 
-def tables(setup: Setup) -> int:
+def tables(setup: PlanInputs) -> int:
     """Unembeddings that are not used where they lie, but cast, or gathered over "fsdp"."""
     c, compute = setup.config, setup.config.student.compute_dtype
     heads = [setup.of_student]
@@ -194,14 +194,14 @@ def tables(setup: Setup) -> int:
     )
 
 
-def layer_weights(setup: Setup, shard: Shard) -> int:
+def layer_weights(setup: PlanInputs, shard: Shard) -> int:
     """One layer's, taken out of the stack in the compute dtype; gathered first, as they lie."""
     compute, stored = setup.config.student.compute_dtype, dtype_of(setup, shard)
     gathered = itemsize(stored) if shard.fsdp > 1 and stored != compute else 0
     return shard.layer * (itemsize(compute) + gathered)
 
 
-def forward(setup: Setup, shard: Shard, rows: int) -> int:
+def forward(setup: PlanInputs, shard: Shard, rows: int) -> int:
     """Working memory of a forward pass that nobody differentiates: that of its largest layer."""
     size, T, spec = itemsize(setup.config.student.compute_dtype), setup.length, shard.local
     seen = min(T, 2 * spec.window) if spec.window and not any(spec.is_global_L) else T
@@ -211,7 +211,7 @@ def forward(setup: Setup, shard: Shard, rows: int) -> int:
     return layer_weights(setup, shard) + states + max(scores, mlp)
 
 
-def sampling(setup: Setup) -> Parts:
+def sampling(setup: PlanInputs) -> Parts:
     """The student's or the teacher's writing of training text, whichever takes more."""
     new, writers = setup.config.trajectory.max_new_tokens, []
     if setup.config.gkd.on_policy_fraction > 0:
@@ -221,7 +221,7 @@ def sampling(setup: Setup) -> Parts:
     return max(writers, key=total, default={})
 
 
-def evaluation(setup: Setup) -> Parts:
+def evaluation(setup: PlanInputs) -> Parts:
     """Greedy answers and distances; adapters are merged into a copy of the kernels."""
     c, rows, model = setup.config.eval, setup.rows("eval"), setup.of_teacher
     models = [setup.of_student] if model is None else [setup.of_student, model]
@@ -238,12 +238,12 @@ def evaluation(setup: Setup) -> Parts:
     return found
 
 
-def kv_bytes(setup: Setup, shard: Shard, slots: int) -> int:
+def kv_bytes(setup: PlanInputs, shard: Shard, slots: int) -> int:
     """Keys and values of one row."""
     return shard.kv_numbers(slots) * itemsize(setup.config.student.compute_dtype)
 
 
-def prefixes(setup: Setup, shard: Shard) -> int:
+def prefixes(setup: PlanInputs, shard: Shard) -> int:
     """One prefix of the longest length, or as many as may be kept where each row has its own."""
     c = setup.config.context
     if c.prefix_messages or c.prefix_file or c.system_prompt_file or c.corpus:
@@ -251,7 +251,7 @@ def prefixes(setup: Setup, shard: Shard) -> int:
     return setup.config.teacher.prefix_bytes
 
 
-def _writing(setup: Setup, shard: Shard, rows: int, new: int) -> Parts:
+def _writing(setup: PlanInputs, shard: Shard, rows: int, new: int) -> Parts:
     """Prompts of the longest length are read, then `new` tokens of each row are drawn."""
     spec, size = shard.spec, itemsize(setup.config.student.compute_dtype)
     read = rows * 2 * spec.num_layers * setup.length * shard.kv_heads * spec.head_dim * size
@@ -266,7 +266,7 @@ def _writing(setup: Setup, shard: Shard, rows: int, new: int) -> Parts:
     return found
 
 
-def _merged(setup: Setup) -> int:
+def _merged(setup: PlanInputs) -> int:
     """The adapted kernels once more, and what merging the largest of them takes."""
     shard, size = setup.of_student, itemsize(student_dtype(setup))
     counts = [

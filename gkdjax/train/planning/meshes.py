@@ -8,7 +8,7 @@ from typing import NamedTuple
 from gkdjax import config
 from gkdjax.train.planning import collectives, plan
 from gkdjax.train.planning.chips import Chip
-from gkdjax.train.planning.setup import Setup, on_mesh
+from gkdjax.train.planning.setup import PlanInputs, on_mesh
 from gkdjax.utils.errors import UserError
 
 
@@ -36,7 +36,7 @@ def says_nothing(mesh: config.Mesh) -> bool:
     return (mesh.data, mesh.fsdp, mesh.tensor) == (default.data, default.fsdp, default.tensor)
 
 
-def choose(setup: Setup, chip: Chip) -> Choice:
+def choose(setup: PlanInputs, chip: Chip) -> Choice:
     """The least seconds; among equals less "tensor", then less "fsdp".
 
     Args:

@@ -6,7 +6,7 @@ from gkdjax.config import rows_at_once
 from gkdjax.parallel import mesh
 from gkdjax.train.planning import memory
 from gkdjax.train.planning.memory import Parts, total
-from gkdjax.train.planning.setup import Setup
+from gkdjax.train.planning.setup import PlanInputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Plan:
         return total(self.lower_bound)
 
 
-def make(setup: Setup) -> Plan:
+def make(setup: PlanInputs) -> Plan:
     """Traces the student, without weights.
 
     Raises:
@@ -47,7 +47,7 @@ def make(setup: Setup) -> Plan:
     return Plan(memory.held(setup), phases, memory.lower_bound(setup))
 
 
-def check_rows(setup: Setup) -> None:
+def check_rows(setup: PlanInputs) -> None:
     """Raises UserError, as the run does, if the devices cannot share the rows."""
     for key, rows in rows_at_once(setup.config).items():
         mesh.check_rows(setup.mesh, key, rows)

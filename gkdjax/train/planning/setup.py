@@ -13,12 +13,12 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from gkdjax.config import Config
 from gkdjax.models import lora, padding
-from gkdjax.models.decoder_config import DecoderSpec, param_shapes
+from gkdjax.models.decoder_config import DecoderConfig, param_shapes
 from gkdjax.models.hf import hub, model_config
 from gkdjax.models.hf.load import source_names
 from gkdjax.models.hf.tensor_files import TensorFiles
 from gkdjax.parallel import mesh as parallel_mesh
-from gkdjax.parallel.sharding_rules import Layout
+from gkdjax.parallel.sharding_rules import ShardingRules
 from gkdjax.train.planning.shards import Shard
 from gkdjax.utils.errors import UserError
 
@@ -27,12 +27,12 @@ from gkdjax.utils.errors import UserError
 class Weights:
     """A model's parameters in a checkpoint."""
 
-    spec: DecoderSpec
+    spec: DecoderConfig
     stored_dtype: str  # of most of them
     stored_bytes: int
 
     @classmethod
-    def of(cls, spec: DecoderSpec, dtype: str) -> "Weights":
+    def of(cls, spec: DecoderConfig, dtype: str) -> "Weights":
         return cls(spec, dtype, num_parameters(spec) * itemsize(dtype))
 
     def dtype(self, wanted: str | None) -> str:
@@ -51,7 +51,7 @@ class Weights:
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
+class PlanInputs:
     """What is planned: a run on a mesh of devices."""
 
     config: Config
@@ -89,9 +89,9 @@ class Setup:
             return self.of_student if self.toggles else None
         return self._shard(self.teacher.spec, self.config.mesh.teacher_rules)
 
-    def _shard(self, spec: DecoderSpec, rules: Sequence[dict]) -> Shard:
+    def _shard(self, spec: DecoderConfig, rules: Sequence[dict]) -> Shard:
         own = tuple((rule["leaves"], PartitionSpec(*rule["axes"])) for rule in rules)
-        return Shard(spec, Layout.of(self.mesh, spec, own, warn=False))
+        return Shard(spec, ShardingRules.of(self.mesh, spec, own, warn=False))
 
     @property
     def slices(self) -> int:
@@ -117,7 +117,7 @@ class Setup:
         return max(c.bucket_lengths) if c.bucket_lengths else padding.round_up(c.max_length, ())
 
 
-def read(config: Config, devices: int) -> Setup:
+def read(config: Config, devices: int) -> PlanInputs:
     """Reads what is known of the models; of the hub's, what is small.
 
     Raises:
@@ -133,7 +133,7 @@ def read(config: Config, devices: int) -> Setup:
     teacher = stored(config.teacher.model) if config.teacher.backend == "flax" else None
     toggles = config.teacher.backend == "local-toggle"
     mesh = mesh_of(config, devices)
-    return Setup(config, stored(config.student.model), teacher, toggles, mesh)
+    return PlanInputs(config, stored(config.student.model), teacher, toggles, mesh)
 
 
 def mesh_of(config: Config, devices: int) -> AbstractMesh:
@@ -147,7 +147,7 @@ def mesh_of(config: Config, devices: int) -> AbstractMesh:
     return AbstractMesh(shape, parallel_mesh.AXES)
 
 
-def on_mesh(setup: Setup, **sizes: int) -> Setup:
+def on_mesh(setup: PlanInputs, **sizes: int) -> PlanInputs:
     """The same run on a mesh of other sizes of the same devices.
 
     Raises:
@@ -185,7 +185,7 @@ def read_weights(directory: pathlib.Path) -> Weights:
     return Weights(spec, counts.most_common(1)[0][0], total)
 
 
-def num_parameters(spec: DecoderSpec) -> int:
+def num_parameters(spec: DecoderConfig) -> int:
     return sum(map(math.prod, param_shapes(spec).values()))
 
 

@@ -8,17 +8,17 @@ from collections.abc import Mapping
 import jax
 from jax.sharding import AbstractMesh
 
-from gkdjax.models.decoder_config import DecoderSpec, layer_shapes, param_shapes
+from gkdjax.models.decoder_config import DecoderConfig, layer_shapes, param_shapes
 from gkdjax.parallel import mesh as parallel_mesh
-from gkdjax.parallel.sharding_rules import Layout
+from gkdjax.parallel.sharding_rules import ShardingRules
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
     """A model on one device of a mesh. All counts are of numbers, not of bytes."""
 
-    spec: DecoderSpec  # of the whole model
-    layout: Layout
+    spec: DecoderConfig  # of the whole model
+    layout: ShardingRules
 
     @property
     def fsdp(self) -> int:
@@ -29,7 +29,7 @@ class Shard:
         return self.layout.mesh.shape["tensor"]
 
     @functools.cached_property
-    def local(self) -> DecoderSpec:
+    def local(self) -> DecoderConfig:
         """The decoder that one device computes: its heads, MLP width and vocabulary.
 
         Where "tensor" exceeds the heads of keys and values, each device multiplies with one.
@@ -93,23 +93,23 @@ class Shard:
         return heads if heads % self.tensor else heads // self.tensor
 
     @property
-    def _gathered(self) -> Layout:
+    def _gathered(self) -> ShardingRules:
         sizes = self.layout.mesh.shape
         mesh = AbstractMesh((sizes["data"] * sizes["fsdp"], 1, sizes["tensor"]), parallel_mesh.AXES)
         return dataclasses.replace(self.layout, mesh=mesh)
 
 
-def _layer_paths(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
+def _layer_paths(spec: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return {f"layers/{name}": shape for name, shape in layer_shapes(spec).items()}
 
 
-def _count(layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return sum(_size(layout.place(path, shape), shape) for path, shape in shapes.items())
+def _count(layout: ShardingRules, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(_size(layout.sharding_of(path, shape), shape) for path, shape in shapes.items())
 
 
-def _count_tree(layout: Layout, leaves) -> int:
+def _count_tree(layout: ShardingRules, leaves) -> int:
     sizes = jax.tree.map(
-        lambda leaf, place: _size(place, leaf.shape), leaves, layout.places(leaves)
+        lambda leaf, place: _size(place, leaf.shape), leaves, layout.shardings_of(leaves)
     )
     return sum(jax.tree.leaves(sizes))
 

@@ -8,7 +8,7 @@ from gkdjax.train.planning.chips import RESERVE, Devices
 from gkdjax.train.planning.memory import total
 from gkdjax.train.planning.meshes import Choice
 from gkdjax.train.planning.plan import Plan
-from gkdjax.train.planning.setup import Setup
+from gkdjax.train.planning.setup import PlanInputs
 from gkdjax.utils.text import size, table
 
 _WIDEST = 60
@@ -46,7 +46,7 @@ def advice(changes: Sequence[Change]) -> str:
     return table(["change, each by itself", "saves"], rows, _WIDEST)
 
 
-def mesh(setup: Setup) -> str:
+def mesh(setup: PlanInputs) -> str:
     """How the devices share the run, in one line."""
     told = ", ".join(f"{axis}={number}" for axis, number in setup.mesh.shape.items())
     slices = f", in {setup.slices} slices" if setup.slices > 1 else ""
@@ -71,7 +71,7 @@ def _flags(settings: dict) -> str:
     return " ".join(f"--config.{key}={value}" for key, value in settings.items())
 
 
-def work(setup: Setup, devices: Devices) -> str:
+def work(setup: PlanInputs, devices: Devices) -> str:
     """FLOPs, bytes that are sent, and seconds of a step, by part."""
     chip = devices.chip
     rows = [

@@ -22,7 +22,7 @@ from gkdjax import config
 from gkdjax.data.chat_template import load_chat
 from gkdjax.models import lora
 from gkdjax.models.hf import export, load
-from gkdjax.models.sampler import Sampling, sample
+from gkdjax.models.sampler import SamplingParams, sample
 from gkdjax.types import Message
 from gkdjax.utils.errors import UserError
 
@@ -422,7 +422,7 @@ def test_exports_stop_where_the_run_stops(base_like, tmp_path):
         lora.merge(params, adapters),
         [chat.prompt_ids([Message(**ASKED[0])])],
         [0],
-        Sampling(40, temperature=0.0, top_p=1.0),
+        SamplingParams(40, temperature=0.0, top_p=1.0),
         stop_ids=chat.stop_ids,
         batch_size=1,
         lengths=(32,),

@@ -86,7 +86,7 @@ def test_every_shard_is_the_right_part_of_the_whole(directory, family, axes):
     decoder, params = load.load_pretrained(directory(family), mesh=mesh)
     cut = leaves_of(params)
     shapes = param_shapes(decoder.spec)
-    places = {path: decoder.layout.place(path, shapes[path]) for path in shapes}
+    places = {path: decoder.layout.sharding_of(path, shapes[path]) for path in shapes}
     assert cut.keys() == whole.keys() == places.keys()
     for path, leaf in cut.items():
         assert leaf.sharding == places[path]

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from gkdjax.models.sampler import Sampling
+from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.server import draws
 from gkdjax.teachers.server.answers import Position, SampleRequest, collect
 
 V, STOP = 40, 3
 REQUEST = SampleRequest(
-    "a row", np.asarray([5, 6], np.int32), (), Sampling(9, 1.0, 1.0), 0, (STOP,), 8
+    "a row", np.asarray([5, 6], np.int32), (), SamplingParams(9, 1.0, 1.0), 0, (STOP,), 8
 )
 
 

@@ -9,7 +9,7 @@ from fake_server import FakeServer, Reply, script
 from fake_teacher import END, LOGPROBS, MODEL, VOCAB, FakeTeacher
 
 from gkdjax.data.chat_template import load_chat
-from gkdjax.models.sampler import Sampling
+from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.server import preflight
 from gkdjax.teachers.server.connect import DIALECTS
 from gkdjax.teachers.server.preflight import examine
@@ -20,7 +20,7 @@ from gkdjax.utils.errors import TeacherRefused, TeacherUnreachable, UserError
 IDS = ("return_token_ids", "return_tokens_as_token_ids")
 PARTS = tuple(range(1, VOCAB, 2))  # of characters, as a byte-level tokenizer has them
 
-SAMPLING = Sampling(20, temperature=0.8, top_p=0.9)
+SAMPLING = SamplingParams(20, temperature=0.8, top_p=0.9)
 
 
 @pytest.fixture(scope="module")
@@ -377,7 +377,7 @@ def test_draws_that_are_not_from_what_is_reported(chat, teacher, told, by_text):
 
 
 def test_a_run_whose_text_is_greedy_takes_a_greedy_server(chat):
-    server, _ = examined(Drawing(), chat, sampling=Sampling(20, temperature=0.0, top_p=1.0))
+    server, _ = examined(Drawing(), chat, sampling=SamplingParams(20, temperature=0.0, top_p=1.0))
     assert server.findings.scores
 
 

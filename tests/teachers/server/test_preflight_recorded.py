@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from recorded_answers import VOCAB_SIZE, byte_level, load, texts
 
-from gkdjax.models.sampler import Sampling
+from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.server import preflight
-from gkdjax.teachers.server.answers import Answer, SampleRequest
+from gkdjax.teachers.server.answers import SampleRequest, TeacherAnswer
 from gkdjax.teachers.server.dialects import openai, vllm
 from gkdjax.utils.errors import WrongAnswer
 
@@ -42,10 +42,10 @@ class RecordedChat:
         return {"input_ids": self.ids}
 
 
-def text(ids, drawn: Answer) -> preflight.Text:
+def text(ids, drawn: TeacherAnswer) -> preflight.Text:
     """What was drawn after `ids`."""
     top_k = drawn.top_ids.shape[1]
-    request = SampleRequest("m", ids, (), Sampling(8, 0.0, 1.0), 0, (1,), top_k)
+    request = SampleRequest("m", ids, (), SamplingParams(8, 0.0, 1.0), 0, (1,), top_k)
     return preflight.Text(request, drawn)
 
 
@@ -63,7 +63,7 @@ def test_llama_server_ignores_echo_and_may_only_write(monkeypatch):
 
     top_k = len(written["choices"][0]["logprobs"]["content"][0]["top_logprobs"])
     examined = {"chat": RecordedChat(ids), "vocab_size": VOCAB_SIZE, "top_k": top_k}
-    examined["sampling"] = Sampling(8, temperature=0.8, top_p=0.9)
+    examined["sampling"] = SamplingParams(8, temperature=0.8, top_p=0.9)
     dialects = {"completions": completions}
     server = preflight.examine(replay, "", dialects, **examined, must_score=False)
     assert not server.findings.scores
@@ -88,7 +88,7 @@ def test_llama_cpp_pythons_scores_are_off_by_one():
     rows = np.full((4, 20), -8.0, np.float32)
     rows[:, 0] = -1.0
     tops = np.zeros((4, 20), np.int32)
-    drawn = Answer(ids[-4:], rows[:, 0], tops, rows, np.full(4, -0.5, np.float32))
+    drawn = TeacherAnswer(ids[-4:], rows[:, 0], tops, rows, np.full(4, -0.5, np.float32))
     with pytest.raises(WrongAnswer, match=r"and then -1[01]\.\d+: .*: it shifts positions"):
         preflight._score_again(Replay(answer, {}), dialect, [text(ids[:-4], drawn)])
 
@@ -101,7 +101,9 @@ def test_the_same_scores_pass_if_they_are_those_it_drew_with():
     said = recorded["response"]["choices"][0]["prompt_logprobs"]
     own = [said[t][str(ids[t])]["logprob"] for t in range(len(ids) - 4, len(ids))]
     rows = np.asarray([[p, -9.0, -9.0] for p in own], np.float32)
-    drawn = Answer(ids[-4:], rows[:, 0], np.zeros((4, 3), np.int32), rows, np.zeros(4, np.float32))
+    drawn = TeacherAnswer(
+        ids[-4:], rows[:, 0], np.zeros((4, 3), np.int32), rows, np.zeros(4, np.float32)
+    )
     replay = Replay({}, recorded["response"])
     scored, apart = preflight._score_again(replay, dialect, [text(ids[:-4], drawn)])
     assert apart < 1e-6

@@ -9,7 +9,7 @@ from fake_server import FakeServer, Reply
 from fake_teacher import MODEL, VOCAB, FakeTeacher
 from stored_answers import teacher as known_teacher
 
-from gkdjax.models.sampler import Sampling
+from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest
 from gkdjax.teachers.server.dialects.vllm import PromptLogprobs
 from gkdjax.teachers.server.scheduler import Pool
@@ -32,7 +32,7 @@ def scored(count: int) -> list[ScoreRequest]:
 
 
 def sampled(count: int) -> list[SampleRequest]:
-    how = Sampling(4, 1.0, 1.0)
+    how = SamplingParams(4, 1.0, 1.0)
     return [SampleRequest(r.name, r.ids, (), how, 0, (1,), 5) for r in scored(count)]
 
 

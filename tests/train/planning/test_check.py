@@ -42,7 +42,7 @@ def test_what_cannot_fit_is_refused_with_the_plan_before_weights_are_read(
         assert part in str(error.value)
 
 
-def read(config, workdir, teacher=None) -> setup.Rows:
+def read(config, workdir, teacher=None) -> setup.RunInputs:
     workdir.mkdir()
     with contextlib.ExitStack() as connections:
         return setup.read(parse(config), workdir, teacher, connections)
@@ -51,15 +51,15 @@ def read(config, workdir, teacher=None) -> setup.Rows:
 def test_what_may_not_fit_is_a_warning(student, tmp_path, monkeypatch, caplog):
     rows = read(small(student, teacher__top_k=1), tmp_path / "run", ConstantTeacher(50, 5))
     monkeypatch.setattr(check, "memory_limit", lambda devices: 10**15)
-    check.require(rows)
+    check.check_memory(rows)
     assert caplog.text == ""
     least = plan.make(check.setup_of(rows)).least
     monkeypatch.setattr(check, "memory_limit", lambda devices: least)
-    check.require(rows)
+    check.check_memory(rows)
     assert "this run may not fit" in caplog.text and "student, frozen" in caplog.text
     monkeypatch.setattr(check, "memory_limit", lambda devices: least - 1)
     with pytest.raises(UserError, match="cannot fit"):
-        check.require(rows)
+        check.check_memory(rows)
 
 
 @pytest.mark.parametrize("mesh", [{}, {"mesh__fsdp": 2, "mesh__tensor": 2}])

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gkdjax.teachers.server.answers import Answer, Request, SampleRequest, ScoreRequest
+from gkdjax.teachers.server.answers import Request, SampleRequest, ScoreRequest, TeacherAnswer
 from gkdjax.teachers.server.transport.client import Transport
 from gkdjax.utils.errors import UserError
 
@@ -59,7 +59,7 @@ class Dialect(Protocol):
         """
         ...
 
-    def read_scores(self, answer: Any, requests: Sequence[ScoreRequest]) -> list[Answer]:
+    def read_scores(self, answer: Any, requests: Sequence[ScoreRequest]) -> list[TeacherAnswer]:
         """One answer a row, in the order of `requests`.
 
         Raises:
@@ -75,7 +75,7 @@ class Dialect(Protocol):
         """
         ...
 
-    def read_sample(self, answer: Any, request: SampleRequest) -> Answer:
+    def read_sample(self, answer: Any, request: SampleRequest) -> TeacherAnswer:
         """The response; lost if it is empty, or holds a token that is no id of ours.
 
         Raises:
@@ -125,7 +125,9 @@ def _check_ids(request: ScoreRequest | SampleRequest, vocab_size: int) -> None:
         )
 
 
-def exchange(transport: Transport, dialect: Dialect, requests: Sequence[Request]) -> list[Answer]:
+def exchange(
+    transport: Transport, dialect: Dialect, requests: Sequence[Request]
+) -> list[TeacherAnswer]:
     """The answers, in the order of the requests.
 
     Args:

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gkdjax.teachers.server.answers import Answer, SampleRequest, ScoreRequest, collect
+from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest, TeacherAnswer, collect
 from gkdjax.teachers.server.dialects import base
-from gkdjax.teachers.server.dialects.json_fields import Field, opened
+from gkdjax.teachers.server.dialects.json_fields import JsonField, opened
 from gkdjax.teachers.server.dialects.logprobs import (
     Key,
-    Said,
+    TokenLogprobs,
     check_counts,
     check_read,
     check_written,
@@ -73,7 +73,7 @@ def read_echo(
     is_token: Callable[[str, int], bool],
     id_of: Callable[[Key], int | None],
     by_id: bool,
-) -> Answer:
+) -> TeacherAnswer:
     """The answer to `echo`.
 
     Args:
@@ -119,13 +119,13 @@ def read_echo(
     )
 
 
-def check_prompt_tokens(root: Field, *requests: ScoreRequest | SampleRequest) -> None:
+def check_prompt_tokens(root: JsonField, *requests: ScoreRequest | SampleRequest) -> None:
     """Raises WrongAnswer if the server says that it has read more or less than was sent."""
     if (usage := root.find("usage")) is not None:
         check_read(usage.find("prompt_tokens"), sum(len(request.ids) for request in requests))
 
 
-def check_prompt_not_shortened(root: Field, request: SampleRequest) -> None:
+def check_prompt_not_shortened(root: JsonField, request: SampleRequest) -> None:
     """Raises WrongAnswer if the server says that it has read much less than our own template makes.
 
     A few tokens are nothing: not all count those that stand before the first message, or add none.
@@ -139,26 +139,26 @@ def check_prompt_not_shortened(root: Field, request: SampleRequest) -> None:
         )
 
 
-def check_completion_tokens(root: Field, shown: int) -> None:
+def check_completion_tokens(root: JsonField, shown: int) -> None:
     """Raises WrongAnswer if the server says that it has written more than it shows."""
     if (usage := root.find("usage")) is not None:
         check_written(usage.find("completion_tokens"), shown)
 
 
-def written_tokens(root: Field, shown: int) -> int:
+def written_tokens(root: JsonField, shown: int) -> int:
     """How many the server says that it has drawn, or else how many it shows."""
     usage = root.find("usage")
     said = None if usage is None else usage.find("completion_tokens")
     return shown if said is None else max(shown, said.whole())
 
 
-def only_choice(root: Field) -> Field:
+def only_choice(root: JsonField) -> JsonField:
     """The choice of an answer that has one."""
     (choice,) = root["choices"].entries(1)
     return choice
 
 
-def classic(logprobs: Field, first: int) -> tuple[list[str], list[Said]]:
+def classic(logprobs: JsonField, first: int) -> tuple[list[str], list[TokenLogprobs]]:
     """The form of three lists side by side: `tokens`, `token_logprobs`, `top_logprobs`.
 
     Args:
@@ -175,7 +175,7 @@ def classic(logprobs: Field, first: int) -> tuple[list[str], list[Said]]:
         nothing.check_null()
     rows = zip(tokens[first:], own[first:], top[first:], strict=True)
     return tokens, [
-        Said(
+        TokenLogprobs(
             *(best.path, token, logprob.number(), [(key, v.number()) for key, v in best.items()]),
             by_key=True,
         )

@@ -12,12 +12,12 @@ from gkdjax.utils.errors import WrongAnswer
 _MOST_SHOWN = 120  # characters of a wrong value that an error shows
 
 
-class Field:
+class JsonField:
     """A value in an answer, and the way to it; the way is only put into words for an error."""
 
     __slots__ = ("_name", "_parent", "value")
 
-    def __init__(self, value: Any, name: str | int, parent: "Field | None" = None):
+    def __init__(self, value: Any, name: str | int, parent: "JsonField | None" = None):
         self.value, self._name, self._parent = value, name, parent
 
     @property
@@ -33,30 +33,30 @@ class Field:
         """An error about this field."""
         return WrongAnswer(f"{self.path} {why}")
 
-    def __getitem__(self, key: str) -> "Field":
+    def __getitem__(self, key: str) -> "JsonField":
         """A field that has to be there; it may be null."""
         found = self._object()
         if key not in found:
             raise self.wrong(f"has no {key!r}, only {shown(sorted(found))}")
-        return Field(found[key], key, self)
+        return JsonField(found[key], key, self)
 
-    def find(self, key: str) -> "Field | None":
+    def find(self, key: str) -> "JsonField | None":
         """A field that may be missing or null; None if it is."""
         found = self._object().get(key)
-        return None if found is None else Field(found, key, self)
+        return None if found is None else JsonField(found, key, self)
 
-    def items(self) -> list[tuple[str, "Field"]]:
+    def items(self) -> list[tuple[str, "JsonField"]]:
         """Of an object."""
-        return [(key, Field(value, key, self)) for key, value in self._object().items()]
+        return [(key, JsonField(value, key, self)) for key, value in self._object().items()]
 
-    def entries(self, *counts: int) -> list["Field"]:
+    def entries(self, *counts: int) -> list["JsonField"]:
         """Of a list, which has one of `counts` entries if any are given."""
         if not isinstance(self.value, list):
             raise self._not("a list")
         if counts and len(self.value) not in counts:
             wanted = " or ".join(map(str, counts))
             raise self.wrong(f"has {len(self.value)} entries, not {wanted}")
-        return [Field(value, i, self) for i, value in enumerate(self.value)]
+        return [JsonField(value, i, self) for i, value in enumerate(self.value)]
 
     def text(self) -> str:
         """A string."""
@@ -93,13 +93,13 @@ class Field:
         return self.wrong(f"is {shown(self.value)}, not {what}")
 
 
-def opened(answer: Any, name: str) -> Field:
+def opened(answer: Any, name: str) -> JsonField:
     """The answer to a request about the row `name`.
 
     Raises:
       WrongAnswer: it is an error, though the server's status said otherwise.
     """
-    root = Field(answer, f"{name}: answer")
+    root = JsonField(answer, f"{name}: answer")
     if not isinstance(answer, dict):
         raise root.wrong(f"is {shown(answer)}, not an object")
     error = answer if answer.get("object") == "error" else answer.get("error")

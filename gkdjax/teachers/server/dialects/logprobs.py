@@ -1,4 +1,4 @@
-"""What a server says of one token, and how that becomes an `Answer`, in whatever form it came.
+"""What a server says of one token, and how that becomes a `TeacherAnswer`, in any form.
 
 A key is what a server writes for a token: an id, bytes, or a string; "token_id:17" is an id.
 """
@@ -9,8 +9,14 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
-from gkdjax.teachers.server.answers import Answer, Position, SampleRequest, collect, lost_sample
-from gkdjax.teachers.server.dialects.json_fields import Field
+from gkdjax.teachers.server.answers import (
+    Position,
+    SampleRequest,
+    TeacherAnswer,
+    collect,
+    lost_sample,
+)
+from gkdjax.teachers.server.dialects.json_fields import JsonField
 from gkdjax.utils.errors import WrongAnswer
 
 Key = int | bytes | str
@@ -21,7 +27,7 @@ _NUMBERED = re.compile("token_id:(0|[1-9][0-9]{0,8})")
 
 
 @dataclasses.dataclass(frozen=True)
-class Said:
+class TokenLogprobs:
     """Of one token."""
 
     where: str  # in the answer
@@ -56,7 +62,7 @@ def id_in(key: Key) -> int | None:
 
 
 def position(
-    said: Said, target_id: int | None, id_of: Callable[[Key], int | None], gone: int = 0
+    said: TokenLogprobs, target_id: int | None, id_of: Callable[[Key], int | None], gone: int = 0
 ) -> Position:
     """With the keys as ids.
 
@@ -67,7 +73,7 @@ def position(
       said: of one token.
       target_id: the token, if it is known which.
       id_of: the id of a key, None if it names none.
-      gone: entries that are missing, see `Said.collapsed`.
+      gone: entries that are missing, see `TokenLogprobs.collapsed`.
 
     Raises:
       WrongAnswer: an id that is stated as such has two logprobs.
@@ -85,7 +91,9 @@ def position(
     return Position(target, said.logprob, best, len(said.top) - len(best) + gone)
 
 
-def check_counts(said: Sequence[Said], top_k: int, vocab_size: int, *, by_id: bool) -> None:
+def check_counts(
+    said: Sequence[TokenLogprobs], top_k: int, vocab_size: int, *, by_id: bool
+) -> None:
     """Every token must come with the best K, or with one more, the token itself.
 
     Args:
@@ -93,8 +101,8 @@ def check_counts(said: Sequence[Said], top_k: int, vocab_size: int, *, by_id: bo
       top_k: K.
       vocab_size: a server has no more where it has no more tokens.
       by_id: the keys must be ids, and all must have enough; else, of several tokens, one has to:
-        two entries may share a text (`Said.collapsed`), and some servers leave one out now and
-        then.
+        two entries may share a text (`TokenLogprobs.collapsed`), and some servers leave one out now
+        and then.
 
     Raises:
       WrongAnswer: there are too few, so the server has a limit of its own, or too many; or keys
@@ -120,13 +128,13 @@ _SEVERAL = 4
 
 
 def response(
-    said: Sequence[Said],
+    said: Sequence[TokenLogprobs],
     ids: Sequence[int | None],
     request: SampleRequest,
     *,
     vocab_size: int,
     id_of: Callable[[Key], int | None],
-) -> Answer:
+) -> TeacherAnswer:
     """The answer to a sample request.
 
     What follows a stop id is no part of the response: not every server is told where to stop.
@@ -171,7 +179,7 @@ _LOST = ("content_filter", "tool_calls", "function_call")  # another seed may br
 _BROKEN = ("abort", "error")
 
 
-def is_lost(finish_reason: Field) -> bool:
+def is_lost(finish_reason: JsonField) -> bool:
     """Whether what was drawn is no response.
 
     Raises:
@@ -182,7 +190,7 @@ def is_lost(finish_reason: Field) -> bool:
     return finish_reason.value in _LOST
 
 
-def check_not_cut(finish_reason: Field, written: int, request: SampleRequest) -> None:
+def check_not_cut(finish_reason: JsonField, written: int, request: SampleRequest) -> None:
     """Checks that who stops at a length stops at the one that was asked for.
 
     Args:
@@ -203,7 +211,7 @@ def check_not_cut(finish_reason: Field, written: int, request: SampleRequest) ->
         )
 
 
-def check_read(read: Field | None, wanted: int) -> None:
+def check_read(read: JsonField | None, wanted: int) -> None:
     """Checks the count of prompt tokens, where the server states one.
 
     Raises:
@@ -216,7 +224,7 @@ def check_read(read: Field | None, wanted: int) -> None:
         )
 
 
-def check_written(written: Field | None, shown: int) -> None:
+def check_written(written: JsonField | None, shown: int) -> None:
     """Checks the count of tokens drawn, where the server states one; a stop id may be hidden.
 
     Raises:

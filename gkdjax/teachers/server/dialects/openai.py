@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 
 import transformers
 
-from gkdjax.teachers.server.answers import Answer, SampleRequest, ScoreRequest, lost_sample
+from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest, TeacherAnswer, lost_sample
 from gkdjax.teachers.server.dialects import base, completions
-from gkdjax.teachers.server.dialects.json_fields import Field, opened
+from gkdjax.teachers.server.dialects.json_fields import JsonField, opened
 from gkdjax.teachers.server.dialects.logprobs import (
     Key,
-    Said,
+    TokenLogprobs,
     check_counts,
     check_not_cut,
     id_in,
@@ -62,7 +62,9 @@ class _ByText:
             return stated
         return self._tokens.of_bytes(key) if isinstance(key, bytes) else self._tokens.of_string(key)
 
-    def _response(self, root: Field, written: Field, request: SampleRequest) -> Answer:
+    def _response(
+        self, root: JsonField, written: JsonField, request: SampleRequest
+    ) -> TeacherAnswer:
         """The only choice as an answer; `written` is its text, "" or null if it has none."""
         choice = completions.only_choice(root)
         logprobs = choice.find("logprobs")
@@ -84,7 +86,9 @@ class _ByText:
             said = [_after_part(one) if b else one for one, b in zip(said, begun, strict=True)]
         return response(said, ids, request, vocab_size=self.vocab_size, id_of=self._id_of)
 
-    def _drawn(self, said: Sequence[Said], token_ids: Field | None) -> list[int | None]:
+    def _drawn(
+        self, said: Sequence[TokenLogprobs], token_ids: JsonField | None
+    ) -> list[int | None]:
         """The ids of the tokens; None: the text does not tell."""
         by_text = [self._id_of(one.key) for one in said]
         if token_ids is None:
@@ -108,7 +112,7 @@ class Completions(_ByText):
         ids = {"return_tokens_as_token_ids": True} if self.asks_for_ids else {}
         return completions.echo(self, requests, **ids)
 
-    def read_scores(self, answer: Any, requests: Sequence[ScoreRequest]) -> list[Answer]:
+    def read_scores(self, answer: Any, requests: Sequence[ScoreRequest]) -> list[TeacherAnswer]:
         """See `base.Dialect`.
 
         A token whose text is no UTF-8 or is shared can be another one than was sent; and rows of
@@ -135,7 +139,7 @@ class Completions(_ByText):
         tokens = len(request.ids) + request.sampling.max_new_tokens
         return base.call(completions.PATH, body, tokens=tokens, top_k=request.top_k)
 
-    def read_sample(self, answer: Any, request: SampleRequest) -> Answer:
+    def read_sample(self, answer: Any, request: SampleRequest) -> TeacherAnswer:
         """See `base.Dialect`; most servers do not show the stop id, so nothing is finished."""
         root = opened(answer, request.name)
         completions.check_prompt_tokens(root, request)
@@ -162,7 +166,7 @@ class Chat(_ByText):
         """See `base.Dialect`; there is no such request."""
         raise NotImplementedError("/v1/chat/completions takes no token ids and scores none")
 
-    def read_scores(self, answer: Any, requests: Sequence[ScoreRequest]) -> list[Answer]:
+    def read_scores(self, answer: Any, requests: Sequence[ScoreRequest]) -> list[TeacherAnswer]:
         """See `base.Dialect`; there is no such answer."""
         raise NotImplementedError("/v1/chat/completions takes no token ids and scores none")
 
@@ -185,7 +189,7 @@ class Chat(_ByText):
         tokens = len(request.ids) + request.sampling.max_new_tokens
         return base.call("/v1/chat/completions", body, tokens=tokens, top_k=request.top_k)
 
-    def read_sample(self, answer: Any, request: SampleRequest) -> Answer:
+    def read_sample(self, answer: Any, request: SampleRequest) -> TeacherAnswer:
         """See `base.Dialect`.
 
         Some servers list the token drawn first and cut to K. It then stands among the best K though
@@ -203,7 +207,7 @@ class ChatById(Chat):
     asks_for_ids: ClassVar[bool] = True
 
 
-def _after_part(said: Said) -> Said:
+def _after_part(said: TokenLogprobs) -> TokenLogprobs:
     """Where a character is begun: some servers show a part of it as the whole that it completes."""
 
     def named(key: Key, logprob: float) -> Key:
@@ -243,10 +247,10 @@ def _wrapped(function: dict) -> dict:
     return function if "function" in function else {"type": "function", "function": function}
 
 
-def _content(content: Field) -> list[Said]:
+def _content(content: JsonField) -> list[TokenLogprobs]:
     """The form of one list, in which each token has a list of its own."""
     return [
-        Said(
+        TokenLogprobs(
             token.path,
             _key(token),
             token["logprob"].number(),
@@ -256,7 +260,7 @@ def _content(content: Field) -> list[Said]:
     ]
 
 
-def _key(entry: Field) -> Key:
+def _key(entry: JsonField) -> Key:
     """The most exact name that the server has for a token."""
     i = entry.find("id")
     if i is not None:

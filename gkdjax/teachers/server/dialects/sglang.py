@@ -4,11 +4,17 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from gkdjax.teachers.server.answers import Answer, SampleRequest, ScoreRequest, collect, lost_sample
+from gkdjax.teachers.server.answers import (
+    SampleRequest,
+    ScoreRequest,
+    TeacherAnswer,
+    collect,
+    lost_sample,
+)
 from gkdjax.teachers.server.dialects import base
-from gkdjax.teachers.server.dialects.json_fields import Field, opened
+from gkdjax.teachers.server.dialects.json_fields import JsonField, opened
 from gkdjax.teachers.server.dialects.logprobs import (
-    Said,
+    TokenLogprobs,
     check_counts,
     check_not_cut,
     check_read,
@@ -47,7 +53,7 @@ class Generate:
         tokens = len(request.ids) - int(request.at[0])
         return base.call(PATH, body, tokens=tokens, top_k=request.top_k)
 
-    def read_scores(self, answer: Any, requests: Sequence[ScoreRequest]) -> list[Answer]:
+    def read_scores(self, answer: Any, requests: Sequence[ScoreRequest]) -> list[TeacherAnswer]:
         """See `base.Dialect`."""
         (request,) = requests
         meta = opened(answer, request.name)["meta_info"]
@@ -106,7 +112,7 @@ class Generate:
         }
         return base.call(PATH, body, tokens=sampling.max_new_tokens, top_k=request.top_k)
 
-    def read_sample(self, answer: Any, request: SampleRequest) -> Answer:
+    def read_sample(self, answer: Any, request: SampleRequest) -> TeacherAnswer:
         """See `base.Dialect`; a stop id is shown, and is the response's last."""
         root = opened(answer, request.name)
         meta = root["meta_info"]
@@ -125,14 +131,14 @@ class Generate:
         return response(said, ids, request, vocab_size=self.vocab_size, id_of=id_in)
 
 
-def _said(own: Field, top: Field) -> Said:
+def _said(own: JsonField, top: JsonField) -> TokenLogprobs:
     best = [(_id(row), _logprob(row)) for row in top.entries()]
-    return Said(top.path, _id(own), _logprob(own), best)
+    return TokenLogprobs(top.path, _id(own), _logprob(own), best)
 
 
-def _logprob(row: Field) -> float:
+def _logprob(row: JsonField) -> float:
     return row.entries(3)[0].number()
 
 
-def _id(row: Field) -> int:
+def _id(row: JsonField) -> int:
     return row.entries(3)[1].whole()

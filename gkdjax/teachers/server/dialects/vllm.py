@@ -5,11 +5,17 @@ import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from gkdjax.teachers.server.answers import Answer, SampleRequest, ScoreRequest, collect, lost_sample
+from gkdjax.teachers.server.answers import (
+    SampleRequest,
+    ScoreRequest,
+    TeacherAnswer,
+    collect,
+    lost_sample,
+)
 from gkdjax.teachers.server.dialects import base, completions
-from gkdjax.teachers.server.dialects.json_fields import Field, opened
+from gkdjax.teachers.server.dialects.json_fields import JsonField, opened
 from gkdjax.teachers.server.dialects.logprobs import (
-    Said,
+    TokenLogprobs,
     check_counts,
     check_not_cut,
     id_in,
@@ -45,7 +51,7 @@ class _Vllm:
         tokens = len(request.ids) + request.sampling.max_new_tokens
         return base.call(completions.PATH, body, tokens=tokens, top_k=request.top_k)
 
-    def read_sample(self, answer: Any, request: SampleRequest) -> Answer:
+    def read_sample(self, answer: Any, request: SampleRequest) -> TeacherAnswer:
         """See `base.Dialect`; a stop id is shown, and is the response's last."""
         root = opened(answer, request.name)
         completions.check_prompt_tokens(root, request)
@@ -83,7 +89,7 @@ class PromptLogprobs(_Vllm):
         tokens = sum(len(request.ids) for request in requests)
         return base.call(completions.PATH, body, tokens=tokens, top_k=top_k)
 
-    def read_scores(self, answer: Any, requests: Sequence[ScoreRequest]) -> list[Answer]:
+    def read_scores(self, answer: Any, requests: Sequence[ScoreRequest]) -> list[TeacherAnswer]:
         """See `base.Dialect`."""
         root = opened(answer, requests[0].name)
         completions.check_prompt_tokens(root, *requests)
@@ -92,11 +98,11 @@ class PromptLogprobs(_Vllm):
         if sorted(by_index) != list(range(len(requests))):
             raise root["choices"].wrong(f"have the indices {sorted(by_index)}, one a row is right")
         return [
-            self._row(Field(by_index[i].value, f"{request.name}: answer.choices[{i}]"), request)
+            self._row(JsonField(by_index[i].value, f"{request.name}: answer.choices[{i}]"), request)
             for i, request in enumerate(requests)
         ]
 
-    def _row(self, choice: Field, request: ScoreRequest) -> Answer:
+    def _row(self, choice: JsonField, request: ScoreRequest) -> TeacherAnswer:
         ids = request.ids.tolist()
         _check_sent(choice.find("prompt_token_ids"), ids)
         first, *rows = choice["prompt_logprobs"].entries(len(ids))
@@ -123,7 +129,7 @@ class EchoLogprobs(_Vllm):
         """See `base.Dialect`."""
         return completions.echo(self, requests, return_tokens_as_token_ids=True)
 
-    def read_scores(self, answer: Any, requests: Sequence[ScoreRequest]) -> list[Answer]:
+    def read_scores(self, answer: Any, requests: Sequence[ScoreRequest]) -> list[TeacherAnswer]:
         """See `base.Dialect`."""
         (request,) = requests
         scored = completions.read_echo(
@@ -137,13 +143,13 @@ class EchoLogprobs(_Vllm):
         return [scored]
 
 
-def _by_id(row: Field, target_id: int) -> Said:
+def _by_id(row: JsonField, target_id: int) -> TokenLogprobs:
     """A row {"608": {"logprob": -8.03}, ...}."""
     top = [(_id_of_key(row, key), entry["logprob"].number()) for key, entry in row.items()]
-    return Said(row.path, target_id, dict(top)[target_id], top)
+    return TokenLogprobs(row.path, target_id, dict(top)[target_id], top)
 
 
-def _id_of_key(row: Field, key: str) -> int:
+def _id_of_key(row: JsonField, key: str) -> int:
     if not _ID.fullmatch(key):
         raise row.wrong(f"has the key {key!r}, which is no token id")
     return int(key)
@@ -152,6 +158,6 @@ def _id_of_key(row: Field, key: str) -> int:
 _ID = re.compile("0|[1-9][0-9]{0,8}")
 
 
-def _check_sent(prompt_token_ids: Field | None, ids: list[int]) -> None:
+def _check_sent(prompt_token_ids: JsonField | None, ids: list[int]) -> None:
     if prompt_token_ids is not None and prompt_token_ids.value != ids:
         raise prompt_token_ids.wrong("are not the ids that were sent")

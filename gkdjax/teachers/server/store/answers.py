@@ -16,10 +16,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from gkdjax.teachers.server.answers import Answer, SampleRequest, ScoreRequest
+from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest, TeacherAnswer
 from gkdjax.teachers.server.store import codec
 from gkdjax.teachers.server.store.database import Database
-from gkdjax.teachers.server.store.fingerprint import KnownTeacher, same_teacher
+from gkdjax.teachers.server.store.fingerprint import TeacherIdentity, same_teacher
 from gkdjax.types import Message
 from gkdjax.utils.errors import UserError
 
@@ -45,7 +45,7 @@ class Stored(NamedTuple):
     fingerprint: str
     kind: str  # "score" or "sample"
     created: int  # seconds since 1970, UTC
-    answer: Answer
+    answer: TeacherAnswer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class AnswerStore:
         """
         self._file = Database(pathlib.Path(path), _SCHEMA, _VERSION, read_only=read_only)
 
-    def get(self, keys: Sequence[str]) -> dict[str, Answer]:
+    def get(self, keys: Sequence[str]) -> dict[str, TeacherAnswer]:
         """Those of these keys (hex) that it has.
 
         Raises:
@@ -94,7 +94,7 @@ class AnswerStore:
         query = "SELECT 1 FROM answers WHERE key = ?"
         return {key for key in keys if not self._file.rows(query, bytes.fromhex(key))}
 
-    def put(self, fingerprint: str, items: Sequence[tuple[str, str, Answer]]) -> None:
+    def put(self, fingerprint: str, items: Sequence[tuple[str, str, TeacherAnswer]]) -> None:
         """Keeps all of these answers or, after an error, none; returns when they are on the disk.
 
         Of two answers to one key the first stays, whoever brought it.
@@ -113,7 +113,7 @@ class AnswerStore:
                 "INSERT INTO answers VALUES(?, ?, ?, ?, ?, ?) ON CONFLICT(key) DO NOTHING", rows
             )
 
-    def teachers(self) -> list[KnownTeacher]:
+    def teachers(self) -> list[TeacherIdentity]:
         """All that were added, in that order."""
         rows = self._file.rows(
             "SELECT fingerprint, model, tokenizer, findings, checked, CAST(probe AS BLOB)"
@@ -121,11 +121,11 @@ class AnswerStore:
         )
         return [self._known_teacher(row) for row in rows]
 
-    def others(self, model: str, tokenizer: str) -> list[KnownTeacher]:
+    def others(self, model: str, tokenizer: str) -> list[TeacherIdentity]:
         """All of this name and tokenizer, in the order in which they were added."""
         return [t for t in self.teachers() if (t.model, t.tokenizer) == (model, tokenizer)]
 
-    def recognise(self, model: str, tokenizer: str, probe: Answer) -> KnownTeacher | None:
+    def recognise(self, model: str, tokenizer: str, probe: TeacherAnswer) -> TeacherIdentity | None:
         """The first of this name and tokenizer that answered the probe alike (`same_teacher`).
 
         Always the first: two processes that found it new at the same time have added it twice.
@@ -133,7 +133,7 @@ class AnswerStore:
         alike = (t for t in self.others(model, tokenizer) if same_teacher(t.probe, probe))
         return next(alike, None)
 
-    def add_teacher(self, teacher: KnownTeacher) -> None:
+    def add_teacher(self, teacher: TeacherIdentity) -> None:
         """Keeps it. Of one that is known the findings and the time are replaced.
 
         Its first probe stays: were each compared with the one before, a teacher could drift away.
@@ -191,13 +191,13 @@ class AnswerStore:
         key, fingerprint, kind, _, created = known
         return Stored(key, fingerprint, kind, created, answer)
 
-    def _known_teacher(self, row: Sequence) -> KnownTeacher:
+    def _known_teacher(self, row: Sequence) -> TeacherIdentity:
         *known, data = row
         probe = self._decoded(f"the probe of teacher {known[0]}", data, known)
         fingerprint, model, tokenizer, findings, checked = known
-        return KnownTeacher(fingerprint, model, tokenizer, probe, json.loads(findings), checked)
+        return TeacherIdentity(fingerprint, model, tokenizer, probe, json.loads(findings), checked)
 
-    def _decoded(self, what: str, data: bytes | None, known: Sequence) -> Answer:
+    def _decoded(self, what: str, data: bytes | None, known: Sequence) -> TeacherAnswer:
         try:
             return codec.decode(data or b"", _about(known))
         except ValueError as error:
@@ -212,13 +212,13 @@ def _about(known: Sequence) -> bytes:
     return "\n".join(map(str, known)).encode()
 
 
-def score_key(teacher: KnownTeacher, request: ScoreRequest) -> str:
+def score_key(teacher: TeacherIdentity, request: ScoreRequest) -> str:
     """SHA-256 in hex of all that the answer depends on: neither the row's name nor an address."""
     asked = {"ids": request.ids.tolist(), "at": request.at.tolist(), "top_k": int(request.top_k)}
     return _key(teacher, "score", asked)
 
 
-def sample_key(teacher: KnownTeacher, request: SampleRequest, *, by_messages: bool) -> str:
+def sample_key(teacher: TeacherIdentity, request: SampleRequest, *, by_messages: bool) -> str:
     """SHA-256 in hex of all that the answer depends on: neither the row's name nor an address.
 
     Args:
@@ -254,7 +254,7 @@ def _told(message: Message) -> list:
     return [message.role, message.content, *([message.fields] if message.fields else [])]
 
 
-def _key(teacher: KnownTeacher, kind: str, asked: dict) -> str:
+def _key(teacher: TeacherIdentity, kind: str, asked: dict) -> str:
     whole = asked | {
         "model": teacher.model,
         "fingerprint": teacher.fingerprint,

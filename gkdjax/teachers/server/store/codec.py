@@ -12,7 +12,7 @@ import zlib
 
 import numpy as np
 
-from gkdjax.teachers.server.answers import Answer
+from gkdjax.teachers.server.answers import TeacherAnswer
 
 _FORMAT = 1
 _HEADER = struct.Struct("<IBBIII")  # crc, format, flags, n, K, unmapped
@@ -20,7 +20,7 @@ _CRC = struct.Struct("<I")
 _FINISHED, _LOST = 1, 2
 
 
-def encode(answer: Answer, about: bytes = b"") -> bytes:
+def encode(answer: TeacherAnswer, about: bytes = b"") -> bytes:
     """The bytes that `decode` makes the same answer of, bit for bit.
 
     Args:
@@ -46,7 +46,7 @@ def encode(answer: Answer, about: bytes = b"") -> bytes:
     return _CRC.pack(zlib.crc32(rest, zlib.crc32(about))) + rest
 
 
-def decode(data: bytes, about: bytes = b"") -> Answer:
+def decode(data: bytes, about: bytes = b"") -> TeacherAnswer:
     """What `encode` was given.
 
     Raises:
@@ -65,7 +65,7 @@ def decode(data: bytes, about: bytes = b"") -> Answer:
     ids = _numbers(planes[:split], n, 1 + K)
     bits = _numbers(planes[split:], n, K + 2)
     logprobs = np.cumsum(bits, axis=1, dtype=np.int32).view(np.float32)
-    return Answer(
+    return TeacherAnswer(
         *(ids[:, 0].copy(), logprobs[:, 0].copy()),
         *(ids[:, 1:].copy(), logprobs[:, 1:-1].copy(), logprobs[:, -1].copy()),
         finished=bool(flags & _FINISHED),

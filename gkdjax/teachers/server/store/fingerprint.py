@@ -7,24 +7,24 @@ from typing import Any
 
 import numpy as np
 
-from gkdjax.teachers.server.answers import Answer
+from gkdjax.teachers.server.answers import TeacherAnswer
 
 MOST_DRIFT = 0.05  # nats, between two answers of one teacher to the probe
 
 
 @dataclasses.dataclass(frozen=True)
-class KnownTeacher:
+class TeacherIdentity:
     """Weights behind a server, known by how they answer a probe."""
 
     fingerprint: str  # hex, see `fingerprint_of`
     model: str  # the name that requests carry
     tokenizer: str  # hash of it, hex
-    probe: Answer  # to the preflight's known request
+    probe: TeacherAnswer  # to the preflight's known request
     findings: dict[str, Any]  # of the preflight, as JSON has it: enough to run without the server
     checked: str  # ISO time of the last preflight
 
 
-def fingerprint_of(model: str, tokenizer: str, probe: Answer) -> str:
+def fingerprint_of(model: str, tokenizer: str, probe: TeacherAnswer) -> str:
     """SHA-256 in hex; of a fresh probe, ask `same_teacher` first: its last bits are noise."""
     head = json.dumps([model, tokenizer, *probe.top_ids.shape, probe.finished, probe.unmapped])
     digest = hashlib.sha256(head.encode())
@@ -35,7 +35,7 @@ def fingerprint_of(model: str, tokenizer: str, probe: Answer) -> str:
     return digest.hexdigest()
 
 
-def same_teacher(a: Answer, b: Answer) -> bool:
+def same_teacher(a: TeacherAnswer, b: TeacherAnswer) -> bool:
     """Whether two answers to one probe come from the same weights.
 
     A server does not give the same bits twice: sums change with the batch it happens to compute.
@@ -55,7 +55,7 @@ def same_teacher(a: Answer, b: Answer) -> bool:
     return drift(a.rows(alike), b.rows(alike)) <= MOST_DRIFT
 
 
-def drift(a: Answer, b: Answer) -> float:
+def drift(a: TeacherAnswer, b: TeacherAnswer) -> float:
     """How far two answers are apart, of as many tokens and one K: nats, finite.
 
     The mean over tokens of sum_k p_k |log p_k - log p'_k|, each weighing the other, and the larger
@@ -65,7 +65,7 @@ def drift(a: Answer, b: Answer) -> float:
     return max(_drift(a, b), _drift(b, a))
 
 
-def _drift(a: Answer, b: Answer) -> float:
+def _drift(a: TeacherAnswer, b: TeacherAnswer) -> float:
     """Mean over rows of sum_k p_k |log p_k - log p'_k|, p of `a`: nats, finite."""
     there, there_b = a.top_logprobs > -np.inf, b.top_logprobs > -np.inf
     same_nKK = (a.top_ids[:, :, None] == b.top_ids[:, None, :]) & there_b[:, None, :]

@@ -18,11 +18,11 @@ from recorded_answers import (
 )
 from text_answers import IDS, chat, classic, completions, content, gemma, gemma_echo, qwen
 
-from gkdjax.models.sampler import Sampling
+from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.server.dialects import openai, sglang, vllm
 from gkdjax.teachers.server.dialects.openai import ChatById, CompletionsById
 from gkdjax.teachers.server.store.answers import sample_key
-from gkdjax.teachers.server.store.fingerprint import KnownTeacher
+from gkdjax.teachers.server.store.fingerprint import TeacherIdentity
 from gkdjax.types import Message
 from gkdjax.utils.errors import WrongAnswer
 
@@ -125,7 +125,7 @@ def test_what_is_asked_for():
     }
     drawn = {"model": "m", "max_tokens": 9, "temperature": 0.7, "top_p": 0.9, "seed": 5}
     drawn |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "n": 1}
-    request = sample_request([5, 6], sampling=Sampling(9, 0.7, 0.9))
+    request = sample_request([5, 6], sampling=SamplingParams(9, 0.7, 0.9))
     call = completions().sample(request)
     assert call.body == drawn | {"prompt": [5, 6], "logprobs": 3}
     call = chat().sample(request)
@@ -135,14 +135,14 @@ def test_what_is_asked_for():
     ids = {"return_token_ids": True, "return_tokens_as_token_ids": True}
     more = ids | {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "repeat_penalty": 1.0}
     more |= {"stop_token_ids": [1]}
-    request = sample_request([5, 6], sampling=Sampling(9, 0.7, 0.9))
+    request = sample_request([5, 6], sampling=SamplingParams(9, 0.7, 0.9))
     for plain, by_id in ((completions(), CompletionsById), (chat(), ChatById)):
         body = by_id("m", VOCAB_SIZE, qwen()).sample(request).body
         assert body == plain.sample(request).body | more
     score = CompletionsById("m", VOCAB_SIZE, qwen()).score([score_request([5, 6], at=(0,))])
     assert score.body["return_tokens_as_token_ids"]
     for dialect in (completions(), chat()):
-        request = sample_request([5], sampling=Sampling(9, 0.7, 0.9, top_k=40))
+        request = sample_request([5], sampling=SamplingParams(9, 0.7, 0.9, top_k=40))
         assert dialect.sample(request).body["top_k"] == 40
 
 
@@ -165,7 +165,7 @@ def test_a_chat_server_gets_tools_and_calls_in_the_form_of_its_route():
         {"role": "tool", "content": "3", "tool_call_id": "call00000"},
         {"role": "tool", "content": "4", "tool_call_id": "c"},
     ]
-    known = KnownTeacher("f", "m", "t", None, {}, "")
+    known = TeacherIdentity("f", "m", "t", None, {}, "")
     keys = {
         sample_key(known, dataclasses.replace(request, tools=t), by_messages=b)
         for t, b in (("", True), (request.tools, True), ("", False), (request.tools, False))

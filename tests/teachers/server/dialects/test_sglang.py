@@ -18,7 +18,7 @@ from recorded_answers import (
     vllm_prompt_logprobs,
 )
 
-from gkdjax.models.sampler import Sampling
+from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.server.dialects import sglang, vllm
 from gkdjax.utils.errors import UserError, WrongAnswer
 
@@ -99,7 +99,7 @@ def test_what_is_asked_for():
 @pytest.mark.parametrize(("top_k", "sent"), [(None, -1), (40, 40)])
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_what_a_sample_asks_for(temperature, top_k, sent):
-    sampling = Sampling(9, temperature, 0.9, top_k)
+    sampling = SamplingParams(9, temperature, 0.9, top_k)
     call = GENERATE.sample(sample_request([5, 6], sampling=sampling, stop_ids=(1, 4)))
     assert call.body["sampling_params"] == {
         **{"max_new_tokens": 9, "temperature": temperature, "top_p": 0.9, "top_k": sent},
@@ -115,7 +115,7 @@ def test_what_a_sample_asks_for(temperature, top_k, sent):
 
 def test_a_temperature_that_moves_the_logprobs_is_refused():
     with pytest.raises(UserError, match=r"temperature 0\.7.*sample at 1 or 0"):
-        GENERATE.sample(sample_request([5], sampling=Sampling(9, 0.7, 1.0)))
+        GENERATE.sample(sample_request([5], sampling=SamplingParams(9, 0.7, 1.0)))
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -16,7 +16,7 @@ from recorded_answers import (
     vllm_sample,
 )
 
-from gkdjax.models.sampler import Sampling
+from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.server.dialects import vllm
 from gkdjax.utils.errors import UserError, WrongAnswer
 
@@ -107,7 +107,7 @@ def test_what_is_asked_for():
 
 @pytest.mark.parametrize(("top_k", "sent"), [(None, -1), (40, 40)])
 def test_what_a_sample_asks_for(top_k, sent):
-    request = sample_request([5, 6], sampling=Sampling(9, 0.7, 0.9, top_k), stop_ids=(1, 4))
+    request = sample_request([5, 6], sampling=SamplingParams(9, 0.7, 0.9, top_k), stop_ids=(1, 4))
     call = PLP.sample(request)
     assert call == ECHO.sample(request)
     said = {"max_tokens": 9, "temperature": 0.7, "top_p": 0.9, "top_k": sent, "seed": 5, "n": 1}

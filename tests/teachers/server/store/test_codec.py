@@ -5,13 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from gkdjax.teachers.server.answers import Answer, lost_sample
+from gkdjax.teachers.server.answers import TeacherAnswer, lost_sample
 from gkdjax.teachers.server.store import codec
 
 ARRAYS = ("target_ids", "target_logprob", "top_ids", "top_logprobs", "tail_logprob")
 
 
-def realistic(n: int, top_k: int, seed: int = 0) -> Answer:
+def realistic(n: int, top_k: int, seed: int = 0) -> TeacherAnswer:
     """Sorted logprobs of rows that are more and less sure; ids of a Zipf law below 262,144."""
     rng = np.random.default_rng(seed)
     logits_nV = np.sort(rng.gumbel(size=(n, top_k + 400)) * rng.lognormal(0.9, 0.5, (n, 1)))
@@ -22,17 +22,19 @@ def realistic(n: int, top_k: int, seed: int = 0) -> Answer:
     ranks = (262_144 ** rng.random((n, top_k))).astype(int) - 1
     ids = rng.permutation(262_144)[ranks].astype(np.int32)
     drawn = np.minimum(rng.geometric(0.7, n) - 1, top_k - 1), np.arange(n)
-    return Answer(ids[drawn[::-1]], top[drawn[::-1]], ids, top, tail.astype(np.float32), True, 3)
+    return TeacherAnswer(
+        ids[drawn[::-1]], top[drawn[::-1]], ids, top, tail.astype(np.float32), True, 3
+    )
 
 
-def with_absent(answer: Answer) -> Answer:
+def with_absent(answer: TeacherAnswer) -> TeacherAnswer:
     top = answer.top_logprobs.copy()
     top[1::2, 3:] = -np.inf
     top[0, 0], top[0, 1] = np.nan, -0.0
     return dataclasses.replace(answer, top_logprobs=top, target_logprob=top[:, -1].copy())
 
 
-def assert_same(a: Answer, b: Answer) -> None:
+def assert_same(a: TeacherAnswer, b: TeacherAnswer) -> None:
     for name in ARRAYS:
         one, other = getattr(a, name), getattr(b, name)
         assert (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
@@ -63,7 +65,7 @@ def test_what_was_written_once_can_be_read():
     top = np.array([[-0.25, -np.inf]], np.float32)
     tops = np.array([[7, 300_000]], np.int32), top
     one = np.array([7], np.int32), np.array([-2.5], np.float32)
-    written = Answer(*one, *tops, np.array([-1.5], np.float32), finished=True, unmapped=1)
+    written = TeacherAnswer(*one, *tops, np.array([-1.5], np.float32), finished=True, unmapped=1)
     assert_same(written, codec.decode(data, b"about"))
 
 

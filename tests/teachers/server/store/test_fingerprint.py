@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from stored_answers import answer, noisy
 
-from gkdjax.models.sampler import Sampling
-from gkdjax.teachers.server.answers import Answer, SampleRequest, ScoreRequest
+from gkdjax.models.sampler import SamplingParams
+from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest, TeacherAnswer
 from gkdjax.teachers.server.store import codec
 from gkdjax.teachers.server.store.answers import sample_key, score_key
-from gkdjax.teachers.server.store.fingerprint import KnownTeacher, fingerprint_of, same_teacher
+from gkdjax.teachers.server.store.fingerprint import TeacherIdentity, fingerprint_of, same_teacher
 from gkdjax.types import Message
 
 
@@ -22,13 +22,13 @@ def test_the_same_teacher_in_spite_of_noise():
         assert not same_teacher(probe, other) and not same_teacher(other, probe)
 
 
-def listing(*best: tuple[int, float]) -> Answer:
+def listing(*best: tuple[int, float]) -> TeacherAnswer:
     """One target; (id, probability) of the best, and the rest in the tail."""
     ids, probabilities = np.array([i for i, _ in best], np.int32), np.array([p for _, p in best])
     tail = np.log1p(-probabilities.sum(keepdims=True))
     top = np.where(probabilities > 0, np.log(np.maximum(probabilities, 1e-9)), -np.inf)
     target, tops, tail = (x.astype(np.float32) for x in (top[:1], top[None], tail))
-    return Answer(np.zeros(1, np.int32), target, ids[None], tops, tail)
+    return TeacherAnswer(np.zeros(1, np.int32), target, ids[None], tops, tail)
 
 
 def test_a_tie_at_the_last_rank_is_no_difference():
@@ -93,11 +93,11 @@ def test_fingerprints_differ():
     assert all(len(fingerprint) == 64 for fingerprint in made)
 
 
-PLAIN = KnownTeacher("0123456789abcdef", "big", "ab" * 32, answer(1), {}, "2026-11-23")
+PLAIN = TeacherIdentity("0123456789abcdef", "big", "ab" * 32, answer(1), {}, "2026-11-23")
 SCORE = ScoreRequest("a:1", np.arange(5, 12, dtype=np.int32), np.array([2, 4], np.int32), 20)
 SAMPLE = SampleRequest(
     *("a:1", np.arange(5, 9, dtype=np.int32), (Message("user", "é \ud800"),)),
-    *(Sampling(16, 1.0, 0.9), 7, (1, 106), 20),
+    *(SamplingParams(16, 1.0, 0.9), 7, (1, 106), 20),
 )
 RENAMED = {"checked": "2027", "findings": {"x": 1}, "probe": answer(2)}
 OTHERS = [{"fingerprint": "f" * 16}, {"model": "small"}, {"tokenizer": "cd" * 32}]
@@ -142,8 +142,11 @@ def test_sample_keys(by_messages):
     changed = [made(by=dataclasses.replace(PLAIN, **change)) for change in OTHERS]
     for change in (
         *({"seed": 8}, {"stop_ids": (1,)}, {"top_k": 19}),
-        *({"sampling": Sampling(*how)} for how in ((17, 1.0, 0.9), (16, 0.5, 0.9), (16, 1.0, 1.0))),
-        {"sampling": Sampling(16, 1.0, 0.9, 64)},
+        *(
+            {"sampling": SamplingParams(*how)}
+            for how in ((17, 1.0, 0.9), (16, 0.5, 0.9), (16, 1.0, 1.0))
+        ),
+        {"sampling": SamplingParams(16, 1.0, 0.9, 64)},
     ):
         changed.append(made(dataclasses.replace(SAMPLE, **change)))
     for role, content in (("user", "è"), ("system", "é \ud800")):
@@ -154,6 +157,6 @@ def test_sample_keys(by_messages):
     changed.append(sample_key(PLAIN, SAMPLE, by_messages=not by_messages))
     assert len({made(), *changed}) == 1 + len(changed)
     same_thing = {"name": "b:2", "seed": np.int64(7), "stop_ids": (np.int32(106), 1)}
-    same_thing["sampling"] = Sampling(np.int32(16), 1, np.float64(0.9))
+    same_thing["sampling"] = SamplingParams(np.int32(16), 1, np.float64(0.9))
     assert made(dataclasses.replace(SAMPLE, **same_thing)) == made()
     assert made(by=dataclasses.replace(PLAIN, **RENAMED)) == made()
