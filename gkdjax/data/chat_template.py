@@ -31,6 +31,7 @@ from gkdjax.utils.errors import UserError
 _FIXED = {"date_string": "26 Jul 2024"}
 _SWITCH = "enable_thinking"  # as templates call it that may think
 _OPENS = "<think>"
+_BEGINS_BLANK = re.compile(r"\s*<think>\s")
 
 
 class Sought(NamedTuple):
@@ -215,6 +216,7 @@ def _rendered(
     for i, target in enumerate(targets):
         if not target:
             continue
+        _refuse_stops(chat, said.messages[i], i, target, name)
         if said.messages[i].role != "assistant":
             turn = _of_others(chat, said, i, text, offsets, spans, name)
         else:
@@ -225,6 +227,21 @@ def _rendered(
         _flag(flags, offsets, text, target, said.messages[i].content, turn)
     ids.flags.writeable = flags.flags.writeable = False
     return ids, flags
+
+
+def _refuse_stops(chat: Chat, message: Message, i: int, target: Target, name: str) -> None:
+    """Raises UserError for a message to be learnt that has a stop token within what it says."""
+    content = [message.content]
+    if isinstance(target, tuple) and not isinstance(target, Sought):
+        content = [message.content[a:b] for a, b in target]
+    for stop in chat.stop_ids:
+        token = chat.tokenizer.added_tokens_decoder.get(stop)
+        if token is not None and any(token.content in text for text in (*content, message.fields)):
+            raise UserError(
+                f"{name}: message {i} has {token.content!r} in what is to be learnt, at which the"
+                " model stops: what comes after it would never be written; remove it from the text"
+                " (the template ends a turn by itself)"
+            )
 
 
 def _text(chat: Chat, said: _Said, name: str) -> str:
@@ -314,6 +331,11 @@ def _does_not_follow(chat: Chat, message: Message, prompt: str, name: str) -> Us
         )
     elif prompt.rstrip().endswith(_OPENS) and not thinks(message):
         advice += "; it opens a thought, and the answer has none: begin it with <think>...</think>"
+    elif prompt.rstrip().endswith(_OPENS) and _BEGINS_BLANK.match(message.content):
+        advice += (
+            "; the white space after its <think> goes into one token with the prompt's: remove it,"
+            " as <think></think> where the thought is empty"
+        )
     elif thinks(message) and _SWITCH in chat.template_kwargs:
         advice += f"; it has a thought: leave {_SWITCH!r} out of data.template_kwargs"
     return UserError(

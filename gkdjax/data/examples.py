@@ -159,8 +159,20 @@ def _not_said_again(row: dict) -> dict:
     return {
         column: value
         for column, value in row.items()
-        if column not in left_out and (column != "label" or value is False)
+        if column not in left_out
+        and (column != "label" or _is_refusal(value, bool(learnt)))
+        and (column != "weight" or not row_schema.is_number(value, 1))
     }
+
+
+def _is_refusal(label: object, answered: bool) -> bool:
+    """Whether a label says that the answer is not wanted: false, or KTO's 0 beside an answer."""
+    said = label.strip().lower() if isinstance(label, str) else label
+    return (
+        said is False
+        or said == "false"
+        or (answered and (said == "0" or row_schema.is_number(said, 0)))
+    )
 
 
 def _system(given: dict, turns: tuple[Message, ...], name: str) -> tuple[Message, ...]:

@@ -14,7 +14,7 @@ from gkdjax.data.bad_rows import BadRows
 from gkdjax.data.conversations import history_as_prefix
 from gkdjax.data.examples import read_examples
 from gkdjax.data.prefix import read_prefix
-from gkdjax.data.row_schema import TOOL_ROLES
+from gkdjax.data.row_schema import TOOL_ROLES, known_role
 from gkdjax.types import Example, Message
 from gkdjax.utils import seeds
 from gkdjax.utils.errors import UserError
@@ -188,6 +188,12 @@ def _check_roles(config: Config, train: Sequence[Example]) -> None:
             raise UserError(
                 f"config.context.target_roles names {role!r}: results of tools are never learnt;"
                 " take it out"
+            )
+        known = known_role(role)
+        if known not in (None, role):
+            raise UserError(
+                f"config.context.target_roles names {role!r}, which rows are read as {known!r}:"
+                " write that"
             )
         if role not in counts:
             there = ", ".join(f"{role} (in {rows} rows)" for role, rows in counts.items())

@@ -42,6 +42,7 @@ class _Part(NamedTuple):
     message: int
     text: str
     thought: bool  # of an assistant's message: a template may leave it out
+    number: int  # of its placeholder
 
 
 def thinks(message: Message) -> bool:
@@ -83,19 +84,25 @@ def _fit(
     text: str,
     render: Callable[[Sequence[Message]], str],
 ) -> Spans | Misfit:
-    numbers: dict[str, int] = {}  # equal texts have one placeholder: a template may compare them
+    # Equal texts have one placeholder, as a template may compare them; but thoughts are compared
+    # with nothing, and may be left out where the same text stands as the answer.
+    numbers: dict[tuple[str, int | None], int] = {}
     blank, parts = [], []
     for i, message in enumerate(messages):
-        said = [p for p in pieces[i] if p.strip() and not (len(pieces[i]) > 1 and _TAGS.match(p))]
-        marks = {p: f"gkdjaxcontent{numbers.setdefault(p, len(numbers))}end" for p in said}
-        spelled = {p: p for p in pieces[i]} | marks
-        blank.append(message._replace(content="".join(spelled[p] for p in pieces[i])))
-        ends = max((n for n, p in enumerate(pieces[i]) if p == _THOUGHT_ENDS), default=-1)
-        thought = [message.role == "assistant" and n < ends for n in range(len(pieces[i]))]
-        parts += [_Part(i, p, t) for p, t in zip(pieces[i], thought, strict=True) if p in marks]
+        spelled = list(pieces[i])
+        ends = max((n for n, p in enumerate(spelled) if p == _THOUGHT_ENDS), default=-1)
+        for n, piece in enumerate(pieces[i]):
+            if not piece.strip() or (len(spelled) > 1 and _TAGS.match(piece)):
+                continue
+            thought = message.role == "assistant" and n < ends
+            key = piece, i if thought else None
+            number = numbers.setdefault(key, len(numbers))
+            spelled[n] = f"gkdjaxcontent{number}end"
+            parts.append(_Part(i, piece, thought, number))
+        blank.append(message._replace(content="".join(spelled)))
     split = PLACEHOLDER.split(render(blank))
     own, order = split[0::2], [int(n) for n in split[1::2]]
-    shown = _in_order(parts, order, numbers)
+    shown = _in_order(parts, order)
     if isinstance(shown, Misfit):
         return shown
     spans = _spans(text, [part.text for part in shown], own)
@@ -108,19 +115,24 @@ def _fit(
         of[part.message] = (start if before is None else before[0], end)
         exact[part.message] &= text[start:end] in part.text
     lost = [any(p.message == i for p in {*parts} - {*shown}) for i in range(len(messages))]
+    thinking = {part.message for part in parts if part.thought}
+    for part, before in zip(shown, own[:-1], strict=True):
+        i = part.message  # an empty thought has no placeholder: its end stands before the rest
+        if _THOUGHT_ENDS in pieces[i] and messages[i].role == "assistant" and i not in thinking:
+            thinking.add(i)
+            lost[i] = _THOUGHT_ENDS not in before
     return Spans(of, exact, lost)
 
 
-def _in_order(parts: Sequence[_Part], order: Sequence[int], numbers: dict) -> list[_Part] | Misfit:
+def _in_order(parts: Sequence[_Part], order: Sequence[int]) -> list[_Part] | Misfit:
     """The parts whose placeholders came, one for each; thoughts may be missing."""
     shown, left = [], list(order)
     for part in parts:
-        number = numbers[part.text]
-        if left and left[0] == number:
+        if left and left[0] == part.number:
             shown.append(part)
             left.pop(0)
         elif not part.thought:
-            return Misfit(None if number in order else part.message)
+            return Misfit(None if part.number in order else part.message)
     return Misfit(None) if left else shown
 
 

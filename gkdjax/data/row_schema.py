@@ -24,17 +24,18 @@ _ROLES = {
 # Of a message: what the chat template is given beside role and content, under the same names.
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _TEMPLATE_FIELDS = ("tool_calls", *_THOUGHTS, "name", "tool_call_id")
-_LEARN_FIELDS = ("weight", "trainable", "train")  # 0 or false: no target
+_LEARN_FIELDS = ("weight", "trainable", "train", "loss")  # 0 or false: no target
 
 _NOT_TEXT = "only text is read; take such rows out, or that field where the text does without it"
 _WHICH_LEARNT = (
     "write a message that is not to be learnt with 'weight': 0, or set"
     " context.target_content_pattern"
 )
+_MASKS = ("mask", "masked")  # false or 0: as good as absent
 # Fields that change what is to be learnt, and what to write instead.
 _MESSAGE_REFUSED = {
     **dict.fromkeys(("image", "images", "image_url", "video", "videos", "audio"), _NOT_TEXT),
-    **dict.fromkeys(("loss_mask", "train_detail"), _WHICH_LEARNT),
+    **dict.fromkeys(("loss_mask", "train_detail", *_MASKS), _WHICH_LEARNT),
     **dict.fromkeys(("thought", "thoughts"), "write it as 'reasoning_content'"),
     "function_call": "write it as 'tool_calls', a list",
     "tools": "give the row a column 'tools'",
@@ -51,10 +52,13 @@ ROW_REFUSED = {
         "preferences are not learnt; name what is to be learnt 'response', and remove both columns",
     ),
     **dict.fromkeys(
-        ("reasoning_content", "thinking"),
+        ("reasoning_content", "reasoning", "thinking", "rationale"),
         "write the response as a message of 'messages', with it as that message's"
         " 'reasoning_content'",
     ),
+    "role": "a row is a whole conversation, not one message of it: write its messages, in order, as"
+    " 'messages'; or remove the column",
+    "weight": "rows count alike; take rows of weight 0 out, and remove the column",
     "label": "answers that are not wanted are not learnt; take such rows out",  # false, KTO's
     "loss_mask": _WHICH_LEARNT,
     "functions": "name the column 'tools'",
@@ -223,7 +227,8 @@ def _message(message: object, where: str, unread: set[str], roles: Sequence[str]
         found = " and ".join(repr(f) for form in forms for f in form if f in given)
         raise UserError(f"{where}: has {found}; keep 'role' and 'content', or 'from' and 'value'")
     form = forms[0] if forms else ("role", "content")
-    refuse_unread(given, _MESSAGE_REFUSED, where)
+    unmasked = {f: v for f, v in given.items() if f not in _MASKS or not is_number(v, 0)}
+    refuse_unread(unmasked, _MESSAGE_REFUSED, where)
     calls = _tool_calls(given, where)
     for field in form:
         if field not in message and not (calls and field == form[1]):
@@ -239,15 +244,21 @@ def _message(message: object, where: str, unread: set[str], roles: Sequence[str]
     return Message(role, content, fields, _is_learnt(given, where))
 
 
+def known_role(said: str) -> str | None:
+    """Who is meant by a name that data sets use; None: nobody known."""
+    return _ROLES.get(said.lower())
+
+
 def _role(said: str, where: str, roles: Sequence[str]) -> str:
-    if said in roles:
-        return said
-    if said.lower() not in _ROLES:
+    known = known_role(said)
+    if known is not None:
+        return known
+    if said not in roles:
         raise UserError(
             f"{where} = {said!r} is nobody known: it is one of {', '.join(_ROLES)}; rename it, or"
             " name it in context.target_roles to train what it says"
         )
-    return _ROLES[said.lower()]
+    return said
 
 
 def _content(value: object, where: str, unread: set[str], may_be_empty: bool) -> str:
@@ -300,6 +311,12 @@ def _is_learnt(given: Mapping, where: str) -> bool:
             )
         learnt = learnt and bool(value)
     return learnt
+
+
+def is_number(value: object, number: int) -> bool:
+    """Whether a value is that number, or the boolean that is equal to it."""
+    value = value.value if isinstance(value, Ambiguous) else value
+    return isinstance(value, bool | int | float) and value == number
 
 
 def _is_number(value: object) -> bool:

@@ -30,6 +30,7 @@ _PROBES = (
     "def f(x_1, y2):\n    return {'a': x_1 ** 2}  # 100%\n\n\tif a==b!=c: a->b\\n\n```json\n[[1]]",
     "HTTPServer camelCase snake_case ALLCAPS aaaaaaaaaaaaaaaaaaaa !!!??? ...... ------- ==== ",
     "\u2581already \u2581\u2581marked \u0120 \u010a <0x0A> ##piece </w> @@",
+    "a day.\n\nThe sun, he said>\nx\n\n\nY",
     *(" ", "a", " a", "\n"),
 )
 _NEAR = 24  # characters shown on either side of a difference
@@ -158,8 +159,27 @@ def _of_added_tokens(file: tokenizers.Tokenizer) -> Iterator[str]:
 
 
 def _settings(tokenizer: tokenizers.Tokenizer) -> list:
-    """What of the model no probe may show: tokens that no merge reaches, unknown characters."""
-    return [type(tokenizer.model), *(getattr(tokenizer.model, k, None) for k in _SETTINGS)]
+    """What no probe may show: a cut that the vocabulary hides, tokens that no merge reaches."""
+    model = [type(tokenizer.model), *(getattr(tokenizer.model, k, None) for k in _SETTINGS)]
+    return [*model, _state(tokenizer.normalizer), _state(tokenizer.pre_tokenizer)]
+
+
+def _state(part) -> object:
+    """How a part that normalises or cuts is set; None: there is none.
+
+    Not what only offsets depend on, and a list of one is the one.
+    """
+    if part is None:
+        return None
+
+    def plain(state: dict) -> object:
+        parts = [state[k] for k in ("normalizers", "pretokenizers") if k in state]
+        if parts:
+            inner = [plain(each) for each in parts[0]]
+            return (inner or [None])[0] if len(inner) < 2 else inner
+        return {key: value for key, value in state.items() if key != "trim_offsets"}
+
+    return plain(json.loads(part.__getstate__()))
 
 
 def _refuse_doubtful(root: pathlib.Path, file: tokenizers.Tokenizer, found: str) -> None:

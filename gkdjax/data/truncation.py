@@ -23,7 +23,7 @@ from gkdjax.utils.text import some
 
 
 def without_prefix_rounds(
-    example: Example, excess: Callable[[Example], int], chat: Chat
+    example: Example, excess: Callable[[Example], int], chat: Chat, retained: int = 0
 ) -> Example | None:
     """The prefix loses its oldest rounds, and then the first message that is left of it its end.
 
@@ -31,14 +31,15 @@ def without_prefix_rounds(
       example: the row.
       excess: how many tokens an example is too long; 0 or less: it fits.
       chat: of the prefix, to cut text between two tokens.
+      retained: the student reads so many messages at the end of the prefix as well.
 
     Returns:
-      The longest that fits, but for a few tokens; `example` itself if it fits; None if nothing of
-      the prefix would be left.
+      The longest that fits, but for a few tokens; `example` itself if it fits; None if nothing
+      would be left that the teacher alone reads.
     """
     prefixes = _shorter_prefixes(example)
     found = _first_fitting([_with(example, prefix=p) for p in prefixes], excess)
-    while excess(found) > 0 and found.prefix:
+    while excess(found) > 0 and found.prefix and not _is_bare(found, example, retained):
         first, *others = found.prefix
         cut = _cut(
             first,
@@ -48,13 +49,12 @@ def without_prefix_rounds(
         )
         kept = _questions_on(others) if cut is None else (cut, *others)
         found = _with(found, prefix=tuple(kept))
-    # A row whose teacher reads no more than its student would teach it to stay as it is.
-    lost = bool(example.prefix) and not found.prefix
+    lost = _is_bare(found, example, retained)
     return None if lost or excess(found) > 0 else found
 
 
 def without_oldest_rounds(
-    example: Example, excess: Callable[[Example], int], chat: Chat
+    example: Example, excess: Callable[[Example], int], chat: Chat, retained: int = 0
 ) -> Example | None:
     """The prefix loses its oldest rounds, then the turns; then the first message its beginning.
 
@@ -64,7 +64,7 @@ def without_oldest_rounds(
     last = shorter[-1]
     shorter += [_with(last, turns=t) for t in _with_fewer_rounds(example.turns, least=1)[1:]]
     found = _first_fitting(shorter, excess)
-    while excess(found) > 0:
+    while excess(found) > 0 and not _is_bare(found, example, retained):
         part = "prefix" if found.prefix else "turns"
         first, *rest = getattr(found, part)
         cut = _cut(
@@ -79,9 +79,12 @@ def without_oldest_rounds(
             return None
         kept = _questions_on(rest) if cut is None and part == "prefix" else rest
         found = _with(found, **{part: tuple(kept if cut is None else (cut, *rest))})
-        if example.prefix and not found.prefix:
-            return None  # a row whose teacher reads no more than its student teaches nothing
-    return found
+    return None if _is_bare(found, example, retained) else found
+
+
+def _is_bare(shorter: Example, example: Example, retained: int) -> bool:
+    """Whether it has lost what the teacher alone read: it would teach the student to stay so."""
+    return len(example.prefix) > retained >= len(shorter.prefix)
 
 
 def _shorter_prefixes(example: Example) -> list[tuple[Message, ...]]:
@@ -172,7 +175,7 @@ def shortened(
     for example in examples:
         room = _room(example, rules, max_new_tokens)
         excess = functools.partial(_excess, rules=rules, room=room)
-        shorter = cuts[rules.too_long](example, excess, rules.teacher_chat)
+        shorter = cuts[rules.too_long](example, excess, rules.teacher_chat, rules.retained)
         if shorter is None:
             found.dropped.append(example.name)
             continue

@@ -64,18 +64,19 @@ def test_rows_of_files_are_named_by_line_or_index(tmp_path):
 
 def test_other_columns_are_named_once(caplog):
     rows = (
-        {"messages": [_turn(score=0, name=None)], "id": 1, "label": 3, "images": []},
+        {"messages": [_turn(score=0, name=None)], "id": 1, "label": 3, "weight": 1, "images": []},
         {"messages": [_turn(**{"to\nol": "x"})], "id": None, "k\ud800": 0, "context": " "},
     )
     with caplog.at_level(logging.INFO, "absl"):
         read_examples(rows, "data.train")
     assert [r.getMessage() for r in caplog.records] == [
         "data.train: columns that nothing reads: 'k\\ud800', context, id, images, label,"
-        " messages[].'to\\nol', messages[].score"
+        " messages[].'to\\nol', messages[].score, weight"
     ]
     caplog.clear()
     read_examples(({"prompt": "hi"},), "data.train")
     assert not caplog.records
+    assert read_examples(({"text": "hi", "label": 0},), "x")[0].turns == _ASKED  # a class, not "no"
 
 
 @pytest.mark.parametrize(
@@ -261,9 +262,9 @@ def test_roles_have_the_names_that_data_sets_use(form):
     told = rf"x:0: messages\[0\]: {form[0]} = 'narrator' is nobody known: it is one of user, human,"
     with pytest.raises(UserError, match=told):
         read_examples((row("narrator", "user"),), "x")
-    roles = ("assistant", "narrator", "gpt")
+    roles = ("narrator", "gpt", "model")  # those that are known are what they are
     (example,) = read_examples((row("narrator", "gpt"),), "x", roles=roles)
-    assert [turn.role for turn in example.turns] == ["narrator", "gpt"]  # as they are named there
+    assert ([turn.role for turn in example.turns], example.response) == (["narrator"], "gpt")
 
 
 _CALL = {"type": "function", "function": {"name": "add", "arguments": {"b": [1, None], "a": 2.5}}}
@@ -301,7 +302,8 @@ def test_messages_go_whole_to_the_template():
         ({"weight": 0.0}, False),
         ({"trainable": False}, False),
         ({"train": False, "weight": 1}, False),
-        ({"weight": 1.0, "train": True, "trainable": None}, True),
+        ({"loss": False}, False),
+        ({"weight": 1.0, "train": True, "trainable": None, "masked": False, "mask": 0}, True),
     ],
 )
 def test_a_message_may_say_that_it_is_not_learnt(more, learnt):
@@ -360,13 +362,20 @@ def _deep(levels):
             for column, value in {
                 **{name: ["a"] for name in ("context", "documents", "choices", "history")},
                 **dict.fromkeys(("chosen", "rejected", "reasoning_content", "functions"), "a"),
+                **dict.fromkeys(("role", "reasoning", "rationale"), "a"),
                 **{"images": ["a"], "audio": {"path": "a"}, "loss_mask": 0, "label": False},
+                **{"weight": 0.5},
             }.items()
         ),
         *(
             ({"messages": [_turn(**{field: "a"})]}, rf"messages\[0\]: has '{field}', which nothi")
-            for field in ("function_call", "images", "tools", "thought", "loss_mask")
+            for field in ("function_call", "images", "tools", "thought", "loss_mask", "mask")
         ),
+        *(
+            ({"prompt": "hi", "completion": "yo", "label": label}, "has 'label', which nothing rea")
+            for label in (0, "False", "0")
+        ),
+        ({"messages": [_turn(masked=True)]}, r"messages\[0\]: has 'masked', which nothing reads"),
         ({"messages": [_turn(weight=0.5)]}, r"messages\[0\]: weight = 0.5: it is 1 or 0"),
         ({"messages": [_turn(train="no")]}, r"messages\[0\]: train = 'no': it is 1 or 0"),
         ({"messages": [_turn(tool_calls="f()")]}, r"tool_calls must be a list of objects"),

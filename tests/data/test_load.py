@@ -237,6 +237,13 @@ def test_rows_that_cannot_be_rendered_are_told_before_anything_is_written(render
     assert asked(found.examples.side_effects) == ["r"]
 
 
+@pytest.mark.parametrize("role", ["gpt", "model", "Assistant"])
+def test_a_role_to_be_trained_has_the_name_that_rows_are_read_with(role):
+    talk = [{"from": "human", "value": "hi"}, {"from": role, "value": "yo"}]
+    with pytest.raises(UserError, match=rf"names '{role}', which rows are read as 'assistant': wr"):
+        read(data__train=[{"messages": talk}], context__target_roles=("assistant", role))
+
+
 def test_the_roles_of_tools_are_never_learnt():
     talk = [{"role": role, "content": role} for role in ("user", "tool", "assistant")]
     with pytest.raises(UserError, match=r"target_roles names 'tool': results of tools are never"):

@@ -104,6 +104,21 @@ def test_the_oldest_rounds_go_then_the_beginning_of_the_first_text(prefix, turns
         assert found is row
 
 
+@pytest.mark.parametrize("how", [without_prefix_rounds, without_oldest_rounds])
+def test_a_row_of_which_the_teacher_would_read_no_more_than_the_student_is_lost(how):
+    row, letters = _row("s1 u1 a1 u2 a2", "u3"), _Letters()
+
+    def shortened(most, retained):
+        return _shown(how(row, lambda e: _characters(e) - most, letters, retained))
+
+    for most, left in ((8, "s1 u2 a2"), (4, "s1")):
+        messages = len(left.split())
+        assert shortened(most, messages - 1) == (left, "u3")
+        assert shortened(most, messages) is None
+    assert shortened(12, 9) == shortened(12, 0) == ("s1 u1 a1 u2 a2", "u3")
+    assert shortened(8, 9) == ("s1 u2 a2", "u3")  # it read no more at first either
+
+
 def test_given_turns_stay_counted():
     row = _row("", "s1 u1 a1 u2 a2 u3", given=3)
     for most, given_, left in ((12, 3, 6), (11, 1, 4), (4, 1, 2), (2, 0, 1)):

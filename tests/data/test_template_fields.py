@@ -182,6 +182,35 @@ def test_a_pattern_is_sought_in_the_thought_as_it_is_written(chat_of):
             assert flags.any() == found
 
 
+def test_an_empty_thought_and_one_that_the_answer_repeats_are_learnt(chat_of):
+    for said in ("<think>\n\n</think>\n\n4.", "<think>4.</think>4."):
+        for template in (templates.STRIPS, "chatml"):
+            chat = chat_of(template)
+            talk = (_USER, Message("assistant", said))
+            assert _said(chat, *chat.render(talk, (False, True), "row")) == [
+                said + chat.end_of_turn
+            ]
+            chat.prompt_ids((*talk, _USER))  # a history is what the template makes of it
+    chat = chat_of(templates.STRIPS_OPENS)
+    talk = (_USER, Message("assistant", "<think></think>\n\n4."))
+    assert _said(chat, *chat.render(talk, (False, True), "row")) == ["</think>\n\n4.<eos>"]
+    with pytest.raises(UserError, match=r"row: .* as <think></think> where the thought is empty$"):
+        empty = Message("assistant", "<think>\n\n</think>\n\n4.")
+        chat.render((_USER, empty), (False, True), "row")
+
+
+def test_a_stop_token_within_what_is_learnt_is_refused(chat_of):
+    chat = chat_of(templates.PLAIN_CALLS)
+    for answer in (Message("assistant", "It is <|im_end|> 4."), _call({"at": "a <|im_end|> b"})):
+        with pytest.raises(UserError, match=r"^row: message 1 has '<\|im_end\|>' in what is to be"):
+            chat.render((_USER, answer), (False, True), "row", tools=TOOLS)
+        chat.render((_USER, answer), (False, False), "row", tools=TOOLS)
+    ids, flags = chat.render(
+        (_USER, answer._replace(fields="", content="4 <|im_end|>")), (False, ((0, 1),)), "row"
+    )
+    assert _said(chat, ids, flags) == ["4"]
+
+
 def test_a_thought_that_others_follow_is_learnt_at_an_end_or_not_at_all(chat_of):
     talk = (_USER, _INLINE, Message("user", "3+3?"), _INLINE)
     for template in (templates.MAY_THINK, templates.STRIPS):

@@ -7,6 +7,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from gkdjax.data import tokenizer_files
 from gkdjax.data.tokenizer_files import load_tokenizer
 from gkdjax.utils.errors import UserError
 
@@ -106,6 +107,18 @@ def test_nothing_is_said_where_both_are_the_same(
     with caplog.at_level(logging.WARNING, "absl"):
         assert ids_of(load_tokenizer(tmp_path)) == right
     assert not [record for record in caplog.records if record.name == "absl"]
+
+
+def test_a_cut_that_a_small_vocabulary_hides_is_the_files(tmp_path, monkeypatch):
+    cut = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
+    made = byte_level(pre_tokenizers.Split(Regex(cut), "isolated"), regex=False)
+    corpus = ["It was a day.\n\nThe sun shone.\n\nAnd so on, he said.\n\n"] * 50
+    made.train_from_iterator(corpus, tokenizers.trainers.BpeTrainer(show_progress=False))
+    saved(tmp_path, "llama", "GPT2Tokenizer", made)
+    text = "It was a day.\n\nThe sun"
+    assert load_tokenizer(tmp_path).tokenize(text) == made.encode(text).tokens
+    monkeypatch.setattr(tokenizer_files, "_PROBES", ("a",))  # nor does it need the right probe
+    assert load_tokenizer(tmp_path).tokenize(text) == made.encode(text).tokens
 
 
 def test_every_added_token_is_tried(tmp_path):
