@@ -64,6 +64,54 @@ def test_dense_means_are_those_of_the_whole_vocabulary(reader, log_q, view):
     assert set(found) == {*losses.Agreement._fields, "perplexity"}
 
 
+@pytest.mark.parametrize("k", [None, 5, 27])
+@pytest.mark.parametrize("teacher_rows", [27, 40])
+def test_only_ids_of_both_models_are_compared(reader, teacher_rows, k):
+    """The student has 32 rows and the two 27 ids in common; ids that only the teacher has are tail.
+
+    A dense teacher is renormalised over what both have, as its training has it.
+    """
+    batch = builders.batch((4, 2, 1, 3), vocab=27)
+    dense = builders.dense_targets(batch, vocab=teacher_rows)
+    logits_BNV = builders.teacher_logits(dense)
+    hidden = scoring.predicting(reader, batch, "student", MESH)
+    table = reader.params["embedding"][:27]
+    log_q = log_softmax(builders.logits(hidden, table, reader.decoder.spec.final_softcap))
+    own = np.take_along_axis(log_q, batch.target_ids_BN[..., None], -1)[..., 0]
+    if k is None:
+        targets = dataclasses.replace(dense, shared=27)
+        log_p = log_softmax(logits_BNV[..., :27])
+        best, masses = log_p.argmax(-1), [np.ones(MASK.shape)] * 2
+        p, q = np.exp(log_p), np.exp(log_q)
+    else:
+        top_k = top_k_logprobs(logits_BNV, k)
+        targets = TopKTargets(top_k, jnp.zeros(MASK.shape), shared=27)
+        ids = np.asarray(top_k.ids)
+        best, inside = ids[..., 0], ids < 27
+        assert inside.all() == (teacher_rows == 27)
+        p = np.take_along_axis(np.exp(log_softmax(logits_BNV)), ids, -1) * inside
+        q = np.take_along_axis(np.exp(log_q), np.minimum(ids, 26), -1) * inside
+        masses = [p.sum(-1), q.sum(-1)]
+        p, q = (np.append(x, np.maximum(1 - x.sum(-1, keepdims=True), 0), -1) for x in (p, q))
+        if k == teacher_rows:  # nothing is left of either
+            p[..., -1] = q[..., -1] = 0
+    with np.errstate(divide="ignore"):
+        log_of_p, log_of_q = np.log(p), np.log(q)
+    expected = {
+        "forward_kl": mean(kl(log_of_p, log_of_q)),
+        "reverse_kl": mean(kl(log_of_q, log_of_p)),
+        "teacher_top_k_mass": mean(masses[0]),
+        "student_top_k_mass": mean(masses[1]),
+        "top1_agreement": mean((best == log_q.argmax(-1)).astype(float)),
+        "acceptance_rate": mean(np.minimum(p, q).sum(-1)),
+        "perplexity": np.exp(-mean(own)),
+    }
+    found = scoring.mean_agreement(
+        reader, ScoredText([(batch, targets)], 4), "student", Gkd(chunk_size=7), MESH
+    )
+    assert found == pytest.approx(expected, rel=2e-5)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_perplexity_is_the_students_own_whatever_the_teacher_and_its_temperature(
     reader, log_q, temperature
