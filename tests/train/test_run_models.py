@@ -2,12 +2,15 @@
 
 import datetime
 import json
+import logging
 import pathlib
 import shutil
 
 import builders
+import factories
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import gkdjax
 from gkdjax import config
@@ -148,6 +151,63 @@ def test_a_teacher_may_borrow_a_tokenizer(student, other, tmp_path):
     c.teacher.tokenizer = other
     gkdjax.run(c, tmp_path / "with")
     assert metrics(tmp_path / "with")[0]["loss"] > 0
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory) -> tuple[str, str]:
+    """Two teachers of the same weights: the student's tokenizer, and two added tokens beside it.
+
+    The second has a row for each, and likes the first of them better than what the other one likes
+    best, "<"; eight rows more are no token.
+    """
+    plain, more = (tmp_path_factory.mktemp(name) for name in ("plain", "more"))
+    factories.model_dir(more, seed=1, hidden_size=32, vocab_size=112)
+    shutil.copytree(more, plain, dirs_exist_ok=True)
+    added = factories.tokenizer()
+    known = len(added)
+    added.add_tokens(["<think>", "</think>"])
+    added.save_pretrained(more)
+    weights = safetensors.numpy.load_file(more / "model.safetensors")
+    table = weights["model.embed_tokens.weight"]
+    table[known] = 1.2 * table[added.convert_tokens_to_ids("<")]
+    for directory, rows in ((plain, known), (more, 112)):
+        kept = weights | {"model.embed_tokens.weight": table[:rows]}
+        safetensors.numpy.save_file(kept, directory / "model.safetensors", {"format": "pt"})
+        fields = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(fields | {"vocab_size": rows}))
+    return str(plain), str(more)
+
+
+@pytest.mark.slow(20)
+def test_a_teacher_with_added_tokens_teaches_those_that_the_student_has(
+    student, grown, tmp_path, caplog
+):
+    """Of a whole vocabulary what both have counts: the teacher without them says the same of it.
+
+    The best K lose what only the teacher has, and with it most of their mass.
+    """
+    known = len(factories.tokenizer())
+    found = {}
+    for name, model, top_k in (("without", 0, None), ("dense", 1, None), ("top_k", 1, 3)):
+        c = small(student, train__steps=2, gkd__on_policy_fraction=0.5)
+        c.teacher.backend, c.teacher.model, c.teacher.top_k = "flax", grown[model], top_k
+        if top_k is not None:
+            c.eval.prompts = [{"prompt": "ask 7"}]
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "absl"):
+            found[name] = gkdjax.run(c, tmp_path / name)
+        said = [record.getMessage() for record in caplog.records]
+        parted = [text for text in said if f"part at id {known}, '<think>' in the teach" in text]
+        assert len(parted) == model  # once, where it is so
+        for file in ("trajectories_train.jsonl", "trajectories_student.jsonl"):
+            lines = (tmp_path / name / file).read_text().splitlines()
+            assert max(max(json.loads(line)["ids"]) for line in lines) < known
+    losses = {n: [line["loss"] for line in metrics(tmp_path / n)] for n in found}
+    assert losses["dense"] == pytest.approx(losses["without"], rel=1e-5)
+    # The teacher's best token is none of the student's: its mass is outside of the K.
+    student_measures = found["top_k"]["student"]
+    assert student_measures["top1_agreement"] == 0
+    assert student_measures["teacher_top_k_mass"] < 0.3 and losses["top_k"][1] > 0
 
 
 @pytest.mark.parametrize("backend", ["flax", "vllm"])
