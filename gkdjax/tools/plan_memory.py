@@ -1,11 +1,10 @@
-"""Says what a run takes on each device, and whether it fits, before anything is loaded.
+"""Plans the bytes of a run on each device, and says whether it fits, before anything is loaded.
 
     python -m gkdjax.tools.plan_memory --config=configs/gemma3.py --chips=1xH200,v5e-8
 
-Of the models it reads config.json, and the headers of tensor files that are there. The training
+It reads each model's config.json, and the headers of tensor files that are there. The training
 step's bytes were compared with XLA's own account (`gkdjax.benchmarks.planned_memory`); what is left
-out is named in `gkdjax.train.planning.memory`, and seconds are rough
-(`gkdjax.train.planning.flops`).
+out is named in `gkdjax.train.planning.memory`.
 """
 
 import json
@@ -16,6 +15,7 @@ from absl import flags
 
 from gkdjax import config
 from gkdjax.config import cli
+from gkdjax.utils.text import size, table
 
 flags.adopt_module_key_flags(cli)
 _CHIPS = flags.DEFINE_list(
@@ -39,22 +39,10 @@ def main(parsed: config.Config, workdir: pathlib.Path) -> None:
 
 def _show(setup, devices) -> dict:
     """Prints the plan on these devices -> what the JSON file has of it."""
-    from gkdjax.train.planning import advice, collectives, flops, meshes, plan, text
+    from gkdjax.train.planning import advice, chips, memory
 
-    planned, limit = plan.make(setup), devices.chip.usable_bytes
-    fits = None if limit is None else planned.peak <= limit
-    choice = None if limit is None else meshes.choose(setup, devices.chip)
-    changes = [] if fits is not False else advice.changes(setup, limit, choice.best)
-    print(f"{devices.name}: {text.mesh(setup)}")
-    print(text.memory(planned), "", text.work(setup, devices), "", sep="\n")
-    print(text.verdict(planned, devices))
-    if choice is not None:
-        print(text.best_mesh(choice))
-    if fits is False:
-        print(text.advice(changes))
-    work, sent = flops.step(setup), collectives.step(setup)
-    seconds = {part.name: flops.seconds(part, setup, devices.chip) for part in work}
-    return {
+    planned, limit = memory.plan(setup), devices.usable_bytes
+    found = {
         "chips": devices.name,
         "devices": devices.count,
         "mesh": dict(setup.mesh.shape),
@@ -63,14 +51,54 @@ def _show(setup, devices) -> dict:
         "lower_bound": planned.lower_bound,
         "peak_bytes": planned.peak,
         "usable_bytes": limit,
-        "fits": fits,
-        "best_mesh": choice and choice.best and choice.best._asdict(),
-        "changes": [change._asdict() for change in changes],
-        "flops": {part.name: part.flops for part in work},
-        "bytes_sent": {each.name: each.bytes_sent for each in sent},
-        "seconds": seconds | {each.name: collectives.seconds(each, devices.chip) for each in sent},
-        "seconds_per_step": collectives.whole_step(setup, devices.chip),
     }
+    print(f"{devices.name}: {_mesh(setup)}\n{planned.table()}\n")
+    if limit is None:
+        print(f"{devices.name}: how much memory it has is not known here")
+        return found | {"fits": None, "best_mesh": None, "fitting_meshes": None, "changes": []}
+    fits, meshes = planned.peak <= limit, advice.meshes(setup, limit)
+    of = f"{size(devices.hbm_bytes)} less {chips.RESERVE:.0%} on each device"
+    verdict = "fits" if fits else "DOES NOT FIT"
+    print(f"{devices.name}: {verdict}: {size(planned.peak)} of {of}\n{_meshes(meshes)}")
+    changes = [] if fits else advice.changes(setup, limit, meshes.best)
+    if not fits:
+        print(_changes(changes))
+    return found | {
+        "fits": fits,
+        "best_mesh": meshes.best and meshes.best._asdict(),
+        "fitting_meshes": [mesh._asdict() for mesh in meshes.fitting],
+        "changes": [change._asdict() for change in changes],
+    }
+
+
+def _mesh(setup) -> str:
+    axes = ", ".join(f"{axis}={number}" for axis, number in setup.mesh.shape.items())
+    slices = f", in {setup.slices} slices" if setup.slices > 1 else ""
+    return f"{setup.mesh.size} devices on a mesh of {axes}{slices}"
+
+
+def _meshes(meshes) -> str:
+    """Names the best mesh, and how many there were to choose from."""
+    counts = f"{len(meshes.fitting)} of {meshes.tried} meshes of these devices fit"
+    counts += "".join(f"; {count} do not divide {what}" for what, count in meshes.refused.items())
+    if meshes.best is None:
+        return f"best mesh: none; {counts}"
+    how = _flags(meshes.best.settings) or "this one"
+    return (
+        f"best mesh: {how}: {size(meshes.best.peak)} on each device; {counts}\n"
+        "It shards over the fewest of fsdp and tensor; among equals it takes the least memory."
+    )
+
+
+def _changes(changes) -> str:
+    if not changes:
+        return "No single change of the config saves any of the peak: take larger devices."
+    rows = [[_flags(change.settings), size(change.saves)] for change in changes]
+    return table(["change, each by itself", "saves"], rows, widest=60)
+
+
+def _flags(settings: dict) -> str:
+    return " ".join(f"--config.{key}={value}" for key, value in settings.items())
 
 
 if __name__ == "__main__":

@@ -1,18 +1,82 @@
-"""What to change in a config that does not fit, with the bytes that each change saves."""
+"""Meshes on which a run fits, and changes of a config that does not, with what each saves."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from gkdjax.parallel.mesh import row_shares
-from gkdjax.train.planning import plan
-from gkdjax.train.planning.meshes import Candidate, says_nothing
+from gkdjax import config
+from gkdjax.parallel.mesh import AXES, row_shares
+from gkdjax.train.planning import memory
 from gkdjax.train.planning.setup import PlanInputs, on_mesh
 from gkdjax.utils.errors import UserError
 
 _MOST = 3
-_MESH = {"mesh.data", "mesh.fsdp", "mesh.tensor"}
+_MESH = {f"mesh.{axis}" for axis in AXES}
+
+
+class Candidate(NamedTuple):
+    """A mesh on which a run fits."""
+
+    settings: dict[str, int]  # what to change in the config, by key
+    peak: int  # bytes on one device
+
+
+@dataclasses.dataclass(frozen=True)
+class Meshes:
+    """All meshes of some devices."""
+
+    fitting: list[Candidate]  # the best first
+    tried: int
+    refused: dict[str, int]  # what a mesh does not divide -> how many meshes
+
+    @property
+    def best(self) -> Candidate | None:
+        return self.fitting[0] if self.fitting else None
+
+
+def meshes(setup: PlanInputs, limit: int) -> Meshes:
+    """Sorts the meshes that fit: the fewest of "fsdp" and "tensor" in use, then the least bytes.
+
+    Args:
+      setup: with the slices that the config names.
+      limit: bytes of one device.
+    """
+    fitting, tried, refused = [], 0, collections.Counter()
+    for sizes in _sizes(setup.mesh.size // setup.slices):
+        tried += 1
+        try:
+            # One that is not -1: the number of slices may be.
+            peak = memory.plan(on_mesh(setup, **sizes, dcn_data=setup.slices)).peak
+        except UserError as error:
+            refused[str(error).partition(":")[0]] += 1  # numbers differ from mesh to mesh
+            continue
+        if peak <= limit:
+            axes = (sizes["fsdp"] > 1) + (sizes["tensor"] > 1)
+            fitting.append((axes, Candidate(_settings(setup.config.mesh, sizes), peak)))
+    fitting.sort(key=lambda each: (each[0], each[1].peak))
+    return Meshes([candidate for _, candidate in fitting], tried, dict(refused))
+
+
+def _sizes(devices: int) -> Iterator[dict[str, int]]:
+    for tensor in _divisors(devices):
+        for fsdp in _divisors(devices // tensor):
+            yield {"data": devices // tensor // fsdp, "fsdp": fsdp, "tensor": tensor}
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _settings(mesh: config.Mesh, sizes: dict[str, int]) -> dict[str, int]:
+    """Leads from `mesh` to these sizes; "data" is what the others leave, where it may be."""
+    data = sizes["data"] if mesh.dcn_data == -1 else -1
+    return {
+        f"mesh.{axis}": size
+        for axis, size in (sizes | {"data": data}).items()
+        if getattr(mesh, axis) != size
+    }
 
 
 class Change(NamedTuple):
@@ -23,24 +87,26 @@ class Change(NamedTuple):
 
 
 def changes(setup: PlanInputs, limit: int, best: Candidate | None) -> list[Change]:
-    """At most three, the largest saving first, and only those that save something.
+    """Proposes at most three, the largest saving first, and only those that save something.
 
-    Of a number that can be lowered step by step, the first step with which the run fits, or the
-    last one. A config that says nothing of a mesh is told the best one first.
+    A number that can be lowered step by step is lowered until the run fits, or to the end. If the
+    config leaves the mesh to the defaults, the best one comes first.
 
     Args:
       setup: that does not fit.
       limit: bytes of one device.
       best: the mesh on which it fits, or None.
     """
-    before, found, first = plan.make(setup).peak, [], []
-    if best is not None and says_nothing(setup.config.mesh):
+    before, found, first = memory.plan(setup).peak, [], []
+    mesh, default = setup.config.mesh, config.Mesh()
+    unset = all(getattr(mesh, axis) == getattr(default, axis) for axis in AXES)
+    if best is not None and unset:
         first = [Change(best.settings, before - best.peak)]
     for key, values in _candidates(setup):
         last = None
         for value in values:
             try:
-                peak = plan.make(_changed(setup, key, value)).peak
+                peak = memory.plan(_changed(setup, key, value)).peak
             except UserError:  # the devices cannot share such rows or weights
                 continue
             last = Change({key: value}, before - peak)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import jax
 from absl import logging
 
-from gkdjax.train.planning import plan, text
+from gkdjax.train.planning import memory
 from gkdjax.train.planning.setup import PlanInputs, read_weights
 from gkdjax.train.setup import RunInputs
 from gkdjax.utils.errors import UserError
@@ -25,19 +25,19 @@ def check_memory(rows: RunInputs) -> None:
     limit = memory_limit(rows.mesh.local_devices)
     if limit is None:
         return
-    planned = plan.make(setup_of(rows))
+    planned = memory.plan(setup_of(rows))
     if planned.least > limit:
         raise UserError(
             f"this run cannot fit: its weights and their optimizer alone take"
             f" {size(planned.least)} on each device, which has {size(limit)}\n"
-            f"{text.memory(planned)}\nWhat helps: python -m gkdjax.tools.plan_memory"
+            f"{planned.table()}\nWhat helps: python -m gkdjax.tools.plan_memory"
         )
     if planned.peak > limit:
         logging.warning(
             "this run may not fit: about %s on each device, which has %s\n%s",
             size(planned.peak),
             size(limit),
-            text.memory(planned),
+            planned.table(),
         )
 
 

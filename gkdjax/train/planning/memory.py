@@ -9,25 +9,79 @@ the second state that a run has for a moment when it continues from a checkpoint
 `teacher.adapter`; what devices exchange gradients through; what XLA copies for speed.
 """
 
+import dataclasses
+
 import jax
 
-from gkdjax.config import anchor_sets
+from gkdjax.config import anchor_sets, rows_at_once
 from gkdjax.config.checks import SERVERS
 from gkdjax.models.decoder_config import DecoderConfig
-from gkdjax.parallel.mesh import row_shares
+from gkdjax.parallel.mesh import check_rows, row_shares
 from gkdjax.train.planning import activations
 from gkdjax.train.planning.setup import PlanInputs, itemsize
 from gkdjax.train.planning.shards import Shard
+from gkdjax.utils import text
 
 Parts = dict[str, int]  # name -> bytes
 
 # Arrays [rows, heads, length, length] of float32 that attention holds at once: scores, masked
 # scores, weights; and [rows, length, ffn width] of the MLP.
 _SCORES, _MLP = 3, 2
-
-
 _LOGITS = 5  # [rows, V] float32 while a token is drawn: logits, scaled, probabilities, sums, masks
 _MERGED = 3  # float32 arrays of one stacked kernel while an adapter is merged into it
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes on one device."""
+
+    held: Parts  # from the first step to the last
+    phases: dict[str, Parts]  # what each adds while it lasts; they do not overlap
+    lower_bound: Parts  # there for certain, whatever the rows are
+
+    @property
+    def largest_phase(self) -> str:
+        return max(self.phases, key=lambda name: total(self.phases[name]))
+
+    @property
+    def peak(self) -> int:
+        return max(total(self.held) + total(self.phases[self.largest_phase]), self.least)
+
+    @property
+    def least(self) -> int:
+        return total(self.lower_bound)
+
+    def table(self) -> str:
+        """Lists each part's bytes, then the largest phase."""
+        rows = [["always", part, text.size(n)] for part, n in self.held.items() if n]
+        for phase, parts in self.phases.items():
+            rows += [[phase, part, text.size(n)] for part, n in parts.items() if n]
+            whole = total(self.held) + total(parts)
+            rows.append([phase, "all of it, and what is always there", text.size(whole)])
+        rows.append(["peak", f"in: {self.largest_phase}", text.size(self.peak)])
+        return text.table(["when", "what, on each device", "size"], rows, widest=60, left=2)
+
+
+def plan(setup: PlanInputs) -> Plan:
+    """Adds the parts up; traces the student, without weights.
+
+    Raises:
+      UserError: the mesh does not divide the rows or the weights, or adapters that fit no kernel.
+    """
+    for key, rows in rows_at_once(setup.config).items():
+        check_rows(setup.mesh, key, rows)
+    phases = {
+        "training step": training_step(setup),
+        "teacher's forward pass": teacher_forward(setup),
+        "writing of training text": sampling(setup),
+        "evaluation": evaluation(setup),
+    }
+    phases = {name: parts for name, parts in phases.items() if parts}
+    return Plan(held(setup), phases, lower_bound(setup))
+
+
+def total(parts: Parts) -> int:
+    return sum(parts.values())
 
 
 def lower_bound(setup: PlanInputs) -> Parts:
@@ -123,10 +177,6 @@ def _tables(setup: PlanInputs) -> int:
     return tables(setup) + gradient
 
 
-def total(parts: Parts) -> int:
-    return sum(parts.values())
-
-
 def training_rows(setup: PlanInputs) -> list[tuple[int, Shard | None]]:
     """(rows of one device, who teaches them in this process) of the batch and of each anchor."""
     anchor, teacher = setup.config.anchor, setup.of_teacher
@@ -140,13 +190,10 @@ def adapters(setup: PlanInputs) -> dict:
     return activations.adapters(setup.student.spec, student_dtype(setup), setup.rules)
 
 
-def trained(setup: PlanInputs, gathered: bool = False) -> int:
-    """Of what is trained, in float32: as it lies, or gathered over "fsdp"."""
+def trained(setup: PlanInputs) -> int:
+    """Counts what is trained, in float32, as it is sharded."""
     shard = setup.of_student
-    if setup.full:
-        return 4 * (shard.gathered if gathered else shard.held)
-    count = shard.gathered_of if gathered else shard.held_of
-    return 4 * count(adapters(setup))
+    return 4 * (shard.held if setup.full else shard.held_of(adapters(setup)))
 
 
 def student_dtype(setup: PlanInputs) -> str:

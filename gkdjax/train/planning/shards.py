@@ -72,12 +72,11 @@ class Shard:
         return self.local.vocab_size * self.spec.width
 
     def held_of(self, leaves) -> int:
-        """Of a tree of `jax.ShapeDtypeStruct`s that the layout's rules cover."""
-        return _count_tree(self.layout, leaves)
-
-    def gathered_of(self, leaves) -> int:
-        """Of such a tree, gathered over "fsdp"."""
-        return _count_tree(self._gathered, leaves)
+        """Counts a tree of `jax.ShapeDtypeStruct`s that the layout's rules cover."""
+        sizes = jax.tree.map(
+            lambda leaf, place: _size(place, leaf.shape), leaves, self.layout.shardings_of(leaves)
+        )
+        return sum(jax.tree.leaves(sizes))
 
     def kv_numbers(self, slots: int) -> int:
         """Keys and values of one row; local layers keep as many as their window."""
@@ -105,13 +104,6 @@ def _layer_paths(spec: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 def _count(layout: ShardingRules, shapes: Mapping[str, tuple[int, ...]]) -> int:
     return sum(_size(layout.sharding_of(path, shape), shape) for path, shape in shapes.items())
-
-
-def _count_tree(layout: ShardingRules, leaves) -> int:
-    sizes = jax.tree.map(
-        lambda leaf, place: _size(place, leaf.shape), leaves, layout.shardings_of(leaves)
-    )
-    return sum(jax.tree.leaves(sizes))
 
 
 def _size(place: jax.sharding.NamedSharding, shape: tuple[int, ...]) -> int:

@@ -7,6 +7,7 @@ from planning_setups import TEACHER, setup
 
 from gkdjax.train.planning import memory
 from gkdjax.train.planning.memory import held, kv_bytes, lower_bound, total
+from gkdjax.utils.errors import UserError
 
 
 def test_lora_holds_a_frozen_base_and_the_optimizer_of_the_adapters():
@@ -129,3 +130,24 @@ def test_a_recomputed_layer_holds_random_words_and_what_dropout_left():
     # Two words and a bool for each; q, k and v read one array without it, and gate and up another.
     expected = 8 * 128 * (9 * inputs + 3 * 256 * 4)
     assert one_layer(0.5) - one_layer(0.0) == expected
+
+
+def test_phases_do_not_add_up():
+    made = memory.plan(setup(train__batch_size=8))
+    sizes = [total(parts) for parts in made.phases.values()]
+    assert len(sizes) == 4 and made.peak == total(made.held) + max(sizes)
+    assert made.least < total(made.held) < made.peak
+
+
+def test_rows_that_the_devices_cannot_share_are_refused_as_the_run_does():
+    message = r"config\.train\.batch_size: 6 rows at once cannot be shared by 4 devices; .* 8"
+    with pytest.raises(UserError, match=message):
+        memory.plan(setup(devices=4, train__batch_size=6))
+
+
+def test_adapters_that_fit_no_kernel_are_refused():
+    of = setup()
+    lora = of.config.student.lora
+    object.__setattr__(lora, "targets", ("no_proj",))
+    with pytest.raises(UserError, match=r"config\.student\.lora\.targets: .*no_proj"):
+        memory.plan(of)
