@@ -90,6 +90,7 @@ def test_llama_3_scaling_in_its_old_form(spelling):
         ("qwen3", {"layer_types": [GLOBAL, LOCAL, "chunked_attention"]}, "chunked_attention"),
         ("qwen2", {"hidden_act": "relu"}, "relu"),
         ("qwen2", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ("qwen2", {"rope_parameters": {"rope_type": "mrope"}}, "rope_type 'mrope' is not"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},

@@ -2,13 +2,17 @@
 
 import dataclasses
 import functools
+import json
+import pathlib
 
+import checkpoints
 import factories
 import numpy as np
 import pytest
 
 from gkdjax.models.decoder import Decoder
 from gkdjax.models.decoder_config import Llama3Scaling, RopeSpec
+from gkdjax.models.hf import load as hf_load
 from tests.models.model_cases import (
     GLOBAL,
     LOCAL,
@@ -103,6 +107,22 @@ def test_logits_agree_with_torch(load, case, side):
     assert np.isfinite(got).all()  # padding too
     tolerance = LONG_TOLERANCE if CASES[case][2] == LONG else TOLERANCE
     assert distance(got, wanted, mask_BT) <= tolerance
+
+
+@pytest.mark.parametrize("form", ["old", "new"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_length_beside_the_rope_object_is_the_one_that_counts(tmp_path, family, form):
+    factories.model_dir(tmp_path, family=family, **LLAMA3)
+    path: pathlib.Path = tmp_path / "config.json"
+    config = json.loads(path.read_text()) | {"original_max_position_embeddings": 16}
+    if form == "old":
+        config["rope_scaling"] = config.pop("rope_parameters")
+        config["rope_theta"] = config["rope_scaling"].pop("rope_theta")
+    path.write_text(json.dumps(config))
+    decoder, params = hf_load.load_pretrained(tmp_path)
+    wanted = checkpoints.torch_logits(checkpoints.load_torch(tmp_path))
+    assert np.abs(checkpoints.logits(decoder, params) - wanted).max() <= TOLERANCE
+    assert decoder.spec.rope_global.llama3.original_length == 16
 
 
 SCALED = "gemma3, linear rope"

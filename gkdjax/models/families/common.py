@@ -13,7 +13,7 @@ KEYS = frozenset(
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
         *("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "tie_word_embeddings"),
         *("max_position_embeddings", "rope_parameters", "rope_scaling", "rope_theta"),
-        "partial_rotary_factor",
+        *("original_max_position_embeddings", "partial_rotary_factor"),
     }
 )
 
@@ -38,6 +38,16 @@ class CheckpointNames(NamedTuple):
         return {"model": self.body, "lm_head": self.head}[start] + rest
 
 
+def one_rope(family: str, c: PretrainedConfig) -> RopeSpec:
+    """Reads the spec of a config whose layers all turn alike.
+
+    Raises:
+      ValueError: as `rope_spec`.
+    """
+    c.standardize_rope_params()  # as its model does: only now are keys beside the object looked at
+    return rope_spec(family, c.rope_parameters)
+
+
 def rope_spec(family: str, parameters: dict) -> RopeSpec:
     """The spec of a config's rope_parameters, or of one layer kind's part of them.
 
@@ -50,10 +60,10 @@ def rope_spec(family: str, parameters: dict) -> RopeSpec:
     _check_positive("rope_theta", theta)
     if kind == "default":
         return RopeSpec(theta)
+    refuse(family, kind not in ("linear", "llama3"), f"rope_type {kind!r}")
     _check_positive("the rope factor", parameters["factor"])
     if kind == "linear":
         return RopeSpec(theta, linear_factor=parameters["factor"])
-    refuse(family, kind != "llama3", f"rope_type {kind!r}")
     for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
         _check_positive(f"rope: {key}", parameters[key])
     scaling = Llama3Scaling(

@@ -81,7 +81,7 @@ _MOST_LAYERS = 10_000
 _SIZES = {
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
-    *("sliding_window_pattern",),
+    *("sliding_window_pattern", "original_max_position_embeddings"),
 }
 _NUMBERS = {
     *("rms_norm_eps", "query_pre_attn_scalar", "final_logit_softcapping"),

@@ -188,7 +188,10 @@ def test_every_key_of_transformers_classes_is_classified(model_type):
 
 
 def test_what_transformers_reads_of_any_config_is_classified():
-    """`getattr(config, "key", default)` in the code that every model runs through."""
+    """`getattr(config, "key", default)` in the code that every model runs through.
+
+    In the configs' own classes it is `getattr(self, ...)`, `hasattr(self, ...)`, or an argument.
+    """
     other = {  # of other kinds of models, of calls, or of how a program runs
         *("head_dim", "hidden_size", "num_attention_heads", "num_key_value_heads", "sep_token_id"),
         *("vocab_size", "rope_parameters", "max_position_embeddings", "backbone_config"),
@@ -198,12 +201,14 @@ def test_what_transformers_reads_of_any_config_is_classified():
         *("distributed_config", "initializer_range", "tie_word_embeddings", "_attn_implementation"),
         *("_experts_implementation", "gradient_checkpointing", "return_dict", "output_attentions"),
         *("output_hidden_states", "quantization_config", "_eos_token_tensor", "_mask_length"),
+        *("num_heads", "embed_dim", "num_hidden_layers", "validate", "num_labels"),
     }
-    known = other | set(config_keys._READ_ANYWAY)
     files = [TRANSFORMERS / f"{name}.py" for name in ("masking_utils", "cache_utils")]
     files += [TRANSFORMERS / f"{name}.py" for name in ("modeling_utils", "modeling_rope_utils")]
     files += [TRANSFORMERS / "configuration_utils.py", TRANSFORMERS / "generation/utils.py"]
     families_of = {"gemma3", "llama", "qwen2", "qwen3"}
+    classes = [TRANSFORMERS / f"models/{name}/configuration_{name}.py" for name in families_of]
+    classes += [TRANSFORMERS / "configuration_utils.py", TRANSFORMERS / "modeling_rope_utils.py"]
     files += [TRANSFORMERS / f"models/{name}/modeling_{name}.py" for name in families_of]
     found = {
         key
@@ -211,7 +216,18 @@ def test_what_transformers_reads_of_any_config_is_classified():
         for key in re.findall(r'getattr\([\w.]*config, "(\w+)"', file.read_text())
     }
     assert {"is_causal", "sliding_window", "attention_chunk_size"} <= found
-    assert found <= known
+    assert found <= other | set(config_keys._READ_ANYWAY)
+    of_self = r'(?:(?:get|has)attr\(self, |kwargs\.(?:get|pop)\()"(\w+)"'
+    found = {key for file in classes for key in re.findall(of_self, file.read_text())}
+    assert {"original_max_position_embeddings", "rope_local_base_freq"} <= found
+    read = {key for family in registry.MODEL_TYPES.values() for key in family.KEYS}
+    of_calls = {  # of how a file is found or written
+        *("commit_message", "repo_id", "token", "revision", "local_files_only", "cache_dir"),
+        *("force_download", "proxies", "trust_remote_code", "subfolder", "gguf_file"),
+        "return_unused_kwargs",
+    }
+    unknown = found - other - set(config_keys._READ_ANYWAY) - read - of_calls
+    assert {key for key in unknown if not config_keys._is_harmless(key)} == set()
 
 
 ODD = [True, -1, 0, 2.5, "x", [], {}, [3], {"a": 1}, 10**30, float("inf"), float("nan"), None]
