@@ -20,6 +20,7 @@ from absl import logging
 
 from gkdjax.data import message_spans
 from gkdjax.data.message_spans import Misfit, thinks
+from gkdjax.data.row_schema import TOOL_ROLES
 from gkdjax.data.stop_ids import stop_ids
 from gkdjax.data.template import SYSTEM_ADVICE, Template
 from gkdjax.data.tokenizer_files import load_tokenizer
@@ -260,6 +261,8 @@ def _spans(chat: Chat, said: _Said, text: str, name: str) -> message_spans.Spans
         advice = SYSTEM_ADVICE if role == "system" else ""
         if role == "assistant" and "tool_calls" in fields:
             advice = "; it writes the calls alone: remove the text beside them"
+        if role in TOOL_ROLES[1:]:
+            advice = f"; rename the role {TOOL_ROLES[0]!r} if it is the result of a tool"
         raise UserError(
             f"{name}: the chat template of {chat.directory} drops message {found.dropped} "
             f"({role}) without a word{advice}"

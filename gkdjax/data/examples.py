@@ -8,9 +8,9 @@ A row has, under names that data sets use (null counts as absent):
    joined to it after a blank line. `prompt` may be a list of messages, too, as TRL's: it is read
    and never learnt.
 2. Its response, at most one of: the last message of that list, if it is from the assistant;
-   `response`, `completion`, `output`, `target`, and in training rows `answer`. `completion` may be
-   a list of messages, whose last one is the response; a whole number is its digits. Without one,
-   somebody writes it.
+   `response`, `completion`, `output`, `target`, and in training rows `answer`. It may be a list of
+   messages, whose last one is the response; a whole number is its digits. Without one, somebody
+   writes it.
 3. `system` or `system_prompt`: a system message before the turns. `tools`: a list, or its JSON
    text, that the chat template describes to the model.
 4. `prefix_messages`, a list as above: its own prefix. An empty list counts as absent.
@@ -24,7 +24,9 @@ template is given beside it: `tool_calls`, `reasoning_content`, `reasoning`, `th
 `tool_call_id`. `weight`, `trainable` or `train` of 0 or false: the message is no target.
 
 There is no precedence among names for the same thing: a row with two of them is refused with the
-question which one is meant, unless a prompt says again how the list of turns begins. Fields that
+question which one is meant, unless a prompt says again how the list of turns begins, `text` has the
+instruction and the output in it (Alpaca's), or `answer` in training rows stands beside turns that
+end with the assistant's (their result in short); these are told in the log. Fields that
 would change what is learnt and that nothing reads (`row_schema.ROW_REFUSED`) are refused by name,
 and other columns are told once in the log. Rows of one source may differ.
 """
@@ -122,7 +124,11 @@ def _example(row: object, row_id: int, match: str | None, reader: _Reader) -> tu
     row_schema.refuse_unread(_not_said_again(row), row_schema.ROW_REFUSED, name)
     reader.unread.update(shown(column) for column in row if column not in columns)
     given = {c: row[c] for c in columns if c in row and row[c] is not None}
+    _leave_out_joined_text(given, reader)
     turns, prompted = _turns(given, reader)
+    if match is None and "answer" in given and turns[-1].role == "assistant":
+        del given["answer"]  # what the last message comes to
+        reader.unread.add("answer (beside a response)")
     expected = None if match is None else _expected(given, match, name)
     responses = (*_RESPONSES, "answer") if match is None else _RESPONSES_TO_QUESTIONS
     said, answer = _answer({c: given[c] for c in responses if c in given}, turns, reader)
@@ -134,7 +140,7 @@ def _example(row: object, row_id: int, match: str | None, reader: _Reader) -> tu
         raise UserError(f"{name}: has no turns before the response; add the question to it")
     system = _system(given, turns, name)
     before = (*system, *turns)
-    apart = prompted or isinstance(given.get("completion"), list | tuple)
+    apart = prompted or any(_is_talk(column, given.get(column)) for column in responses)
     prefix: tuple[Message, ...] = ()
     if "prefix_messages" in given:
         prefix = reader.messages(given, "prefix_messages")
@@ -219,7 +225,7 @@ def _turns(given: dict, reader: _Reader) -> tuple[tuple[Message, ...], bool]:
     found = [column for column in named if column in given]
     if not found:
         raise UserError(f"{name}: has no turns; give it one of {', '.join(named)}")
-    found = _without_repeated(found, given)
+    found = _without_repeated(found, given, reader)
     if found == ["input", "instruction"]:  # Alpaca's
         asked = text(given["instruction"], f"{name}: instruction")
         if not says_nothing(given["input"]):
@@ -242,14 +248,46 @@ def _turns(given: dict, reader: _Reader) -> tuple[tuple[Message, ...], bool]:
     return turns, prompted
 
 
-def _without_repeated(found: list[str], given: dict) -> list[str]:
+def _leave_out_joined_text(given: dict, reader: _Reader) -> None:
+    """Alpaca's `text` is its other columns in a prompt of words, with the output at the end."""
+    if "text" not in given or "instruction" not in given:
+        return
+    said = [given[c] for c in ("text", "instruction", *_RESPONSES) if c in given]
+    texts = [part.strip() for part in said if isinstance(part, str)]
+    joined, asked, *answers = texts if len(texts) == len(said) == 3 else ("", "", "")
+    before = joined.removesuffix(answers[0])
+    if asked and asked in before and before != joined:
+        del given["text"]
+        reader.unread.add("text (the other columns, joined)")
+        return
+    raise UserError(
+        f"{reader.name}: which are its turns, instruction or text? Keep one column: remove 'text'"
+        " if it says the same"
+    )
+
+
+def _without_repeated(found: list[str], given: dict, reader: _Reader) -> list[str]:
     """Without columns that say again how the conversation begins, as ultrachat_200k has one."""
-    chats = [given[column] for column in found if column in _CHATS]
-    if len(chats) != 1 or not isinstance(chats[0], list | tuple):
+    chats = [column for column in found if column in _CHATS]
+    if len(found) == 1 or len(chats) != 1 or not isinstance(given[chats[0]], list | tuple):
         return found
-    said = (m for m in chats[0] if isinstance(m, dict) and m.get("role") != "system")
-    first = next(said, {}).get("content")
-    return [column for column in found if column in _CHATS or given[column] != first]
+    said = reader.messages(given, chats[0])
+    first = next((m.content.strip() for m in said if m.role != "system"), "")
+
+    def repeats(column: str) -> bool:
+        value = given[column]
+        if column == "prompt" and isinstance(value, list | tuple):
+            asked = reader.messages(given, column)
+            return bool(asked) and asked == said[: len(asked)]
+        return isinstance(value, str) and value.strip() == first != ""
+
+    return [column for column in found if column in chats or not repeats(column)]
+
+
+def _is_talk(column: str, value: object) -> bool:
+    """Whether a response is a list of messages, and not one of answers that are expected."""
+    listed = isinstance(value, list | tuple)
+    return listed and (column == "completion" or {*map(type, value)} == {dict})
 
 
 def _answer(
@@ -257,20 +295,25 @@ def _answer(
 ) -> tuple[tuple[Message, ...], Message | None]:
     """The response, of the columns that hold one and the last message, and what is said before it.
 
-    The latter only where `completion` is a list of messages.
+    The latter only where the column has a list of messages.
     """
     name = reader.name
     if len(found) > 1:
         raise UserError(f"{name}: which is the response, {' or '.join(found)}? Keep one column")
     before, written = (), None
     for column, value in found.items():
-        if column != "completion" or not isinstance(value, list | tuple):
+        if not _is_talk(column, value):
             said = row_schema.response_text(value, f"{name}: {column}")
             written = Message("assistant", said)
             continue
         *before, written = reader.messages(found, column) or (None,)
         if written is None or written.role != "assistant":
-            raise UserError(f"{name}: completion has to end with the assistant's message")
+            raise UserError(f"{name}: {column} has to end with the assistant's message")
+        if tuple(before[:1]) == turns[-1:]:
+            raise UserError(
+                f"{name}: {column} begins with the question, which the turns end with as well; name"
+                " it 'messages' if it is the whole conversation, and remove the other column"
+            )
     if turns[-1].role != "assistant":
         return tuple(before), written
     if found:

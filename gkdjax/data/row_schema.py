@@ -20,6 +20,7 @@ _ROLES = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "chatbot", "ai"), "assistant"),
     **{role: role for role in ("system", "developer", "document", *TOOL_ROLES)},
 }
+_CALLERS = ("function_call", "tool_call", "function-call", "tool_calls")  # the assistant's calls
 
 # Of a message: what the chat template is given beside role and content, under the same names.
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
@@ -49,7 +50,8 @@ ROW_REFUSED = {
     ),
     **dict.fromkeys(
         ("chosen", "rejected"),
-        "preferences are not learnt; name what is to be learnt 'response', and remove both columns",
+        "preferences are not learnt; name what is to be learnt 'response', or 'messages' if it"
+        " holds the question as well, and remove both columns",
     ),
     **dict.fromkeys(
         ("reasoning_content", "reasoning", "thinking", "rationale"),
@@ -166,7 +168,9 @@ def messages(
     """
     if not isinstance(listed, list | tuple):
         raise UserError(f"{where} must be a list of messages, not {kind(listed)}")
-    return tuple(_message(item, f"{where}[{i}]", unread, roles) for i, item in enumerate(listed))
+    found = (_message(item, f"{where}[{i}]", unread, roles) for i, item in enumerate(listed))
+    # A system message that says nothing is as good as absent, as an empty system column is.
+    return tuple(m for m in found if m.role != "system" or m.content.strip() or m.fields)
 
 
 def tools(value: object, where: str) -> str:
@@ -175,19 +179,27 @@ def tools(value: object, where: str) -> str:
     Raises:
       UserError: something else, or what JSON cannot hold.
     """
-    if isinstance(value, str):
-        if not value.strip():
-            return ""
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is text that does not parse as JSON: {error}") from error
+    value = _parsed(value, where)
+    if value is None:
+        return ""
     if not isinstance(value, list | tuple):
         raise UserError(f"{where} must be a list of tools, not {kind(value)}")
     for i, tool in enumerate(value):
         if not isinstance(tool, dict):
             raise UserError(f"{where}[{i}]: a tool is an object, not {kind(tool)}")
     return _json(value, where) if value else ""
+
+
+def _parsed(value: object, where: str) -> object:
+    """What a JSON text holds, null if it is blank; other values as they are."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is text that does not parse as JSON: {error}") from error
 
 
 def refuse_unread(given: Mapping, refused: Mapping[str, str], where: str) -> None:
@@ -237,7 +249,7 @@ def _message(message: object, where: str, unread: set[str], roles: Sequence[str]
     unread.update(f"messages[].{shown(field)}" for field in given if field not in read)
     role = _role(text(message[form[0]], f"{where}: {form[0]}"), f"{where}: {form[0]}", roles)
     said = given.get(form[1])
-    may_be_empty = bool(calls) or role in TOOL_ROLES
+    may_be_empty = bool(calls) or role in ("system", *TOOL_ROLES)
     content = _content(said, f"{where}: {form[1]}", unread, may_be_empty)
     beside = calls | _told_beside(given, where)
     fields = _json(dict(sorted(beside.items())), where) if beside else ""
@@ -253,6 +265,11 @@ def _role(said: str, where: str, roles: Sequence[str]) -> str:
     known = known_role(said)
     if known is not None:
         return known
+    if said.lower() in _CALLERS:
+        raise UserError(
+            f"{where} = {said!r}: write the call as 'tool_calls', a list, of a message by the"
+            " assistant"
+        )
     if said not in roles:
         raise UserError(
             f"{where} = {said!r} is nobody known: it is one of {', '.join(_ROLES)}; rename it, or"
@@ -282,9 +299,9 @@ def _part(part: object, where: str, unread: set[str]) -> str:
 
 
 def _tool_calls(given: Mapping, where: str) -> dict[str, object]:
-    if "tool_calls" not in given or says_nothing(given["tool_calls"]):
+    calls = _parsed(given.get("tool_calls"), f"{where}: tool_calls")
+    if says_nothing(calls):
         return {}
-    calls = given["tool_calls"]
     if not isinstance(calls, list | tuple) or not all(isinstance(call, dict) for call in calls):
         raise UserError(f"{where}: tool_calls must be a list of objects, not {kind(calls)}")
     return {"tool_calls": calls}

@@ -7,6 +7,7 @@ at `at[n] + 1`.
 
 import dataclasses
 import enum
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -140,10 +141,11 @@ class ViewRules:
         student, teacher = self._views(example, trajectory)
         target_ids = _target_ids(student)
         if not np.array_equal(target_ids, _target_ids(teacher)):
+            told = self._first_differing(target_ids, _target_ids(teacher))
             raise UserError(
                 f"{example.name}: the target tokens differ between the student's view and the "
                 "teacher's: their tokenizers or chat templates write the same messages differently"
-                f"{self._ends_differ()}"
+                f"{told}{self._ends_differ()}"
             )
         if len(target_ids) == 0:
             _require_roles(example, self.targets, trajectory)
@@ -169,6 +171,17 @@ class ViewRules:
         return dataclasses.replace(
             self, targets=dataclasses.replace(self.targets, whole_responses=True)
         )
+
+    def _first_differing(self, student: np.ndarray, teacher: np.ndarray) -> str:
+        """The end of a message: the first of two lists of targets' ids that is not the same."""
+        both = itertools.zip_longest(student.tolist(), teacher.tolist())
+        number, pair = next((n, pair) for n, pair in enumerate(both) if pair[0] != pair[1])
+        chats = self.student_chat, self.teacher_chat
+        tokens = [
+            "nothing" if i is None else repr(chat.tokenizer.convert_ids_to_tokens(i))
+            for chat, i in zip(chats, pair, strict=True)
+        ]
+        return f"; target {number} is {tokens[0]} for the student and {tokens[1]} for the teacher"
 
     def _ends_differ(self) -> str:
         """The end of a message: how the templates end turns otherwise, and what to do."""

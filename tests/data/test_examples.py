@@ -179,8 +179,21 @@ def test_a_missing_file_is_refused(tmp_path):
         ({"prompt": "hi", "output": "a", "target": "a"}, "the response, output or target. Keep"),
         ({"prompt": "hi", "response": "a", "answer": "a"}, "the response, response or answer. Ke"),
         (
-            {"messages": [_turn(), _turn("assistant")], "answer": "yo"},
-            "which is the response, the column 'answer' or the last message",
+            {"prompt": "hi", "response": [_turn(), _turn("assistant")]},
+            "response begins with the question, .* as well; name it 'messages' if it is the",
+        ),
+        ({"prompt": "hi", "response": ["yo"]}, "response must be a string, not a list"),
+        ({"instruction": "a", "text": "a yo", "output": "y"}, "its turns, instruction or text. Ke"),
+        (
+            {"instruction": "a", "text": "say a"},
+            "its turns, instruction or text. .* remove 'text' if",
+        ),
+        *(
+            (
+                {"conversations": [{"from": who, "value": "{}"}]},
+                f"'{who}': write the call as 'tool_c",
+            )
+            for who in ("function_call", "tool_call")
         ),
         ({"turns": [_turn(value="a")]}, r"turns\[0\]: has 'role' and 'content' and 'value'; keep"),
         ({"turns": [{"from": "human"}]}, r"turns\[0\]: has no 'value'; there is \['from'\]"),
@@ -220,8 +233,16 @@ def test_a_prompt_that_only_repeats_how_the_conversation_begins_is_no_question()
     talk = [_turn("system", "s"), _turn(), _turn("assistant", "yo")]
     (example,) = read_examples(({"prompt": "hi", "messages": talk},), "data.train")
     assert (example.turns, example.response) == ((Message("system", "s"), *_ASKED), "yo")
+    asked = [{"from": "system", "value": "s"}, {"from": "human", "value": " hi\n"}]
+    for row in (
+        {"prompt": "hi ", "conversations": [*asked, {"from": "gpt", "value": "yo"}]},
+        {"prompt": talk[:2], "messages": talk},
+    ):
+        (example,) = read_examples((row,), "data.train")
+        assert (len(example.turns), example.given, example.response) == (2, 0, "yo")
     for row in (
         {"prompt": "ho", "messages": talk},
+        {"prompt": [talk[1]], "messages": talk},
         {"prompt": "s", "messages": talk},
         {"prompt": "hi", "messages": talk, "turns": talk},
         {"prompt": "hi", "messages": "hi"},
@@ -289,10 +310,13 @@ def test_messages_go_whole_to_the_template():
     assert list(told[1]["tool_calls"][0]["function"]["arguments"]) == ["b", "a"]
     assert example.turns[1].fields.startswith('{"reasoning_content":"so","tool_calls":[{"type":')
     assert json.loads(example.tools) == [_CALL] and ", " not in example.tools
+    said[1] |= {"tool_calls": json.dumps([_CALL])}
+    said[3] |= {"tool_calls": "null"}
     (again,) = read_examples(({"messages": said, "tools": json.dumps([_CALL])},), "x")
     assert again == example
-    (none,) = read_examples(({"messages": said, "tools": "[]"},), "x")
-    assert none.tools == ""
+    for nothing in ("[]", "null", " "):
+        (none,) = read_examples(({"messages": said, "tools": nothing},), "x")
+        assert none.tools == ""
 
 
 @pytest.mark.parametrize(
@@ -325,6 +349,13 @@ _PARTS = [{"type": "text", "text": "h"}, {"type": "text", "text": "i", "image_ur
         ({"system": " ", "prompt": "hi"}, "hi", 0, None),
         ({"instruction": "a", "input": "b", "output": "yo"}, "a\n\nb", 0, "yo"),
         ({"instruction": "a", "input": " ", "output": "yo"}, "a", 0, "yo"),
+        (
+            {"instruction": "a", "input": "b", "output": "yo", "text": "Do a:\nIn: b\nOut: yo\n"},
+            *("a\n\nb", 0, "yo"),
+        ),
+        ({"messages": [_turn(), _turn("gpt", "so: 4")], "answer": "4"}, "hi", 0, "so: 4"),
+        ({"messages": [_turn("system", ""), _turn(), _turn("gpt", "yo")]}, "hi", 0, "yo"),
+        ({"prompt": [_turn()], "response": [_turn("assistant", "yo")]}, "hi", 1, "yo"),
         ({"messages": [_turn(content=_PARTS)]}, "hi", 0, None),
         ({"prompt": [_turn(), _turn("assistant", "a"), _turn(content="b")]}, "hi a b", 3, None),
         ({"prompt": [_turn()], "completion": [_turn("assistant", "yo")]}, "hi", 1, "yo"),
@@ -378,7 +409,11 @@ def _deep(levels):
         ({"messages": [_turn(masked=True)]}, r"messages\[0\]: has 'masked', which nothing reads"),
         ({"messages": [_turn(weight=0.5)]}, r"messages\[0\]: weight = 0.5: it is 1 or 0"),
         ({"messages": [_turn(train="no")]}, r"messages\[0\]: train = 'no': it is 1 or 0"),
-        ({"messages": [_turn(tool_calls="f()")]}, r"tool_calls must be a list of objects"),
+        ({"messages": [_turn(tool_calls={"f": 1})]}, r"tool_calls must be a list of objects"),
+        (
+            {"messages": [_turn(tool_calls="f()")]},
+            r"tool_calls is text that does not parse as JSON",
+        ),
         ({"messages": [_turn("gpt", "", tool_calls=[{"a": 1e999}])]}, r"tool_calls\[0\].a is inf"),
         ({"messages": [_turn(tool_calls=[{"a\ud800": 1}])]}, "a key is no valid Unicode"),
         ({"messages": [_turn(tool_calls=[{"a": "\0"}])]}, r"tool_calls\[0\].a has a NUL"),

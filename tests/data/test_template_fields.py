@@ -120,6 +120,12 @@ _SHORT = Message("assistant", "4.", '{"reasoning_content":"Easy."}')
         ),
         (
             templates.PLAIN_CALLS,
+            (_USER, _call({}), Message("observation", "3")),
+            TOOLS,
+            r"drops message 2 \(observation\) .*; rename the role 'tool' if it is the result",
+        ),
+        (
+            templates.PLAIN_CALLS,
             (_USER, _call('{"at": 1}')),
             TOOLS,
             r"message 1's tool call are a string, which .* encodes again; .*: \{\"at\": 1\}$",

@@ -240,7 +240,10 @@ def test_a_row_is_divided_where_its_rendering_would_teach_something_else(
 
 def test_views_that_tokenise_differently_are_an_error(chat_of):
     example = _row([Message("user", "?")], "yes ")  # chatml keeps the blank, llama3 trims it
-    told = r"rows:7: the target tokens differ.*ends a turn with <\|im_end\|>.*with <\|eot_id\|>"
+    told = (
+        r"rows:7: the target tokens differ.*; target 1 is 'Ġ' for the student and '<\|eot_id\|>' "
+    )
+    told += r"for the teacher.*ends a turn with <\|im_end\|>.*with <\|eot_id\|>"
     with pytest.raises(ValueError, match=told):
         _view(example, chat_of("chatml"), teacher_chat=chat_of("llama3"))
 
