@@ -4,10 +4,11 @@ import contextlib
 import dataclasses
 import json
 
+import factories
 import numpy as np
 import pytest
 from fake_server import FakeServer
-from fake_teacher import LOGPROBS, FakeTeacher
+from fake_teacher import LOGPROBS, VOCAB, FakeTeacher
 from server_runs import MIXED_ROWS, config_for, rows_asked
 from small_runs import losses_hex, metrics
 
@@ -15,7 +16,7 @@ import gkdjax
 from gkdjax import config
 from gkdjax.rollout import teacher
 from gkdjax.teachers import scoring
-from gkdjax.train import offline, setup
+from gkdjax.train import models, offline, setup
 from gkdjax.train import workdir as workdirs
 from gkdjax.utils.errors import UserError
 
@@ -95,18 +96,22 @@ def test_another_run_on_the_store_buys_only_what_a_changed_student_writes(everyt
     assert all("prompt_logprobs" in json.loads(row) for row in new)
 
 
-def test_what_reaches_the_step_is_what_the_teacher_says(off_policy, tmp_path):
-    parsed = config.parse(off_policy.config)
+def check_targets(c, workdir, table, shared=None) -> list[np.ndarray]:
+    """What reaches the first two steps is what the teacher says by `table` -> ids of its best."""
+    parsed, best_ids = config.parse(c), []
     with contextlib.ExitStack() as connections:
-        rows = setup.read(parsed, tmp_path, None, connections)
-        teacher.prepare(parsed, "train", rows.feed, rows.teacher, tmp_path, rows.vocab_size)
+        rows = setup.read(parsed, workdir, None, connections)
+        vocab_size = shared or rows.vocab_size
+        teacher.prepare(parsed, "train", rows.feed, rows.teacher, workdir, vocab_size)
         for step in range(2):  # all eight rows: those the teacher wrote, and those it reads
             batch, kept = rows.feed.batch(step)
+            assert batch.target_ids_BN.max() < vocab_size
             found = scoring.request_targets(
                 rows.teacher, batch, rows.feed.names(step), kept, rows.mesh
             )()
+            assert found.shared == shared
             for row, n in zip(*np.nonzero(batch.target_mask_BN), strict=True):
-                said = LOGPROBS[batch.teacher_tokens_BT[row, batch.teacher_at_BN[row, n]]]
+                said = table[batch.teacher_tokens_BT[row, batch.teacher_at_BN[row, n]]]
                 best = np.argsort(-said)[:8]
                 np.testing.assert_array_equal(found.topk.ids[row, n], best)
                 np.testing.assert_allclose(found.topk.logprobs[row, n], said[best], rtol=1e-6)
@@ -114,6 +119,40 @@ def test_what_reaches_the_step_is_what_the_teacher_says(off_policy, tmp_path):
                 np.testing.assert_allclose(found.topk.tail_logprob[row, n], rest, rtol=1e-5)
                 own = said[batch.target_ids_BN[row, n]]
                 np.testing.assert_allclose(found.target_logprob_BN[row, n], own, rtol=1e-6)
+                best_ids.append(best)
+    return best_ids
+
+
+def test_what_reaches_the_step_is_what_the_teacher_says(off_policy, tmp_path):
+    check_targets(off_policy.config, tmp_path, LOGPROBS)
+
+
+class Grown(FakeTeacher):
+    """Has an added token behind those of the student, and likes it everywhere."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.tokenizer.add_tokens(["<think>", "</think>"])
+        p = 0.85 * np.exp(self.logprob_table)
+        p[:, VOCAB] += 0.15
+        self.logprob_table = np.log(p)
+
+
+def test_a_server_may_have_added_tokens_if_its_tokenizer_is_named(tmp_path):
+    """The student has no row for them; the server names them, and what it writes has none."""
+    student = factories.model_dir(tmp_path / "student", vocab_size=VOCAB)
+    with FakeServer(Grown()) as server:
+        server.handler.tokenizer.save_pretrained(tmp_path / "tokenizer")
+        c = config_for(student, server.base)
+        (tmp_path / "named").mkdir()
+        with pytest.raises(UserError, match=r"teacher\.tokenizer"):
+            check_targets(c, tmp_path, server.handler.logprob_table)
+        c.teacher.tokenizer = str(tmp_path / "tokenizer")
+        sources = models.resolve_models(config.parse(c), tmp_path, None)
+        assert sources.teacher_chat.shared == VOCAB
+        assert models.ids_of_server(sources, VOCAB) == VOCAB + 2
+        best = check_targets(c, tmp_path / "named", server.handler.logprob_table, shared=VOCAB)
+        assert np.max(best) == VOCAB
 
 
 def test_without_a_store_the_run_is_the_same(off_policy, tmp_path):

@@ -72,7 +72,7 @@ def connect(
     Args:
       c: of a `config.parse`d config, with a backend of `DIALECTS`.
       chat: renders the teacher's view; its tokenizer is the server's, or it is refused.
-      vocab_size: of the ids that student and teacher have in common.
+      vocab_size: the server may name ids below it, see `train.models.ids_of_server`.
       workdir: of the run; its teacher.json says which weights it began with.
       shared: the run's directory, where the stores of all processes lie.
       how: `sampling`, as the run is going to draw, and `template_kwargs`, `data.template_kwargs`

@@ -100,7 +100,7 @@ def examine(
       api_model: its name for the model, or "" for the only one.
       dialects: name -> dialect; those are tried in this order.
       chat: the tokenizer that the teacher is said to have.
-      vocab_size: of the ids that student and teacher have in common.
+      vocab_size: the server may name ids below it, see `train.models.ids_of_server`.
       top_k: K of every request.
       sampling: as the run is going to draw.
       must_score: a server that does not score given ids is refused.

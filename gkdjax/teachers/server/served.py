@@ -81,7 +81,8 @@ def compare_tokenizers(
             raise UserError(
                 f"the tokenizer of {model} is not that of {chat.directory}: of one text the token"
                 f" {at} is {theirs[at : at + 1]} there and {ours[at : at + 1]} here. Name the"
-                " teacher's own in config.teacher.tokenizer; it has to be the student's as well"
+                " teacher's own in config.teacher.tokenizer; it has to be the student's as well,"
+                " but for added tokens"
             )
         window = _window(said.get("max_model_len"), f"{model} in /tokenize")
         return f"the same {len(ours)} ids for a text", window
