@@ -17,7 +17,7 @@ from gkdjax.tools import export_hf
 from gkdjax.utils.errors import Preempted
 
 FILES = ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja")
-FILES += ("generation_config.json",)
+FILES += ("generation_config.json", "LICENSE", "USE_POLICY.md")
 
 
 def export(run, out, *flags: str) -> int:
@@ -33,6 +33,8 @@ def lora_run(student, tmp_path_factory) -> pathlib.Path:
     root = tmp_path_factory.mktemp("lora")
     base = shutil.copytree(student, root / "student")
     (base / "generation_config.json").write_text('{"eos_token_id": 1}')
+    for name in ("LICENSE", "USE_POLICY.md"):
+        (base / name).write_text(f"{name} of the student")
     config = small(str(base), teacher__top_k=1, train__export="both")
     config.student.lora.alpha = 7.0
     with pytest.raises(Preempted):

@@ -110,6 +110,15 @@ def test_an_adapter_of_another_base_is_refused(student, other, adapter, tmp_path
         gkdjax.run(starting_from(student, adapter(other)), tmp_path / "run")
 
 
+@pytest.mark.parametrize("key", ["student", "teacher"])
+def test_an_adapter_given_as_a_model_is_named(student, adapter, tmp_path, key):
+    c, directory = small(student, teacher__backend="flax", teacher__model=student), adapter()
+    c[key].model = directory
+    told = rf"{directory} is the directory of an adapter.*student\.lora\.start_from or teacher\.ada"
+    with pytest.raises(UserError, match=told):
+        gkdjax.run(c, tmp_path / "run")
+
+
 def test_a_teacher_may_carry_an_adapter(student, other, adapter, tmp_path):
     decoder, base = load.load_pretrained(other)
     directory = adapter(other)
