@@ -1,4 +1,4 @@
-"""What the planner's tests plan: a model of Gemma's kind, as numbers alone."""
+"""The subject of the planner's tests: a model of Gemma's kind, as numbers alone."""
 
 from gkdjax import config
 from gkdjax.benchmarks.case import STUDENTS, TEACHERS, decoder_spec
@@ -9,7 +9,7 @@ TEACHER = decoder_spec(TEACHERS["small"], 4096)
 
 
 def setup(dtype: str = "float32", devices: int = 1, **changes) -> PlanInputs:
-    """Of a config with `changes` like gkd__divergence="mixed"; a teacher if there is one."""
+    """Plans a config with `changes` like gkd__divergence="mixed"; a teacher if there is one."""
     c = config.default()
     c.student.model, c.data.train = "none", "none.jsonl"
     c.data.max_length = 128

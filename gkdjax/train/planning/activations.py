@@ -1,4 +1,4 @@
-"""What the student's forward pass leaves for its backward pass, read off the traced program.
+"""Counts what the student's forward pass leaves for its backward pass, off the traced program.
 
 Nothing is computed and no weights are needed: `jax.vjp` is traced with shapes alone, and what comes
 out of it that did not go in is what lies in memory between the two passes. That follows the decoder
@@ -52,7 +52,7 @@ def adapters(spec: DecoderConfig, dtype: str, rules: lora.LoraRules) -> dict:
 
 @functools.cache
 def kept(of: Pass, remat: bool) -> Kept:
-    """What `of` leaves, with or without `train.remat`."""
+    """Counts what `of` leaves, with or without `train.remat`."""
     whole = _residuals(of, False)
     largest = max(whole.layers) // of.spec.num_layers
     if not remat:
@@ -95,7 +95,7 @@ def _residuals(of: Pass, remat: bool) -> _Residuals:
     return _Residuals(layers, _within_a_layer(jaxpr, left), rest)
 
 
-# What gives an array another shape or name, and no memory of its own.
+# Operations that give an array another shape or name, and no memory of its own.
 _SAME_MEMORY = ("reshape", "squeeze", "name", "reduce_precision")
 
 

@@ -42,7 +42,7 @@ def check_memory(rows: RunInputs) -> None:
 
 
 def setup_of(rows: RunInputs) -> PlanInputs:
-    """With the weights that the run is about to load."""
+    """Reads the headers of the weights that the run is about to load."""
     sources = rows.sources
     loads = rows.teacher is None and sources.teacher is not None
     return PlanInputs(

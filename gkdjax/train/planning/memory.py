@@ -85,7 +85,7 @@ def total(parts: Parts) -> int:
 
 
 def lower_bound(setup: PlanInputs) -> Parts:
-    """What lies there at the first step for certain, whatever the rows are."""
+    """Counts what lies there at the first step for certain, whatever the rows are."""
     trainable, shard = trained(setup), setup.of_student
     found = {"student, as loaded": setup.student.nbytes_of(shard, setup.config.student.dtype)}
     found["student, float32" if setup.full else "adapters"] = trainable
@@ -97,7 +97,7 @@ def lower_bound(setup: PlanInputs) -> Parts:
 
 
 def held(setup: PlanInputs) -> Parts:
-    """What lies there from the first step to the last."""
+    """Counts what lies there from the first step to the last."""
     found, c = lower_bound(setup), setup.config
     loaded = found.pop("student, as loaded")
     if not setup.full:
@@ -171,7 +171,7 @@ def _cast_again(setup: PlanInputs) -> int:
 
 
 def _tables(setup: PlanInputs) -> int:
-    """Of a training step: the head's own gradient to a table that is looked up, too."""
+    """Adds the head's own gradient to a table that is looked up, too."""
     tied = setup.student.spec.tied_embedding
     gradient = 4 * setup.of_student.table if setup.full and tied else 0
     return tables(setup) + gradient
@@ -186,7 +186,7 @@ def training_rows(setup: PlanInputs) -> list[tuple[int, Shard | None]]:
 
 
 def adapters(setup: PlanInputs) -> dict:
-    """As `jax.ShapeDtypeStruct`; UserError for targets that match no kernel."""
+    """Shapes as `jax.ShapeDtypeStruct`; UserError for targets that match no kernel."""
     return activations.adapters(setup.student.spec, student_dtype(setup), setup.rules)
 
 
@@ -197,12 +197,12 @@ def trained(setup: PlanInputs) -> int:
 
 
 def student_dtype(setup: PlanInputs) -> str:
-    """Of the parameters that a step computes with."""
+    """Dtype of the parameters that a step computes with."""
     return "float32" if setup.full else setup.student.dtype(setup.config.student.dtype)
 
 
 def dtype_of(setup: PlanInputs, shard: Shard) -> str:
-    """Of a model's parameters in memory."""
+    """Dtype of a model's parameters in memory."""
     if shard is setup.of_student:
         return student_dtype(setup)
     return setup.teacher.dtype(setup.config.teacher.dtype)
@@ -218,7 +218,7 @@ def targets(setup: PlanInputs) -> int:
 
 
 def target_bytes(setup: PlanInputs, spec: DecoderConfig | None) -> int:
-    """Of one target: hidden states of a model in this process, or the best K tokens."""
+    """Bytes of one target: hidden states of a model in this process, or the best K tokens."""
     c, server = setup.config, setup.config.teacher.backend in SERVERS
     if spec is None or (c.teacher.top_k is not None and not server):
         return 8 * (c.teacher.top_k or 0) + 8  # of a teacher that was handed in, K is unknown

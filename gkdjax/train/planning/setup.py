@@ -46,13 +46,13 @@ class Weights:
         return num_parameters(self.spec) * itemsize(wanted)
 
     def nbytes_of(self, shard: Shard, wanted: str | None) -> int:
-        """Of one device's part; where the checkpoint has several dtypes, of their mean."""
+        """Bytes of one device's part, by the mean where the checkpoint has several dtypes."""
         return self.nbytes(wanted) * shard.held // num_parameters(self.spec)
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanInputs:
-    """What is planned: a run on a mesh of devices."""
+    """A run on a mesh of devices, which is planned."""
 
     config: Config
     student: Weights
@@ -79,12 +79,12 @@ class PlanInputs:
 
     @functools.cached_property
     def of_student(self) -> Shard:
-        """What one device has of the student; UserError where the mesh does not divide it."""
+        """The student's part on one device; UserError where the mesh does not divide it."""
         return self._shard(self.student.spec, self.config.mesh.student_rules)
 
     @functools.cached_property
     def of_teacher(self) -> Shard | None:
-        """And of whoever teaches in this process."""
+        """The part of whoever teaches in this process."""
         if self.toggles or self.teacher is None:
             return self.of_student if self.toggles else None
         return self._shard(self.teacher.spec, self.config.mesh.teacher_rules)
@@ -107,7 +107,7 @@ class PlanInputs:
         return self.toggles or anchored or compared
 
     def rows(self, key: str) -> int:
-        """Of one device, of all rows of a batch: "train", "anchor" or "eval"."""
+        """Rows of a batch on one device: "train", "anchor" or "eval"."""
         return getattr(self.config, key).batch_size // parallel_mesh.row_shares(self.mesh)
 
     @property
@@ -164,7 +164,7 @@ def _sizes(config: Config, devices: int) -> dict[str, int]:
 
 
 def read_weights(directory: pathlib.Path) -> Weights:
-    """By the headers of the tensor files; without any, in the dtype that config.json names.
+    """Reads the headers of the tensor files; without any, the dtype that config.json names.
 
     Raises:
       UserError: as `model_config.load_spec`, and what is wrong with the files.

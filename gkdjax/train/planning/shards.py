@@ -1,4 +1,4 @@
-"""What one device has of a model: its part of the weights, and of what it computes with them."""
+"""One device's part of a model: of its weights, and of what it computes with them."""
 
 import dataclasses
 import functools
@@ -55,12 +55,12 @@ class Shard:
 
     @functools.cached_property
     def layer(self) -> int:
-        """Of one layer, gathered."""
+        """Parameters of one layer, gathered."""
         return _count(self._gathered, _layer_paths(self.spec)) // self.spec.num_layers
 
     @functools.cached_property
     def kernels(self) -> int:
-        """Of all layers' kernels, gathered: what a token is multiplied with, tables apart."""
+        """Parameters of all layers' kernels, gathered: a token is multiplied with them."""
         paths = _layer_paths(self.spec)
         return _count(
             self._gathered, {path: paths[path] for path in paths if path.endswith("_proj")}
@@ -68,7 +68,7 @@ class Shard:
 
     @property
     def table(self) -> int:
-        """Of an embedding or unembedding, gathered."""
+        """Parameters of an embedding or unembedding, gathered."""
         return self.local.vocab_size * self.spec.width
 
     def held_of(self, leaves) -> int:

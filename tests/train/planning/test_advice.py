@@ -89,7 +89,7 @@ def test_a_change_saves_what_the_peak_loses():
 
 
 def settings(of, limit) -> dict:
-    """Of all changes, in their order."""
+    """All changes together, in their order."""
     changes = advice.changes(of, limit, None)
     return {key: value for change in changes for key, value in change.settings.items()}
 

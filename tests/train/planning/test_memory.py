@@ -23,7 +23,7 @@ def test_lora_holds_a_frozen_base_and_the_optimizer_of_the_adapters():
 
 
 def parameters() -> int:
-    """Of the student: kernels, norms, table."""
+    """Counts the student's: kernels, norms, table."""
     kernels = 256 * 256 * 2 + 256 * 64 * 2 + 3 * 256 * 1024
     norms = 4 * 256 + 2 * 64
     return 6 * (kernels + norms) + 256 + 4096 * 256
@@ -81,7 +81,7 @@ def test_a_server_takes_no_memory_here():
 
 @pytest.mark.parametrize("phase", [memory.training_step, memory.teacher_forward, memory.evaluation])
 def test_devices_share_what_grows_with_the_rows(phase):
-    """With the head's chunk and what is whole on each device left out."""
+    """The head's chunk and what is whole on each device are left out."""
     whole = ("head", "gradients", "student", "tables")
 
     def size(devices):

@@ -1,4 +1,4 @@
-"""What is known of a model's weights before they are read."""
+"""A model's weights, known before they are read."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""What one device has of a model, counted by hand."""
+"""One device's part of a model, counted by hand."""
 
 import dataclasses
 
