@@ -5,6 +5,8 @@ import datetime
 import fcntl
 import json
 import pathlib
+import re
+import shutil
 from collections.abc import Iterator
 
 from absl import logging
@@ -14,11 +16,18 @@ from gkdjax.config import ASSETS
 from gkdjax.config.checks import REACH_KEYS
 from gkdjax.models.hf import hub
 from gkdjax.parallel import multihost
+from gkdjax.utils import files
 from gkdjax.utils.errors import UserError
 
 _LOCK = ".gkdjax-lock"
 # What a run writes down before it computes anything, beside its config.
-_BEGUN_WITH = ("models.json", "clock.json", "teacher.json", "ending.json")
+_BEGUN_WITH = ("models.json", "clock.json", "teacher.json", "ending.json", "rows.json")
+# What it measures before its first step; cheap enough to be measured once more.
+_MEASURED = ("before.json", "answers.jsonl", "eval.jsonl", "samples.jsonl", "tensorboard")
+_MEASURED += ("report.html", "report.png")  # of an unfinished run, if somebody asked for them
+# Written text, steps, and what a run hands over: these make the directory the run's own.
+_COMPUTED = ("trajectories_*.jsonl", "metrics.jsonl", "checkpoints/[!.]*", "results.json")
+_COMPUTED += ("merged/*", "adapter/*")
 
 
 @contextlib.contextmanager
@@ -56,29 +65,28 @@ def claim(workdir: pathlib.Path, config: config_lib.Config) -> None:
     """Writes the config into a new directory, or checks that it is the one written there.
 
     How a teacher's server is reached may change (not what it is, see `teachers.server.connect`),
-    and so may the mesh. A directory where nothing was computed belongs to nobody: the first start
-    may have been refused, and its advice followed.
+    and so may the mesh. A directory without a saved step and without text belongs to nobody: the
+    first start may have been refused, and its advice followed, or the server changed.
 
     Raises:
-      UserError: the directory belongs to another config; every key that differs is named.
+      UserError: the directory belongs to another config, every key that differs is named; or its
+        config.json is none of a run's.
     """
     path = workdir / "config.json"
     mine = json.loads(json.dumps(config_lib.to_dict(config)))
-    computed = _computed(workdir)
-    if not computed:
-        (workdir / "rows.json").unlink(missing_ok=True)  # the data may have been mended
-    if path.exists():
-        theirs = _with_new_keys(json.loads(path.read_text().replace(_OLD_ASSETS, str(ASSETS))))
+    theirs = _config_of_run(path)
+    # The leader's is the one directory that has all files.
+    (computed, *_) = multihost.exchange(_computed(workdir))
+    if theirs is not None and computed:
         differing = sorted(_differences(_lasting(mine), _lasting(theirs), "config"))
-        if not differing:
-            return
-        if computed:
+        if differing:
             raise UserError(
                 f"{workdir} holds a run of another config; it differs in {'; '.join(differing)}."
                 " Give --workdir another directory, or the old values"
             )
-        for name in _BEGUN_WITH:
-            (workdir / name).unlink(missing_ok=True)
+        return
+    if not computed:
+        _forget(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -86,14 +94,51 @@ def claim(workdir: pathlib.Path, config: config_lib.Config) -> None:
     write_json(path, mine)
 
 
+def _config_of_run(path: pathlib.Path) -> dict | None:
+    """The config that the directory's run has, keys that are new since included; None without any.
+
+    A model's directory has a config.json, too, and other programs write one.
+    """
+    if not path.exists():
+        return None
+    defaults = json.loads(json.dumps(config_lib.to_dict(config_lib.Config())))
+    sections = {name: default for name, default in defaults.items() if isinstance(default, dict)}
+    try:
+        theirs = files.read_object(path)
+    except UserError:
+        theirs = {}
+    has = {name for name in sections if isinstance(theirs.get(name), dict)}
+    if not has >= {"student", "teacher", "data", "train"} or has < sections.keys() & theirs.keys():
+        raise UserError(
+            f"{path} is not the config of a run, and is left as it is; give --workdir another"
+            " directory"
+        )
+    theirs = json.loads(json.dumps(theirs).replace(_OLD_ASSETS, str(ASSETS)))
+    return theirs | {name: sections[name] | theirs[name] for name in has}
+
+
 def _computed(workdir: pathlib.Path) -> bool:
-    """Whether text was written there, the untrained student measured, or a step made.
+    """Whether text was written there, a step made, or a model handed over.
 
     A server's answers are no reason to keep another config out: their store finds them by what was
-    asked, and stays.
+    asked, and stays. What the untrained student said is none either: it is asked once more.
     """
-    written = any(file.stat().st_size for file in workdir.glob("trajectories_*.jsonl"))
-    return written or any((workdir / name).exists() for name in ("before.json", "checkpoints"))
+    found = [path for pattern in _COMPUTED for path in workdir.glob(pattern)]
+    if any(path.is_dir() or path.stat().st_size for path in found):
+        return True
+    on_the_way = [workdir / name for name in ("eval.jsonl", "samples.jsonl")]
+    lines = [path.read_text() for path in on_the_way if path.exists()]
+    return any(re.search(r'"step": [1-9]', text) for text in lines)
+
+
+def _forget(workdir: pathlib.Path) -> None:
+    """Nothing has come of an earlier start; what it began with may have been mended since."""
+    for name in (*_BEGUN_WITH, *_MEASURED):
+        path = workdir / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def claim_rows(workdir: pathlib.Path, fingerprints: dict[str, int]) -> None:
@@ -136,7 +181,7 @@ def clock(workdir: pathlib.Path) -> datetime.datetime | None:
 
 def read_json(path: pathlib.Path) -> dict | None:
     """The parsed file, or None if there is none."""
-    return json.loads(path.read_text()) if path.exists() else None
+    return files.read_object(path) if path.exists() else None
 
 
 def write_json(path: pathlib.Path, value: dict) -> None:
@@ -144,15 +189,6 @@ def write_json(path: pathlib.Path, value: dict) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, indent=2) + "\n")
     part.replace(path)
-
-
-def _with_new_keys(theirs: dict) -> dict:
-    """An older run did what the defaults of the keys say that are new since."""
-    defaults = json.loads(json.dumps(config_lib.to_dict(config_lib.Config())))
-    sections = {name: default for name, default in defaults.items() if isinstance(default, dict)}
-    return theirs | {
-        name: default | theirs[name] for name, default in sections.items() if name in theirs
-    }
 
 
 def _lasting(raw: dict) -> dict:

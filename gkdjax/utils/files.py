@@ -11,12 +11,15 @@ def read_object(path: pathlib.Path) -> dict:
     """The object that the file holds.
 
     Raises:
-      UserError: it does not parse, or holds something else; the file is named.
+      UserError: it cannot be read, does not parse, or holds something else; the file is named.
     """
     try:
         parsed = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} does not parse: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # Python's own remedy for long numbers is a call in a program
+        reason, *_ = str(error).split("; use sys.set_int_max_str_digits")
+        raise UserError(f"{path} does not parse: {reason}") from None
     except RecursionError:
         raise UserError(f"{path} does not parse: it nests too deeply") from None
     if not isinstance(parsed, dict):

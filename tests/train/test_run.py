@@ -11,6 +11,7 @@ from small_runs import PREFIX, ConstantTeacher, losses_hex, metrics, small
 import gkdjax
 from gkdjax import report
 from gkdjax.models.hf import load
+from gkdjax.train import workdir
 from gkdjax.utils.errors import Preempted, UserError
 
 
@@ -29,6 +30,14 @@ def test_a_custom_teacher_is_learnt_from_and_everything_is_handed_over(student, 
     logits = decoder.apply({"params": params}, hidden, method="unembed")
     assert int(jnp.argmax(logits[0, -1])) == 50
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
+    known = {"config.json", workdir._LOCK, *workdir._BEGUN_WITH, *workdir._MEASURED}
+    unknown = {path for path in (tmp_path / "run").iterdir() if path.name not in known}
+    for pattern in workdir._COMPUTED:  # a new file of a run is put into one of the lists
+        unknown -= {
+            tmp_path / "run" / p.relative_to(tmp_path / "run").parts[0]
+            for p in (tmp_path / "run").glob(pattern)
+        }
+    assert not unknown
 
 
 def test_what_a_custom_teacher_cannot_do_is_refused_with_what_would_work(student, tmp_path):

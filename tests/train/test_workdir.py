@@ -10,7 +10,7 @@ from small_runs import ConstantTeacher, small
 import gkdjax
 from gkdjax import config
 from gkdjax.train import workdir
-from gkdjax.utils.errors import TeacherUnreachable, UserError
+from gkdjax.utils.errors import TeacherRefused, TeacherUnreachable, UserError
 
 
 def claims(run, c) -> bool:
@@ -51,15 +51,46 @@ def test_a_run_that_was_refused_leaves_its_directory_to_the_next(student, tmp_pa
     with pytest.raises((UserError, TeacherUnreachable), match=told):
         gkdjax.run(c, tmp_path, teacher)
     assert claims(tmp_path, c)  # the same one
-    for name in ("models.json", "teacher.json", "ending.json", "rows.json"):
-        (tmp_path / name).touch()
     (tmp_path / "answers.sqlite").write_text("paid for")
-    assert claims(tmp_path, small(student, train__seed=7))
-    left = {path.name for path in tmp_path.iterdir() if path.stat().st_size}
-    assert left == {"config.json", "answers.sqlite"}
+    for other in (c, small(student, train__seed=7)):  # a server may have changed, and no config
+        for name in (*workdir._BEGUN_WITH, *workdir._MEASURED):
+            (tmp_path / name).write_text("{}")
+        (tmp_path / "eval.jsonl").write_text('{"step": 0}\n')
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        assert claims(tmp_path, other)
+        left = {path.name for path in tmp_path.iterdir() if path.stat().st_size and path.is_file()}
+        assert left == {"config.json", "answers.sqlite"}
 
 
-@pytest.mark.parametrize("name", ["trajectories_train.jsonl", "before.json", "checkpoints"])
+class Refuses(ConstantTeacher):
+    """A server whose limit shows with the first batch."""
+
+    def targets(self, batch):
+        raise TeacherRefused("no more than 16 tokens; set data.max_length=16")
+
+
+def test_the_advice_of_a_run_refused_at_step_0_can_be_followed(student, tmp_path):
+    rows, run = tmp_path / "rows.jsonl", tmp_path / "run"
+    rows.write_text('{"prompt": "ask", "response": "told"}\n' * 6)
+    c = small(student, teacher__top_k=1, data__train=str(rows))
+    with pytest.raises(TeacherRefused, match=r"max_length=16\. The run got to step 0 of 4"):
+        gkdjax.run(c, run, Refuses(50, 5))
+    assert (run / "before.json").exists()
+    rows.write_text('{"prompt": "ask", "response": "said"}\n' * 6)  # the data is mended
+    with pytest.raises(TeacherRefused, match="The run got to step 0 of 4"):
+        gkdjax.run(c, run, Refuses(50, 5))
+    assert claims(run, small(student, teacher__top_k=1, data__train=str(rows), train__seed=7))
+    assert not (run / "before.json").exists()
+
+
+COMPUTED = {
+    **dict.fromkeys(("trajectories_train.jsonl", "metrics.jsonl", "results.json"), "{}\n"),
+    **dict.fromkeys(("checkpoints/2/_METADATA", "merged/config.json", "adapter/a"), "{}\n"),
+    **dict.fromkeys(("eval.jsonl", "samples.jsonl"), '{"step": 0}\n{"step": 20, "acc'),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
 def test_a_directory_in_which_something_was_computed_stays_its_configs(student, tmp_path, name):
     c, other = small(student), small(student, train__seed=7)
     assert claims(tmp_path, c)
@@ -69,13 +100,25 @@ def test_a_directory_in_which_something_was_computed_stays_its_configs(student, 
     (tmp_path / "trajectories_train.jsonl").touch()  # opened, and no text yet
     assert claims(tmp_path, other) and claims(tmp_path, c)
     workdir.claim_rows(tmp_path, {"train": 2})
-    if name == "checkpoints":
-        (tmp_path / name).mkdir()
-    else:
-        (tmp_path / name).write_text("{}\n")
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(COMPUTED[name])
     assert claims(tmp_path, c) and not claims(tmp_path, other)
     with pytest.raises(UserError, match="the rows of train are not those"):
         workdir.claim_rows(tmp_path, {"train": 3})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *('{"model_type": "llama"}', "", "[]", "{}", '{"teacher": {"a": 1}}', "[" * 100_000),
+        '{"student": {}, "teacher": {}, "data": {}, "train": {}, "eval": 3}',
+    ],
+)
+def test_a_config_of_something_else_is_never_overwritten(student, tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json is not the config of a run.*another"):
+        workdir.claim(tmp_path, config.parse(small(student)))
+    assert (tmp_path / "config.json").read_text() == text
 
 
 def test_what_has_to_be_mended_does_not_go_on_by_itself(student, tmp_path):
@@ -115,7 +158,7 @@ def test_two_processes_are_never_at_work_in_one_directory(student, tmp_path):
 
 def test_a_run_from_before_a_key_was_there_goes_on_with_its_default(student, tmp_path):
     workdir.claim(tmp_path, config.parse(small(student)))
-    (tmp_path / "before.json").touch()
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
     path = tmp_path / "config.json"
     old = json.loads(path.read_text())
     assert old["data"].pop("bad_rows") == "refuse"

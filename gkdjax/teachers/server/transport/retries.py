@@ -14,6 +14,8 @@ from gkdjax.utils.errors import GkdjaxError, TeacherUnreachable
 
 Answer = TypeVar("Answer")
 
+# The number of a request, the time: what tells an answer from the same one a moment later.
+_OF_ITS_OWN = re.compile(rb"\w*\d\w*|\b[a-fA-F]{4,}\b")
 _LONGEST_S = 60.0  # between two attempts; a server's Retry-After may be hours
 _BACKOFF = tenacity.wait_random_exponential(multiplier=1.0, min=0.25, max=_LONGEST_S)
 
@@ -115,7 +117,10 @@ def _wait(state: tenacity.RetryCallState) -> float:
 
 
 class _Same:
-    """Of the failures of one request: how often the last 5xx answer came in a row."""
+    """Of the failures of one request: how often the last 5xx answer came in a row.
+
+    Words with a digit in them do not count: the number of a request, or the time.
+    """
 
     def __init__(self):
         self.in_a_row = 0
@@ -123,6 +128,9 @@ class _Same:
 
     def count(self, state: tenacity.RetryCallState) -> int:
         last, self._last = self._last, state.outcome.result().server_error
+        if self._last is not None:
+            status, body = self._last
+            self._last = status, _OF_ITS_OWN.sub(b"", body)
         if self._last is None:
             self.in_a_row = 0
         else:

@@ -197,11 +197,13 @@ def test_the_sentence_for_people_is_found(connect, body, quoted):
 
 
 def test_the_same_server_error_twice_lets_the_caller_split(connect, sleeps):
-    same, other = Reply({"e": 1}, status=500), Reply({"e": 2}, status=500)
-    with FakeServer(script(same, same, GOOD)) as server:
-        with pytest.raises(RepeatedServerError, match="attempts: 2; the last one: status 500"):
-            ask(connect(server.base), most_same=2)
-        assert len(server.requests) == 2
+    same, other = Reply({"e": "one"}, status=500), Reply({"e": "other"}, status=500)
+    numbered = [f"one request_id=req-{n}f0-beef at 13:{n}7:02" for n in range(2)]
+    for replies in ([same, same], [Reply({"e": text}, status=500) for text in numbered]):
+        with FakeServer(script(*replies, GOOD)) as server:
+            with pytest.raises(RepeatedServerError, match="attempts: 2; the last one: status 500"):
+                ask(connect(server.base), most_same=2)
+            assert len(server.requests) == 2
     for replies in ([same, other, same], [same, Reply(silent=True), same], [Reply(status=429)] * 2):
         with FakeServer(script(*replies, GOOD)) as server:
             assert ask(connect(server.base), most_same=2) == {"fine": True}
