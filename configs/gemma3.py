@@ -7,8 +7,8 @@ student learns to answer so without it: 100 steps of forward KL on the teacher's
 generalized JSD, half of them on its own text. Its anchor are other tasks, half of them under other
 system messages, which it must keep obeying. Asked is how many of 32 answers have that last line.
 
-Both models are gated: see the README. Sized for one GPU of 24 GB or more, or a v5e-8. Run time and
-result: unknown, this mode has not been run yet.
+Both models are gated: see the README beside this file. Sized for one GPU of 24 GB or more, or a
+v5e-8. Run time and result: unknown, this mode has not been run yet.
 
     python -m gkdjax.main --config=configs/gemma3.py:tiny
 

@@ -7,18 +7,19 @@ import pathlib
 import sys
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
+ROOMS = README.parent / "gkdjax"  # each has the manual of its subject in its README.md
 
 
-def command(name: str) -> str:
+def command(name: str, readme: pathlib.Path = README) -> str:
     """The text of the command, without its indentation."""
-    after = README.read_text().split(f"<!-- command: {name} -->\n", 1)[1]
+    after = readme.read_text().split(f"<!-- command: {name} -->\n", 1)[1]
     lines = []
     for line in after.lstrip("\n").splitlines():
         if not line.startswith("    "):
             break
         lines.append(line[4:])
     if not lines:
-        raise ValueError(f"README.md has no indented command after {name!r}")
+        raise ValueError(f"{readme} has no indented command after {name!r}")
     return "\n".join(lines)
 
 

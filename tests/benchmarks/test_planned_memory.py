@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from readme_commands import README
+from readme_commands import README, ROOMS
 
 from gkdjax.benchmarks import planned_memory
 from gkdjax.benchmarks.planned_memory import CASES, READINGS
@@ -42,4 +42,7 @@ def test_a_forward_pass_takes_what_was_planned(rows, length):
 
 
 def test_the_readme_names_it():
-    assert "python -m gkdjax.benchmarks.planned_memory" in README.read_text()
+    assert (
+        "python -m gkdjax.benchmarks.planned_memory"
+        in (ROOMS / "parallel" / "README.md").read_text()
+    )

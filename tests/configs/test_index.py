@@ -1,4 +1,4 @@
-"""configs/README.md: every config, commands that parse, and names that are keys."""
+"""configs/README.md: every config, commands that parse; the tables of who comes from elsewhere."""
 
 import pathlib
 import re
@@ -10,6 +10,7 @@ from gkdjax import config
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 INDEX = (CONFIGS / "README.md").read_text()
+COMING_FROM = (CONFIGS.parent / "gkdjax" / "config" / "coming_from.md").read_text()
 BAKERY = re.findall(
     r"\w+",
     """
@@ -29,16 +30,15 @@ report_to seed lr_scheduler_type warmup_ratio
 COMMAND = re.compile(r"`python -m gkdjax\.main --config=configs/(\w+)\.py(?::(\w+))?`")
 SECTIONS = "|".join(config.default())
 KEY = re.compile(rf"`((?:{SECTIONS})\.(?!jsonl)[a-z_.]+)`")
-OF_BAKERY = INDEX.partition("## Coming from bakery")[2]
+OF_TRL, _, OF_BAKERY = COMING_FROM.partition("## Coming from bakery")
 
 
 def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def bakery_rows() -> list[list[str]]:
-    lines = [line for line in OF_BAKERY.splitlines() if line.startswith("| `")]
-    return [cells(line) for line in lines]
+def rows(text: str) -> list[list[str]]:
+    return [cells(line) for line in text.splitlines() if line.startswith("| `")]
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
@@ -57,17 +57,24 @@ def test_each_command_parses(name, mode, monkeypatch, tmp_path):
 
 
 def test_all_of_bakerys_options_are_there_once():
-    named = [row[0].strip("`") for row in bakery_rows()]
+    named = [row[0].strip("`") for row in rows(OF_BAKERY)]
     assert sorted(named) == sorted(BAKERY)
 
 
 def test_all_of_our_names_are_keys_of_the_config():
-    keys = KEY.findall(INDEX)
+    keys = KEY.findall(INDEX + COMING_FROM)
     assert len(set(keys)) > 45
     for key in keys:
         config.check_key(key)
 
 
 def test_each_row_names_a_key_or_says_why_there_is_none():
-    for bakery, ours, differs in bakery_rows():
+    for bakery, ours, differs in rows(OF_BAKERY):
         assert KEY.fullmatch(ours) or ours == "`--workdir`" or (ours == "none" and differs), bakery
+
+
+def test_each_row_of_trl_names_keys_and_whose_option_it_is():
+    assert len(rows(OF_TRL)) > 20
+    for trl, ours, of, differs in rows(OF_TRL):
+        assert KEY.findall(ours) or (ours == "none" and differs), trl
+        assert of, trl

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from checkpoints import assert_same_bytes, load_torch, tensors, torch_logits
-from readme_commands import README
+from readme_commands import ROOMS
 from small_runs import ConstantTeacher, small
 
 import gkdjax
@@ -153,7 +153,8 @@ def test_only_its_own_kind_of_directory_is_replaced(lora_run, tmp_path, capsys):
 
 
 def test_the_readmes_commands_are_ours(lora_run, tmp_path):
-    lines = [line.split() for line in README.read_text().splitlines() if "tools.export_hf" in line]
+    text = (ROOMS / "models" / "README.md").read_text()
+    lines = [line.split() for line in text.splitlines() if "tools.export_hf" in line]
     assert len(lines) == 2
     for _, _, module, run, out, *flags in lines:
         assert (module, run[:13], out[:6]) == ("gkdjax.tools.export_hf", "--checkpoint=", "--out=")

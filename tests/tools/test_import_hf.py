@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from checkpoints import KINDS, MULTIMODAL, tensors
-from readme_commands import README
+from readme_commands import README, ROOMS
 
 from gkdjax.tools import import_hf
 
@@ -179,7 +179,8 @@ def test_a_wrong_flag_is_told(capsys):
 
 
 def test_the_readmes_command_runs(monkeypatch, capsys):
-    (line,) = (line for line in README.read_text().splitlines() if "tools.import_hf" in line)
+    text = (ROOMS / "models" / "README.md").read_text()
+    (line,) = (line for line in text.splitlines() if "tools.import_hf" in line)
     monkeypatch.chdir(README.parent)
     assert import_hf.main(line.partition("import_hf ")[2].split()) == 0
     assert capsys.readouterr().out.endswith("fits\n")

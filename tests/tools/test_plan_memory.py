@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from readme_commands import README, command
+from readme_commands import README, ROOMS, command
 
 QUICKSTART = "--config=configs/quickstart.py"
 
@@ -23,7 +23,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_the_readmes_command_says_what_fits(tmp_path):
-    program, *arguments = command("plan").split()
+    program, *arguments = command("plan", ROOMS / "parallel" / "README.md").split()
     assert program == "python" and arguments[:2] == ["-m", "gkdjax.tools.plan_memory"]
     done = run(*arguments[2:], f"--json={tmp_path / 'plan.json'}")
     assert done.returncode == 0, done.stderr

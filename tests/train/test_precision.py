@@ -1,4 +1,4 @@
-"""The README's table of precisions, row by row."""
+"""The table of precisions in the README of models, row by row."""
 
 import builders
 import jax
