@@ -193,8 +193,8 @@ class Data:
     max_length: int = 2048  # tokens of the longer view, response included
     # Rows with a longer view: "drop"; "truncate-right", they lose the end of the response;
     # "truncate-left", the oldest messages of prefix and turns; "truncate-prefix", those of the
-    # prefix and the end of its text. Before anything is written; a row of whose prefix nothing
-    # would be left is dropped; counted and named.
+    # prefix and the end of its text. Before anything is written; a row is dropped that would lose
+    # all of the prefix that only the teacher reads; counted and named.
     too_long: str = "drop"
     # Of every source, rows that cannot be read or that the chat template does not take: "refuse"
     # ends the run and tells all of them, "drop" leaves them out, counted and named.
