@@ -63,7 +63,8 @@ def _rows(prefix: str, cls: type, classes: dict, comments: dict[int, str]) -> li
         if dataclasses.is_dataclass(types[name]):
             rows += _rows(f"{prefix}.{name}", types[name], classes, comments)
             continue
-        said = _above(node.lineno, comments) or comments.get(-node.end_lineno, "")
+        beside = -node.end_lineno
+        said = comments[beside] if beside in comments else _above(node.lineno, comments)
         default = _default(fields[name], node.value).replace("|", "\\|")
         rows.append(f"| `{prefix}.{name}` | `{default}` | {said.replace('|', chr(92) + '|')} |")
     return rows
