@@ -9,17 +9,25 @@ from gkdjax.data.views import ViewRules
 
 
 def feed_of(
-    chat: Chat, rows: int = 10, prefix: str = "", too_long: str = "drop", **how
+    chat: Chat,
+    rows: int = 10,
+    prefix: str = "",
+    too_long: str = "drop",
+    responses: bool = True,
+    **how,
 ) -> DistillDataset:
     """Of rows of different lengths, ready to give batches of 4.
 
     Args:
+      responses: False: without any, and not ready.
       how: longest: the prompts have 1, 2, ... up to so many words; max_length: of a view;
         most_padding: as of `DistillDataset`.
     """
     how = {"longest": 4, "max_length": 64, "most_padding": 0.2} | how
     prompts = ["ask" * (1 + i % how["longest"]) for i in range(rows)]
     data = [{"prompt": text, "response": "b" * (1 + i % 3)} for i, text in enumerate(prompts)]
+    if not responses:
+        data = [{"prompt": text} for text in prompts]
     if prefix:
         shared = {"prefix_messages": [{"role": "system", "content": prefix}]}
         data = [row | shared for row in data]
@@ -31,7 +39,7 @@ def feed_of(
         max_length=how["max_length"],
         too_long=too_long,
     )
-    feed = DistillDataset(
+    dataset = DistillDataset(
         "data.train",
         read_examples(tuple(data), "data.train"),
         rules,
@@ -42,5 +50,4 @@ def feed_of(
         allowed_lengths=(),
         seed=0,
     )
-    feed.prepare("never read", None, source=None, chunk=4, show=False)
-    return feed
+    return dataset.with_rollouts({}) if responses else dataset

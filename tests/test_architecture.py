@@ -36,10 +36,7 @@ MOST_NAMES = 15  # at the top of the package, beside __init__.py, __main__.py an
 
 
 # Imports against the order that are still there: (importer, imported). May only shrink.
-KNOWN: set[tuple[str, str]] = {
-    ("gkdjax.data.dataset", "gkdjax.rollout.generate"),
-    ("gkdjax.data.dataset", "gkdjax.rollout.reuse"),
-}
+KNOWN: set[tuple[str, str]] = set()
 
 # flax.nnx breaks with some jax releases; the others are oracles or would run foreign code.
 FORBIDDEN = ("flax.nnx", "torch", "trl", "peft", "vllm", "pickle", "cloudpickle", "dill", "joblib")

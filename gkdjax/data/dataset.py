@@ -1,9 +1,9 @@
 """From examples to the batch of step n: whose text it is, and which rows."""
 
 import collections
+import copy
 import functools
 import math
-import pathlib
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -12,13 +12,11 @@ import numpy as np
 from absl import logging
 
 from gkdjax.data import batching, buckets, truncation, views
-from gkdjax.data.responses import RolloutFilter, RolloutRequest
+from gkdjax.data.responses import Rollout, RolloutFilter, RolloutRequest
 from gkdjax.data.views import ViewRules
 from gkdjax.models.prefix_cache import worth_keeping
-from gkdjax.rollout.generate import Generator, Rollout, write_accepted
-from gkdjax.rollout.reuse import Source, write_or_take
 from gkdjax.types import Batch, Example, Trajectory, ViewPair
-from gkdjax.utils import seeds, text
+from gkdjax.utils import text
 from gkdjax.utils.errors import UserError
 
 
@@ -46,10 +44,11 @@ class Rendered(NamedTuple):
 class DistillDataset:
     """One stream of rows (training or anchor); the batch of a step is a function of the step.
 
-    A row is an example with its own response, or one of `per_prompt` trajectories for an example
-    without. Rows that are too long are dropped or cut here, once, counted and named; and so are
-    those whose response is not accepted. Where more than `most_padding` of random batches would be
-    padding, rows of similar length share batches.
+    A row is an example with its own response, or one of `per_prompt` rollouts for an example
+    without. Nothing here changes once it is made: `with_rollouts` and `refreshed` give another
+    dataset, and batches can be had of those alone. Rows that are too long are dropped or cut here,
+    once, counted and named; and so are those whose response is not accepted. Where more than
+    `most_padding` of random batches would be padding, rows of similar length share batches.
     """
 
     def __init__(
@@ -67,8 +66,9 @@ class DistillDataset:
         rendered: Sequence[Rendered] = (),
         unusable: Sequence[str] = (),
     ):
-        self._purpose, self.rules, self.responses = purpose, rules, responses
-        self._batch_size, self._seed = batch_size, seed
+        self.purpose, self.seed = purpose, seed
+        self.rules, self.responses = rules, responses
+        self._batch_size = batch_size
         self._allowed_lengths, self._most_padding = allowed_lengths, most_padding
         self.refused = 0  # responses of the teacher that were not accepted
         self.fates: dict[str, list[str]] = collections.defaultdict(list)  # fate -> row names
@@ -85,7 +85,7 @@ class DistillDataset:
         self._prompts = {one.example.row_id: one.prompts for one in made}
         self._untargeted = {one.example.row_id: one.untargeted for one in made}
         self._own = {one.example.row_id: one.own for one in made if one.own is not None}
-        # Of the off-policy batches: with the first responses, and as they are at the moment.
+        # Of the off-policy batches: with the first responses, and with refreshed ones.
         self.first_pairs: list[ViewPair] = []
         self._pairs: list[ViewPair] = []
         self._first_shapes: Sequence[buckets.Shape] = ()
@@ -128,91 +128,69 @@ class DistillDataset:
             for example in self.rows()
         )
 
-    def prepare(
-        self,
-        path: pathlib.Path,
-        teacher: Generator,
-        *,
-        source: Source | None,
-        chunk: int,
-        show: bool,
-    ) -> None:
-        """Builds the off-policy view pairs; the teacher answers the rows that have no response.
+    def unanswered(self, steps: Sequence[int] | None = None) -> list[int]:
+        """The rows that bring no response: all of them, or those in the batches of `steps`."""
+        rows = range(len(self))
+        if steps is not None:
+            rows = sorted({int(row) for step in steps for row in self.batch_rows(step)})
+        return [row for row in rows if self._examples[row][0].answer is None]
+
+    def with_rollouts(self, rollouts: Mapping[int, Rollout]) -> "DistillDataset":
+        """The rows that can be trained, ready to give off-policy batches.
 
         Args:
-          path: of the file for the responses, see `files.write_once`.
-          teacher: who writes them.
-          source: of responses that are there already, or None.
-          chunk: responses written at once.
-          show: a progress bar.
+          rollouts: row -> the response of each row of `unanswered`.
+
+        Raises:
+          UserError: no row is left.
         """
-        rows = [i for i, (example, _) in enumerate(self._examples) if example.answer is None]
-        written = self._teacher_text(path, rows, 0, teacher, source, chunk, show)
-        self.refused = sum(one.refused for one in written.values())
-        kept = []
+        new, kept = copy.copy(self), []
+        new.fates = collections.defaultdict(list, {f: [*names] for f, names in self.fates.items()})
+        new.refused = sum(rollout.refused for rollout in rollouts.values())
+        new.first_pairs = []
         for i, row in enumerate(self._examples):
-            trajectory = written[i].trajectory if i in written else None
-            pair, fate = self._pair(row[0], trajectory)
+            pair, fate = self._pair(row[0], rollouts[i].trajectory if i in rollouts else None)
             if fate is not views.RowStatus.KEPT:
-                self.fates[fate.value].append(row[0].name)
+                new.fates[fate.value].append(row[0].name)
             if pair is not None:
                 kept.append(row)
-                self.first_pairs.append(pair)
-        self._own = {}  # they are kept as `first_pairs`
-        texts = [self.rules.teacher_chat.decode(w.trajectory.ids) for w in written.values()][:1]
-        self._take_rows(kept)
-        self._pairs = list(self.first_pairs)
-        self._report_fates(texts)
-        self._choose_first_shapes()
-        by_chance = self._padding_of_views()
-        if by_chance > self._most_padding:
-            self._take_rows(kept, by_length=True)
-            self._choose_first_shapes()
-            if self._padding_of_views() >= by_chance:  # the config's own lengths ask for it
-                self._take_rows(kept)
-                self._choose_first_shapes()
-        logging.info(
-            "%s: %d rows; padded shapes (student, teacher, targets): %s; padding: %s",
-            *(self._purpose, len(self), ", ".join(map(str, map(tuple, self._first_shapes)))),
-            ", ".join(f"{share:.0%} of the {name}" for name, share in self.padding.items()),
-        )
-        logging.info("%s: the first row, %s", self._purpose, self.rules.described(self._pairs[0]))
+                new.first_pairs.append(pair)
+        new._own = {}  # they are kept as `first_pairs`
+        new._pairs = new.first_pairs
+        texts = [self.rules.teacher_chat.decode(r.trajectory.ids) for r in rollouts.values()][:1]
+        new._take_rows(kept)
+        new._report_fates(texts)
+        new._choose_batches(kept)
+        return new
 
-    def refresh(
-        self, path: pathlib.Path, steps: Sequence[int], step: int, teacher: Generator, **how
-    ) -> None:
-        """The batches of `steps` get responses that the teacher writes anew.
+    def refreshed(
+        self, rollouts: Mapping[int, Rollout], steps: Sequence[int], step: int
+    ) -> "DistillDataset":
+        """The same with newer responses in the batches of `steps`.
 
-        A row whose new response is not accepted, or does not fit, keeps its first one. What the
-        batches look like follows from `steps` and `prepare`, not from other calls.
+        A row whose new response is not accepted, or does not fit, has its first one. What the
+        batches look like follows from `steps` and `with_rollouts`, not from other refreshes.
 
         Args:
-          path: of the file for the new responses.
+          rollouts: row -> the new response of each row of `unanswered(steps)`.
           steps: whose batches they are for.
-          step: keeps the seeds of one call apart from those of another.
-          teacher: who writes them.
-          **how: chunk and show, as for `prepare`.
+          step: at which they are written, for the log.
         """
-        rows = sorted({int(i) for s in steps for i in self.batch_rows(s)})
-        rows = [i for i in rows if self._examples[i][0].answer is None]
-        written = self._teacher_text(path, rows, step, teacher, None, **how)
-        self._pairs = list(self.first_pairs)
-        first_stays = 0
-        for i, one in written.items():
-            pair, _ = self._pair(self._examples[i][0], one.trajectory)
+        new, first_stays = copy.copy(self), 0
+        new._pairs = [*self.first_pairs]
+        for i, rollout in rollouts.items():
+            pair, _ = self._pair(self._examples[i][0], rollout.trajectory)
             first_stays += pair is None
-            self._pairs[i] = self._pairs[i] if pair is None else pair
-        needs = [
-            buckets.longest([batching.shape_of(p) for p in self._batch_pairs(s)]) for s in steps
-        ]
-        self._shapes = buckets.extend(self._first_shapes, needs, self._allowed_lengths)
-        level = logging.WARNING if first_stays else logging.INFO
+            new._pairs[i] = new._pairs[i] if pair is None else pair
+        needs = [buckets.longest([*map(batching.shape_of, new._batch_pairs(s))]) for s in steps]
+        new._shapes = buckets.extend(self._first_shapes, needs, self._allowed_lengths)
         logging.log(
-            level,
+            logging.WARNING if first_stays else logging.INFO,
             "%s, step %d: %d responses are new; %d rows, whose new one is refused or too long, keep"
             " the first",
-            *(self._purpose, step, len(written), first_stays),
+            *(self.purpose, step, len(rollouts), first_stays),
         )
+        return new
 
     def batch(self, step: int) -> tuple[Batch, batching.CachedTargets | None]:
         """The off-policy batch of a step, as NumPy arrays, and what its writer kept of it.
@@ -232,31 +210,12 @@ class DistillDataset:
         """The example of a row."""
         return self._examples[row][0]
 
-    def asked(self, row: int, who: str) -> RolloutRequest:
+    def request(self, row: int, who: str) -> RolloutRequest:
         """The response of a row that "teacher" or "student" is asked for."""
         example, number = self._examples[row]
         prompt = self._prompts[example.row_id][who == "teacher"]
         return RolloutRequest(
             example.name, number, prompt, example.prefix, example.turns, example.tools
-        )
-
-    def write(
-        self, wanted: Sequence[tuple[int, int]], who: str, author: Generator
-    ) -> list[Rollout]:
-        """Responses, accepted as far as the rules' bound allows.
-
-        Args:
-          wanted: (step, row) of each: the seeds of its attempts follow from them.
-          who: "teacher" or "student", whose view the author reads.
-          author: of the responses.
-        """
-        purpose = f"{self._purpose}/{'on_policy' if who == 'student' else who}"
-        return write_accepted(
-            author,
-            [self.asked(row, who).for_writer() for _, row in wanted],
-            lambda place, attempt: seeds.fold(self._seed, purpose, *wanted[place], attempt),
-            self.responses,
-            self.rules.student_chat if who == "student" else self.rules.teacher_chat,
         )
 
     def fingerprint(self) -> int:
@@ -271,32 +230,6 @@ class DistillDataset:
         """For results.json: how many rows there are, fate -> names of those that it met, ..."""
         counts = {"rows": len(self), "refused_responses": self.refused}
         return {**counts, "padding": self.padding, **self.fates}
-
-    def _teacher_text(
-        self,
-        path: pathlib.Path,
-        rows: Sequence[int],
-        step: int,
-        teacher: Generator,
-        source: Source | None,
-        chunk: int,
-        show: bool,
-    ) -> dict[int, Rollout]:
-        """Row -> its response, from the file, the source, or the teacher's hand."""
-        if not rows:
-            return {}
-        written = write_or_take(
-            path,
-            [self.asked(i, "teacher") for i in rows],
-            lambda places: self.write([(step, rows[p]) for p in places], "teacher", teacher),
-            self.rules.teacher_chat,
-            source,
-            self.responses,
-            step=step,
-            chunk=chunk,
-            show=show,
-        )
-        return dict(zip(rows, written, strict=True))
 
     def _pair(self, example: Example, trajectory: Trajectory | None):
         if trajectory is not None:
@@ -325,6 +258,23 @@ class DistillDataset:
         """int64 [batch_size]: the rows of a step's batch."""
         return self._order.rows(step)
 
+    def _choose_batches(self, rows: list[tuple[Example, int]]) -> None:
+        """Which rows share batches, and the shapes of those."""
+        self._choose_first_shapes()
+        by_chance = self._padding_of_views()
+        if by_chance > self._most_padding:
+            self._take_rows(rows, by_length=True)
+            self._choose_first_shapes()
+            if self._padding_of_views() >= by_chance:  # the config's own lengths ask for it
+                self._take_rows(rows)
+                self._choose_first_shapes()
+        logging.info(
+            "%s: %d rows; padded shapes (student, teacher, targets): %s; padding: %s",
+            *(self.purpose, len(self), ", ".join(map(str, map(tuple, self._first_shapes)))),
+            ", ".join(f"{share:.0%} of the {name}" for name, share in self.padding.items()),
+        )
+        logging.info("%s: the first row, %s", self.purpose, self.rules.described(self._pairs[0]))
+
     def _choose_first_shapes(self) -> None:
         self._first_shapes = self.choose_shapes([batching.shape_of(p) for p in self._pairs])
         self._shapes = self._first_shapes
@@ -349,7 +299,7 @@ class DistillDataset:
         if by_length:
             lengths = [len(p.student.ids) + len(p.teacher.ids) for p in self.first_pairs]
             groups = groups * buckets.MOST + batching.length_buckets(lengths)
-        self._order = batching.RowOrder(self._seed, self._purpose, self._batch_size, groups)
+        self._order = batching.RowOrder(self.seed, self.purpose, self._batch_size, groups)
 
     def _prompts_by_prefix(self, examples: Sequence[Example]) -> dict:
         groups = collections.defaultdict(list)
@@ -360,7 +310,7 @@ class DistillDataset:
 
     def _shorten(self, examples: Sequence[Example]) -> list[Example]:
         found = truncation.shortened(
-            self._purpose, examples, self.rules, self.responses.max_new_tokens
+            self.purpose, examples, self.rules, self.responses.max_new_tokens
         )
         for fate, names in (
             (views.RowStatus.SHORTENED, found.cut),
@@ -384,7 +334,7 @@ class DistillDataset:
 
     def _report_fates(self, texts: Sequence[str]) -> None:
         rest = len(self._examples)
-        report_fates(self._purpose, self.fates, self.rules, self.responses, texts, rest)
+        report_fates(self.purpose, self.fates, self.rules, self.responses, texts, rest)
 
 
 def report_fates(

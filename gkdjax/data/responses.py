@@ -64,6 +64,14 @@ class RolloutRequest(NamedTuple):
         return self.row, self.number, self.prompt_digest
 
 
+class Rollout(NamedTuple):
+    """The last response to a prompt, accepted or not, how many were refused in all, and whose."""
+
+    trajectory: Trajectory
+    refused: int
+    author: str  # the writer's name
+
+
 def digest(content: bytes) -> str:
     """64 bits: a response must never be taken for that of another prompt, among millions."""
     return hashlib.sha256(content).hexdigest()[:16]

@@ -12,6 +12,7 @@
 Texts and answers are greedy: the same at every time, but for what the student has learnt.
 """
 
+import copy
 import itertools
 from collections.abc import Sequence
 
@@ -61,7 +62,7 @@ class Evaluation:
           rules: how a question becomes a teacher's and a student's view.
           teacher: reads the prefix.
           examples: samples are answers to what is asked, or else to what is trained.
-          validation: rows whose loss is measured; it is prepared before they are.
+          validation: rows whose loss is measured; see `with_validation`.
           lengths: padded prompt lengths for sampling.
           mesh: of the run.
           shared_vocab: ids below it have a row in the student's embedding and in the teacher's.
@@ -90,6 +91,12 @@ class Evaluation:
         shown = (*self._asked, *examples.train)
         fitting = (e for e in shown if self._longest_view(e) < config.data.max_length)
         self._shown = list(itertools.islice(dict.fromkeys(fitting), SAMPLES))
+
+    def with_validation(self, dataset: DistillDataset) -> "Evaluation":
+        """The same with the rows whose loss is measured as they are once they have their text."""
+        new = copy.copy(self)
+        new._validation = Validation(dataset, self._config, self._teacher, self._mesh)
+        return new
 
     def ask_teacher(self) -> None:
         """Has the teacher say all that it will be asked for, and forgets it."""

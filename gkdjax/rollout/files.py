@@ -33,9 +33,8 @@ import safetensors
 import safetensors.numpy
 
 from gkdjax.data.chat_template import Chat
-from gkdjax.data.responses import RolloutRequest, digest
+from gkdjax.data.responses import Rollout, RolloutRequest, digest
 from gkdjax.losses import TopKLogprobs
-from gkdjax.rollout.generate import Rollout
 from gkdjax.types import TokenTopK, Trajectory
 from gkdjax.utils import text as utils_text
 from gkdjax.utils.errors import UserError

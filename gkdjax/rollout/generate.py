@@ -1,12 +1,17 @@
-"""Responses: who writes them, and which of them are accepted."""
+"""The responses that rows lack: taken over from files, or written, and written again if refused."""
 
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from gkdjax.data.chat_template import Chat
-from gkdjax.data.responses import RolloutFilter
+from gkdjax.data.dataset import DistillDataset
+from gkdjax.data.responses import Rollout, RolloutFilter
 from gkdjax.data.views import RowStatus
+from gkdjax.rollout.files import write_once
+from gkdjax.rollout.reuse import Source
 from gkdjax.types import Prompt, Trajectory
+from gkdjax.utils import seeds
 
 Writer = Callable[[Sequence[Prompt], Sequence[int]], list[Trajectory]]  # (prompts, seeds)
 
@@ -18,12 +23,74 @@ class Generator(NamedTuple):
     write: Writer
 
 
-class Rollout(NamedTuple):
-    """The last response to a prompt, accepted or not, how many were refused in all, and whose."""
+def generate(
+    dataset: DistillDataset,
+    generator: Generator,
+    path: pathlib.Path,
+    *,
+    steps: Sequence[int] | None = None,
+    step: int = 0,
+    source: Source | None = None,
+    chunk: int,
+    show: bool,
+) -> dict[int, Rollout]:
+    """Row -> its response by the teacher: from the file, the source, or the teacher's hand.
 
-    trajectory: Trajectory
-    refused: int
-    author: str  # the author's name
+    Args:
+      dataset: whose rows are answered; without `dataset.unanswered` rows no file is made.
+      generator: the teacher.
+      path: of the file of the responses, see `files.write_once`.
+      steps: only rows of the batches of these steps; None: all rows.
+      step: keeps the seeds of one call apart from those of another.
+      source: of responses that are there already, or None.
+      chunk: responses written at once.
+      show: a progress bar.
+
+    Raises:
+      UserError: a file is damaged, or was written for other rows.
+    """
+    rows = dataset.unanswered(steps)
+    if not rows:
+        return {}
+    chat = dataset.rules.teacher_chat
+    requests = [dataset.request(row, "teacher") for row in rows]
+    taken = {} if source is None else source.responses(requests, dataset.responses, chat)
+    # What is taken stands first in the file, so that the rest is written in whole chunks.
+    order = [*taken, *(place for place in range(len(rows)) if place not in taken)]
+
+    def write_rest(lines: Sequence[int]) -> list[Rollout]:
+        places = [order[line] for line in lines]
+        rest = [place for place in places if place not in taken]
+        written = write(dataset, "teacher", [(step, rows[place]) for place in rest], generator)
+        found = taken | dict(zip(rest, written, strict=True))
+        return [found[place] for place in places]
+
+    ordered = [requests[place] for place in order]
+    written = write_once(path, ordered, write_rest, chat, step=step, chunk=chunk, show=show)
+    found = dict(zip(order, written, strict=True))
+    return {row: found[place] for place, row in enumerate(rows)}
+
+
+def write(
+    dataset: DistillDataset, who: str, wanted: Sequence[tuple[int, int]], generator: Generator
+) -> list[Rollout]:
+    """Responses, accepted as far as the bound of the dataset's rules allows.
+
+    Args:
+      dataset: of the rows.
+      who: "teacher" or "student", whose view the generator reads.
+      wanted: (step, row) of each: the seeds of its attempts follow from them.
+      generator: of the responses.
+    """
+    purpose = f"{dataset.purpose}/{'on_policy' if who == 'student' else who}"
+    rules = dataset.rules
+    return write_accepted(
+        generator,
+        [dataset.request(row, who).for_writer() for _, row in wanted],
+        lambda place, attempt: seeds.fold(dataset.seed, purpose, *wanted[place], attempt),
+        dataset.responses,
+        rules.student_chat if who == "student" else rules.teacher_chat,
+    )
 
 
 def write_accepted(

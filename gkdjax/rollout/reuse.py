@@ -4,16 +4,14 @@ import collections
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from absl import logging
 
 from gkdjax.data.chat_template import Chat
-from gkdjax.data.responses import RolloutFilter, RolloutRequest
+from gkdjax.data.responses import Rollout, RolloutFilter, RolloutRequest
 from gkdjax.data.views import RowStatus
 from gkdjax.rollout import files
-from gkdjax.rollout.files import write_once
-from gkdjax.rollout.generate import Rollout
 from gkdjax.types import TokenTopK
 from gkdjax.utils.errors import UserError
 
@@ -124,34 +122,3 @@ def _accepted(record: dict, rules: RolloutFilter, chat: Chat) -> bool:
     trajectory = files.written_of(record).trajectory
     short = len(trajectory.ids) <= rules.max_new_tokens
     return short and rules.fate(trajectory, chat) is RowStatus.KEPT
-
-
-def write_or_take(
-    path: pathlib.Path,
-    asked: Sequence[RolloutRequest],
-    write: Callable[[Sequence[int]], list[Rollout]],
-    chat: Chat,
-    source: Source | None,
-    rules: RolloutFilter,
-    **how,
-) -> list[Rollout]:
-    """`files.write_once`, but what the source has is taken from there.
-
-    Args:
-      path, asked, write, chat: as there.
-      source: None: everything is written.
-      rules: of the responses that are taken.
-      **how: step, chunk and show, as there.
-    """
-    taken = {} if source is None else source.responses(asked, rules, chat)
-    # What is taken stands first in the file, so that the rest is written in whole chunks.
-    order = [*taken, *(place for place in range(len(asked)) if place not in taken)]
-
-    def write_rest(lines: Sequence[int]) -> list[Rollout]:
-        rest = [order[n] for n in lines if order[n] not in taken]
-        found = taken | dict(zip(rest, write(rest) if rest else [], strict=True))
-        return [found[order[n]] for n in lines]
-
-    written = write_once(path, [asked[place] for place in order], write_rest, chat, **how)
-    found = dict(zip(order, written, strict=True))
-    return [found[place] for place in range(len(asked))]

@@ -15,9 +15,10 @@ import numpy as np
 
 from gkdjax.data import batching, buckets, views
 from gkdjax.data.dataset import DistillDataset
+from gkdjax.data.responses import Rollout
 from gkdjax.data.views import ViewRules
 from gkdjax.rollout import files
-from gkdjax.rollout.generate import Generator, Rollout
+from gkdjax.rollout.generate import Generator, write
 from gkdjax.rollout.schedule import OnPolicySchedule
 from gkdjax.types import Batch, Trajectory, View, ViewPair
 from gkdjax.utils.errors import UserError
@@ -81,10 +82,10 @@ class StudentRollouts:
         author = Generator(
             "student", lambda prompts, keys: writer([p.ids for p in prompts], keys, prompt_length)
         )
-        written = self._feed.write(wanted, "student", author)
+        written = write(self._feed, "student", wanted, author)
         with self._path.open("a", encoding="utf-8") as file:
             for (s, row), one in zip(wanted, written, strict=True):
-                asked, chat = self._feed.asked(row, "student"), self._feed.rules.student_chat
+                asked, chat = self._feed.request(row, "student"), self._feed.rules.student_chat
                 file.write(files.line(asked, one, chat, s, self._told, written_at=step))
         self._take(steps, written)
 
@@ -121,7 +122,7 @@ class StudentRollouts:
         steps = [step for step in self._on_policy_steps(first_step) if step >= first_step]
         began = first_step // self._block * self._block
         wanted = [
-            (s, *self._feed.asked(int(row), "student").key())
+            (s, *self._feed.request(int(row), "student").key())
             for s in steps
             for row in self._feed.batch_rows(s)
         ]
@@ -159,7 +160,7 @@ class StudentRollouts:
         """A row of the batch that teaches nothing."""
         example, none = self._feed.example(row), np.zeros(0, np.int32)
         student, teacher = (
-            View(self._feed.asked(row, who).prompt, none) for who in ("student", "teacher")
+            View(self._feed.request(row, who).prompt, none) for who in ("student", "teacher")
         )
         return ViewPair(example.name, example.row_id, student, teacher, none)
 
@@ -171,7 +172,7 @@ class StudentRollouts:
         most = Trajectory(np.zeros(self._feed.responses.max_new_tokens, np.int32), finished=False)
         return [
             (
-                len(self._feed.asked(row, "student").prompt),
+                len(self._feed.request(row, "student").prompt),
                 *batching.shape_of(self._pair(rules, row, most)[0]),
             )
             for row in range(len(self._feed))

@@ -9,7 +9,7 @@ import pathlib
 from gkdjax.config import Config
 from gkdjax.data.dataset import DistillDataset
 from gkdjax.models import sampler
-from gkdjax.rollout.generate import Generator
+from gkdjax.rollout.generate import Generator, generate
 from gkdjax.rollout.reuse import Source
 from gkdjax.teachers.base import Teacher
 
@@ -17,49 +17,48 @@ from gkdjax.teachers.base import Teacher
 def prepare(
     config: Config,
     name: str,
-    feed: DistillDataset,
+    dataset: DistillDataset,
     teacher: Teacher,
     workdir: pathlib.Path,
     vocab_size: int,
-) -> None:
-    """The first text of one stream, in RUN/trajectories_NAME.jsonl.
+) -> DistillDataset:
+    """One stream with its first text, which lies in RUN/trajectories_NAME.jsonl.
 
     Args:
       config: of the run.
       name: of the stream.
-      feed: its rows.
+      dataset: its rows.
       teacher: writes where they bring no response.
       workdir: of the run.
       vocab_size: of the ids that student and teacher have in common.
     """
-    feed.prepare(
-        workdir / f"trajectories_{name}.jsonl",
-        _author(config, teacher),
-        source=_source(config, teacher, vocab_size) if name == "train" else None,
-        **_how(config),
-    )
+    path, generator = workdir / f"trajectories_{name}.jsonl", _generator(config, teacher)
+    source = _source(config, teacher, vocab_size) if name == "train" else None
+    rollouts = generate(dataset, generator, path, source=source, **_how(config))
+    return dataset.with_rollouts(rollouts)
 
 
 def refresh(
     config: Config,
-    feed: DistillDataset,
+    dataset: DistillDataset,
     teacher: Teacher,
     workdir: pathlib.Path,
     steps: list[int],
     at: int,
-) -> None:
+) -> DistillDataset:
     """New text for the rows of some steps, in RUN/trajectories_train_STEP.jsonl.
 
     Args:
-      config, feed, teacher, workdir: as for `prepare`.
+      config, dataset, teacher, workdir: as for `prepare`; the dataset has its first text.
       steps: that it is for.
       at: the first step of their block.
     """
-    path = workdir / f"trajectories_train_{at:06d}.jsonl"
-    feed.refresh(path, steps, at, _author(config, teacher), **_how(config))
+    path, generator = workdir / f"trajectories_train_{at:06d}.jsonl", _generator(config, teacher)
+    rollouts = generate(dataset, generator, path, steps=steps, step=at, **_how(config))
+    return dataset.refreshed(rollouts, steps, at)
 
 
-def _author(config: Config, teacher: Teacher) -> Generator:
+def _generator(config: Config, teacher: Teacher) -> Generator:
     how = sampler.sampling(config)
     return Generator(teacher.description, functools.partial(teacher.sample, sampling=how))
 

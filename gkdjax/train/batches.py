@@ -61,13 +61,14 @@ class BatchSource:
         """
         gkd = parts.config.gkd
         self._parts, self._workdir = parts, workdir
+        self._dataset = parts.feed  # with the off-policy text of this moment
         self._curriculum = OnPolicySchedule(gkd, parts.config.train.seed, steps)
         path = workdir / "trajectories_student.jsonl"
         block = gkd.on_policy_buffer_steps
         self._student = StudentRollouts(
             parts.feed, self._curriculum, path, block=block, first_step=first_step
         )
-        self._refreshed_at = 0  # the step that the off-policy text of this moment was written for
+        self._refreshed_at = 0  # the step that this text was written for
 
     def begin(self, step: int, state: TrainState) -> None:
         """Lets the student write, if it is its turn; called for every step, in order.
@@ -84,13 +85,13 @@ class BatchSource:
 
     def batch(self, step: int) -> SourcedBatch:
         """The batch of a step that is there; each is taken once, the teacher's in order."""
-        divergence, names = self._curriculum.divergence(step), self._parts.feed.names(step)
+        divergence, names = self._curriculum.divergence(step), self._dataset.names(step)
         if self._curriculum.student_writes(step):
             batch, *counts = self._student.batch(step)
             rows = self._parts.config.train.batch_size
             return SourcedBatch(batch, names, None, divergence, _counts(rows, *counts))
         self._refresh_if_due(step)
-        batch, kept = self._parts.feed.batch(step)
+        batch, kept = self._dataset.batch(step)
         return SourcedBatch(batch, names, kept, divergence, _counts(0, 0, 0, 0))
 
     def _refresh_if_due(self, step: int) -> None:
@@ -100,8 +101,10 @@ class BatchSource:
         # The teacher does not change: when it writes makes no difference, only for which steps.
         self._refreshed_at = step // every * every
         steps = self._curriculum.steps_of_block(step, every, on_policy=False)
-        parts = self._parts
-        refresh(parts.config, parts.feed, parts.teacher, self._workdir, steps, self._refreshed_at)
+        self._dataset = refresh(
+            *(self._parts.config, self._parts.feed, self._parts.teacher, self._workdir),
+            *(steps, self._refreshed_at),
+        )
 
     def _student_writer(self, state: TrainState):
         parts = self._parts

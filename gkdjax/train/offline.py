@@ -32,7 +32,7 @@ def prefill_answers(
     knows, so it is not there.
 
     Args:
-      rows: of the run; the feeds that are needed are prepared by it.
+      rows: of the run.
       teacher: whose store is filled.
       workdir: of the run, for the text.
       steps: of the run, all of them.
@@ -40,20 +40,23 @@ def prefill_answers(
     config = rows.config
     vocab_size = rows.sources.teacher_chat.shared or rows.vocab_size
     curriculum = OnPolicySchedule(config.gkd, config.train.seed, steps)
+
+    def prepared(name: str, dataset: DistillDataset) -> DistillDataset:
+        return rollout_teacher.prepare(config, name, dataset, teacher, workdir, vocab_size)
+
     if needs_teacher_text(config.gkd):
-        rollout_teacher.prepare(config, "train", rows.feed, teacher, workdir, vocab_size)
+        first = dataset = prepared("train", rows.feed)
         every = config.trajectory.refresh_every_steps or steps
         for at in range(0, steps, every):
             block = curriculum.steps_of_block(at, every, on_policy=False)
             if block and at > 0:
-                rollout_teacher.refresh(config, rows.feed, teacher, workdir, block, at)
-            _score(rows.feed, "train", block, teacher, rows)
+                dataset = rollout_teacher.refresh(config, first, teacher, workdir, block, at)
+            _score(dataset, "train", block, teacher, rows)
     if config.anchor.towards == "teacher":
-        for name, feed in rows.anchor_feeds.items():
-            rollout_teacher.prepare(config, name, feed, teacher, workdir, vocab_size)
-            _score(feed, name, range(steps), teacher, rows)
+        for name, dataset in rows.anchor_feeds.items():
+            _score(prepared(name, dataset), name, range(steps), teacher, rows)
     if rows.validation is not None:
-        rollout_teacher.prepare(config, "validation", rows.validation, teacher, workdir, vocab_size)
+        rows = dataclasses.replace(rows, validation=prepared("validation", rows.validation))
     rows.evaluation(teacher, vocab_size, untrained=None).ask_teacher()
 
 

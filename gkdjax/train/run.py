@@ -170,10 +170,17 @@ def write_first(parts: Run, workdir: pathlib.Path) -> None:
       UserError: something is asked of the teacher's text, and the teacher writes none.
     """
     _check_use(parts)
-    for name, feed in feeds_of(parts).items():
-        teacher = parts.anchor_teacher if name in parts.anchor_feeds else parts.teacher
-        if name != "train" or needs_teacher_text(parts.config.gkd):
-            prepare(parts.config, name, feed, teacher, workdir, parts.shared_vocab)
+
+    def prepared(name: str, dataset: DistillDataset, teacher: Teacher) -> DistillDataset:
+        return prepare(parts.config, name, dataset, teacher, workdir, parts.shared_vocab)
+
+    if needs_teacher_text(parts.config.gkd):
+        parts.feed = prepared("train", parts.feed, parts.teacher)
+    if parts.validation is not None:
+        parts.validation = prepared("validation", parts.validation, parts.teacher)
+        parts.evaluation = parts.evaluation.with_validation(parts.validation)
+    for name, dataset in parts.anchor_feeds.items():
+        parts.anchor_feeds[name] = prepared(name, dataset, parts.anchor_teacher)
 
 
 def _check_use(parts: Run) -> None:

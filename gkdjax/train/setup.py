@@ -346,7 +346,7 @@ def assemble(rows: RunInputs, workdir: pathlib.Path) -> Run:
         start=start,
         teacher=teacher,
         feed=rows.feed,
-        anchor_feeds=rows.anchor_feeds,
+        anchor_feeds={**rows.anchor_feeds},
         validation=rows.validation,
         anchor_teacher=anchor_teacher,
         evaluation=rows.evaluation(teacher, shared_vocab, untrained),

@@ -6,6 +6,8 @@ import numpy as np
 from feeds import feed_of
 
 from gkdjax.data.chat_template import load_chat
+from gkdjax.data.responses import Rollout
+from gkdjax.types import Trajectory
 
 
 def test_rows_of_similar_length_share_batches_where_others_would_be_padding(student, caplog):
@@ -35,3 +37,23 @@ def test_rows_of_little_difference_stay_in_their_random_order(student):
     assert [feed.batch_rows(s).tolist() for s in range(9)] == [
         by_chance.batch_rows(s).tolist() for s in range(9)
     ]
+
+
+def test_rollouts_make_another_dataset_and_leave_the_first_as_it_was(student):
+    def written(rows, *ids):
+        return {i: Rollout(Trajectory(np.array(ids, np.int32), True), 1, "t") for i in rows}
+
+    def begin(dataset):
+        return [set(dataset.batch(step)[0].target_ids_BN[:, 0].tolist()) for step in (0, 1)]
+
+    bare = feed_of(load_chat(student), rows=8, responses=False)
+    assert bare.unanswered() == [*range(8)]
+    first = bare.with_rollouts(written(range(8), 60, 5))
+    wanted = first.unanswered([1])
+    assert wanted == sorted(first.batch_rows(1))
+    new, refused = (first.refreshed(written(wanted, *ids), [1], 1) for ids in ((70, 5), ()))
+    assert begin(new) == [{60}, {70}] and begin(first) == begin(refused) == [{60}, {60}]
+    less = bare.with_rollouts(written(range(7), 60, 5) | written([7]))
+    assert len(less) == 7 and less.report()["empty"] == ["data.train:7"]
+    assert len(bare) == len(first) == 8 and "empty" not in bare.report()
+    assert (bare.refused, less.refused) == (0, 8)

@@ -8,10 +8,9 @@ import zlib
 import numpy as np
 import pytest
 
-from gkdjax.data.responses import RolloutRequest
+from gkdjax.data.responses import Rollout, RolloutRequest
 from gkdjax.losses import TopKLogprobs
 from gkdjax.rollout.files import write_once
-from gkdjax.rollout.generate import Rollout
 from gkdjax.types import Message, TokenHidden, TokenTopK, Trajectory
 from gkdjax.utils.errors import UserError
 

@@ -8,11 +8,10 @@ from small_runs import ConstantTeacher, losses_hex, small
 
 import gkdjax
 from gkdjax.data.loss_mask import TargetRules
-from gkdjax.data.responses import RolloutFilter, RolloutRequest
+from gkdjax.data.responses import Rollout, RolloutFilter, RolloutRequest
 from gkdjax.losses import TopKLogprobs
 from gkdjax.rollout import files
 from gkdjax.rollout.files import write_once
-from gkdjax.rollout.generate import Rollout
 from gkdjax.rollout.reuse import Source
 from gkdjax.teachers.local import LocalTeacher
 from gkdjax.types import TokenTopK, Trajectory

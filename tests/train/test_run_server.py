@@ -102,13 +102,12 @@ def check_targets(c, workdir, table, shared=None) -> list[np.ndarray]:
     with contextlib.ExitStack() as connections:
         rows = setup.read(parsed, workdir, None, connections)
         vocab_size = shared or rows.vocab_size
-        teacher.prepare(parsed, "train", rows.feed, rows.teacher, workdir, vocab_size)
+        feed = teacher.prepare(parsed, "train", rows.feed, rows.teacher, workdir, vocab_size)
         for step in range(2):  # all eight rows: those the teacher wrote, and those it reads
-            batch, kept = rows.feed.batch(step)
+            batch, kept = feed.batch(step)
             assert batch.target_ids_BN.max() < vocab_size
-            found = scoring.request_targets(
-                rows.teacher, batch, rows.feed.names(step), kept, rows.mesh
-            )()
+            names = feed.names(step)
+            found = scoring.request_targets(rows.teacher, batch, names, kept, rows.mesh)()
             assert found.shared == shared
             for row, n in zip(*np.nonzero(batch.target_mask_BN), strict=True):
                 said = table[batch.teacher_tokens_BT[row, batch.teacher_at_BN[row, n]]]

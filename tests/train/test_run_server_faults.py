@@ -180,11 +180,12 @@ def test_a_wrong_answer_is_neither_used_nor_kept(student, undisturbed, tmp_path,
     with failing() as (server, teacher), contextlib.ExitStack() as connections:
         c = config.parse(config_for(student, server.base, **READ_IN_TURN))
         rows = setup.read(c, tmp_path, None, connections)
-        rollout_teacher.prepare(c, "train", rows.feed, rows.teacher, tmp_path, rows.vocab_size)
-        rows.teacher.targets(rows.feed.batch(0)[0])
+        how = rows.teacher, tmp_path, rows.vocab_size
+        feed = rollout_teacher.prepare(c, "train", rows.feed, *how)
+        rows.teacher.targets(feed.batch(0)[0])
         teacher.faults = {1: spoiled(teacher, spoil)}
         with pytest.raises(WrongAnswer) as caught:
-            rows.teacher.targets(rows.feed.batch(1)[0])
+            rows.teacher.targets(feed.batch(1)[0])
         assert caught.value.exit_code == 3
         assert re.search(r"row \d+|the number NaN, which is no JSON", str(caught.value))
     assert len(answers_in(tmp_path / "answers.sqlite")) == 4
