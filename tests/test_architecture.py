@@ -158,6 +158,30 @@ def first_cycle(graph: dict[str, set[str]]) -> list[str] | None:
     return next(filter(None, map(visit, graph)), None)
 
 
+def teacher_errors(package: pathlib.Path) -> list[str]:
+    """One line for each question what kind of teacher it is, outside of the rooms that know."""
+    errors = []
+    for file in sorted(package.rglob("*.py")):
+        where = file.relative_to(package)
+        if where.parts[0] in ("teachers", "config"):
+            continue
+        for node in ast.walk(ast.parse(file.read_text(), str(file))):
+            if asks_what_teacher(node):
+                errors.append(f"{where}:{node.lineno} asks what kind of teacher it is")
+    return errors
+
+
+def asks_what_teacher(node: ast.AST) -> bool:
+    """isinstance(x, SomeTeacher), SERVERS, or a comparison of a .backend."""
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+        return any(ast.unparse(n).endswith("Teacher") for n in ast.walk(node.args[1]))
+    if isinstance(node, ast.Compare):
+        sides = [ast.unparse(side).split(".")[-1] for side in (node.left, *node.comparators)]
+        return "backend" in sides
+    names = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+    return "SERVERS" in names or getattr(node, "attr", getattr(node, "id", "")) == "SERVERS"
+
+
 def law_errors(package: pathlib.Path, get_allowed: set[tuple[str, str]]) -> list[str]:
     """One line for each forbidden import or argument, default in a .get, and file too long."""
     errors = []
@@ -204,6 +228,10 @@ def test_few_names_stand_at_the_top():
 
 def test_laws():
     assert law_errors(PACKAGE, GET_WITH_DEFAULT) == []
+
+
+def test_only_two_rooms_know_kinds_of_teachers():
+    assert teacher_errors(PACKAGE) == []
 
 
 def test_the_package_and_its_rooms_load_nothing_before_it_is_asked_for():
@@ -320,6 +348,26 @@ def test_a_planted_breach_of_a_law_is_found(tmp_path, source, wanted):
     (error,) = law_errors(plant(tmp_path, {"roof": source}), set())
     assert error.startswith("roof.py")
     assert wanted in error
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "isinstance(t, LocalTeacher)",
+        "isinstance(t, (int, server.ServerTeacher))",
+        "isinstance(t, A | Teacher)",
+        "from house.config.checks import SERVERS",
+        "checks.SERVERS",
+        "if config.teacher.backend == 'flax': pass",
+        "'vllm' != backend",
+        "c.backend in names",
+    ],
+)
+def test_a_planted_question_about_a_teacher_is_found(tmp_path, source):
+    (error,) = teacher_errors(plant(tmp_path, {"roof": source}))
+    assert error == "roof.py:1 asks what kind of teacher it is"
+    fine = "isinstance(t, Hooks)\nx.backend = 'flax'\ncheck(x.backend)\nbackend_key == 'backend'\n"
+    assert teacher_errors(plant(tmp_path, {"teachers/a": source, "roof": fine})) == []
 
 
 def test_what_only_looks_like_a_breach_passes(tmp_path):

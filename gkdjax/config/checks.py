@@ -7,6 +7,7 @@ The fields and their defaults stand in `gkdjax.config.schema`, their types are c
 import difflib
 import re
 
+from gkdjax.config.schema import SERVERS
 from gkdjax.utils.errors import UserError
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "mixed", "generalized_jsd")  # without jax: spelt out
@@ -14,8 +15,6 @@ TOO_LONG = ("drop", "truncate-right", "truncate-left", "truncate-prefix")
 MATCHES = ("keywords", "exact", "regex")
 PREFIX_KEYS = ("prefix_messages", "prefix_file", "system_prompt_file", "corpus")
 
-
-SERVERS = ("vllm", "sglang", "openai")
 # How a server is reached, which changes nothing of what it says.
 REACH_KEYS = ("api_base", "api_key_env", "concurrency", "timeout_s", "deadline_s", "max_retries")
 REACH_KEYS += ("max_unreadable", "store", "offline", "trust_env")

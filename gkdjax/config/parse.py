@@ -104,7 +104,7 @@ def parse(raw: config_dict.ConfigDict | dict) -> Config:
     """
     raw = raw.to_dict() if isinstance(raw, config_dict.ConfigDict) else raw
     config = build(Config, raw, "")
-    if config.teacher.backend in checks.SERVERS and config.teacher.top_k is None:
+    if config.teacher.is_server and config.teacher.top_k is None:
         config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, top_k=20))
     checks.check(config)
     return config

@@ -10,6 +10,7 @@ import pathlib
 import typing
 
 ASSETS = pathlib.Path(__file__).parent / "assets"
+SERVERS = ("vllm", "sglang", "openai")  # the teacher.backend of each that is reached by HTTP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,21 @@ class Teacher:
     offline: bool = False  # server: answer from the store alone; no server is needed
     # server: proxies and certificates as the environment has them
     trust_env: bool = False
+
+    @property
+    def is_server(self) -> bool:
+        """It is reached by HTTP."""
+        return self.backend in SERVERS
+
+    @property
+    def is_base(self) -> bool:
+        """It is the student's own base."""
+        return self.backend == "local-toggle"
+
+    @property
+    def is_model(self) -> bool:
+        """It is a model of its own in this process."""
+        return self.backend == "flax"
 
 
 @dataclasses.dataclass(frozen=True)

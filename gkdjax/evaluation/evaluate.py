@@ -29,7 +29,7 @@ from gkdjax.evaluation.answering import Answering
 from gkdjax.evaluation.heldout import SideEffects, Validation, unavailable
 from gkdjax.evaluation.scoring import EvalModel, ScoredText
 from gkdjax.evaluation.texts import Texts, check_fits
-from gkdjax.teachers.base import Teacher
+from gkdjax.teachers.base import Teacher, hooks
 from gkdjax.teachers.local import LocalTeacher
 from gkdjax.types import Example, Message, Trajectory
 from gkdjax.utils import text as utils_text
@@ -220,9 +220,9 @@ class Evaluation:
 
         Only the answers of another teacher are known, whose distance to itself is 0 by definition.
         """
-        if not isinstance(self._teacher, LocalTeacher):
+        teacher = hooks(self._teacher).weights
+        if teacher is None:
             return _BY_DEFINITION | scoring.own_perplexity(self._texts.teacher_text)
-        teacher = self._teacher
         itself = EvalModel(teacher.decoder, teacher.params, teacher.chat, teacher.prefixes)
         return self._agreement(itself, self._texts.teacher_text, "teacher")
 

@@ -1,13 +1,18 @@
 """What a teacher has to be able to do, and to say of itself."""
 
 import dataclasses
+import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
+
 from gkdjax.data.chat_template import Chat
+from gkdjax.data.truncation import Limit
 from gkdjax.losses.objective import TeacherTargets, TopKTargets
 from gkdjax.models.sampler import SamplingParams
 from gkdjax.types import Batch, Prompt, Trajectory
+from gkdjax.utils.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +77,39 @@ class RemoteTeacher(Teacher, Protocol):
         Rows without a target cost nothing; `names` are those of all rows, for errors.
         """
         ...
+
+
+class TeacherHooks:
+    """What a run asks and tells a teacher beside that; one of your own may inherit it, or not.
+
+    Attributes:
+      context: how much it reads.
+      weights: of this process: a teacher with `decoder`, `params` and `prefixes`; None: none.
+    """
+
+    context: Limit = Limit(None, "")
+    weights = None
+
+    def register(self, prompts_by_prefix: Sequence[Sequence[np.ndarray]]) -> None:
+        """Token ids of the prompts of this run, by prefix: what several share is read once."""
+
+    def stop_on(self, event: threading.Event) -> None:
+        """Whoever waits for an answer looks at it, and gives up once it is set."""
+
+    def report(self) -> dict[str, int]:
+        """Counts for results.json; every process asks for them."""
+        return {}
+
+
+def hooks(teacher: Teacher) -> TeacherHooks:
+    """The teacher itself, or what does nothing where it has no hooks."""
+    return teacher if isinstance(teacher, TeacherHooks) else TeacherHooks()
+
+
+def require_teacher(teacher: object) -> None:
+    """Raises UserError unless it has the members of a `Teacher`."""
+    if not isinstance(teacher, Teacher):
+        raise UserError(f"{teacher!r} is no teacher: see gkdjax.teachers.base.Teacher")
 
 
 class Needs(NamedTuple):

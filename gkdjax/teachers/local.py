@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
 from gkdjax.data.chat_template import Chat
+from gkdjax.data.truncation import Limit
 from gkdjax.losses import fused_top_k
 from gkdjax.losses.lm_head import unembed
 from gkdjax.losses.objective import DenseTargets, TeacherTargets, TopKTargets
@@ -17,12 +19,12 @@ from gkdjax.models.decoder import Decoder, unembedding_table
 from gkdjax.models.prefix_cache import PrefixCache
 from gkdjax.models.sampler import Keep, SamplingParams
 from gkdjax.parallel import mesh as parallel_mesh
-from gkdjax.teachers.base import Capabilities
+from gkdjax.teachers.base import Capabilities, TeacherHooks
 from gkdjax.types import Batch, Prompt, Trajectory
 from gkdjax.utils.errors import UserError
 
 
-class LocalTeacher:
+class LocalTeacher(TeacherHooks):
     """Reads the teacher's view and returns hidden states (dense, exact) or its best K tokens."""
 
     capabilities = Capabilities(max_top_k=None, dense=True, samples=True, temperature=True)
@@ -78,6 +80,21 @@ class LocalTeacher:
         self._lengths, self._batch_size = tuple(lengths), batch_size
         self._chunk_size, self._mesh = chunk_size, mesh
         self.prefixes = PrefixCache(decoder, params, prefix_bytes)
+
+    @property
+    def context(self) -> Limit:
+        """What its checkpoint says."""
+        where = "max_position_embeddings in config.json"
+        return Limit(self.decoder.spec.context_length, where)
+
+    @property
+    def weights(self) -> "LocalTeacher":
+        """See `base.TeacherHooks`."""
+        return self
+
+    def register(self, prompts_by_prefix: Sequence[Sequence[np.ndarray]]) -> None:
+        """See `base.TeacherHooks`."""
+        self.prefixes.register(prompts_by_prefix)
 
     def targets(self, batch: Batch) -> TeacherTargets:
         """See `base.Teacher`. Dispatched, not waited for."""

@@ -16,6 +16,11 @@ from gkdjax.teachers.base import RemoteTeacher, Teacher
 from gkdjax.types import Batch
 
 
+def steps_ahead(teacher: Teacher) -> int:
+    """How many steps it is asked for beside the one that is computed."""
+    return 4 if isinstance(teacher, RemoteTeacher) else 0
+
+
 def request_targets(
     teacher: Teacher, batch: Batch, names: Sequence[str], kept: CachedTargets | None, mesh: Mesh
 ) -> Callable[[], TeacherTargets]:

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from absl import flags
 
 from gkdjax.config import Config, cli
-from gkdjax.config.checks import SERVERS
 from gkdjax.teachers.server.answers import Request, SampleRequest
 from gkdjax.train import offline, setup
 from gkdjax.train import workdir as workdirs
@@ -52,7 +51,7 @@ def cache(
       UserError: there is no server or no store; and all that the run itself would raise.
       TeacherUnreachable: the server does not answer; what came before is in the store.
     """
-    if config.teacher.backend not in SERVERS or config.teacher.offline:
+    if not config.teacher.is_server or config.teacher.offline:
         raise UserError(
             f"config.teacher.backend = {config.teacher.backend!r}, .offline ="
             f" {config.teacher.offline}: there is no server to ask"

@@ -18,7 +18,6 @@ import numpy as np
 from absl import flags
 
 from gkdjax.config import Config, cli
-from gkdjax.config.checks import SERVERS
 from gkdjax.data.chat_template import Chat
 from gkdjax.losses import TopKLogprobs, topk_forward_kl
 from gkdjax.models import sampler
@@ -60,7 +59,7 @@ def rows(config: Config, local: str | None) -> Iterator[Row]:
       TeacherUnreachable: it does not answer.
     """
     c = config.teacher
-    if c.backend not in SERVERS:
+    if not c.is_server:
         raise UserError(
             f"config.teacher.backend = {c.backend!r} is in this process; there is no server to try"
         )

@@ -14,6 +14,8 @@ import json
 import pathlib
 import sys
 
+from gkdjax.config import Teacher
+
 MODELS = pathlib.Path("runs/tiny_models")
 _MODES = ("", "tiny")
 
@@ -58,7 +60,7 @@ def shrink(c, *, vocab_size: int = 512, steps: int = 16, learning_rate: float = 
       learning_rate: at which such models learn.
     """
     c.student.model = _model("student", vocab_size, width=64, layers=2, seed=2)
-    if c.teacher.backend == "flax":
+    if Teacher(backend=c.teacher.backend).is_model:
         c.teacher.model = _model("teacher", vocab_size, width=96, layers=3, seed=1)
     c.student.compute_dtype = "float32"
     c.student.lora.alpha *= 8 / c.student.lora.rank

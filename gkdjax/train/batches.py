@@ -17,12 +17,9 @@ from gkdjax.parallel import mesh
 from gkdjax.rollout.schedule import OnPolicySchedule
 from gkdjax.rollout.student import StudentRollouts
 from gkdjax.rollout.teacher import refresh
-from gkdjax.teachers.base import RemoteTeacher
-from gkdjax.teachers.scoring import request_targets
+from gkdjax.teachers.scoring import request_targets, steps_ahead
 from gkdjax.train.setup import Run
 from gkdjax.types import Batch, TrainState
-
-_STEPS = 4  # that are asked for beside the one that is computed
 
 
 class SourcedBatch(NamedTuple):
@@ -138,8 +135,7 @@ class BatchPrefetcher:
           steps: of the run, all of them.
         """
         self._parts, self._text, self._steps = parts, text, steps
-        remote = isinstance(parts.teacher, RemoteTeacher)
-        self._ahead = _STEPS if remote else 0
+        self._ahead = steps_ahead(parts.teacher)
         self._asked: dict[int, Callable[[], TrainBatch]] = {}
 
     def take(self, step: int, state: TrainState) -> TrainBatch:

@@ -20,13 +20,10 @@ from gkdjax.data.truncation import Limit
 from gkdjax.data.views import ViewRules
 from gkdjax.models.hf import model_config
 from gkdjax.rollout.schedule import needs_teacher_text
-from gkdjax.teachers.base import Capabilities, Teacher
-from gkdjax.teachers.local import LocalTeacher
-from gkdjax.teachers.server.teacher import ServerTeacher
+from gkdjax.teachers.base import Capabilities, Teacher, hooks
 from gkdjax.train.models import Sources
 from gkdjax.types import Example
 
-_IN_CONFIG = "max_position_embeddings in config.json"
 _MOST_PADDING = 0.2  # of either view; with more, rows of data.train share batches by length
 
 
@@ -35,12 +32,7 @@ def contexts_of(config: Config, sources: Sources, teacher: Teacher | None) -> di
     student = _limit_of(sources.student)
     found = {f"the student ({config.student.model})": student}
     if teacher is not None:
-        limit = Limit(None, "")
-        if isinstance(teacher, LocalTeacher):
-            limit = Limit(teacher.decoder.spec.context_length, _IN_CONFIG)
-        elif isinstance(teacher, ServerTeacher) and teacher.window is not None:
-            limit = Limit(teacher.window.tokens, teacher.window.source, teacher.window.written)
-        return found | {f"the teacher ({teacher.description})": limit}
+        return found | {f"the teacher ({teacher.description})": hooks(teacher).context}
     if sources.teacher is None:
         return found | {"the teacher (the student's base)": student}
     return found | {f"the teacher ({config.teacher.model})": _limit_of(sources.teacher)}
@@ -48,7 +40,7 @@ def contexts_of(config: Config, sources: Sources, teacher: Teacher | None) -> di
 
 def _limit_of(directory: pathlib.Path) -> Limit:
     spec = model_config.load_spec(directory)
-    return Limit(spec.context_length, f"{_IN_CONFIG} of {directory}")
+    return Limit(spec.context_length, f"max_position_embeddings in config.json of {directory}")
 
 
 def one_feed(

@@ -12,7 +12,7 @@ from absl import logging
 
 from gkdjax.parallel import multihost
 from gkdjax.report import results
-from gkdjax.teachers.server.teacher import ServerTeacher
+from gkdjax.teachers.base import hooks
 from gkdjax.train import batches as train_batches
 from gkdjax.train import optimizer as train_optimizer
 from gkdjax.train import setup
@@ -57,8 +57,7 @@ def train(parts: Run, workdir: pathlib.Path, shared: pathlib.Path) -> tuple[Trai
         contextlib.closing(EvalSchedule(parts, workdir, first, measured)) as evaluate,
         _stop_signal() as stop,
     ):
-        if isinstance(parts.teacher, ServerTeacher):
-            parts.teacher.pool.stopped = stop  # an answer may be minutes away
+        hooks(parts.teacher).stop_on(stop)
         for step in range(first, steps):
             with _saved_if_the_teacher_fails(step, first, steps, state, record, checkpoints):
                 evaluate.if_due(step, state, record)

@@ -9,7 +9,6 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from gkdjax.config import Config
-from gkdjax.config.checks import SERVERS
 from gkdjax.data import tokenizer_match
 from gkdjax.data.chat_template import Chat, load_chat
 from gkdjax.models import lora
@@ -54,9 +53,9 @@ def resolve_models(config: Config, workdir: pathlib.Path, teacher: Teacher | Non
     c, directory = config.teacher, None
     if teacher is not None:
         teacher_chat, rows = teacher.chat or chat, None
-    elif c.backend == "local-toggle" or (c.backend in SERVERS and not c.tokenizer):
+    elif c.is_base or (c.is_server and not c.tokenizer):
         return Sources(student, chat, None, chat)
-    elif c.backend in SERVERS:
+    elif c.is_server:
         # Of a server nothing but its tokenizer can be here; what its embedding has is its own.
         borrowed = local_directory(c.tokenizer, workdir, weights=False)
         teacher_chat = load_chat(borrowed, *how)
@@ -71,7 +70,7 @@ def resolve_models(config: Config, workdir: pathlib.Path, teacher: Teacher | Non
         shared = min(shared, chat.vocab_size)
         _check_shared(config, teacher, shared)
         teacher_chat = dataclasses.replace(teacher_chat, shared=shared)
-    if rows is not None and (shared is None or c.backend not in SERVERS):
+    if rows is not None and (shared is None or not c.is_server):
         teacher_chat = tokenizer_match.of_model(teacher_chat, rows)
     return Sources(
         student, tokenizer_match.stopping_with(chat, teacher_chat), directory, teacher_chat

@@ -18,8 +18,7 @@ from gkdjax.parallel import multihost
 from gkdjax.parallel.multihost import leads
 from gkdjax.rollout.schedule import needs_teacher_text
 from gkdjax.rollout.teacher import prepare
-from gkdjax.teachers.base import Teacher
-from gkdjax.teachers.server.teacher import ServerTeacher
+from gkdjax.teachers.base import Teacher, hooks
 from gkdjax.train import offline, setup
 from gkdjax.train import workdir as workdirs
 from gkdjax.train.evals import reader
@@ -123,8 +122,8 @@ def _run(parts: Run, workdir: pathlib.Path, shared: pathlib.Path, began: float) 
     training["exports"] = _export(parts, state, workdir, ending)
     report.draw(workdir)
     training["seconds"] = time.monotonic() - began
-    if isinstance(parts.teacher, ServerTeacher):
-        training["teacher"] = parts.teacher.report()
+    if counts := hooks(parts.teacher).report():
+        training["teacher"] = counts
     if parts.examples.dropped:
         training["dropped_rows"] = parts.examples.dropped
     rows = {name: feed.report() for name, feed in feeds_of(parts).items()}

@@ -17,7 +17,6 @@ import optax
 from jax.sharding import Mesh
 
 from gkdjax.config import Config, rows_at_once
-from gkdjax.config.checks import SERVERS
 from gkdjax.data import load, truncation
 from gkdjax.data.bad_rows import BadRows
 from gkdjax.data.chat_template import Chat
@@ -32,7 +31,7 @@ from gkdjax.models.hf import model_config
 from gkdjax.parallel import mesh as parallel_mesh
 from gkdjax.rollout.schedule import needs_teacher_text
 from gkdjax.teachers import local
-from gkdjax.teachers.base import Capabilities, Needs, Teacher, refusals
+from gkdjax.teachers.base import Capabilities, Needs, Teacher, hooks, refusals, require_teacher
 from gkdjax.teachers.local import LocalTeacher
 from gkdjax.teachers.server import connect
 from gkdjax.train import datasets, models
@@ -105,8 +104,8 @@ def read(
       UserError: whatever does not fit, named.
       TeacherUnreachable: the server does not answer.
     """
-    if teacher is not None and not isinstance(teacher, Teacher):
-        raise UserError(f"{teacher!r} is no teacher: see gkdjax.teachers.base.Teacher")
+    if teacher is not None:
+        require_teacher(teacher)
     c = config.mesh
     mesh = parallel_mesh.make_mesh(c.data, c.fsdp, c.tensor, c.dcn_data)
     for key, rows in rows_at_once(config).items():
@@ -116,9 +115,8 @@ def read(
     examples = load.load_examples(config, bad_rows)
 
     sources = models.resolve_models(config, workdir, teacher)
-    backend = config.teacher.backend
     vocab_size = model_config.load_spec(sources.student).vocab_size
-    if teacher is None and backend in SERVERS:
+    if teacher is None and config.teacher.is_server:
         teacher = connect.connect(
             config.teacher,
             sources.teacher_chat,
@@ -129,7 +127,7 @@ def read(
             template_kwargs=config.data.template_kwargs,
         )
         connections.enter_context(contextlib.closing(teacher))
-    toggles = teacher is None and backend == "local-toggle"
+    toggles = teacher is None and config.teacher.is_base
     rules = _view_rules(config, sources.chat, sources.teacher_chat)
     contexts = datasets.contexts_of(config, sources, teacher)
     examples = _askable(config, examples, rules, bad_rows)
@@ -314,8 +312,7 @@ def assemble(rows: RunInputs, workdir: pathlib.Path) -> Run:
     shared_vocab = decoder.spec.vocab_size
     if teacher.chat is not None and teacher.chat.shared is not None:
         shared_vocab = teacher.chat.shared
-    if isinstance(teacher, LocalTeacher):
-        teacher.prefixes.register(rows.prompts_by_prefix)
+    hooks(teacher).register(rows.prompts_by_prefix)
     anchor_teacher = None
     if rows.anchor_feeds:
         anchor_teacher = teacher

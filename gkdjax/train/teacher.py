@@ -8,7 +8,6 @@ import jax
 from jax.sharding import Mesh
 
 from gkdjax.config import Config
-from gkdjax.config.checks import SERVERS
 from gkdjax.data.chat_template import Chat
 from gkdjax.models import lora
 from gkdjax.models.decoder import Decoder
@@ -53,7 +52,7 @@ class LocalTeacherFactory:
         """As the config wants teachers, with its best K tokens or the whole vocabulary."""
         k, shared = self.config.teacher.top_k, min(self.vocab_size, decoder.spec.vocab_size)
         shared = min(shared, chat.shared or shared)
-        if self.config.teacher.backend in SERVERS:
+        if self.config.teacher.is_server:
             k = None  # its K is the server's; whoever is in this process is exact
         if k is not None and k > shared:
             raise UserError(

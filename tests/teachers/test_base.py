@@ -4,9 +4,19 @@ import dataclasses
 
 import pytest
 
-from gkdjax.teachers import local
-from gkdjax.teachers.base import Capabilities, Needs, RemoteTeacher, Teacher, refusals
+from gkdjax.teachers import local, scoring
+from gkdjax.teachers.base import (
+    Capabilities,
+    Needs,
+    RemoteTeacher,
+    Teacher,
+    TeacherHooks,
+    hooks,
+    refusals,
+    require_teacher,
+)
 from gkdjax.teachers.local import LocalTeacher
+from gkdjax.utils.errors import UserError
 
 ALL = Capabilities(max_top_k=None, dense=True, samples=True, temperature=True)
 SERVER = Capabilities(max_top_k=20, dense=False, samples=False, temperature=False)
@@ -87,6 +97,28 @@ def test_any_object_with_the_members_is_a_teacher():
         members = {name: getattr(Mine, name) for name in vars(Mine) if name != missing}
         keep = {name: members[name] for name in members if not name.startswith("__")}
         assert not isinstance(type("Less", (), keep)(), Teacher), missing
+
+
+class Remote(Mine):
+    def ask(self, batch, names):
+        raise NotImplementedError
+
+
+class Reporting(Mine, TeacherHooks):
+    def report(self):
+        return {"asked": 3}
+
+
+def test_hooks_are_the_teacher_s_own_or_do_nothing():
+    for teacher in (Mine(), Remote()):
+        require_teacher(teacher)
+        told = hooks(teacher)
+        assert (told.register([]), told.stop_on(None), told.report()) == (None, None, {})
+        assert told.context.tokens is told.weights is None
+    assert hooks(Reporting()).report() == {"asked": 3}
+    assert [scoring.steps_ahead(t) for t in (Mine(), Remote(), Reporting())] == [0, 4, 0]
+    with pytest.raises(UserError, match="is no teacher: see"):
+        require_teacher("vllm")
 
 
 def test_a_toggle_without_a_longer_view_is_refused():

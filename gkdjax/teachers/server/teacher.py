@@ -1,16 +1,18 @@
 """A teacher behind HTTP, as the rest of the project sees it."""
 
 import base64
+import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from gkdjax.data import batching
 from gkdjax.data.chat_template import Chat
+from gkdjax.data.truncation import Limit
 from gkdjax.losses.objective import TopKTargets
 from gkdjax.models.sampler import SamplingParams
 from gkdjax.parallel import multihost
-from gkdjax.teachers.base import Capabilities
+from gkdjax.teachers.base import Capabilities, TeacherHooks
 from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest, TeacherAnswer
 from gkdjax.teachers.server.scheduler import Pool
 from gkdjax.teachers.server.served import Window
@@ -18,7 +20,7 @@ from gkdjax.teachers.server.store import codec
 from gkdjax.types import Batch, Prompt, TokenTopK, Trajectory
 
 
-class ServerTeacher:
+class ServerTeacher(TeacherHooks):
     """A `base.RemoteTeacher`; made by `connect.connect`, which has checked the server."""
 
     def __init__(
@@ -44,7 +46,9 @@ class ServerTeacher:
           template_kwargs: for a server that renders the prompt itself.
         """
         self.pool, self.chat, self.description = pool, chat, description
-        self.capabilities, self.window = capabilities, window
+        self.capabilities = capabilities
+        if window is not None:
+            self.context = Limit(window.tokens, window.source, window.written)
         self._top_k, self._template_kwargs = top_k, template_kwargs
 
     def ask(self, batch: Batch, names: Sequence[str]) -> Callable[[], TopKTargets]:
@@ -93,6 +97,10 @@ class ServerTeacher:
 
         answers = multihost.split_over_processes(ask, len(requests), _to_text, _from_text)
         return [_trajectory(answer) for answer in answers]
+
+    def stop_on(self, event: threading.Event) -> None:
+        """See `base.TeacherHooks`: an answer may be minutes away."""
+        self.pool.stopped = event
 
     def report(self) -> dict[str, int]:
         """What was asked and bought by all processes, for results.json."""

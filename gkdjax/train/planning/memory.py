@@ -14,7 +14,6 @@ import dataclasses
 import jax
 
 from gkdjax.config import anchor_sets, rows_at_once
-from gkdjax.config.checks import SERVERS
 from gkdjax.models.decoder_config import DecoderConfig
 from gkdjax.parallel.mesh import check_rows, row_shares
 from gkdjax.train.planning import activations
@@ -219,7 +218,7 @@ def targets(setup: PlanInputs) -> int:
 
 def target_bytes(setup: PlanInputs, spec: DecoderConfig | None) -> int:
     """Bytes of one target: hidden states of a model in this process, or the best K tokens."""
-    c, server = setup.config, setup.config.teacher.backend in SERVERS
+    c, server = setup.config, setup.config.teacher.is_server
     if spec is None or (c.teacher.top_k is not None and not server):
         return 8 * (c.teacher.top_k or 0) + 8  # of a teacher that was handed in, K is unknown
     return spec.width * itemsize(c.student.compute_dtype)

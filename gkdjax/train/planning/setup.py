@@ -130,10 +130,9 @@ def read(config: Config, devices: int) -> PlanInputs:
 
     if not config.student.model:
         raise UserError("config.student.model is empty: there is nothing to plan")
-    teacher = stored(config.teacher.model) if config.teacher.backend == "flax" else None
-    toggles = config.teacher.backend == "local-toggle"
+    teacher = stored(config.teacher.model) if config.teacher.is_model else None
     mesh = mesh_of(config, devices)
-    return PlanInputs(config, stored(config.student.model), teacher, toggles, mesh)
+    return PlanInputs(config, stored(config.student.model), teacher, config.teacher.is_base, mesh)
 
 
 def mesh_of(config: Config, devices: int) -> AbstractMesh:
