@@ -57,8 +57,8 @@ def load_tokenizer(directory: str | pathlib.Path) -> transformers.PreTrainedToke
     if not built.is_fast:
         raise UserError(f"{directory}: needs a tokenizer.json (a fast tokenizer, with offsets)")
     path = root / "tokenizer.json"
-    if not path.is_file():
-        return built
+    if not path.is_file() or type(built) is transformers.PreTrainedTokenizerFast:
+        return built  # the class that takes the file as it is: it need not be parsed once more
     file = tokenizers.Tokenizer.from_file(str(path))
     if not _difference(file, built.backend_tokenizer) and (
         _settings(file) == _settings(built.backend_tokenizer)

@@ -51,6 +51,10 @@ def resolve_models(config: Config, workdir: pathlib.Path, teacher: Teacher | Non
     spec = model_config.load_spec(student)
     chat = tokenizer_match.of_model(load_chat(student, *how), spec.vocab_size)
     c, directory = config.teacher, None
+
+    def chat_of(found: pathlib.Path) -> Chat:
+        return chat if found.samefile(student) else load_chat(found, *how)  # which takes seconds
+
     if teacher is not None:
         teacher_chat, rows = teacher.chat or chat, None
     elif c.is_base or (c.is_server and not c.tokenizer):
@@ -58,14 +62,14 @@ def resolve_models(config: Config, workdir: pathlib.Path, teacher: Teacher | Non
     elif c.is_server:
         # Of a server nothing but its tokenizer can be here; what its embedding has is its own.
         borrowed = local_directory(c.tokenizer, workdir, weights=False)
-        teacher_chat = load_chat(borrowed, *how)
+        teacher_chat = chat_of(borrowed)
         rows = spec.vocab_size
     else:
         directory = local_directory(c.model, workdir)
         rows = model_config.load_spec(directory).vocab_size
         borrowed = c.tokenizer and local_directory(c.tokenizer, workdir, weights=False)
-        teacher_chat = load_chat(borrowed or directory, *how)
-    shared = tokenizer_match.shared_ids(chat, teacher_chat)
+        teacher_chat = chat_of(borrowed or directory)
+    shared = None if teacher_chat is chat else tokenizer_match.shared_ids(chat, teacher_chat)
     if shared is not None:
         shared = min(shared, chat.vocab_size)
         _check_shared(config, teacher, shared)

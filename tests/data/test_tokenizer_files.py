@@ -109,6 +109,13 @@ def test_nothing_is_said_where_both_are_the_same(
     assert not [record for record in caplog.records if record.name == "absl"]
 
 
+def test_a_file_that_its_class_takes_as_it_is_is_parsed_once(tmp_path, monkeypatch):
+    """A second time takes a second, for a large vocabulary."""
+    right = saved(tmp_path, "llama", "PreTrainedTokenizerFast", own_regex())
+    monkeypatch.setattr(tokenizers, "Tokenizer", None)  # transformers has taken it already
+    assert ids_of(load_tokenizer(tmp_path)) == right
+
+
 def test_a_cut_that_a_small_vocabulary_hides_is_the_files(tmp_path, monkeypatch):
     cut = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
     made = byte_level(pre_tokenizers.Split(Regex(cut), "isolated"), regex=False)

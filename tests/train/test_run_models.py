@@ -149,6 +149,19 @@ def test_the_students_base_with_another_adapter_may_teach_without_a_prefix(
     assert metrics(tmp_path / "run")[0]["loss"] > 1e-2
 
 
+@pytest.mark.parametrize("teacher", [{"backend": "flax"}, {"backend": "vllm", "tokenizer": True}])
+def test_the_tokenizer_of_a_directory_is_read_once(student, tmp_path, monkeypatch, teacher):
+    """Student and teacher may name one directory; a large vocabulary takes seconds to read."""
+    read, once = models.load_chat, []
+    monkeypatch.setattr(models, "load_chat", lambda *how: once.append(how) or read(*how))
+    c = small(student, teacher__model=student, teacher__backend=teacher["backend"])
+    if "tokenizer" in teacher:
+        c.teacher.tokenizer, c.teacher.model = student, ""
+        c.teacher.api_base = "http://127.0.0.1:9/v1"
+    found = models.resolve_models(config.parse(c), tmp_path, None)
+    assert len(once) == 1 and found.chat.tokenizer is found.teacher_chat.tokenizer
+
+
 def test_a_teacher_may_borrow_a_tokenizer(student, other, tmp_path):
     bare = shutil.copytree(other, tmp_path / "bare")
     for file in bare.iterdir():
