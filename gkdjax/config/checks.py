@@ -18,6 +18,11 @@ PREFIX_KEYS = ("prefix_messages", "prefix_file", "system_prompt_file", "corpus")
 # How a server is reached, which changes nothing of what it says.
 REACH_KEYS = ("api_base", "api_key_env", "concurrency", "timeout_s", "deadline_s", "max_retries")
 REACH_KEYS += ("max_unreadable", "store", "offline", "trust_env")
+# What transformers' apply_chat_template takes for itself.
+RENDERING_KEYS = ("conversation", "messages", "tools", "documents", "chat_template", "tokenize")
+RENDERING_KEYS += ("add_generation_prompt", "continue_final_message", "padding", "truncation")
+RENDERING_KEYS += ("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask")
+RENDERING_KEYS += ("tokenizer_kwargs", "sanitize_control_tokens", "gkdjax_clock")
 MESH_AXES = ("data", "fsdp", "tensor")
 
 
@@ -128,6 +133,9 @@ def _check_context(config) -> None:
 
 
 def _check_text(config) -> None:
+    for key in config.data.template_kwargs:
+        advice = "is for the rendering and not for the template, and set by the run; leave it out"
+        require(key not in RENDERING_KEYS, "data.template_kwargs", {key: "..."}, advice)
     at_least(config, 0, "trajectory.temperature")
     at_least(config, 1, "trajectory.per_prompt", "trajectory.max_new_tokens")
     at_least(config, 0, "trajectory.max_refills")

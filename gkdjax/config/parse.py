@@ -12,6 +12,8 @@ from gkdjax.config import checks
 from gkdjax.config.schema import Config
 from gkdjax.utils.errors import UserError
 
+_MOST = 60  # characters of a value in a message
+
 
 def check_path(cls, path: str) -> None:
     """Raises UserError, with the nearest key, if a path like "train.sede" is no key of `cls`."""
@@ -54,26 +56,62 @@ def _value(hint, value, key: str):
     """`value` as the hinted type; lists become tuples, and an int may stand for a float."""
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            raise UserError(f"config.{key} is a section, not {value!r}")
+            raise UserError(f"config.{key} is a section, not {_shown(value)}")
         return build(hint, value, key + ".")
     if isinstance(hint, types.UnionType):
+        holds = [option for option in typing.get_args(hint) if _holds(option, value)]
+        if len(holds) == 1:  # then what is wrong is one thing in it
+            return _value(holds[0], value, key)
         for option in typing.get_args(hint):
             try:
                 return _value(option, value, key)
             except UserError:
                 continue
-        raise UserError(f"config.{key} must be {_readable(hint)}, not {value!r}")
+        raise UserError(f"config.{key} must be {_readable(hint)}, not {_shown(value)}")
     if hint is float and type(value) is int:
         return float(value)
     if typing.get_origin(hint) is tuple and isinstance(value, list | tuple):
-        return tuple(_value(typing.get_args(hint)[0], item, key) for item in value)
+        of = typing.get_args(hint)[0]
+        return tuple(_value(of, item, f"{key}[{i}]") for i, item in enumerate(value))
     if typing.get_origin(hint) is dict and isinstance(value, dict):
         return {str(name): _value(typing.get_args(hint)[1], v, key) for name, v in value.items()}
     if type(value) is not (typing.get_origin(hint) or hint):
-        raise UserError(f"config.{key} must be {_readable(hint)}, not {value!r}")
+        raise UserError(f"config.{key} must be {_readable(hint)}, not {_shown(value)}")
     if hint is float and not math.isfinite(value):
         raise UserError(f"config.{key} must be a finite number, not {value!r}")
+    if hint is dict:
+        _require_json(value, key)
     return value
+
+
+def _holds(hint, value) -> bool:
+    """Whether `hint` is a list of something and `value` is a list; so for dicts."""
+    kinds = {tuple: list | tuple, dict: dict}
+    kind = kinds.get(typing.get_origin(hint) or hint)
+    return kind is not None and isinstance(value, kind)
+
+
+def _require_json(value, key: str) -> None:
+    """Raises UserError for what a row or the like cannot hold: RUN/config.json has all of it."""
+    if isinstance(value, dict):
+        for name, one in value.items():
+            _require_json(one, f"{key}[{name!r}]")
+    elif isinstance(value, list | tuple):
+        for i, one in enumerate(value):
+            _require_json(one, f"{key}[{i}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"config.{key} is {value}, which is not JSON; write a number or None")
+    elif not isinstance(value, str | int | float | types.NoneType):
+        raise UserError(
+            f"config.{key} is of the type {type(value).__name__}, which is not JSON; write text,"
+            " numbers, lists and dicts of Python (.tolist() of an array)"
+        )
+
+
+def _shown(value) -> str:
+    """A value, cut, and its type where that may not be seen."""
+    text = repr(value)
+    return text if len(text) <= _MOST else f"{text[:_MOST]}... ({type(value).__name__})"
 
 
 def _readable(hint) -> str:

@@ -168,6 +168,12 @@ def load_chat(
         ends no turn with a special token.
     """
     tokenizer = load_tokenizer(directory)
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        names = ", ".join(map(repr, tokenizer.chat_template))
+        raise UserError(
+            f"{directory}: the tokenizer has the chat templates {names} and none named 'default';"
+            " write the one that is meant to chat_template.jinja in the directory"
+        )
     if not tokenizer.chat_template:
         raise UserError(
             f"{directory}: the tokenizer has no chat template; take an instruction-tuned model, "

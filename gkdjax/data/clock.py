@@ -5,6 +5,7 @@ name before the template hides it.
 """
 
 import datetime
+import re
 
 # Without white space of its own: the line break after it is a block's, which templates leave out.
 _MACRO = (
@@ -14,6 +15,8 @@ _MACRO = (
     "{% set at.text = at.text | replace(directive, said) %}{% endfor %}"
     "{{ at.text | replace('\\x00', '%') }}{% endmacro %}\n"
 )
+# As "%f" or "%10d", and other words that begin so, which strftime leaves as they are.
+_WRITTEN = re.compile(r"%[-_0^#]*[0-9]*[EO]?[a-zA-Z]")
 _DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnprRsStTuUVwWxXyYzZ"
 
 
@@ -27,5 +30,6 @@ def standing(template: str, clock: datetime.datetime | None) -> dict:
     if clock is None or "strftime_now" not in template:
         return {}
     directives = [f"%{flag}{letter}" for flag in ("", "-", "_", "0", "^") for letter in _DIRECTIVES]
+    directives += [found for found in _WRITTEN.findall(template) if found not in directives]
     said = {directive: clock.strftime(directive) for directive in directives}
     return {"chat_template": _MACRO + template, "gkdjax_clock": said}

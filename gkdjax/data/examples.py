@@ -206,7 +206,9 @@ def _expected(given: dict, match: str, name: str) -> Expected | None:
     if "match" in given:
         match = given["match"]
     if match not in MATCHES:
-        raise UserError(f"{name}: match = {match!r}: it is one of {', '.join(MATCHES)}")
+        raise UserError(
+            f"{name}: match = {row_schema.shown_value(match)}: it is one of {', '.join(MATCHES)}"
+        )
     if not found:
         return None
     where, listed = f"{name}: {found[0]}", given[found[0]]

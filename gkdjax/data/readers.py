@@ -24,7 +24,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 from gkdjax.data import arrow
-from gkdjax.data.row_schema import kind, shown
+from gkdjax.data.row_schema import kind, shown, shown_value
 from gkdjax.utils.errors import UserError
 
 LIST_NAMES = (
@@ -147,7 +147,7 @@ def _listed(holder: dict, file: str) -> list:
     if not found:
         raise UserError(
             f"{file}: must hold a list of rows, or an object with the list under one of"
-            f" {', '.join(LIST_NAMES)}; it has {', '.join(map(repr, holder)) or 'nothing'}"
+            f" {', '.join(LIST_NAMES)}; it has {shown_value([*holder]) if holder else 'nothing'}"
         )
     if len(found) > 1:
         raise UserError(f"{file}: which are its rows, {' or '.join(found)}? Keep one of them")

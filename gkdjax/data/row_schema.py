@@ -68,6 +68,7 @@ ROW_REFUSED = {
     "chat_template_kwargs": "set data.template_kwargs for all rows, and remove the column",
 }
 
+_QUOTED = 60  # characters of a value in a message
 _DEEPEST = 64  # nesting of tools and tool calls
 
 
@@ -220,6 +221,12 @@ def shown(name: object) -> str:
     return name if name.isprintable() else ascii(name)
 
 
+def shown_value(value: object) -> str:
+    """A value for people, cut to what a message can hold."""
+    text = repr(value)
+    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
+
+
 def kind(value: object) -> str:
     """A value's type, in JSON's words where JSON has it."""
     if isinstance(value, Ambiguous):
@@ -244,7 +251,8 @@ def _message(message: object, where: str, unread: set[str], roles: Sequence[str]
     calls = _tool_calls(given, where)
     for field in form:
         if field not in message and not (calls and field == form[1]):
-            raise UserError(f"{where}: has no {field!r}; there is {sorted(map(str, message))}")
+            there = shown_value(sorted(map(str, message)))
+            raise UserError(f"{where}: has no {field!r}; there is {there}")
     read = (*form, *_TEMPLATE_FIELDS, *_LEARN_FIELDS)
     unread.update(f"messages[].{shown(field)}" for field in given if field not in read)
     role = _role(text(message[form[0]], f"{where}: {form[0]}"), f"{where}: {form[0]}", roles)
@@ -272,8 +280,8 @@ def _role(said: str, where: str, roles: Sequence[str]) -> str:
         )
     if said not in roles:
         raise UserError(
-            f"{where} = {said!r} is nobody known: it is one of {', '.join(_ROLES)}; rename it, or"
-            " name it in context.target_roles to train what it says"
+            f"{where} = {shown_value(said)} is nobody known: it is one of {', '.join(_ROLES)};"
+            " rename it, or name it in context.target_roles to train what it says"
         )
     return said
 
@@ -292,7 +300,8 @@ def _part(part: object, where: str, unread: set[str]) -> str:
         raise UserError(f"{where}: must be {{'type': 'text', 'text': ...}}, not {kind(part)}")
     given = {field: value for field, value in part.items() if value is not None}
     if "type" not in given or given["type"] != "text" or "text" not in given:
-        found = f"type {given['type']!r}" if "type" in given else f"{sorted(map(str, given))}"
+        there = given["type"] if "type" in given else sorted(map(str, given))
+        found = f"{'type ' if 'type' in given else ''}{shown_value(there)}"
         raise UserError(f"{where}: only {{'type': 'text', 'text': ...}} is read, not {found}")
     unread.update(f"content[].{shown(field)}" for field in given if field not in ("type", "text"))
     return encodable(given["text"], f"{where}: text")
@@ -323,8 +332,8 @@ def _is_learnt(given: Mapping, where: str) -> bool:
         value = value.value if isinstance(value, Ambiguous) else value
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise UserError(
-                f"{where}: {field} = {value!r}: it is 1 or 0, true or false; a share of a message"
-                " is not learnt"
+                f"{where}: {field} = {shown_value(value)}: it is 1 or 0, true or false; a share of"
+                " a message is not learnt"
             )
         learnt = learnt and bool(value)
     return learnt

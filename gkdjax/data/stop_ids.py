@@ -58,10 +58,12 @@ def _generation_config_stops(directory: str, tokenizer) -> list[int | None]:
     if not path.exists():
         return []
     try:
-        settings = {"eos_token_id": None} | json.loads(path.read_text())
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: does not parse as a JSON object: {error}") from error
-    stops = settings["eos_token_id"]
+        settings = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: does not parse as JSON: {one_line(error)}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: must be a JSON object, as {{}}, not a {type(settings).__name__}")
+    stops = settings.get("eos_token_id")
     stops = stops if isinstance(stops, list) else [stops]
     for stop in stops:
         if stop is not None and (type(stop) is not int or not 0 <= stop < len(tokenizer)):

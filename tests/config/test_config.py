@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 from ml_collections import config_dict
 
@@ -95,6 +96,21 @@ def test_an_unset_model_or_data_is_asked_for():
         ("checkpoint.keep_evaluated", True, "set eval.every_steps or eval.at_steps"),
         ("eval.retention", ["x.jsonl"], "must be"),
         ("eval.retention", {"heldout": "x.jsonl"}, "the name of another set"),
+        (
+            "data.train",
+            [{"prompt": "hi"}] * 3000 + ["hi"],
+            r"train\[3000\] must be dict, not 'hi'$",
+        ),
+        (
+            "data.train",
+            [{"prompt": "a", "x": np.ones(3)}],
+            r"train\[0\]\['x'\] is of the type ndar",
+        ),
+        ("data.train", [{"prompt": "a", "x": [np.int64(1)]}], r"\['x'\]\[0\] is of the type int64"),
+        ("data.train", [{"prompt": "a", "x": float("nan")}], r"is nan, which is not JSON; .* None"),
+        ("train.seed", "9" * 999, r"config\.train\.seed must be int, not '9{59}\.\.\. \(str\)$"),
+        ("data.template_kwargs", {"tokenize": True}, "for the rendering and not for the template"),
+        ("data.template_kwargs", {"add_generation_prompt": True}, "set by the run; leave it out"),
         ("eval.match", "keyword", "did you mean 'keywords'"),
         ("eval.every_steps", 0, "at least 1, or None"),
         ("eval.at_steps", [5, -1], "at least 0"),

@@ -189,7 +189,7 @@ def test_stop_ids_are_the_end_of_turn_and_all_that_the_model_declares(chat_dir):
     with pytest.raises(UserError, match=r"generation_config.json: does not parse"):
         load_chat(directory)
     config.write_text("[]")
-    with pytest.raises(UserError, match=r"generation_config.json: does not parse"):
+    with pytest.raises(UserError, match=r"generation_config.json: must be a JSON object, .* list$"):
         load_chat(directory)
     for stops in ("text", [[1]], -1, [1, 99999], True):
         config.write_text(json.dumps({"eos_token_id": stops}))
@@ -264,6 +264,21 @@ def test_a_prompt_is_checked_too(chat_of, template):
 def test_a_template_that_is_no_use_is_refused_at_once(chat_dir, template, expected):
     with pytest.raises(UserError, match=expected):
         load_chat(chat_dir(template))
+
+
+def test_several_templates_without_a_default_are_refused_and_a_file_says_which(chat_dir, chat_of):
+    directory = pathlib.Path(chat_dir("chatml"))
+    text = (directory / "chat_template.jinja").read_text()
+    (directory / "chat_template.jinja").unlink()
+    path = directory / "tokenizer_config.json"
+    told = {"chat_template": [{"name": "rag", "template": text}]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | told))
+    with pytest.raises(UserError, match="chat templates 'rag' and none named 'default'; write the"):
+        load_chat(str(directory))
+    (directory / "chat_template.jinja").write_text(text)
+    asked = [Message("user", "hi")]
+    expected = chat_of("chatml").prompt_ids(asked).tolist()
+    assert load_chat(str(directory)).prompt_ids(asked).tolist() == expected
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path):

@@ -86,7 +86,16 @@ def test_other_columns_are_named_once(caplog):
         ("x.jsonl", "", r"x.jsonl: the file is empty"),
         ("x.json", " \n", r"x.json: the file is empty"),
         ("x.json", "[]", r"data.train = .*x.json: holds no rows"),
-        ("x.json", '{"prompt": "hi"}', r"x.json: must hold a list of rows, or .*; it has 'prompt'"),
+        (
+            "x.json",
+            '{"prompt": "hi"}',
+            r"x.json: must hold a list of rows, or .*; it has \['prompt'\]",
+        ),
+        (
+            "x.json",
+            json.dumps({f"row {i}": {} for i in range(9999)}),
+            r"x.json: must hold a list of rows, or .{1,250}; it has .{60}\.\.\.$",
+        ),
         ("x.json", "{}", r"x.json: must hold a list of rows, or .*; it has nothing"),
         ("x.json", '"hi"', r"x.json: must hold a list of rows, not a string"),
         ("x.json", '{"data": {"a": 1}}', r"x.json: data must be a list of rows, not an object"),
@@ -409,6 +418,8 @@ def _deep(levels):
         ({"messages": [_turn(masked=True)]}, r"messages\[0\]: has 'masked', which nothing reads"),
         ({"messages": [_turn(weight=0.5)]}, r"messages\[0\]: weight = 0.5: it is 1 or 0"),
         ({"messages": [_turn(train="no")]}, r"messages\[0\]: train = 'no': it is 1 or 0"),
+        ({"messages": [_turn(train="n" * 9999)]}, r"train = 'n{59}\.\.\.: it is 1 or 0"),
+        ({"messages": [_turn("n" * 9999)]}, r"role = 'n{59}\.\.\. is nobody known"),
         ({"messages": [_turn(tool_calls={"f": 1})]}, r"tool_calls must be a list of objects"),
         (
             {"messages": [_turn(tool_calls="f()")]},

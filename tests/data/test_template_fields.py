@@ -284,6 +284,7 @@ def test_the_clock_stands(chat_dir):
     "template",
     [
         "\n\n  {% if strftime_now is defined %}{{ strftime_now('%d %% %-d|%H:%M') }}{% endif %}\nx",
+        "{{ strftime_now('%f %#d %10d %Od %^b %^10A %EY%') }}",
         "  {%- set day = strftime_now('%Y-%m-%d').split('-') %}{{ day[2] }} ",
         "{% macro day() %}{{ strftime_now(format='%A') }}{% endmacro %}\n {{ day() }}",
     ],
@@ -293,7 +294,7 @@ def test_a_standing_clock_changes_nothing_else(chat_dir, template, monkeypatch):
 
     from gkdjax.data import clock
 
-    then = datetime.datetime(2025, 3, 8, 7, 5)
+    then = datetime.datetime(2025, 3, 8, 7, 5, 1, 234)
 
     class Then(datetime.datetime):
         now = classmethod(lambda cls: then)
