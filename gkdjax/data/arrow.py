@@ -5,7 +5,8 @@ pyarrow and datasets are extras: they are imported where they are used, and aske
 A column whose values are of several types is one of JSON texts (arrow.json), and `datasets` writes
 a string as it stands if it reads as JSON, and with quotes if not. So strings, lists and objects are
 decoded, and what may be a number or the text of one stays `Ambiguous`, and is refused where it is
-read. Objects in a table have all fields of all rows: those that are null are left out.
+read. A text in quotes of its own looks like one without them, and is read so: the log says it.
+Objects in a table have all fields of all rows: those that are null are left out.
 """
 
 import importlib
@@ -13,6 +14,8 @@ import json
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from absl import logging
 
 from gkdjax.data.row_schema import Ambiguous
 from gkdjax.utils.errors import UserError, one_line
@@ -98,7 +101,7 @@ def directory_rows(
         if saved:
             loaded = _part_of(datasets, datasets.load_from_disk(str(path)), split)
         else:
-            loaded = datasets.load_dataset(str(path.absolute()), config, split=split)
+            loaded = _loaded(datasets, str(path.absolute()), config, split)
     except Exception as error:
         raise _unreadable(where, error) from error
     return _dataset_rows(datasets, loaded, path.absolute().name, split, where)
@@ -110,7 +113,7 @@ def hub_rows(
     """Rows of a dataset of the Hugging Face hub, through its own cache; see `directory_rows`."""
     datasets = _extra("datasets", where)
     try:
-        loaded = datasets.load_dataset(name, config, split=split)
+        loaded = _loaded(datasets, name, config, split)
     except Exception as error:
         # Only what datasets says about splits and configs is repeated: addresses and headers
         # can stand in the words of others, and with them the token.
@@ -120,6 +123,20 @@ def hub_rows(
             " spelling, the network and HF_HUB_OFFLINE; for a gated dataset set HF_TOKEN"
         ) from None
     return _dataset_rows(datasets, loaded, name, split, where)
+
+
+def _loaded(datasets, name: str, config: str | None, split: str | None):
+    """What `load_dataset` makes of it; of CSV, every cell that is not empty as its text.
+
+    pandas would make 1 of 01, and nothing of the words None, NA, null and nan.
+    """
+    loaded = datasets.load_dataset(name, config, split=split)
+    parts = list(loaded.values()) if isinstance(loaded, dict) else [loaded]
+    if parts[0].info.builder_name != "csv":
+        return loaded
+    text = datasets.Features({c: datasets.Value("string") for c in parts[0].column_names})
+    how = {"features": text, "keep_default_na": False, "na_values": [""]}
+    return datasets.load_dataset(name, config, split=split, **how)
 
 
 def _is_saved(path: pathlib.Path) -> bool:
@@ -216,7 +233,7 @@ def _decoder(field, watched: str | None) -> Callable | None:
     marks = field.metadata or {}  # where pyarrow does not know the type
     named = getattr(of, "extension_name", "") or ""
     if named == "arrow.json" or marks.get(b"ARROW:extension:name") == b"arrow.json":
-        return _json_value
+        return _JsonText(field.name)
     if types.is_struct(of):
         parts = [of.field(i) for i in range(of.num_fields)]
         inner = [(part.name, _decoder(part, watched)) for part in parts]
@@ -232,6 +249,25 @@ def _decoder(field, watched: str | None) -> Callable | None:
     if watched is not None and (types.is_string(of) or types.is_large_string(of)):
         return _Watch(watched, field.name)
     return None
+
+
+class _JsonText:
+    """Decodes JSON texts, and says once that quotes around all of a text are lost."""
+
+    def __init__(self, name: str):
+        self._name, self._told = name, False
+
+    def __call__(self, stored: str) -> object:
+        value = _json_value(stored)
+        if isinstance(value, str) and not self._told:
+            self._told = True
+            logging.warning(
+                "%r is a column of type arrow.json, which stores some strings in quotes: a text"
+                " that stood in quotes of its own is read without them; where there are such, name"
+                " the JSON file that the rows were in",
+                self._name,
+            )
+        return value
 
 
 class _Watch:

@@ -122,6 +122,19 @@ def test_a_directory_of_files(tmp_path, monkeypatch):
         read_examples("mine:other:test", "data.train")
 
 
+def test_a_directory_of_csv_means_what_its_cells_say(tmp_path):
+    home = tmp_path / "mine"
+    home.mkdir()
+    cells = ["01", "NA", "None", "null", "1.50", "true", ""]
+    lines = ["prompt,response,label", *(f"ask,{cell},1" for cell in cells)]
+    (home / "train.csv").write_text("\n".join(lines))
+    found = read_examples(str(home), "data.train")
+    assert [e.response for e in found] == [*cells[:-1], None]
+    (home / "train.csv").write_text("prompt,response,label\nask,yo,False")
+    with pytest.raises(UserError, match="has 'label', which nothing reads"):
+        read_examples(str(home), "data.train")
+
+
 def test_a_directory_of_jsonl_files(tmp_path):
     home = tmp_path / "mine"
     home.mkdir()
@@ -235,10 +248,15 @@ def test_columns_of_json_text_are_decoded_where_nothing_is_lost(tmp_path):
             assert dataclasses.replace(mine, name="") == dataclasses.replace(theirs, name="")
 
 
-def test_whole_numbers_among_responses_are_their_digits(tmp_path):
+def test_whole_numbers_among_responses_are_their_digits(tmp_path, caplog):
     rows = [{"prompt": "hi", "response": r} for r in ("one\ntwo", 7, "a")]
     for source in _arrow(tmp_path, rows):
+        caplog.clear()
         assert [e.response for e in read_examples(source, "data.train")] == ["one\ntwo", "7", "a"]
+        (told,) = (r.getMessage() for r in caplog.records if "arrow.json" in r.getMessage())
+        assert (
+            "'response' is a column of type arrow.json" in told and "in quotes of its own" in told
+        )
 
 
 _TALK = [
