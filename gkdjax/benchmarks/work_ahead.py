@@ -124,7 +124,8 @@ class _Bench:
         return self._timed(step)
 
     def _ahead(self) -> BatchPrefetcher:
-        parts = types.SimpleNamespace(teacher=self._teacher, mesh=self._mesh, anchor_feeds={})
+        inputs = types.SimpleNamespace(mesh=self._mesh, anchor_feeds={})
+        parts = types.SimpleNamespace(teacher=self._teacher, inputs=inputs)
         return BatchPrefetcher(parts, _Text(self._batches()), self._a.steps)
 
     def _take_step(self, batch: Batch, targets) -> dict:
@@ -200,7 +201,7 @@ def _teacher(base: str, directory: pathlib.Path, top_k: int) -> ServerTeacher:
     how = {"concurrency": 1, "max_unreadable": 0.0}
     pool = Pool(dialect, transport, store, known, Suspects(None), probe=lambda: probe, **how)
     can = declared(config.Teacher(top_k=top_k))
-    sizes = {"top_k": top_k, "window": None}
+    sizes = {"top_k": top_k, "context": ServerTeacher.context}
     return ServerTeacher(pool, None, "a benchmark", can, **sizes, template_kwargs={})
 
 

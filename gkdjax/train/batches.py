@@ -56,14 +56,14 @@ class BatchSource:
         Raises:
           UserError: the student's text of the steps before is not what it has to be.
         """
-        gkd = parts.config.gkd
+        config, feed = parts.inputs.config, parts.inputs.feed
         self._parts, self._workdir = parts, workdir
-        self._dataset = parts.feed  # with the off-policy text of this moment
-        self._curriculum = OnPolicySchedule(gkd, parts.config.train.seed, steps)
+        self._dataset = feed  # with the off-policy text of this moment
+        self._curriculum = OnPolicySchedule(config.gkd, config.train.seed, steps)
         path = workdir / "trajectories_student.jsonl"
-        block = gkd.on_policy_buffer_steps
+        block = config.gkd.on_policy_buffer_steps
         self._student = StudentRollouts(
-            parts.feed, self._curriculum, path, block=block, first_step=first_step
+            feed, self._curriculum, path, block=block, first_step=first_step
         )
         self._refreshed_at = 0  # the step that this text was written for
 
@@ -85,26 +85,25 @@ class BatchSource:
         divergence, names = self._curriculum.divergence(step), self._dataset.names(step)
         if self._curriculum.student_writes(step):
             batch, *counts = self._student.batch(step)
-            rows = self._parts.config.train.batch_size
+            rows = self._parts.inputs.config.train.batch_size
             return SourcedBatch(batch, names, None, divergence, _counts(rows, *counts))
         self._refresh_if_due(step)
         batch, kept = self._dataset.batch(step)
         return SourcedBatch(batch, names, kept, divergence, _counts(0, 0, 0, 0))
 
     def _refresh_if_due(self, step: int) -> None:
-        every = self._parts.config.trajectory.refresh_every_steps
+        every = self._parts.inputs.config.trajectory.refresh_every_steps
         if every is None or step // every * every == self._refreshed_at:
             return
         # The teacher does not change: when it writes makes no difference, only for which steps.
         self._refreshed_at = step // every * every
         steps = self._curriculum.steps_of_block(step, every, on_policy=False)
-        self._dataset = refresh(
-            *(self._parts.config, self._parts.feed, self._parts.teacher, self._workdir),
-            *(steps, self._refreshed_at),
-        )
+        config, teacher = self._parts.inputs.config, self._parts.teacher
+        how = teacher, self._workdir, steps, self._refreshed_at
+        self._dataset = refresh(config, self._dataset, *how)
 
     def _student_writer(self, state: TrainState):
-        parts = self._parts
+        parts, inputs = self._parts, self._parts.inputs
 
         def write(prompts, row_seeds, prompt_length):
             return sample(
@@ -112,11 +111,11 @@ class BatchSource:
                 student_params(parts.frozen, state.trainable),
                 prompts,
                 row_seeds,
-                sampler.sampling(parts.config),
-                stop_ids=parts.chat.stop_ids,
-                batch_size=parts.config.train.batch_size,
+                sampler.sampling(inputs.config),
+                stop_ids=inputs.sources.chat.stop_ids,
+                batch_size=inputs.config.train.batch_size,
                 lengths=(prompt_length,),
-                mesh=parts.mesh,
+                mesh=inputs.mesh,
                 vocab_size=parts.shared_vocab,
             )
 
@@ -153,20 +152,20 @@ class BatchPrefetcher:
         return self._asked.pop(step)()
 
     def _ask(self, step: int) -> Callable[[], TrainBatch]:
-        parts, drawn = self._parts, self._text.batch(step)
-        targets = request_targets(parts.teacher, drawn.batch, drawn.names, drawn.kept, parts.mesh)
+        parts, drawn, devices = self._parts, self._text.batch(step), self._parts.inputs.mesh
+        targets = request_targets(parts.teacher, drawn.batch, drawn.names, drawn.kept, devices)
         anchors = {}
-        for name, feed in parts.anchor_feeds.items():
+        for name, feed in parts.inputs.anchor_feeds.items():
             batch, kept = feed.batch(step)
-            wait = request_targets(parts.anchor_teacher, batch, feed.names(step), kept, parts.mesh)
+            wait = request_targets(parts.anchor_teacher, batch, feed.names(step), kept, devices)
             anchors[name] = batch, wait
 
         def ready() -> TrainBatch:
             scored = {
-                name: (mesh.shard_rows(parts.mesh, batch), wait())
+                name: (mesh.shard_rows(devices, batch), wait())
                 for name, (batch, wait) in anchors.items()
             }
-            return TrainBatch(mesh.shard_rows(parts.mesh, drawn.batch), targets(), scored, drawn)
+            return TrainBatch(mesh.shard_rows(devices, drawn.batch), targets(), scored, drawn)
 
         return ready
 

@@ -29,7 +29,7 @@ class EvalSchedule:
     def __init__(self, parts: Run, workdir: pathlib.Path, first_step: int, measured: set[int]):
         self._parts, self._measured = parts, measured
         # A line is written before its step's checkpoint may be: after a restart it stands.
-        first, tensorboard = first_step + 1, parts.config.log.tensorboard
+        first, tensorboard = first_step + 1, parts.inputs.config.log.tensorboard
         self._samples = MetricsWriter(workdir / "samples.jsonl", first, tensorboard=False)
         self._writer = MetricsWriter(workdir / "eval.jsonl", first, tensorboard, group="eval/")
         # As the writers have left them; a step's line of samples is its last.
@@ -63,4 +63,4 @@ def reader(parts: Run, state: TrainState, prefix_bytes: int) -> EvalModel:
     if parts.frozen is not None:
         places = parts.decoder.layout.shardings_of(parts.frozen)
         params = jax.device_put(lora.merge(parts.frozen, state.trainable), places)
-    return EvalModel.of(parts.decoder, params, parts.chat, prefix_bytes)
+    return EvalModel.of(parts.decoder, params, parts.inputs.sources.chat, prefix_bytes)

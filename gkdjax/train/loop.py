@@ -32,11 +32,11 @@ _TEACHER_FAILS = (TeacherUnreachable, UserError, WrongAnswer, Preempted)
 
 def train(parts: Run, workdir: pathlib.Path, shared: pathlib.Path) -> tuple[TrainState, dict]:
     """From the newest checkpoint, or from the start, to the last step."""
-    config = parts.config
-    steps = setup.total_steps(config, len(parts.feed))
+    config = parts.inputs.config
+    steps = setup.total_steps(config, len(parts.inputs.feed))
     optimizer = train_optimizer.optimizer(config.optim, steps)
     schedule = train_optimizer.schedule(config.optim, steps)
-    step_function = make_train_step(parts.decoder, optimizer, schedule, config, parts.mesh)
+    step_function = make_train_step(parts.decoder, optimizer, schedule, config, parts.inputs.mesh)
     measured = measured_steps(config.eval, steps)
     kept = measured if config.checkpoint.keep_evaluated else set()
     checkpoints = Checkpoints(shared, config.checkpoint.keep, sorted(kept))
@@ -49,7 +49,7 @@ def train(parts: Run, workdir: pathlib.Path, shared: pathlib.Path) -> tuple[Trai
     if not parts.keeps_base and parts.frozen is None:
         parts.base = None  # a full fine-tuning that nobody compares with its start
     text = train_batches.BatchSource(parts, workdir, first, steps)
-    batches, stopping = BatchPrefetcher(parts, text, steps), multihost.Stopping(parts.mesh)
+    batches, stopping = BatchPrefetcher(parts, text, steps), multihost.Stopping(parts.inputs.mesh)
 
     with (
         contextlib.closing(checkpoints),

@@ -11,7 +11,6 @@ from ml_collections import config_dict
 from gkdjax import report
 from gkdjax.config import Config, Log, parse
 from gkdjax.data import load
-from gkdjax.data.dataset import DistillDataset
 from gkdjax.evaluation.scoring import EvalModel
 from gkdjax.models.hf import export
 from gkdjax.parallel import multihost
@@ -24,7 +23,7 @@ from gkdjax.train import workdir as workdirs
 from gkdjax.train.evals import reader
 from gkdjax.train.loop import told_if_the_teacher_fails, train
 from gkdjax.train.planning import check
-from gkdjax.train.setup import Run, assemble
+from gkdjax.train.setup import Run, RunInputs, assemble
 from gkdjax.types import TrainState
 from gkdjax.utils.errors import UserError
 from gkdjax.utils.files import read_lines, write_lines
@@ -68,74 +67,89 @@ def _run_in(
     """See `parallel.multihost.own_directory` for the two directories."""
     began = time.monotonic()
     workdirs.claim(workdir, config)
-    config = shown_by_leader(config)
     finished = workdirs.read_json(workdir / "results.json")
     if finished is not None:
-        print(report.render(finished, workdir))
-        if not (workdir / "report.html").exists():  # killed between the two
-            report.write_html(workdir)
-        return finished
-
+        return _show(finished, workdir)
+    config = shown_by_leader(config)
     # Part of every program's identity: set here, once, for all of them.
     with (
         jax.default_matmul_precision(config.train.matmul_precision),
         contextlib.ExitStack() as connections,
     ):
-        rows = setup.read(config, workdir, teacher, connections, shared)
+        inputs = setup.read(config, workdir, teacher, connections, shared)
         if teacher is None and config.teacher.offline:
-            steps = setup.total_steps(config, len(rows.feed))
-            offline.require_filled(config, workdir, rows.teacher, steps)
-        check.check_memory(rows)
-        found = _run(assemble(rows, workdir), workdir, shared, began)
+            steps = setup.total_steps(config, len(inputs.feed))
+            offline.require_filled(config, workdir, inputs.teacher, steps)
+        check.check_memory(inputs)
+        found = _run(assemble(inputs, workdir), workdir, shared, began)
     print(report.render(found, workdir))
     workdirs.write_json(workdir / "results.json", found)
     report.write_html(workdir)
     return found
 
 
+def _show(finished: dict, workdir: pathlib.Path) -> dict:
+    """A run that is done already."""
+    print(report.render(finished, workdir))
+    if not (workdir / "report.html").exists():  # killed between the two
+        report.write_html(workdir)
+    return finished
+
+
 def _run(parts: Run, workdir: pathlib.Path, shared: pathlib.Path, began: float) -> dict:
-    print(f"{parts.config.student.model}: a response ends with {parts.chat.stop_tokens()}")
-    ending = export.Ending(parts.chat.stop_ids, parts.chat.pad_id)
+    chat = parts.inputs.sources.chat
+    print(f"{parts.inputs.config.student.model}: a response ends with {chat.stop_tokens()}")
+    ending = export.Ending(chat.stop_ids, chat.pad_id)
     workdirs.write_json(workdir / export.ENDING, ending._asdict())  # `tools.export_hf` reads it
     with told_if_the_teacher_fails("No step was made yet"):
-        write_first(parts, workdir)
-    feeds = feeds_of(parts).items()
-    workdirs.claim_rows(workdir, {name: feed.fingerprint() for name, feed in feeds})
-    before = workdirs.read_json(workdir / "before.json")
-    if before is None:
-        base = EvalModel.of(
-            parts.decoder, parts.base, parts.chat, parts.config.teacher.prefix_bytes
-        )
-        base.prefixes.register(parts.prompts_by_prefix)  # it is asked what it says with the prefix
-        with told_if_the_teacher_fails("No step was made yet"):
-            before = parts.evaluation.before(base)
-        del base  # or a full fine-tuning would hold the untrained parameters to its end
-        before["task"] = load.fingerprints(parts.examples)
-        workdirs.write_json(workdir / "before.json", before)
-    write_lines(workdir / "answers.jsonl", before["answers"])
+        parts.inputs = with_first_text(parts, workdir)
+    if parts.inputs.validation is not None:
+        parts.evaluation = parts.evaluation.with_validation(parts.inputs.validation)
+    streams = parts.inputs.streams().items()
+    workdirs.claim_rows(workdir, {name: dataset.fingerprint() for name, dataset in streams})
+    before = _before(parts, workdir)
     state, training = train(parts, workdir, shared)
-    with told_if_the_teacher_fails("All steps are made and saved"):
-        student = reader(parts, state, parts.config.teacher.prefix_bytes)
-        student.prefixes.register(parts.prompts_by_prefix)
-        after = parts.evaluation.after(student)
+    after = _after(parts, state)
     write_lines(workdir / "answers.jsonl", before["answers"] + after["answers"])
     training["exports"] = _export(parts, state, workdir, ending)
     report.draw(workdir)
     training["seconds"] = time.monotonic() - began
     if counts := hooks(parts.teacher).report():
         training["teacher"] = counts
-    if parts.examples.dropped:
-        training["dropped_rows"] = parts.examples.dropped
-    rows = {name: feed.report() for name, feed in feeds_of(parts).items()}
-    on_the_way = read_lines(workdir / "eval.jsonl")
-    return report.collect(before, on_the_way, after, rows, training)
+    if parts.inputs.examples.dropped:
+        training["dropped_rows"] = parts.inputs.examples.dropped
+    rows = {name: dataset.report() for name, dataset in streams}
+    return report.collect(before, read_lines(workdir / "eval.jsonl"), after, rows, training)
+
+
+def _before(parts: Run, workdir: pathlib.Path) -> dict:
+    """What base and teacher say, once for all starts of the run."""
+    before = workdirs.read_json(workdir / "before.json")
+    if before is None:
+        prefix_bytes = parts.inputs.config.teacher.prefix_bytes
+        base = EvalModel.of(parts.decoder, parts.base, parts.inputs.sources.chat, prefix_bytes)
+        base.prefixes.register(parts.inputs.prompts_by_prefix)  # it is asked with the prefix, too
+        with told_if_the_teacher_fails("No step was made yet"):
+            before = parts.evaluation.before(base)
+        before["task"] = load.fingerprints(parts.inputs.examples)
+        workdirs.write_json(workdir / "before.json", before)
+    write_lines(workdir / "answers.jsonl", before["answers"])
+    return before
+
+
+def _after(parts: Run, state: TrainState) -> dict:
+    """What the trained student says."""
+    with told_if_the_teacher_fails("All steps are made and saved"):
+        student = reader(parts, state, parts.inputs.config.teacher.prefix_bytes)
+        student.prefixes.register(parts.inputs.prompts_by_prefix)
+        return parts.evaluation.after(student)
 
 
 def _export(
     parts: Run, state: TrainState, workdir: pathlib.Path, ending: export.Ending
 ) -> list[str]:
-    config, spec = parts.config, parts.decoder.spec
-    source, wanted = parts.directory, config.train.export
+    config, spec = parts.inputs.config, parts.decoder.spec
+    source, wanted = parts.inputs.sources.student, config.train.export
     written = []
     if wanted in ("merged", "both"):
         adapters = None if parts.frozen is None else state.trainable
@@ -156,35 +170,32 @@ def shown_by_leader(config: Config) -> Config:
     return dataclasses.replace(config, log=Log(tensorboard=False, progress_bar=False))
 
 
-def feeds_of(parts: Run) -> dict[str, DistillDataset]:
-    """All streams of rows, by name."""
-    own = {} if parts.validation is None else {"validation": parts.validation}
-    return {"train": parts.feed, **own, **parts.anchor_feeds}
-
-
-def write_first(parts: Run, workdir: pathlib.Path) -> None:
-    """The first off-policy text, by the teacher of each stream; without off-policy steps, none.
+def with_first_text(parts: Run, workdir: pathlib.Path) -> RunInputs:
+    """With the first off-policy text, by the teacher of each stream; without such steps, none.
 
     Raises:
       UserError: something is asked of the teacher's text, and the teacher writes none.
     """
-    _check_use(parts)
+    inputs = parts.inputs
+    config = inputs.config
+    _check_use(inputs)
+    streams = inputs.streams()
+    for name, dataset in streams.items():
+        teacher = parts.anchor_teacher if name in inputs.anchor_feeds else parts.teacher
+        if name != "train" or needs_teacher_text(config.gkd):
+            how = teacher, workdir, parts.shared_vocab
+            streams[name] = prepare(config, name, dataset, *how)
+    return dataclasses.replace(
+        inputs,
+        feed=streams.pop("train"),
+        validation=streams.pop("validation", None),
+        anchor_feeds=streams,
+    )
 
-    def prepared(name: str, dataset: DistillDataset, teacher: Teacher) -> DistillDataset:
-        return prepare(parts.config, name, dataset, teacher, workdir, parts.shared_vocab)
 
-    if needs_teacher_text(parts.config.gkd):
-        parts.feed = prepared("train", parts.feed, parts.teacher)
-    if parts.validation is not None:
-        parts.validation = prepared("validation", parts.validation, parts.teacher)
-        parts.evaluation = parts.evaluation.with_validation(parts.validation)
-    for name, dataset in parts.anchor_feeds.items():
-        parts.anchor_feeds[name] = prepared(name, dataset, parts.anchor_teacher)
-
-
-def _check_use(parts: Run) -> None:
-    c = parts.config.trajectory
-    if needs_teacher_text(parts.config.gkd) and parts.feed.needs_responses():
+def _check_use(inputs: RunInputs) -> None:
+    c = inputs.config.trajectory
+    if needs_teacher_text(inputs.config.gkd) and inputs.feed.needs_responses():
         return
     for key, value in (("refresh_every_steps", c.refresh_every_steps), ("reuse", c.reuse)):
         if value:

@@ -5,7 +5,6 @@ A teacher at a server is tried here, so that what does not work is said before a
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import math
 import pathlib
@@ -59,13 +58,12 @@ class RunInputs:
     teacher: Teacher | None  # None: its weights are to be loaded
     vocab_size: int  # of the student
     toggles: bool  # it is the student's own base
+    prompts_by_prefix: list[list[np.ndarray]]  # see `DistillDataset.prompts_by_prefix`
 
-    @functools.cached_property
-    def prompts_by_prefix(self) -> list[list[np.ndarray]]:
-        """What the teacher reads, see `DistillDataset.prompts_by_prefix`."""
-        examples = self.examples
-        asked = dict.fromkeys((*examples.questions, *examples.heldout, *examples.prompts))
-        return self.feed.prompts_by_prefix(list(asked))
+    def streams(self) -> dict[str, DistillDataset]:
+        """All streams of rows, by name."""
+        own = {} if self.validation is None else {"validation": self.validation}
+        return {"train": self.feed, **own, **self.anchor_feeds}
 
     def evaluation(
         self, teacher: Teacher, shared_vocab: int, untrained: LocalTeacher | None
@@ -147,6 +145,7 @@ def read(
     can = teacher.capabilities if teacher is not None else LocalTeacher.capabilities
     validation = datasets.validation_feed(config, examples, rules, contexts, can, bad_rows)
     _check_capabilities(config, can, name, _needs(config, feed, anchor_feeds, validation))
+    asked = dict.fromkeys((*examples.questions, *examples.heldout, *examples.prompts))
     return RunInputs(
         config=config,
         mesh=mesh,
@@ -160,6 +159,7 @@ def read(
         teacher=teacher,
         vocab_size=vocab_size,
         toggles=toggles,
+        prompts_by_prefix=feed.prompts_by_prefix(list(asked)),
     )
 
 
@@ -267,88 +267,67 @@ def _needs(
 
 @dataclasses.dataclass
 class Run:
-    """The parts of a run; `train.run` puts them in motion."""
+    """A run with its models; `train.run` puts it in motion."""
 
-    config: Config
-    mesh: Mesh
-    directory: pathlib.Path  # of the student, its source
-    examples: Examples
-    chat: Chat
+    inputs: RunInputs  # with the text that is there by now
     decoder: Decoder
     base: dict | None  # the untrained student; None once a full fine-tuning needs it no more
     frozen: dict | None  # what adapters stand on; None in a full fine-tuning
     start: dict | None  # adapters to begin with; None: fresh ones
     teacher: Teacher
-    feed: DistillDataset
-    anchor_feeds: dict[str, DistillDataset]  # by name, see `config.anchor_sets`
-    validation: DistillDataset | None  # rows whose loss is measured
     anchor_teacher: Teacher | None
     evaluation: Evaluation
     keeps_base: bool  # somebody reads the base during training
-    prompts_by_prefix: list[list[np.ndarray]]  # the teacher's
     shared_vocab: int  # ids below it have a row in the student's embedding and in the teacher's
 
 
-def assemble(rows: RunInputs, workdir: pathlib.Path) -> Run:
+def assemble(inputs: RunInputs, workdir: pathlib.Path) -> Run:
     """Reads the weights, and the teacher's if they are in this process.
 
     Args:
-      rows: of the run.
+      inputs: of the run.
       workdir: the run's directory.
 
     Raises:
       UserError: whatever does not fit, named.
     """
-    config, sources, mesh, teacher = rows.config, rows.sources, rows.mesh, rows.teacher
+    config, sources, mesh, teacher = inputs.config, inputs.sources, inputs.mesh, inputs.teacher
     decoder, frozen = models.load_student(config, sources.student, mesh)
     start = models.starting_adapters(config, workdir, decoder.spec, frozen)
     if start is not None:
         start = jax.device_put(start, decoder.layout.shardings_of(start))
     base = frozen if start is None else lora.attach(frozen, start)
-    in_process = LocalTeacherFactory(config, workdir, rows.lengths, mesh, decoder.spec.vocab_size)
+    make = LocalTeacherFactory(config, workdir, inputs.lengths, mesh, decoder.spec.vocab_size)
     if teacher is None:
-        own = (decoder, frozen) if rows.toggles else None
-        teacher = in_process.config_teacher(sources, own)
-    shared_vocab = decoder.spec.vocab_size
-    if teacher.chat is not None and teacher.chat.shared is not None:
-        shared_vocab = teacher.chat.shared
-    hooks(teacher).register(rows.prompts_by_prefix)
-    anchor_teacher = None
-    if rows.anchor_feeds:
-        anchor_teacher = teacher
-        if config.anchor.towards == "base":
-            anchor_teacher = in_process.teacher(decoder, base, sources.chat, "the student's base")
+        teacher = make.config_teacher(sources, (decoder, frozen) if inputs.toggles else None)
+    hooks(teacher).register(inputs.prompts_by_prefix)
+    anchor_teacher = teacher if inputs.anchor_feeds else None
+    towards_base = bool(inputs.anchor_feeds) and config.anchor.towards == "base"
+    if towards_base:
+        anchor_teacher = make.teacher(decoder, base, sources.chat, "the student's base")
     untrained = None
-    if rows.examples.side_effects:
-        untrained = in_process.exact_teacher(decoder, base, sources.chat, "the untrained student")
-    full = config.student.adapter == "none"
+    if inputs.examples.side_effects:
+        untrained = make.exact_teacher(decoder, base, sources.chat, "the untrained student")
     readers = {
-        "the teacher": rows.toggles,
-        "the anchor": rows.anchor_feeds and config.anchor.towards == "base",
+        "the teacher": inputs.toggles,
+        "the anchor": towards_base,
         "the evaluation of side effects": untrained is not None,
     }
-    keeps_base = any(readers.values())
-    if full and keeps_base:
-        reader = next(name for name, reads in readers.items() if reads)
+    full, reader = config.student.adapter == "none", next(filter(readers.get, readers), None)
+    if full and reader:
         local.announce_second_copy(sum(x.nbytes for x in jax.tree.leaves(frozen)), reader)
+    shared = None if teacher.chat is None else teacher.chat.shared
+    shared_vocab = decoder.spec.vocab_size if shared is None else shared
     return Run(
-        config=config,
-        mesh=mesh,
-        directory=sources.student,
-        examples=rows.examples,
-        chat=sources.chat,
+        inputs=inputs,
         decoder=decoder,
         base=base,
         frozen=None if full else frozen,
         start=start,
         teacher=teacher,
-        feed=rows.feed,
-        anchor_feeds={**rows.anchor_feeds},
-        validation=rows.validation,
         anchor_teacher=anchor_teacher,
-        evaluation=rows.evaluation(teacher, shared_vocab, untrained),
-        keeps_base=keeps_base,
-        prompts_by_prefix=rows.prompts_by_prefix,
+        evaluation=inputs.evaluation(teacher, shared_vocab, untrained),
+        keeps_base=reader is not None,
         shared_vocab=shared_vocab,
     )
 
@@ -362,8 +341,8 @@ def initial_state(run: Run, optimizer: optax.GradientTransformation) -> TrainSta
         elif start is not None:
             trainable = jax.tree.map(jnp.copy, start)
         else:
-            key = jax.random.key(seeds.fold(run.config.train.seed, "lora"))
-            trainable = models.fresh_adapters(run.config, base, key)
+            key = jax.random.key(seeds.fold(run.inputs.config.train.seed, "lora"))
+            trainable = models.fresh_adapters(run.inputs.config, base, key)
         return init_state(trainable, optimizer)
 
     given = run.base if run.frozen is None else run.frozen, run.start
