@@ -4,9 +4,8 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from gkdjax.data.chat_template import Chat
 from gkdjax.data.dataset import DistillDataset
-from gkdjax.data.responses import Rollout, RolloutFilter
+from gkdjax.data.responses import Rollout
 from gkdjax.data.views import RowStatus
 from gkdjax.rollout.files import write_once
 from gkdjax.rollout.reuse import Source
@@ -74,50 +73,28 @@ def generate(
 def write(
     dataset: DistillDataset, who: str, wanted: Sequence[tuple[int, int]], generator: Generator
 ) -> list[Rollout]:
-    """Responses, accepted as far as the bound of the dataset's rules allows.
+    """A response to each row; one that is refused is written again, up to the dataset's bound.
 
     Args:
-      dataset: of the rows.
+      dataset: of the rows; says what is accepted.
       who: "teacher" or "student", whose view the generator reads.
       wanted: (step, row) of each: the seeds of its attempts follow from them.
       generator: of the responses.
     """
     purpose = f"{dataset.purpose}/{'on_policy' if who == 'student' else who}"
-    rules = dataset.rules
-    return write_accepted(
-        generator,
-        [dataset.request(row, who).for_writer() for _, row in wanted],
-        lambda place, attempt: seeds.fold(dataset.seed, purpose, *wanted[place], attempt),
-        dataset.responses,
-        rules.student_chat if who == "student" else rules.teacher_chat,
-    )
-
-
-def write_accepted(
-    author: Generator,
-    prompts: Sequence[Prompt],
-    seed: Callable[[int, int], int],
-    rules: RolloutFilter,
-    chat: Chat,
-) -> list[Rollout]:
-    """A response to each prompt; one that is refused is written again, up to the rules' bound.
-
-    Args:
-      author: who writes.
-      prompts: of the author's view.
-      seed: (index of the prompt, attempt from 0) -> seed.
-      rules: what is accepted.
-      chat: the author's.
-    """
-    refused, trajectories = [0] * len(prompts), [None] * len(prompts)
-    places = list(range(len(prompts)))
-    for attempt in range(rules.max_refills + 1):
+    chat = dataset.rules.student_chat if who == "student" else dataset.rules.teacher_chat
+    prompts = [dataset.request(row, who).for_writer() for _, row in wanted]
+    refused, trajectories = [0] * len(wanted), [None] * len(wanted)
+    places = list(range(len(wanted)))
+    for attempt in range(dataset.responses.max_refills + 1):
         if not places:
             break
-        again = author.write([prompts[i] for i in places], [seed(i, attempt) for i in places])
-        for i, trajectory in zip(places, again, strict=True):
+        keys = [seeds.fold(dataset.seed, purpose, *wanted[i], attempt) for i in places]
+        written = generator.write([prompts[i] for i in places], keys)
+        for i, trajectory in zip(places, written, strict=True):
             trajectories[i] = trajectory
-        places = [i for i in places if rules.fate(trajectories[i], chat) is not RowStatus.KEPT]
+        fates = [dataset.responses.fate(trajectory, chat) for trajectory in written]
+        places = [i for i, f in zip(places, fates, strict=True) if f is not RowStatus.KEPT]
         for i in places:
             refused[i] += 1
-    return [Rollout(t, n, author.name) for t, n in zip(trajectories, refused, strict=True)]
+    return [Rollout(t, n, generator.name) for t, n in zip(trajectories, refused, strict=True)]

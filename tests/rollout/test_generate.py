@@ -7,10 +7,15 @@ import numpy as np
 from gkdjax.data.loss_mask import TargetRules
 from gkdjax.data.responses import RolloutFilter
 from gkdjax.data.views import RowStatus
-from gkdjax.rollout.generate import Generator, write_accepted
+from gkdjax.rollout.generate import Generator, write
 from gkdjax.types import Trajectory
+from gkdjax.utils import seeds
 
-PROMPTS = [np.arange(n + 1, dtype=np.int32) for n in range(3)]
+SEEDS = {  # of (row, attempt) at step 7
+    seeds.fold(1, "data.train/teacher", 7, row, attempt): 100 * row + attempt
+    for row in range(3)
+    for attempt in range(6)
+}
 TEXT = types.SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
 
 
@@ -20,11 +25,12 @@ class Attempts:
     def __init__(self, *texts):
         self.texts, self.calls = texts, []
 
-    def __call__(self, prompts, seeds):
-        self.calls.append(list(seeds))
+    def __call__(self, prompts, keys):
+        assert prompts == [f"teacher {SEEDS[key] // 100}" for key in keys]
+        self.calls.append([SEEDS[key] for key in keys])
         return [
-            Trajectory(np.array([*map(ord, self._text(*divmod(seed, 100)))], np.int32), True)
-            for seed in seeds
+            Trajectory(np.array([*map(ord, self._text(*divmod(call, 100)))], np.int32), True)
+            for call in self.calls[-1]
         ]
 
     def _text(self, place, attempt):
@@ -33,10 +39,11 @@ class Attempts:
 
 def accepted(writer, pattern, max_refills):
     rules = RolloutFilter(TargetRules(("assistant",), pattern), max_refills, max_new_tokens=9)
-    found = write_accepted(
-        *(Generator("a", writer), PROMPTS[: len(writer.texts)]),
-        *(lambda place, attempt: 100 * place + attempt, rules, TEXT),
-    )
+    dataset = types.SimpleNamespace(purpose="data.train", seed=1, responses=rules)
+    dataset.rules = types.SimpleNamespace(teacher_chat=TEXT)
+    dataset.request = lambda row, who: types.SimpleNamespace(for_writer=lambda: f"{who} {row}")
+    wanted = [(7, row) for row in range(len(writer.texts))]
+    found = write(dataset, "teacher", wanted, Generator("a", writer))
     assert all(w.author == "a" for w in found)
     return [(TEXT.decode(t.ids), refused, rules.fate(t, TEXT)) for t, refused, _ in found]
 

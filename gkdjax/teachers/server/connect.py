@@ -13,6 +13,7 @@ from absl import logging
 
 from gkdjax.config import Teacher
 from gkdjax.data.chat_template import Chat
+from gkdjax.data.truncation import Limit
 from gkdjax.models.sampler import SamplingParams
 from gkdjax.parallel import multihost
 from gkdjax.teachers.base import Capabilities
@@ -20,7 +21,6 @@ from gkdjax.teachers.server.dialects import openai, sglang, vllm
 from gkdjax.teachers.server.dialects.base import Dialect
 from gkdjax.teachers.server.preflight import Findings, Server, examine, probe_again
 from gkdjax.teachers.server.scheduler import Pool
-from gkdjax.teachers.server.served import Window
 from gkdjax.teachers.server.store import codec
 from gkdjax.teachers.server.store import multihost as store_multihost
 from gkdjax.teachers.server.store.answers import AnswerStore
@@ -144,16 +144,14 @@ def _connect(
         f"{findings.model} ({c.backend}, {known.fingerprint[:12]})",
         can,
         top_k=c.top_k,
-        window=_window(findings, c.api_base),
+        context=_context(findings, c.api_base),
         template_kwargs=template_kwargs,
     )
 
 
-def _window(findings: Findings, api_base: str) -> Window | None:
-    if findings.context_length is None:
-        return None
+def _context(findings: Findings, api_base: str) -> Limit:
     source = findings.context_source or "as its server said"  # when an older store was filled
-    return Window(findings.context_length, findings.context_written, f"{source}, {api_base}")
+    return Limit(findings.context_length, f"{source}, {api_base}", findings.context_written)
 
 
 def tokenizer_hash(chat: Chat) -> str:

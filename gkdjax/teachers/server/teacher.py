@@ -15,7 +15,6 @@ from gkdjax.parallel import multihost
 from gkdjax.teachers.base import Capabilities, TeacherHooks
 from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest, TeacherAnswer
 from gkdjax.teachers.server.scheduler import Pool
-from gkdjax.teachers.server.served import Window
 from gkdjax.teachers.server.store import codec
 from gkdjax.types import Batch, Prompt, TokenTopK, Trajectory
 
@@ -31,7 +30,7 @@ class ServerTeacher(TeacherHooks):
         capabilities: Capabilities,
         *,
         top_k: int,
-        window: Window | None,
+        context: Limit,
         template_kwargs: dict,
     ):
         """Keeps what it is given; the pool is its to close.
@@ -42,13 +41,11 @@ class ServerTeacher(TeacherHooks):
           description: a few words for the log, without an address.
           capabilities: of the server, as they were found.
           top_k: K of what is asked for.
-          window: how much the server reads, or None where it does not tell.
+          context: how much the server reads.
           template_kwargs: for a server that renders the prompt itself.
         """
         self.pool, self.chat, self.description = pool, chat, description
-        self.capabilities = capabilities
-        if window is not None:
-            self.context = Limit(window.tokens, window.source, window.written)
+        self.capabilities, self.context = capabilities, context
         self._top_k, self._template_kwargs = top_k, template_kwargs
 
     def ask(self, batch: Batch, names: Sequence[str]) -> Callable[[], TopKTargets]:
