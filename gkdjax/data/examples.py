@@ -26,7 +26,7 @@ template is given beside it: `tool_calls`, `reasoning_content`, `reasoning`, `th
 There is no precedence among names for the same thing: a row with two of them is refused with the
 question which one is meant, unless a prompt says again how the list of turns begins, `text` has the
 instruction and the output in it (Alpaca's), or `answer` in training rows stands beside turns that
-end with the assistant's (their result in short); these are told in the log. Fields that
+end with the assistant's (their result in short); the last two are told in the log. Fields that
 would change what is learnt and that nothing reads (`row_schema.ROW_REFUSED`) are refused by name,
 and other columns are told once in the log. Rows of one source may differ.
 """
@@ -167,7 +167,7 @@ def _not_said_again(row: dict) -> dict:
         for column, value in row.items()
         if column not in left_out
         and (column != "label" or _is_refusal(value, bool(learnt)))
-        and (column != "weight" or not row_schema.is_number(value, 1))
+        and (column != "weight" or not (row_schema.is_number(value, 1) or value in ("1", "1.0")))
     }
 
 

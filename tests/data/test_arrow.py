@@ -126,7 +126,7 @@ def test_a_directory_of_csv_means_what_its_cells_say(tmp_path):
     home = tmp_path / "mine"
     home.mkdir()
     cells = ["01", "NA", "None", "null", "1.50", "true", ""]
-    lines = ["prompt,response,label", *(f"ask,{cell},1" for cell in cells)]
+    lines = ["prompt,response,label,weight", *(f"ask,{cell},1,1" for cell in cells)]
     (home / "train.csv").write_text("\n".join(lines))
     found = read_examples(str(home), "data.train")
     assert [e.response for e in found] == [*cells[:-1], None]
