@@ -154,7 +154,7 @@ class FakeTeacher:
             messages, add_generation_prompt=True, tokenize=True, return_dict=False
         )
         written = self._write(ids, body)
-        stopped = written[-1] == END
+        stopped = written[-1] in body.get("stop_token_ids", (END,))
         shown = written[:-1] if stopped and not self.extensions else written
         name = self._name(body) if self.extensions else self._text
         content, so_far = [], list(ids)

@@ -1,10 +1,10 @@
 """Which tokens end a response."""
 
-import json
 import pathlib
 import re
 
 from gkdjax.types import Message
+from gkdjax.utils import files
 from gkdjax.utils.errors import UserError, one_line
 
 # In place of a message's content. Letters and digits only: no template trims, escapes or splits it.
@@ -57,13 +57,7 @@ def _generation_config_stops(directory: str, tokenizer) -> list[int | None]:
     path = pathlib.Path(directory) / "generation_config.json"
     if not path.exists():
         return []
-    try:
-        settings = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: does not parse as JSON: {one_line(error)}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: must be a JSON object, as {{}}, not a {type(settings).__name__}")
-    stops = settings.get("eos_token_id")
+    stops = files.read_object(path).get("eos_token_id")
     stops = stops if isinstance(stops, list) else [stops]
     for stop in stops:
         if stop is not None and (type(stop) is not int or not 0 <= stop < len(tokenizer)):

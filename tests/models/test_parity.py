@@ -35,6 +35,7 @@ SLIDING = {
 }
 LINEAR = {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}}
 LLAMA3 = {"rope_parameters": factories.LLAMA3_ROPE}
+SILU_FAMILIES = ("llama", "qwen2", "qwen3")
 
 # Family, what a case changes in `factories.config`, and how long its rows are.
 CASES = {
@@ -72,6 +73,7 @@ CASES = {
     "llama, linear rope": ("llama", LINEAR, 24),
     "llama, odd heads": ("llama", ODD, 24),
     "llama, untied": ("llama", {"tie_word_embeddings": False}, 24),
+    **{f"{family}, swish": (family, {"hidden_act": "swish"}, 24) for family in SILU_FAMILIES},
     "llama, 2,500 tokens": ("llama", LLAMA3, LONG),
 }
 
@@ -110,7 +112,7 @@ def test_logits_agree_with_torch(load, case, side):
 
 
 @pytest.mark.parametrize("form", ["old", "new"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", SILU_FAMILIES)
 def test_a_length_beside_the_rope_object_is_the_one_that_counts(tmp_path, family, form):
     factories.model_dir(tmp_path, family=family, **LLAMA3)
     path: pathlib.Path = tmp_path / "config.json"

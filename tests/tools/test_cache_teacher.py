@@ -53,7 +53,7 @@ def test_a_run_after_it_needs_no_server(student, server, tmp_path, capsys):
     cache_teacher.cache(config.parse(c), run, 1e6, 0.0, buy=False)
     told = capsys.readouterr().out
     preflights = rows_asked(server)  # as many rows each
-    assert preflights == 15
+    assert preflights == 33
     assert "requests" in told and "price, at most" in told
 
     fill(c, run)

@@ -118,7 +118,7 @@ def test_who_stays_away_is_waited_for_and_then_the_same_call_goes_on(
         teacher.faults = {}
         before = teacher.answered
         gkdjax.run(c, tmp_path)
-        assert teacher.answered - before == 15 + 4  # the preflight's, and the rows of one step
+        assert teacher.answered - before == 33 + 4  # the preflight's, and the rows of one step
     assert_equal(tmp_path, undisturbed)
 
 

@@ -1,6 +1,6 @@
 """What the families' tables share: names in checkpoints, rope fields of configs, refusals."""
 
-import math
+import sys
 from typing import NamedTuple
 
 from transformers import PretrainedConfig
@@ -16,6 +16,9 @@ KEYS = frozenset(
         *("original_max_position_embeddings", "partial_rotary_factor"),
     }
 )
+
+
+SILU = ("silu", "swish")  # transformers has both names for one function
 
 
 class CheckpointNames(NamedTuple):
@@ -77,7 +80,7 @@ def rope_spec(family: str, parameters: dict) -> RopeSpec:
 
 def _check_positive(name: str, value) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
+    if not number or not 0 < value <= sys.float_info.max:
         raise ValueError(f"{name} must be positive, not {value!r}")
 
 

@@ -4,7 +4,7 @@ from transformers import LlamaConfig
 
 from gkdjax.models.decoder_config import DecoderConfig
 from gkdjax.models.families.common import KEYS as COMMON_KEYS
-from gkdjax.models.families.common import CheckpointNames, one_rope, refuse, sizes
+from gkdjax.models.families.common import SILU, CheckpointNames, one_rope, refuse, sizes
 
 CONFIGS = {"llama": (LlamaConfig,)}
 KEYS = COMMON_KEYS | {"attention_bias", "mlp_bias", "hidden_act"}
@@ -36,7 +36,7 @@ def decoder_spec(config: dict) -> DecoderConfig:
     c = LlamaConfig.from_dict(config)
     refuse("Llama", c.attention_bias, "attention_bias=true")
     refuse("Llama", c.mlp_bias, "mlp_bias=true")
-    refuse("Llama", c.hidden_act != "silu", f"activation {c.hidden_act!r}")
+    refuse("Llama", c.hidden_act not in SILU, f"activation {c.hidden_act!r}")
     rope = one_rope("Llama", c)
     return DecoderConfig(
         family="llama",

@@ -5,7 +5,14 @@ from transformers import Qwen2Config
 from gkdjax.models.decoder_config import DecoderConfig
 from gkdjax.models.families import llama
 from gkdjax.models.families.common import KEYS as COMMON_KEYS
-from gkdjax.models.families.common import CheckpointNames, global_layers, one_rope, refuse, sizes
+from gkdjax.models.families.common import (
+    SILU,
+    CheckpointNames,
+    global_layers,
+    one_rope,
+    refuse,
+    sizes,
+)
 
 CONFIGS = {"qwen2": (Qwen2Config,)}
 KEYS = COMMON_KEYS | {
@@ -28,7 +35,7 @@ def decoder_spec(config: dict) -> DecoderConfig:
       ValueError: the config asks for something that this decoder does not compute.
     """
     c = Qwen2Config.from_dict(config)
-    refuse("Qwen 2", c.hidden_act != "silu", f"activation {c.hidden_act!r}")
+    refuse("Qwen 2", c.hidden_act not in SILU, f"activation {c.hidden_act!r}")
     rope = one_rope("Qwen 2", c)
     # No field of the class, but transformers' model takes it where a config.json has it.
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads

@@ -5,7 +5,14 @@ from transformers import Qwen3Config
 from gkdjax.models.decoder_config import DecoderConfig
 from gkdjax.models.families import llama
 from gkdjax.models.families.common import KEYS as COMMON_KEYS
-from gkdjax.models.families.common import CheckpointNames, global_layers, one_rope, refuse, sizes
+from gkdjax.models.families.common import (
+    SILU,
+    CheckpointNames,
+    global_layers,
+    one_rope,
+    refuse,
+    sizes,
+)
 
 CONFIGS = {"qwen3": (Qwen3Config,)}
 KEYS = COMMON_KEYS | {
@@ -28,7 +35,7 @@ def decoder_spec(config: dict) -> DecoderConfig:
     """
     c = Qwen3Config.from_dict(config)
     refuse("Qwen 3", c.attention_bias, "attention_bias=true")
-    refuse("Qwen 3", c.hidden_act != "silu", f"activation {c.hidden_act!r}")
+    refuse("Qwen 3", c.hidden_act not in SILU, f"activation {c.hidden_act!r}")
     rope = one_rope("Qwen 3", c)
     return DecoderConfig(
         family="qwen3",

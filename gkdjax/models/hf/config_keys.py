@@ -5,8 +5,8 @@ otherwise than the decoder is refused by its name; what transformers does not re
 """
 
 import functools
-import math
 import pathlib
+import sys
 from collections.abc import Callable, Iterator
 
 from transformers import PretrainedConfig
@@ -195,4 +195,4 @@ def _is_whole(value) -> bool:
 
 
 def _is_number(value) -> bool:
-    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+    return (_is_whole(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max

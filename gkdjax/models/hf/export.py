@@ -25,6 +25,7 @@ from gkdjax.models.hf import load, peft, writer
 from gkdjax.models.hf.model_config import load_config
 from gkdjax.models.hf.tensor_files import INDEX, TensorFiles
 from gkdjax.parallel import mesh
+from gkdjax.utils import files as json_files
 from gkdjax.utils.errors import UserError
 
 SHARD_BYTES = 5 * 10**9  # what the hub recommends, and transformers writes
@@ -241,7 +242,7 @@ def _copy_companions(
 
 def _set_ending(path: pathlib.Path, ending: Ending) -> None:
     """Every other field stays, and so does a file that says it already, to the byte."""
-    found = json.loads(path.read_text()) if path.exists() else {}
+    found = json_files.read_object(path) if path.exists() else {}
     fields = {"eos_token_id": None, "pad_token_id": None} | found
     stops = fields["eos_token_id"]
     if {*(stops if isinstance(stops, list) else [stops])} != {*ending.stop_ids}:

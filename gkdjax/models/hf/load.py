@@ -60,14 +60,19 @@ def source_names(
       UserError: tensors that are missing or unknown, named.
     """
     layout = _layout(files, spec, model_type)
+    layouts = registry.MODEL_TYPES[model_type].LAYOUTS[model_type]
+    tensors = registry.module(spec).TENSORS
+    # Body, head and image encoder may each have the names of another layout.
+    heads = [other.name(tensors["unembedding"]) for other in (layout, *layouts)]
+    foreign = tuple(start for other in layouts for start in other.foreign)
     known: dict[str, tuple[str, int | None]] = {}
     for path, names in leaf_names(spec, layout).items():
+        if path == "unembedding":
+            names = [next((head for head in heads if head in files), heads[0])]
         stacked = path.startswith("layers/")
         known |= {name: (path, i if stacked else None) for i, name in enumerate(names)}
-    tensors = registry.module(spec).TENSORS
-    tied = [layout.name(tensors[path]) for path in ("embedding", "unembedding")]
-    tied = tied if spec.tied_embedding else []
-    for name in tied:  # one of the two will do; `_layout` has found it
+    tied = [layout.name(tensors["embedding"]), *heads] if spec.tied_embedding else []
+    for name in tied:  # one of them will do; `_layout` has found it
         known[name] = ("embedding", None)
         if name not in files:
             del known[name]
@@ -78,7 +83,7 @@ def source_names(
                 f"{files.directory}: tensor {name!r} is missing in {file}; {INDEX} names it"
             )
     others = [n for n in files.names if n not in known and not n.endswith(_COMPUTED)]
-    _refuse_names(files, "unknown", [n for n in others if not n.startswith(layout.foreign)])
+    _refuse_names(files, "unknown", [n for n in others if not n.startswith(foreign)])
     return layout, known
 
 
@@ -225,7 +230,8 @@ def _layout(files: TensorFiles, spec: DecoderConfig, model_type: str) -> Checkpo
     layouts = registry.MODEL_TYPES[model_type].LAYOUTS[model_type]
     tensors = registry.module(spec).TENSORS
     template = tensors["embedding"]
-    for path in ("embedding", "unembedding") if spec.tied_embedding else ("embedding",):
+    has_head = any(layout.name(tensors["unembedding"]) in files for layout in layouts)
+    for path in ("embedding", "final_norm") if spec.tied_embedding and has_head else ("embedding",):
         for layout in layouts:
             if layout.name(tensors[path]) in files:
                 return layout

@@ -27,6 +27,7 @@ _WEIGHTS = "adapter_model.safetensors"
 _DTYPES = ("float32", "bfloat16", "float16")
 # PEFT leaves the adapter's name, "default", out of a file; a plain state dict has it.
 _OF_MODULE = re.compile(r"base_model\.model\.(.+?)\.lora_\w+(?:\.\w+)*")
+_FOREIGN = re.compile(r".*(vision_tower|multi_modal_projector).*")
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
 
 Names = dict[tuple[int, str], str]  # (layer, "A" or "B") -> tensor name, of one stacked kernel
@@ -167,6 +168,12 @@ def _place(
         other = kernels.setdefault(kernel, {}).setdefault((int(number[1]), parts[2]), name)
         if other != name:
             raise UserError(f"{path}: {other} and {name} are the same half of one adapter")
+    if unknown and kernels and all(_FOREIGN.search(name) for name in unknown):
+        raise UserError(
+            f"{path}: no place for {_listed(unknown)}: they adapt the image encoder, which nothing"
+            f" reads here; set exclude_modules = {_FOREIGN.pattern!r} in {peft_config.NAME}, and"
+            " they are passed over, as peft does"
+        )
     if unknown or not kernels:
         raise UserError(
             f"{path}: no place for {_listed(unknown)}; what can be loaded is lora_A and lora_B of"

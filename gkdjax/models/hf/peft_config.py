@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import re
+import sys
 from collections import Counter
 
 from gkdjax.models.families.common import CheckpointNames
@@ -205,7 +206,7 @@ def _check_numbers(path: pathlib.Path, fields: dict) -> None:
         if not isinstance(pattern, dict):
             raise UserError(f"{path}: {key} = {pattern!r} must be an object")
     for rank in (fields.get("r"), *patterns["rank_pattern"].values()):
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank < 2**31:
             raise UserError(f"{path}: a rank of {rank!r} must be a whole number above 0")
     for alpha in (fields.get("lora_alpha"), *patterns["alpha_pattern"].values()):
         if not _is_number(alpha):
@@ -216,7 +217,8 @@ def _check_numbers(path: pathlib.Path, fields: dict) -> None:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
 
 
 def write(

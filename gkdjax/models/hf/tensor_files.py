@@ -1,6 +1,5 @@
 """The safetensors of one model directory, by tensor name; a tensor is read when it is asked for."""
 
-import json
 import pathlib
 import re
 
@@ -8,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from gkdjax.utils import files
 from gkdjax.utils.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -112,11 +112,7 @@ def _weight_map(directory: pathlib.Path) -> dict[str, str] | None:
     path = directory / INDEX
     if not path.is_file():
         return None
-    try:
-        index = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} does not parse: {error}") from None
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    weight_map = files.read_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{path} holds no weight_map from tensor names to file names")
     for name, file in weight_map.items():

@@ -26,6 +26,7 @@ _DOUBT = (
 _LEAST = 1e-9  # of a category's probability
 
 _POWERS = (5.0, 2.0, 1.25, 0.8, 0.5)  # of the probabilities: 1 / temperature
+_TOLD_APART = (1 / 0.7, 1 / 1.3)  # powers that so many tokens are to show: temperatures in use
 _AVOIDED = (0.5, 0.15)  # factors for tokens that were read or written before
 _NUCLEUS, _CUT = 0.9, 0.02  # a cut, and the factor for what is beyond
 _COLD = (
@@ -53,6 +54,11 @@ class Drawn:
         """The probability of one token; of others half the last one's."""
         return np.append(self.p_C[:-1], self.p_C[:-1].min(initial=1.0) / 2)
 
+    def at_power(self, power: float) -> np.ndarray:
+        """[C], what a server draws from at temperature 1 / power."""
+        weights_C = self.p_C * self.each_C ** (power - 1.0)
+        return weights_C / weights_C.sum()
+
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
@@ -60,13 +66,15 @@ class Verdict:
 
     Attributes:
       caught: an honest server has this once in a million times.
-      enough: nothing speaks against them, and a greedy server would have been caught by as many.
+      fine: nothing speaks against them, and a greedy server would have been caught by as many.
+      enough: so would be, on the average, one that draws at temperature 0.7 or 1.3.
       surprise: mean negative logprob, nats; of tokens that are none of the best K, about.
       entropy: the mean that it should have, nats.
       kind: what explains it best, for people.
     """
 
     caught: bool
+    fine: bool
     enough: bool
     surprise: float
     entropy: float
@@ -97,12 +105,19 @@ def judge(drawn: Sequence[Drawn]) -> Verdict:
     Args:
       drawn: one at least; of several texts if they were drawn independently.
     """
-    logs_A = np.sum([_log_ratios(one, one.own) for one in drawn], axis=0)
-    greedy_A = np.sum([_log_ratios(one, int(one.p_C[:-1].argmax())) for one in drawn], axis=0)
+    tables = [(_log_ratios(one), one) for one in drawn]
+    logs_A = np.sum([log_AC[:, one.own] for log_AC, one in tables], axis=0)
+    greedy_A = np.sum([log_AC[:, one.p_C[:-1].argmax()] for log_AC, one in tables], axis=0)
     evidence = _log_mean(logs_A)
+    fine = evidence < np.log(_DOUBT) and _log_mean(greedy_A) >= np.log(ODDS)
+    expected = [
+        _log_mean(np.sum([log_AC @ one.at_power(power) for log_AC, one in tables], axis=0))
+        for power in _TOLD_APART
+    ]
     return Verdict(
         caught=evidence >= np.log(ODDS),
-        enough=evidence < np.log(_DOUBT) and _log_mean(greedy_A) >= np.log(ODDS),
+        fine=fine,
+        enough=fine and min(expected) >= np.log(ODDS),
         surprise=float(np.mean([-np.log(one.each_C[one.own]) for one in drawn])),
         entropy=float(np.mean([-one.p_C @ np.log(one.each_C) for one in drawn])),
         kind=_KINDS[int(logs_A.argmax())],
@@ -123,20 +138,21 @@ def _drawn(
     return Drawn(p_C / p_C.sum(), own, seen_C)
 
 
-def _log_ratios(drawn: Drawn, own: int) -> np.ndarray:
-    """log q(own) / p(own) for every q that is no honest server's; the mean ratio under p is 1."""
+def _log_ratios(drawn: Drawn) -> np.ndarray:
+    """log q / p [A,C] for every q that is no honest server's; the mean ratio under p is 1."""
     p_C, seen_C = drawn.p_C, drawn.seen_C
     others = np.append(np.full(len(p_C) - 1, 0.5 / max(len(p_C) - 1, 1)), 0.5)
     others_C = others / others.sum()
     before_C = np.cumsum(p_C) - p_C
-    weights_AC = [
+    rows = [
         *[drawn.each_C ** (power - 1.0) for power in _POWERS],
         *[np.where(seen_C, factor, 1.0) for factor in _AVOIDED],
         0.5 + 0.5 * others_C / p_C,  # half of the time from the others
         np.where(before_C < _NUCLEUS, 1.0, _CUT),
         np.append(np.ones(len(p_C) - 1), _CUT),
     ]
-    return np.asarray([np.log(w_C[own]) - np.log(p_C @ w_C) for w_C in weights_AC])
+    weights_AC = np.asarray(rows)
+    return np.log(weights_AC) - np.log(weights_AC @ p_C)[:, None]
 
 
 def _log_mean(logs_A: np.ndarray) -> float:

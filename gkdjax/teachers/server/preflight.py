@@ -185,7 +185,8 @@ def _try(
         reason = f"{name} writes nothing that can be used: {error}"
         return _Trial(None, reason, isinstance(error, RepeatedServerError))
     try:
-        texts = [Text(sample_request(chat, ids, top_k, _WRITTEN_TOKENS), written), *drawn]
+        # The others were drawn to judge the draws; so many tell whether scores agree.
+        texts = [Text(sample_request(chat, ids, top_k, _WRITTEN_TOKENS), written), *drawn[:_TEXTS]]
         scored, difference = _score_again(transport, dialect, texts)
     except (WrongAnswer, TeacherRefused, RepeatedServerError, NotImplementedError) as error:
         found = dataclasses.replace(found, limits=str(error))
@@ -340,6 +341,12 @@ def _draw(
                 raise _not_its_own(len(tokens), verdict)
             if verdict.enough:
                 return texts
+    if tokens and verdict.fine:
+        logging.info(
+            "%s: %d drawn tokens tell no temperature between 0.7 and 1.3 from 1: few are open",
+            *(transport.root, len(tokens)),
+        )
+        return texts
     logging.warning(
         "%s: whether it draws as it reports is not known from %d drawn tokens: they are nearly"
         " certain, lost, or odd but not enough",

@@ -230,7 +230,22 @@ def test_what_transformers_reads_of_any_config_is_classified():
     assert {key for key in unknown if not config_keys._is_harmless(key)} == set()
 
 
-ODD = [True, -1, 0, 2.5, "x", [], {}, [3], {"a": 1}, 10**30, float("inf"), float("nan"), None]
+ODD = [
+    True,
+    -1,
+    0,
+    2.5,
+    "x",
+    [],
+    {},
+    [3],
+    {"a": 1},
+    10**30,
+    10**400,
+    float("inf"),
+    float("nan"),
+    None,
+]
 
 
 @pytest.mark.parametrize("model_type", registry.MODEL_TYPES)

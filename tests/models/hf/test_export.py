@@ -436,6 +436,24 @@ def test_exports_stop_where_the_run_stops(base_like, tmp_path):
     assert generated(model, adapter, generation_config=own) == ours.ids.tolist()
 
 
+def test_a_generation_config_that_is_no_object_is_named(base_like, tmp_path):
+    directory, decoder, params, *_ = base_like
+    source = shutil.copytree(directory, tmp_path / "source")
+    (source / "generation_config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"generation_config\.json must hold a JSON object"):
+        export.export_merged(
+            tmp_path / "out", decoder.spec, params, None, source, ending=export.Ending((5,), 3)
+        )
+    for damage in ("[" * 100_000, None):
+        (source / "generation_config.json").unlink()
+        if damage is None:
+            (source / "generation_config.json").mkdir()
+        else:
+            (source / "generation_config.json").write_text(damage)
+        with pytest.raises(UserError, match=r"does not parse: it nests|cannot be read: Is a dir"):
+            load_chat(source)
+
+
 @pytest.mark.parametrize(
     "fields, wanted",
     [

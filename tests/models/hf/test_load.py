@@ -165,6 +165,31 @@ def test_both_layouts_of_a_multimodal_checkpoint_are_read(multimodal, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, load.load_pretrained(multimodal)[1])
 
 
+@pytest.mark.parametrize("body", ["model.language_model.", "language_model.model."])
+@pytest.mark.parametrize("head", [None, "lm_head.weight", "language_model.lm_head.weight"])
+def test_body_head_and_image_encoder_each_have_the_names_of_a_layout(
+    multimodal, tmp_path, body, head
+):
+    """As transformers takes them: the image encoder has the other layout's than the body."""
+    model = pathlib.Path(shutil.copytree(multimodal, tmp_path / "model"))
+    renamed = {}
+    for name, tensor in safetensors.numpy.load_file(model / WEIGHTS).items():
+        start, found, rest = name.rpartition("language_model.model.")
+        start, found, rest = (start, found, rest) if found else name.partition("language_model.")
+        other = name.removeprefix("model.")
+        if "vision" not in name and "projector" not in name:
+            renamed[body + rest] = tensor
+        else:
+            renamed[other if body.startswith("model.") else f"model.{other}"] = tensor
+    if head:
+        renamed[head] = renamed[f"{body}embed_tokens.weight"]
+    safetensors.numpy.save_file(renamed, model / WEIGHTS, metadata={"format": "pt"})
+    decoder, params = load.load_pretrained(model)
+    wanted = checkpoints.torch_logits(checkpoints.load_torch(multimodal))
+    np.testing.assert_allclose(checkpoints.logits(decoder, params), wanted, atol=2e-5)
+    assert np.allclose(checkpoints.torch_logits(checkpoints.load_torch(model)), wanted)
+
+
 def test_what_is_neither_text_nor_image_is_unknown(multimodal, tmp_path):
     model = pathlib.Path(shutil.copytree(multimodal, tmp_path / "model"))
     edit(model, **{"audio_tower.w": np.zeros(2, np.float32)})

@@ -117,6 +117,8 @@ REFUSED = {
     "a rank of 0": (field(r=0), "rank of 0"),
     "a rank of text": (field(rank_pattern={"q_proj": "4"}), "rank of '4'"),
     "patterns as a list": (field(alpha_pattern=[3]), r"alpha_pattern = \[3\]"),
+    "an endless alpha": (field(lora_alpha=10**400), "an alpha of 10+ must be a number"),
+    "an endless rank": (field(r=10**400), "a rank of 10+ must be a whole number"),
     "no alpha": (field(lora_alpha="6"), "alpha of '6'"),
     "dropout of 1": (field(lora_dropout=1.0), r"lora_dropout = 1\.0"),
     "another rank than the tensors": (
@@ -154,7 +156,10 @@ REFUSED = {
         f"no place for {LM_HEAD}",
     ),
     "embedding": (tensors(lambda t: t.update({EMBEDDING: t[NAME]})), f"no place for {EMBEDDING}"),
-    "image encoder": (tensors(lambda t: t.update({VISION: t[NAME]})), f"no place for {VISION}"),
+    "image encoder": (
+        tensors(lambda t: t.update({VISION: t[NAME]})),
+        rf"no place for {VISION}.*set exclude_modules = '\.\*\(vision_tower\|",
+    ),
     "magnitudes": (tensors(lambda t: t.update({MAGNITUDE: t[NAME]})), "lora_magnitude_vector"),
     "no prefix": (renamed("base_model.model.", ""), r"no place for model\.layers"),
     "another adapter's name": (renamed(".weight", ".mine.weight"), "no place for"),
@@ -182,6 +187,14 @@ def test_an_adapter_of_another_base_is_told_with_both_shapes(adapter):
     told = r"\(48, 4\), not \(32, 4\).*trained on another base\? It says on 'a base'"
     with pytest.raises(UserError, match=told):
         peft.load_adapter(adapter, factories.spec(hidden_size=32))
+
+
+def test_an_adapter_of_an_image_encoder_too_is_loaded_as_advised(adapter):
+    tensors(lambda t: t.update({VISION: t[NAME]}))(adapter)
+    with pytest.raises(UserError) as caught:
+        peft.load_adapter(adapter, factories.spec())
+    field(exclude_modules=str(caught.value).split("exclude_modules = '")[1].split("'")[0])(adapter)
+    assert len(peft.load_adapter(adapter, factories.spec()).adapters) == 2
 
 
 @pytest.mark.parametrize(

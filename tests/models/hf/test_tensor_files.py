@@ -51,6 +51,12 @@ def test_shards_are_one_set_of_names(sharded, with_index):
     assert files.read("b").dtype == B.dtype
 
 
+def test_an_index_that_nests_deeply_does_not_parse(sharded):
+    (sharded / INDEX).write_text("[" * 100_000)
+    with pytest.raises(UserError, match=rf"{INDEX} does not parse: it nests too deeply"):
+        TensorFiles(sharded)
+
+
 def test_a_slice_is_a_copy_of_its_own(sharded):
     files = TensorFiles(sharded)
     part = files.read("a", (slice(1, 3), slice(2, 4)))

@@ -298,7 +298,7 @@ class Coarse(LowPrecision):
 def test_a_low_precision_is_known_by_its_own_noise_and_nothing_hides_in_it(chat):
     server, requests = examined(LowPrecision(), chat)
     assert server.findings.scores and 0.01 < server.findings.difference < 0.1
-    assert len(requests) == 18 and len(examined(FakeTeacher(), chat)[1]) == 12
+    assert len(requests) == 36 and len(examined(FakeTeacher(), chat)[1]) == 30
     refused(Warmer(), chat, "does not compute at temperature 1")
     refused(Coarse(), chat, "its own noise of", "allows 0.100")
 
@@ -337,6 +337,13 @@ class Cold(Drawing):
         return p**2
 
 
+class Cool(Drawing):
+    """No more than people set it."""
+
+    def changed(self, p, written):
+        return p ** (1 / 0.7)
+
+
 class Nucleus(Drawing):
     def changed(self, p, written):
         above = np.asarray([p[p > one].sum() for one in p])
@@ -364,6 +371,7 @@ class Another(Drawing):
     [
         (Drawing, "it draws greedily"),
         (Cold, "a lower temperature"),
+        (Cool, "a lower temperature"),
         (Nucleus, "only from the best"),
         (Hot, "a higher temperature"),
         (Avoiding, "a repetition penalty"),
