@@ -34,7 +34,6 @@ from gkdjax.teachers.server.store.fingerprint import TeacherIdentity
 from gkdjax.utils.text import table
 
 KEY = "canary-0815-sesame-0815"
-_PREFLIGHT = 11  # requests
 _LONGEST_TEXT = 16  # targets of a row, more than there are
 
 
@@ -80,6 +79,7 @@ class KilledRuns:
         self._teacher = Counting()
         self.server = FakeServer(self._teacher)
         self.command_lines: set[bytes] = set()
+        self._preflight: int | None = None  # requests; seen by the first run that is finished
         environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
         self._environment = environment | {
             server_config.KEY_VARIABLE: KEY,
@@ -96,6 +96,10 @@ class KilledRuns:
         finally:
             process.kill()
         assert code == 0, self.log(workdir).read_text()[-5000:]
+        if self._preflight is None:
+            stored = self._stored_rows(workdir)
+            asked = (set(rows_asked([request])) for request in self.server.requests)
+            self._preflight = next(i for i, rows in enumerate(asked) if rows & stored)
 
     def kill(self, workdir: pathlib.Path, answers: int, delay: float) -> bool:
         """Kills a trainer `delay` seconds after so many answers -> False if it was over before.
@@ -135,7 +139,7 @@ class KilledRuns:
         began, found, stored = len(self.server.requests), [], set()
         for answers, delay in moments:
             asked_before = len(self.server.requests)
-            killed = self.kill(workdir, _PREFLIGHT + answers, delay)
+            killed = self.kill(workdir, self._preflight + answers, delay)
             self._check_not_again(asked_before, stored)
             stored = self._stored_rows(workdir)
             if not killed:

@@ -20,7 +20,14 @@ from gkdjax.teachers.server.store.suspects import Suspects
 from gkdjax.teachers.server.transport.client import RepeatedServerError, ServerEnded, Transport
 from gkdjax.teachers.server.transport.turns import Turns
 from gkdjax.utils import text
-from gkdjax.utils.errors import GkdjaxError, Preempted, TeacherRefused, UserError, WrongAnswer
+from gkdjax.utils.errors import (
+    GkdjaxError,
+    Preempted,
+    TeacherRefused,
+    TeacherUnreachable,
+    UserError,
+    WrongAnswer,
+)
 
 # Of one request: a server that keeps the logprobs of a prompt needs 6 bytes a token and id.
 REQUEST_TOKENS = 4096
@@ -64,6 +71,7 @@ class Pool:
         self._dialect, self._transport, self._store = dialect, transport, store
         self._known, self._probe = known, probe
         self._suspects, self._turns = suspects, Turns()
+        self._ended_by: ServerEnded | None = None  # that a row ended the server while it was alone
         self._outages, self._since_probe = 0, 0  # of the transport when its weights were tried last
         self._threads = concurrent.futures.ThreadPoolExecutor(concurrency, "teacher")
         self._in_flight: dict[str, concurrent.futures.Future] = {}
@@ -155,7 +163,9 @@ class Pool:
             if not alone and error.is_back:
                 # All that was under way has the same to tell: only one by one it comes out which.
                 return self._buy_all(_one_by_one(part), alone=True)
-            raise _ended(requests, error, alone=alone) from None
+            told = _ended(requests, error, alone=alone)
+            self._ended_by = told if alone else self._ended_by
+            raise told from None
         except (RepeatedServerError, TeacherRefused) as error:
             if len(part) == 1:
                 raise _about(requests[0], error) from None
@@ -164,6 +174,8 @@ class Pool:
             halves = keys[: len(keys) // 2], keys[len(keys) // 2 :]
             return self._buy_all([{key: part[key] for key in half} for half in halves], alone=alone)
         except GkdjaxError as error:
+            if isinstance(error, TeacherUnreachable) and self._ended_by is not None:
+                raise self._ended_by from None  # it is away because of that row, not of this one
             raise (_about(requests[0], error) if len(part) == 1 else error) from None
         self._check_weights()
         if self._store is not None:

@@ -147,7 +147,10 @@ DAMAGE = {
     "not safetensors": (lambda d: index(d, a="model.bin"), r"'a' into 'model\.bin'"),
     "no file name": (lambda d: index(d, a=3), "'a' into 3"),
     "no weight map": (lambda d: (d / INDEX).write_text("{}"), rf"{INDEX} holds no weight_map"),
-    "index is a list": (lambda d: (d / INDEX).write_text("[]"), rf"{INDEX} holds no weight_map"),
+    "index is a list": (
+        lambda d: (d / INDEX).write_text("[]"),
+        rf"{INDEX} must hold a JSON object",
+    ),
     "index is cut off": (lambda d: (d / INDEX).write_text('{"we'), rf"{INDEX} does not parse"),
     "indexed file missing": (lambda d: (d / PARTS[1]).unlink(), rf"{PARTS[1]} is missing"),
     "file not indexed": (lambda d: save(d / "model.safetensors", c=A), r"name model\.safetensors"),

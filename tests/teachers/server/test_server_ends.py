@@ -139,4 +139,4 @@ def test_a_server_that_nobody_starts_again_is_asked_one_by_one_at_the_next_start
     with pool(ending, tmp_path, max_retries=8) as asked, named:
         asked.scores(scored(8))()
     assert ending.ends == 2 and ending.asked[-1] == [BAD]
-    assert in_store(tmp_path) >= 5
+    assert in_store(tmp_path) >= 4
