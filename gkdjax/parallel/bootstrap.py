@@ -129,7 +129,7 @@ def code() -> dict[str, Any]:
         str(file.relative_to(package)): hashlib.sha256(file.read_bytes()).hexdigest()[:12]
         for file in sorted(package.rglob("*.py"))
     }
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "gkdjax")}
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
     return {"version": versions, "gkdjax": files}
 
 
