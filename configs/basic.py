@@ -42,9 +42,9 @@ def get_config(mode: str = ""):
     c.data.train = str(DATA / "prompts.jsonl")
     c.data.max_length = 512
     c.data.template_kwargs = {"enable_thinking": False}
-    c.trajectory.per_prompt = 4
-    c.trajectory.max_new_tokens = 128
-    c.trajectory.temperature = 0.8
+    c.rollout.per_prompt = 4
+    c.rollout.max_new_tokens = 128
+    c.rollout.temperature = 0.8
     c.anchor.data = {
         "tasks": str(HERE / "general/tasks.jsonl"),
         "systems": str(HERE / "general/systems.jsonl"),

@@ -8,7 +8,7 @@ messages (`context.student_retained_turns = 2`) and always the message that is a
 of a dog that came up four messages ago has to come from the weights. Asked is in other chats of the
 same user: there, too, the teacher reads the fact at the beginning, and the student does not.
 
-Next week's chats go on from this week's adapter: `student.lora.start_from`.
+Next week's chats go on from this week's adapter: `student.lora.init_from`.
 
 Meant for one GPU of 24 GB. Run time and result: unknown, this mode has not been run yet.
 
@@ -48,7 +48,7 @@ def get_config(mode: str = ""):
     c.optim.warmup_ratio = 0.1
     c.train.epochs = 30.0  # 16 chats are 51 rows: 96 steps
     c.train.batch_size = 16
-    c.train.accumulation = 8
+    c.train.grad_accum_steps = 8
     c.train.remat = True
     c.anchor.batch_size = 16
     c.eval.questions = str(DATA / "questions.jsonl")

@@ -41,10 +41,10 @@ def get_config(mode: str = ""):
     c.data.train = str(HERE / "prompts.jsonl")
     c.data.max_length = 512
     c.data.bucket_lengths = (64, 128, 192, 256, 384, 512)
-    c.trajectory.per_prompt = 4
-    c.trajectory.max_new_tokens = 128
-    c.trajectory.temperature = 1.0
-    c.trajectory.top_p = 1.0  # the distribution that the divergence compares, not a sharper one
+    c.rollout.per_prompt = 4
+    c.rollout.max_new_tokens = 128
+    c.rollout.temperature = 1.0
+    c.rollout.top_p = 1.0  # the distribution that the divergence compares, not a sharper one
 
     c.gkd.on_policy_warmup_steps = 100
     c.gkd.warmup_divergence = "forward_kl"
@@ -53,13 +53,13 @@ def get_config(mode: str = ""):
     c.gkd.jsd_beta = 0.5
     c.gkd.chunk_size = 1024  # 1 GiB: smaller chunks would read the tables more often
     c.anchor.data = str(HERE / "anchor.jsonl")
-    c.anchor.towards = "base"
+    c.anchor.reference = "base"
     c.anchor.batch_size = 32
 
     c.train.epochs = None
     c.train.steps = 200
     c.train.batch_size = 32
-    c.train.accumulation = 4  # 8 rows at once: one for each chip of a v5e-8
+    c.train.grad_accum_steps = 4  # 8 rows at once: one for each chip of a v5e-8
     c.train.remat = True
     c.train.export = "both"
     c.eval.questions = str(HERE / "held_out.jsonl")
@@ -81,5 +81,5 @@ def _make_tiny(c):
     c.eval.questions = tiny_mode.first_rows(c.eval.questions, 4)
     c.data.bucket_lengths = (8, 128, 512)
     c.gkd.chunk_size = 128
-    c.trajectory.max_new_tokens = c.eval.max_new_tokens = 8
+    c.rollout.max_new_tokens = c.eval.max_new_tokens = 8
     c.eval.batch_size = 4

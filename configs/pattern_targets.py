@@ -3,7 +3,7 @@ r"""Only a part of the response is learnt: the line with the answer, and not the
     python -m gkdjax.main --config=configs/pattern_targets.py
 
 The prefix asks for reasoning, and then a line that begins with "Answer:". What the teacher writes
-without such a line is written again, up to `trajectory.max_refills` times, then dropped, counted
+without such a line is written again, up to `rollout.max_retries` times, then dropped, counted
 and named. With `context.target_span = "match"` the targets are the tokens that
 `context.target_content_pattern` matches: the student reads the reasoning as it was written, and
 learns the line that follows from it. With "message", the default, the pattern chooses whole
@@ -48,8 +48,8 @@ def get_config(mode: str = ""):
     c.data.validation = str(DATA / "worked.jsonl")
     c.data.max_length = 768
     c.data.template_kwargs = {"enable_thinking": False}  # it thinks aloud, as it is told to
-    c.trajectory.per_prompt = 8
-    c.trajectory.max_new_tokens = 384
+    c.rollout.per_prompt = 8
+    c.rollout.max_new_tokens = 384
     c.anchor.data = str(HERE / "general/tasks.jsonl")
 
     c.optim.learning_rate = 1e-4

@@ -40,8 +40,8 @@ def get_config(mode: str = ""):
     c.data.train = str(DATA / "rows.jsonl")
     c.data.max_length = 512
     c.data.template_kwargs = {"enable_thinking": False}
-    c.trajectory.per_prompt = 8  # three characters: more text of each
-    c.trajectory.max_new_tokens = 96
+    c.rollout.per_prompt = 8  # three characters: more text of each
+    c.rollout.max_new_tokens = 96
     c.anchor.data = str(HERE / "general/systems.jsonl")  # who is given a character keeps to it
 
     c.optim.learning_rate = 2e-4

@@ -30,17 +30,17 @@ def get_config():
     c.context.prefix_messages = json.loads((QUICKSTART / "prefix.json").read_text())
     c.data.train = str(QUICKSTART / "train.jsonl")
     c.data.max_length = 80
-    c.trajectory.per_prompt = 1
-    c.trajectory.max_new_tokens = 12
-    c.trajectory.temperature = 1.0
-    c.trajectory.top_p = 1.0
+    c.rollout.per_prompt = 1
+    c.rollout.max_new_tokens = 12
+    c.rollout.temperature = 1.0
+    c.rollout.top_p = 1.0
 
     c.gkd.on_policy_fraction = 1.0
     c.gkd.on_policy_warmup_steps = 150
     c.gkd.warmup_divergence = "forward_kl"
     c.gkd.divergence = "reverse_kl"
     c.anchor.data = str(QUICKSTART / "anchor.jsonl")
-    c.anchor.towards = "base"
+    c.anchor.reference = "base"
     c.anchor.batch_size = 64
 
     c.optim.learning_rate = 5e-3

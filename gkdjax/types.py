@@ -83,7 +83,7 @@ class TokenHidden:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trajectory:
+class Completion:
     """A response as token ids; it stays so from the sampler to the loss."""
 
     ids: np.ndarray  # int32 [n]; if finished, the last one is a stop id

@@ -140,7 +140,7 @@ def samples() -> list[dict]:
     ]
 
 
-def trajectory(place: int, **changed) -> dict:
+def completion(place: int, **changed) -> dict:
     said = [{"role": "user", "content": f"Ask {place}"}]
     own = {"row": f"train.jsonl:{place}", "number": 0, "writer": "teacher", "step": place}
     return own | {"messages": said, "text": f"Told {place}", "finished": place % 2 == 0} | changed
@@ -174,7 +174,7 @@ def write_unfinished(run: pathlib.Path, step: int = 20, **sections: dict) -> pat
     write_lines(run / "eval.jsonl", [full_evaluation(s) for s in done])
     write_lines(run / "samples.jsonl", samples()[: len(done)])
     write_lines(run / "answers.jsonl", [a for a in answers() if a["condition"] in CONDITIONS[:3]])
-    write_lines(run / "trajectories_train.jsonl", [trajectory(i) for i in range(9)])
+    write_lines(run / "trajectories_train.jsonl", [completion(i) for i in range(9)])
     return run
 
 

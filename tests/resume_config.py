@@ -31,7 +31,7 @@ def get_config(argument: str):
     c.gkd.on_policy_fraction = on_policy
     # Neither is a multiple of SAVE_EVERY: a run goes on in the middle of both.
     c.gkd.on_policy_buffer_steps = BUFFER
-    c.trajectory.refresh_every_steps = REFRESH_EVERY
+    c.rollout.refresh_every_steps = REFRESH_EVERY
     c.context.prefix_messages = [{"role": "system", "content": "be brief"}]
     if anchored:
         c.anchor.data = [{"prompt": f"other {i}"} for i in range(5)]
@@ -46,13 +46,13 @@ def _training(c):
     c.data.max_length = 64
     # Several shapes are several times to compile, most of all for dropout and the top k.
     c.data.bucket_lengths = (64,) if c.student.adapter == "lora" else (32, 64)
-    c.trajectory.per_prompt = PER_PROMPT
-    c.trajectory.max_new_tokens = 6
+    c.rollout.per_prompt = PER_PROMPT
+    c.rollout.max_new_tokens = 6
     c.context.target_content_pattern = "[a-z]"  # some responses are written again
     c.optim.learning_rate = 1e-2
     c.optim.weight_decay = 0.1
     c.train.batch_size = 4
-    c.train.accumulation = 2
+    c.train.grad_accum_steps = 2
     c.train.epochs = None
     c.train.steps = STEPS
     c.train.export = "both" if c.student.adapter == "lora" else "merged"

@@ -21,8 +21,8 @@ def get_config(argument: str):
     c.data.train += [{"prompt": f"tell {i}", "response": f"yes {i}"} for i in range(24)]
     c.data.max_length = 64
     c.data.bucket_lengths = (64,)
-    c.trajectory.per_prompt = 1
-    c.trajectory.max_new_tokens = 4
+    c.rollout.per_prompt = 1
+    c.rollout.max_new_tokens = 4
     c.gkd.on_policy_fraction = 0.4
     c.gkd.on_policy_buffer_steps = 3
     c.optim.learning_rate = 1e-2

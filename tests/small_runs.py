@@ -12,7 +12,7 @@ from gkdjax import config
 from gkdjax.losses import TopKLogprobs
 from gkdjax.losses.objective import TopKTargets
 from gkdjax.teachers.base import Capabilities
-from gkdjax.types import Trajectory
+from gkdjax.types import Completion
 
 PREFIX = [{"role": "system", "content": "be brief"}]
 
@@ -28,8 +28,8 @@ def small(student: str, **changes):
     c.data.train = [{"prompt": f"ask {i}"} for i in range(6)]
     c.data.max_length = 64
     c.data.bucket_lengths = (32, 64)
-    c.trajectory.per_prompt = 1
-    c.trajectory.max_new_tokens = 4
+    c.rollout.per_prompt = 1
+    c.rollout.max_new_tokens = 4
     c.optim.learning_rate = 1e-2
     c.train.batch_size = 4
     c.train.epochs = None
@@ -79,4 +79,4 @@ class ConstantTeacher:
         return TopKTargets(topk, topk.logprobs[..., 0])
 
     def sample(self, prompts, seeds, sampling):
-        return [Trajectory(np.asarray([self.token, self.stop], np.int32), True) for _ in prompts]
+        return [Completion(np.asarray([self.token, self.stop], np.int32), True) for _ in prompts]

@@ -35,7 +35,7 @@ def get_config():
     c.train.steps = 3
     c.eval.max_new_tokens = 4
     c.eval.batch_size = 4
-    c.trajectory.max_new_tokens = 4
+    c.rollout.max_new_tokens = 4
     c.checkpoint.every_steps = 1
     {extra}
     return c

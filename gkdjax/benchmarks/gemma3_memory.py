@@ -91,7 +91,7 @@ def _batch(c: config.Config) -> Batch:
     def tokens(length, dtype=jnp.int32):
         return jax.ShapeDtypeStruct((c.train.batch_size, length), dtype)
 
-    S, T, N = _STUDENT_TOKENS.value, _TEACHER_TOKENS.value, c.trajectory.max_new_tokens
+    S, T, N = _STUDENT_TOKENS.value, _TEACHER_TOKENS.value, c.rollout.max_new_tokens
     return Batch(
         student_tokens_BS=tokens(S),
         student_mask_BS=tokens(S, bool),

@@ -55,7 +55,7 @@ CASES = (
         "full, top k, accumulation",
         4096,
         _FULL
-        | {"train.batch_size": 8, "train.accumulation": 2}
+        | {"train.batch_size": 8, "train.grad_accum_steps": 2}
         | {"data.max_length": 128, "teacher.top_k": 64},
     ),
     Case(
@@ -70,7 +70,7 @@ CASES = (
     ),
 )
 _REMAT = {"train.batch_size": 16, "data.max_length": 512, "train.remat": True}
-_PARTS = {"train.batch_size": 32, "train.accumulation": 2, "data.max_length": 128}
+_PARTS = {"train.batch_size": 32, "train.grad_accum_steps": 2, "data.max_length": 128}
 SHARDED = (
     Case("LoRA, dense", 4096, _ROWS | {"train.batch_size": 8}, (1, 8, 1)),
     Case("LoRA, dense, remat", 4096, _REMAT, (2, 2, 2)),

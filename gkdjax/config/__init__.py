@@ -3,7 +3,7 @@
 Nothing here imports jax, so that a bad value is answered at once.
 """
 
-from gkdjax.config.parse import check_key, default, parse, to_dict
+from gkdjax.config.parse import RENAMED, check_key, default, from_saved, parse, to_dict
 from gkdjax.config.schema import (
     ASSETS,
     Anchor,
@@ -18,16 +18,17 @@ from gkdjax.config.schema import (
     Lora,
     Mesh,
     Optim,
+    RolloutConfig,
     Student,
     Teacher,
     Train,
-    TrajectoryConfig,
     anchor_sets,
     rows_at_once,
 )
 
 __all__ = [
     "ASSETS",
+    "RENAMED",
     "Anchor",
     "AnchorSet",
     "Checkpoint",
@@ -40,13 +41,14 @@ __all__ = [
     "Lora",
     "Mesh",
     "Optim",
+    "RolloutConfig",
     "Student",
     "Teacher",
     "Train",
-    "TrajectoryConfig",
     "anchor_sets",
     "check_key",
     "default",
+    "from_saved",
     "parse",
     "rows_at_once",
     "to_dict",

@@ -68,7 +68,7 @@ def _check_gkd(config) -> None:
 
 def _check_anchor(config) -> None:
     anchor = config.anchor
-    choice("anchor.towards", anchor.towards, ("base", "teacher"))
+    choice("anchor.reference", anchor.reference, ("base", "teacher"))
     choice("anchor.divergence", anchor.divergence, DIVERGENCES)
     choice("anchor.tokens", anchor.tokens, ("response", "all"))
     _check_anchor_sets(anchor)
@@ -136,13 +136,13 @@ def _check_text(config) -> None:
     for key in config.data.template_kwargs:
         advice = "is for the rendering and not for the template, and set by the run; leave it out"
         require(key not in RENDERING_KEYS, "data.template_kwargs", {key: "..."}, advice)
-    at_least(config, 0, "trajectory.temperature")
-    at_least(config, 1, "trajectory.per_prompt", "trajectory.max_new_tokens")
-    at_least(config, 0, "trajectory.max_refills")
-    top_p = config.trajectory.top_p
-    require(0 < top_p <= 1, "trajectory.top_p", top_p, "must be in (0, 1]")
-    at_least_or_none(config, 1, "trajectory.top_k")
-    at_least_or_none(config, 1, "trajectory.refresh_every_steps")
+    at_least(config, 0, "rollout.temperature")
+    at_least(config, 1, "rollout.per_prompt", "rollout.max_new_tokens")
+    at_least(config, 0, "rollout.max_retries")
+    top_p = config.rollout.top_p
+    require(0 < top_p <= 1, "rollout.top_p", top_p, "must be in (0, 1]")
+    at_least_or_none(config, 1, "rollout.top_k")
+    at_least_or_none(config, 1, "rollout.refresh_every_steps")
     require(config.data.train != "", "data.train", "", "name a file or a dataset, or give rows")
     choice("data.too_long", config.data.too_long, TOO_LONG)
     choice("data.bad_rows", config.data.bad_rows, ("refuse", "drop"))
@@ -188,8 +188,8 @@ def _check_training(config) -> None:
     require(0 <= optim.warmup_ratio < 1, "optim.warmup_ratio", optim.warmup_ratio, "is in [0, 1)")
     require(optim.max_grad_norm > 0, "optim.max_grad_norm", optim.max_grad_norm, "must be > 0")
     at_least(config, 0, "optim.weight_decay", "train.seed")
-    at_least(config, 1, "train.batch_size", "train.accumulation")
-    at_least(config, 1, "checkpoint.every_steps", "checkpoint.keep")
+    at_least(config, 1, "train.batch_size", "train.grad_accum_steps")
+    at_least(config, 1, "checkpoint.every_steps", "checkpoint.max_to_keep")
     one_given = (train.epochs is None) != (train.steps is None)
     require(one_given, "train.steps", train.steps, "give train.epochs or train.steps, one as None")
     length = train.epochs if train.steps is None else train.steps
@@ -198,8 +198,8 @@ def _check_training(config) -> None:
     if config.anchor.data is not None:
         in_parts["anchor.batch_size"] = config.anchor.batch_size
     for key, rows in in_parts.items():
-        advice = f"must be a multiple of train.accumulation = {train.accumulation}"
-        require(rows % train.accumulation == 0, key, rows, advice)
+        advice = f"must be a multiple of train.grad_accum_steps = {train.grad_accum_steps}"
+        require(rows % train.grad_accum_steps == 0, key, rows, advice)
     choice("train.matmul_precision", train.matmul_precision, ("default", "high", "highest"))
     choice("train.export", train.export, ("merged", "adapter", "both"))
     if config.student.adapter == "none":
@@ -217,9 +217,9 @@ def check_student(config) -> None:
     lora = student.lora
     advice = "there is no adapter with student.adapter='none'"
     require(
-        student.adapter == "lora" or not lora.start_from,
-        "student.lora.start_from",
-        lora.start_from,
+        student.adapter == "lora" or not lora.init_from,
+        "student.lora.init_from",
+        lora.init_from,
         advice,
     )
     require(lora.rank >= 1, "student.lora.rank", lora.rank, "must be at least 1")
@@ -297,10 +297,10 @@ def _check_server(config) -> None:
         require(value > 0, f"teacher.{key}", value, "must be positive, in seconds")
     share = teacher.max_unreadable
     require(0 <= share <= 1, "teacher.max_unreadable", share, "is a share, from 0 to 1")
-    drawn = config.trajectory.temperature
+    drawn = config.rollout.temperature
     # It tells the logprobs of what it draws at that temperature, and the teacher's are those at 1.
     told = teacher.backend != "sglang" or drawn in (0, 1)
-    require(told, "trajectory.temperature", drawn, "an SGLang server has to draw at 1.0, or at 0")
+    require(told, "rollout.temperature", drawn, "an SGLang server has to draw at 1.0, or at 0")
     retempered = gkd.temperature == 1 or gkd.tail == "renormalize"
     advice = "a server's probabilities are those of temperature 1; set it to 1.0, or gkd.tail to"
     require(retempered, "gkd.temperature", gkd.temperature, f"{advice} 'renormalize'")

@@ -12,7 +12,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from gkdjax.config import schema
-from gkdjax.config.parse import check_key, parse
+from gkdjax.config.parse import RENAMED, check_key, parse
 from gkdjax.utils.errors import GkdjaxError, UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file with get_config().")
@@ -87,8 +87,13 @@ def _innermost(error: BaseException) -> str:
 def _readable(error: Exception) -> str:
     """An unknown key without the dump of its section, anything else with its type."""
     unknown = re.search(r'Key "(\w+)" does not exist', str(error))
+    if unknown is None and isinstance(error, AttributeError):  # it may say no more than the name
+        unknown = re.fullmatch(r"""["']*(\w+)["']*""", str(error))
     if unknown is None:
         return f"{type(error).__name__}: {error}"
+    for old, new in RENAMED.items():
+        if old.rpartition(".")[2] == unknown[1]:
+            return f"unknown key {unknown[1]!r}: config.{old} is now called config.{new}"
     near = re.search(r'Did you mean "(\w+)"', str(error))
     advice = f": did you mean {near[1]!r}?" if near else ""
     return f"unknown key {unknown[1]!r}{advice}"

@@ -1,7 +1,9 @@
 """From nested dicts to the config's dataclasses: every key is known, every value of its type."""
 
+import copy
 import dataclasses
 import difflib
+import json
 import math
 import types
 import typing
@@ -13,6 +15,15 @@ from gkdjax.config.schema import Config
 from gkdjax.utils.errors import UserError
 
 _MOST = 60  # characters of a value in a message
+# Keys and sections of earlier releases -> what they are called now.
+RENAMED = {
+    "trajectory": "rollout",
+    "rollout.max_refills": "rollout.max_retries",
+    "train.accumulation": "train.grad_accum_steps",
+    "anchor.towards": "anchor.reference",
+    "student.lora.start_from": "student.lora.init_from",
+    "checkpoint.keep": "checkpoint.max_to_keep",
+}
 
 
 def check_path(cls, path: str) -> None:
@@ -47,6 +58,8 @@ def build(cls, raw: dict, prefix: str):
 
 
 def _unknown(key: str, hints: dict, prefix: str):
+    if key in RENAMED:
+        raise UserError(f"config.{key} is now called config.{RENAMED[key]}")
     near = difflib.get_close_matches(key.removeprefix(prefix), hints, n=1, cutoff=0.5)
     advice = f"did you mean config.{prefix}{near[0]}?" if near else f"there are {sorted(hints)}"
     raise UserError(f"unknown key config.{key}: {advice}")
@@ -127,6 +140,32 @@ def _readable(hint) -> str:
 def default() -> config_dict.ConfigDict:
     """Every key with its default, as a ConfigDict that refuses unknown keys."""
     return _to_config_dict(Config())
+
+
+def from_saved(raw: dict) -> dict:
+    """The content of a run's config.json with today's keys; what it lacks is the default's.
+
+    A key that is newer than the run had no effect on it.
+    """
+    raw = copy.deepcopy(raw)
+    for old, new in RENAMED.items():
+        *sections, name = old.split(".")
+        *_, new_name = new.split(".")
+        section = raw
+        for one in sections:
+            section = section.get(one) if isinstance(section, dict) else None
+        if isinstance(section, dict) and name in section:
+            section[new_name] = section.pop(name)
+    return _over(json.loads(json.dumps(to_dict(Config()))), raw)
+
+
+def _over(defaults: dict, saved: dict) -> dict:
+    sections = {
+        name: _over(value, saved[name])
+        for name, value in defaults.items()
+        if isinstance(value, dict) and isinstance(saved.get(name), dict)
+    }
+    return defaults | saved | sections
 
 
 def to_dict(config: Config) -> dict:

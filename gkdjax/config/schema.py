@@ -33,7 +33,7 @@ class Lora:
     )
     # A PEFT adapter's directory or hub id, to go on from; rank, alpha and targets have to be its
     # own; "": fresh adapters, an identity.
-    start_from: str = ""
+    init_from: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Anchor:
     data: str | tuple[dict, ...] | dict[str, str | tuple[dict, ...]] | None = None
     # Of the loss of each set; or by name, of all of them, as {"chat": 1.0, "code": 0.3}.
     weight: float | dict[str, float] = 1.0
-    towards: str = "base"  # to the student as it was; or "teacher"
+    reference: str = "base"  # to the student as it was; or "teacher"
     divergence: str = "forward_kl"  # as gkd.divergence
     # Or "all": every message is a target, those of the prompt too, not the assistant's alone.
     tokens: str = "response"
@@ -179,7 +179,7 @@ class Anchor:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrajectoryConfig:
+class RolloutConfig:
     """How responses are written where the data bring none; teacher and student alike."""
 
     per_prompt: int = 4  # responses that the teacher writes to each prompt
@@ -189,7 +189,7 @@ class TrajectoryConfig:
     top_p: float = 0.9  # of the fewest tokens that have this share of the probability
     # How often a response without `context.target_content_pattern`, or without a token, is written
     # again.
-    max_refills: int = 4
+    max_retries: int = 4
     # n: the teacher writes anew every n steps, for the rows of the next n
     # (RUN/trajectories_train_STEP.jsonl); None: only once.
     refresh_every_steps: int | None = None
@@ -240,7 +240,7 @@ class Train:
     epochs: float | None = 1.0  # or train.steps, and this None
     steps: int | None = None  # optimizer steps; set it and epochs to None, or the other way
     batch_size: int = 8  # rows of one whole optimizer step
-    accumulation: int = 1  # parts that such a batch is computed in, one after the other
+    grad_accum_steps: int = 1  # micro-batches that such a batch is computed in
     remat: bool = False  # a layer's activations are computed again for its backward pass
     # Of float32 products: "default", "high" or "highest", as `jax.default_matmul_precision`.
     matmul_precision: str = "default"
@@ -277,7 +277,7 @@ class Checkpoint:
     """Orbax."""
 
     every_steps: int = 100  # how often a state is saved
-    keep: int = 2  # the newest ones
+    max_to_keep: int = 2  # the newest ones
     keep_evaluated: bool = False  # states that were measured on the way are saved, and stay
 
 
@@ -312,7 +312,7 @@ class Config:
     gkd: Gkd = dataclasses.field(default_factory=Gkd)
     context: Context = dataclasses.field(default_factory=Context)
     anchor: Anchor = dataclasses.field(default_factory=Anchor)
-    trajectory: TrajectoryConfig = dataclasses.field(default_factory=TrajectoryConfig)
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     data: Data = dataclasses.field(default_factory=Data)
     optim: Optim = dataclasses.field(default_factory=Optim)
     train: Train = dataclasses.field(default_factory=Train)
@@ -324,7 +324,7 @@ class Config:
 
 def rows_at_once(config: Config) -> dict[str, int]:
     """Key -> rows that one program computes; the devices share them, so each must divide."""
-    parts = config.train.accumulation
+    parts = config.train.grad_accum_steps
     rows = {"train.batch_size": config.train.batch_size // parts}
     rows["eval.batch_size"] = config.eval.batch_size
     if config.anchor.data is not None:

@@ -210,7 +210,7 @@ class _Turn(NamedTuple):
     content: tuple[int, int] | None  # characters of its content, if it is there as it is
 
 
-# Rows come back every epoch, and with each of their trajectories: 0.3 ms for a view, or nothing.
+# Rows come back every epoch, and with each of their completions: 0.3 ms for a view, or nothing.
 @functools.lru_cache(maxsize=16384)
 def _rendered(
     chat: Chat, said: _Said, targets: tuple[Target, ...], name: str

@@ -15,7 +15,7 @@ from gkdjax.data import batching, buckets, truncation, views
 from gkdjax.data.responses import Rollout, RolloutFilter, RolloutRequest
 from gkdjax.data.views import ViewRules
 from gkdjax.models.prefix_cache import worth_keeping
-from gkdjax.types import Batch, Example, Trajectory, ViewPair
+from gkdjax.types import Batch, Completion, Example, ViewPair
 from gkdjax.utils import text
 from gkdjax.utils.errors import UserError
 
@@ -149,7 +149,7 @@ class DistillDataset:
         new.refused = sum(rollout.refused for rollout in rollouts.values())
         new.first_pairs = []
         for i, row in enumerate(self._examples):
-            pair, fate = self._pair(row[0], rollouts[i].trajectory if i in rollouts else None)
+            pair, fate = self._pair(row[0], rollouts[i].completion if i in rollouts else None)
             if fate is not views.RowStatus.KEPT:
                 new.fates[fate.value].append(row[0].name)
             if pair is not None:
@@ -157,7 +157,7 @@ class DistillDataset:
                 new.first_pairs.append(pair)
         new._own = {}  # they are kept as `first_pairs`
         new._pairs = new.first_pairs
-        texts = [self.rules.teacher_chat.decode(r.trajectory.ids) for r in rollouts.values()][:1]
+        texts = [self.rules.teacher_chat.decode(r.completion.ids) for r in rollouts.values()][:1]
         new._take_rows(kept)
         new._report_fates(texts)
         new._choose_batches(kept)
@@ -179,7 +179,7 @@ class DistillDataset:
         new, first_stays = copy.copy(self), 0
         new._pairs = [*self.first_pairs]
         for i, rollout in rollouts.items():
-            pair, _ = self._pair(self._examples[i][0], rollout.trajectory)
+            pair, _ = self._pair(self._examples[i][0], rollout.completion)
             first_stays += pair is None
             new._pairs[i] = new._pairs[i] if pair is None else pair
         needs = [buckets.longest([*map(batching.shape_of, new._batch_pairs(s))]) for s in steps]
@@ -231,14 +231,14 @@ class DistillDataset:
         counts = {"rows": len(self), "refused_responses": self.refused}
         return {**counts, "padding": self.padding, **self.fates}
 
-    def _pair(self, example: Example, trajectory: Trajectory | None):
-        if trajectory is not None:
-            fate = self.responses.fate(trajectory, self.rules.teacher_chat)
+    def _pair(self, example: Example, completion: Completion | None):
+        if completion is not None:
+            fate = self.responses.fate(completion, self.rules.teacher_chat)
             if fate is not views.RowStatus.KEPT:
                 return None, fate
-        if trajectory is None and example.row_id in self._own:
+        if completion is None and example.row_id in self._own:
             return self._own[example.row_id]
-        return self.rules.pair(example, trajectory)
+        return self.rules.pair(example, completion)
 
     def _batch_pairs(self, step: int) -> list[ViewPair]:
         return [self._pairs[i] for i in self.batch_rows(step)]
@@ -365,7 +365,7 @@ def report_fates(
         views.RowStatus.EMPTY.value: "a response without a token, or with one that is no id here",
         views.RowStatus.UNMATCHED.value: "nothing to learn with context.target_content_pattern="
         f"{rules.targets.pattern!r}, or no such response in"
-        f" {responses.max_refills + 1} attempts",
+        f" {responses.max_retries + 1} attempts",
     }
     gone = [(fate, fates[fate], why) for fate, why in reasons.items() if fate in fates]
     for fate, names, reason in gone:

@@ -10,7 +10,7 @@ import numpy as np
 from gkdjax.data.chat_template import Chat, Sought, Target, matches
 from gkdjax.data.message_spans import thinks
 from gkdjax.data.row_schema import TOOL_ROLES
-from gkdjax.types import Example, Message, Trajectory
+from gkdjax.types import Completion, Example, Message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +50,9 @@ class TargetRules:
         learnt = [self.of_message(turn) for turn in example.turns[example.given :]]
         return (False,) * example.given + tuple(learnt)
 
-    def of_trajectory(self, trajectory: Trajectory, chat: Chat) -> np.ndarray:
+    def of_completion(self, completion: Completion, chat: Chat) -> np.ndarray:
         """Which of its tokens are targets: bool [n]. Nothing is tokenised again."""
-        ids = trajectory.ids
+        ids = completion.ids
         if self.whole_responses:
             return np.full(len(ids), "assistant" in self.roles)
         text = chat.decode(ids)

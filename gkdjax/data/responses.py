@@ -9,7 +9,7 @@ import numpy as np
 from gkdjax.data.chat_template import Chat
 from gkdjax.data.loss_mask import TargetRules
 from gkdjax.data.views import RowStatus
-from gkdjax.types import Message, Prompt, Trajectory
+from gkdjax.types import Completion, Message, Prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,24 +18,24 @@ class RolloutFilter:
 
     Attributes:
       targets: something of the response has to be a target by them, if it is to be trained at all.
-      max_refills: a response that is refused is written again at most so many times.
+      max_retries: a response that is refused is written again at most so many times.
       max_new_tokens: the longest that it may be.
       shared: ids that are not below it are none of the student's; None: all are.
     """
 
     targets: TargetRules
-    max_refills: int
+    max_retries: int
     max_new_tokens: int
     shared: int | None = None
 
-    def fate(self, trajectory: Trajectory, chat: Chat) -> RowStatus:
+    def fate(self, completion: Completion, chat: Chat) -> RowStatus:
         """KEPT, EMPTY or UNMATCHED."""
-        if len(trajectory.ids) == 0:
+        if len(completion.ids) == 0:
             return RowStatus.EMPTY
-        if self.shared is not None and trajectory.ids.max() >= self.shared:
+        if self.shared is not None and completion.ids.max() >= self.shared:
             return RowStatus.EMPTY
         trained = "assistant" in self.targets.roles
-        if trained and not self.targets.of_trajectory(trajectory, chat).any():
+        if trained and not self.targets.of_completion(completion, chat).any():
             return RowStatus.UNMATCHED
         return RowStatus.KEPT
 
@@ -67,7 +67,7 @@ class RolloutRequest(NamedTuple):
 class Rollout(NamedTuple):
     """The last response to a prompt, accepted or not, how many were refused in all, and whose."""
 
-    trajectory: Trajectory
+    completion: Completion
     refused: int
     author: str  # the writer's name
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from gkdjax.data.chat_template import Chat
 from gkdjax.data.loss_mask import TargetRules
-from gkdjax.types import Example, Message, TokenTopK, Trajectory, View, ViewPair
+from gkdjax.types import Completion, Example, Message, TokenTopK, View, ViewPair
 from gkdjax.utils.errors import UserError
 
 
@@ -114,7 +114,7 @@ class ViewRules:
         return found
 
     def pair(
-        self, example: Example, trajectory: Trajectory | None, *, too_long: str | None = None
+        self, example: Example, completion: Completion | None, *, too_long: str | None = None
     ) -> tuple[ViewPair | None, RowStatus]:
         """Both views of a row, and what became of it.
 
@@ -126,7 +126,7 @@ class ViewRules:
 
         Args:
           example: the row.
-          trajectory: the response as ids, put after the generation prompt as they are; it replaces
+          completion: the response as ids, put after the generation prompt as they are; it replaces
             `example.answer`. If unfinished it has no end-of-turn token, and so no target for it.
           too_long: instead of the rules' own.
 
@@ -138,7 +138,7 @@ class ViewRules:
           UserError: no target token, or not the same ones in both views; and all that
             `Chat.render` raises. It names the row.
         """
-        student, teacher = self._views(example, trajectory)
+        student, teacher = self._views(example, completion)
         target_ids = _target_ids(student)
         if not np.array_equal(target_ids, _target_ids(teacher)):
             told = self._first_differing(target_ids, _target_ids(teacher))
@@ -148,9 +148,9 @@ class ViewRules:
                 f"{told}{self._ends_differ()}"
             )
         if len(target_ids) == 0:
-            _require_roles(example, self.targets, trajectory)
+            _require_roles(example, self.targets, completion)
             return None, RowStatus.UNMATCHED
-        kept = _kept(len(target_ids), self.targets, trajectory, self.student_chat)
+        kept = _kept(len(target_ids), self.targets, completion, self.student_chat)
         pair = ViewPair(example.name, example.row_id, student, teacher, target_ids, kept)
         return _fit(pair, self.max_length, too_long or self.too_long)
 
@@ -167,7 +167,7 @@ class ViewRules:
         return f"{pair.name}: {'; '.join(told)}; learnt are {learnt}"
 
     def with_whole_responses(self) -> "ViewRules":
-        """The same, whatever a trajectory says."""
+        """The same, whatever a completion says."""
         return dataclasses.replace(
             self, targets=dataclasses.replace(self.targets, whole_responses=True)
         )
@@ -193,20 +193,20 @@ class ViewRules:
             f" with {teacher.end_of_turn}; give both the same chat_template.jinja)"
         )
 
-    def _views(self, example: Example, trajectory: Trajectory | None) -> tuple[View, View]:
+    def _views(self, example: Example, completion: Completion | None) -> tuple[View, View]:
         seen = _retained(example.prefix, self.retained)
         return (
-            _view("student", self.student_chat, seen, example, self.targets, trajectory),
-            _view("teacher", self.teacher_chat, example.prefix, example, self.targets, trajectory),
+            _view("student", self.student_chat, seen, example, self.targets, completion),
+            _view("teacher", self.teacher_chat, example.prefix, example, self.targets, completion),
         )
 
 
-def _require_roles(example: Example, targets: TargetRules, trajectory: Trajectory | None) -> None:
+def _require_roles(example: Example, targets: TargetRules, completion: Completion | None) -> None:
     """Raises UserError if a row has no target because of its roles, and not of a pattern."""
     answer = () if example.answer is None else (example.answer,)
     said = [*example.turns[example.given :], *answer]
     roles = {message.role for message in said if message.learn}
-    if trajectory is not None:
+    if completion is not None:
         roles.add("assistant")
     if targets.pattern is None or not roles & {*targets.roles}:
         raise UserError(
@@ -216,15 +216,15 @@ def _require_roles(example: Example, targets: TargetRules, trajectory: Trajector
 
 
 def _kept(
-    num_targets: int, targets: TargetRules, trajectory: Trajectory | None, chat: Chat
+    num_targets: int, targets: TargetRules, completion: Completion | None, chat: Chat
 ) -> TokenTopK | None:
-    """What was kept of the targets; of use only where all of them are of the trajectory."""
-    if trajectory is None or not isinstance(trajectory.kept, TokenTopK):
+    """What was kept of the targets; of use only where all of them are of the completion."""
+    if completion is None or not isinstance(completion.kept, TokenTopK):
         return None
-    flags = targets.of_trajectory(trajectory, chat)
+    flags = targets.of_completion(completion, chat)
     if flags.sum() < num_targets:
         return None
-    return jax.tree.map(lambda x: x[flags], trajectory.kept)
+    return jax.tree.map(lambda x: x[flags], completion.kept)
 
 
 def _retained(prefix: tuple[Message, ...], count: int) -> tuple[Message, ...]:
@@ -237,12 +237,12 @@ def _view(
     prefix: tuple[Message, ...],
     example: Example,
     targets: TargetRules,
-    trajectory: Trajectory | None,
+    completion: Completion | None,
 ) -> View:
-    ids, flags = _rendered(whose, chat, prefix, example, targets, trajectory is not None)
-    if trajectory is not None:
-        ids = np.concatenate([ids, np.asarray(trajectory.ids, np.int32)])
-        flags = np.concatenate([flags, targets.of_trajectory(trajectory, chat)])
+    ids, flags = _rendered(whose, chat, prefix, example, targets, completion is not None)
+    if completion is not None:
+        ids = np.concatenate([ids, np.asarray(completion.ids, np.int32)])
+        flags = np.concatenate([flags, targets.of_completion(completion, chat)])
     places = np.flatnonzero(flags)
     if places.size and places[0] == 0:
         name = f"{example.name}, {whose}'s view"

@@ -12,7 +12,7 @@ from gkdjax.data.chat_template import Chat
 from gkdjax.evaluation.scoring import EvalModel
 from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.base import Teacher
-from gkdjax.types import Example, Trajectory
+from gkdjax.types import Completion, Example
 from gkdjax.utils import text as utils_text
 
 
@@ -48,10 +48,10 @@ class Answering:
         self._config, self._chat, self._greedy = config, chat, greedy
         self._lengths, self._mesh, self._shared_vocab = lengths, mesh, shared_vocab
 
-    def ask(self, reader: EvalModel, prompts: Sequence[np.ndarray], what: str) -> list[Trajectory]:
+    def ask(self, reader: EvalModel, prompts: Sequence[np.ndarray], what: str) -> list[Completion]:
         """An answer to each prompt; `what` stands at the progress bar."""
         rows = self._config.eval.batch_size
-        written: list[Trajectory] = []
+        written: list[Completion] = []
         with utils_text.bar(len(prompts), what, shown=self._config.log.progress_bar) as bar:
             for start in range(0, len(prompts), rows):
                 part = prompts[start : start + rows]
@@ -68,7 +68,7 @@ class Answering:
                 bar.update(len(part))
         return written
 
-    def texts(self, who: EvalModel | Teacher, answers: Sequence[Trajectory]) -> list[str]:
+    def texts(self, who: EvalModel | Teacher, answers: Sequence[Completion]) -> list[str]:
         """What was said, decoded as its author's tokenizer has it."""
         return [(who.chat or self._chat).decode(answer.ids) for answer in answers]
 
@@ -78,7 +78,7 @@ class Answering:
         condition: str,
         who: EvalModel | Teacher,
         questions: Sequence[Example],
-        answers: Sequence[Trajectory],
+        answers: Sequence[Completion],
     ) -> Judged:
         """Whether answers are right.
 

@@ -31,7 +31,7 @@ from gkdjax.evaluation.scoring import EvalModel, ScoredText
 from gkdjax.evaluation.texts import Texts, check_fits
 from gkdjax.teachers.base import Teacher, hooks
 from gkdjax.teachers.local import LocalTeacher
-from gkdjax.types import Example, Message, Trajectory
+from gkdjax.types import Completion, Example, Message
 from gkdjax.utils import text as utils_text
 
 SAMPLES = 3  # answers that are shown side by side
@@ -180,7 +180,7 @@ class Evaluation:
         """Its answers to the questions that are shown."""
         return self._answering.texts(reader, self._ask(reader, self._shown, view, "samples"))
 
-    def _scored(self, own: Sequence[Trajectory]) -> dict[str, ScoredText]:
+    def _scored(self, own: Sequence[Completion]) -> dict[str, ScoredText]:
         """The teacher's text of the first prompts and the student's own, where it can be read."""
         if not own:
             return {}
@@ -278,7 +278,7 @@ class Evaluation:
 
     def _ask(
         self, reader: EvalModel, examples: Sequence[Example], view: str, what: str
-    ) -> list[Trajectory]:
+    ) -> list[Completion]:
         prompts = [self._prompt(example, view) for example in examples]
         return self._answering.ask(reader, prompts, what)
 

@@ -17,7 +17,7 @@ from gkdjax.models import padding
 from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.base import Teacher
 from gkdjax.teachers.scoring import request_targets
-from gkdjax.types import Example, Message, Prompt, Trajectory, View, ViewPair
+from gkdjax.types import Completion, Example, Message, Prompt, View, ViewPair
 from gkdjax.utils import text as utils_text
 from gkdjax.utils.errors import UserError
 
@@ -51,7 +51,7 @@ class Texts:
         self.prompts = functools.cache(self._rules.prompts)  # (student's, teacher's) of an example
 
     @functools.cached_property
-    def teachers(self) -> list[Trajectory]:
+    def teachers(self) -> list[Completion]:
         """The teacher's response to each prompt."""
         return self.written_by_teacher(self.examples)
 
@@ -60,7 +60,7 @@ class Texts:
         """The same, with what the teacher says of them."""
         return self.score(self.teachers)
 
-    def written_by_teacher(self, examples: Sequence[Example]) -> list[Trajectory]:
+    def written_by_teacher(self, examples: Sequence[Example]) -> list[Completion]:
         """The teacher's greedy responses, also to prompts that are not of this set."""
         prompts = [
             Prompt(e.name, self.prompts(e)[1], e.prefix + e.turns, e.tools) for e in examples
@@ -75,7 +75,7 @@ class Texts:
             )
         return written
 
-    def score(self, written: Sequence[Trajectory]) -> ScoredText:
+    def score(self, written: Sequence[Completion]) -> ScoredText:
         """What the teacher says of responses to the first prompts of the set."""
         pairs = [self._pair(*both) for both in zip(self.examples, written, strict=False)]
         if not any(len(pair.target_ids) for pair in pairs):
@@ -108,7 +108,7 @@ class Texts:
             )
         return ScoredText(batches, self._rows)
 
-    def _under(self, prefix: tuple[Message, ...], example: Example, text: Trajectory) -> ViewPair:
+    def _under(self, prefix: tuple[Message, ...], example: Example, text: Completion) -> ViewPair:
         """As `_pair`, with the student's view under the prefix; a longer one may hold less text."""
         pair, rules = self._pair(example, text), self._rules
         other = dataclasses.replace(example, prefix=prefix)
@@ -127,7 +127,7 @@ class Texts:
 
         So they are the same for every text at every time, and compile once.
         """
-        longest = Trajectory(np.zeros(self.greedy.max_new_tokens, np.int32), finished=False)
+        longest = Completion(np.zeros(self.greedy.max_new_tokens, np.int32), finished=False)
         pairs = [self._pair(example, longest) for example in self.examples]
         return batch_shapes(pairs, self._rows, self._allowed_lengths)
 
@@ -138,19 +138,19 @@ class Texts:
         return score(pairs, shapes_, self.teacher, self._rows, pad_id, self._mesh)
 
     def _pair(
-        self, example: Example, trajectory: Trajectory, rules: ViewRules | None = None
+        self, example: Example, completion: Completion, rules: ViewRules | None = None
     ) -> ViewPair:
         rules = rules or self._rules
-        if len(trajectory.ids) == 0:
-            return self._blank(example, trajectory)
+        if len(completion.ids) == 0:
+            return self._blank(example, completion)
         example = dataclasses.replace(example, given=len(example.turns))
-        return rules.pair(example, trajectory, too_long="truncate-right")[0]
+        return rules.pair(example, completion, too_long="truncate-right")[0]
 
-    def _blank(self, example: Example, trajectory: Trajectory) -> ViewPair:
+    def _blank(self, example: Example, completion: Completion) -> ViewPair:
         """Of a response that a server could not tell in tokens of ours: nothing is compared."""
         none = np.zeros(0, np.int32)
         student, teacher = (View(prompt, none) for prompt in self.prompts(example))
-        return ViewPair(example.name, example.row_id, student, teacher, none, trajectory.kept)
+        return ViewPair(example.name, example.row_id, student, teacher, none, completion.kept)
 
 
 def score(

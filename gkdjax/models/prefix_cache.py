@@ -14,7 +14,7 @@ from gkdjax.models.kv_cache import Prefix
 from gkdjax.models.padding import round_up
 from gkdjax.models.sampler import SamplingParams, sample
 from gkdjax.parallel import mesh as parallel_mesh
-from gkdjax.types import Batch, Trajectory
+from gkdjax.types import Batch, Completion
 
 LEAST_TOKENS = 128  # a shorter one costs less to read again than its programs cost to compile
 
@@ -81,12 +81,12 @@ class PrefixCache:
         seeds: Sequence[int],
         sampling: SamplingParams,
         **how,
-    ) -> list[Trajectory]:
+    ) -> list[Completion]:
         """`models.sampler.sample`, with the prompts of one prefix computed together.
 
         A row's draws depend on what it reads and on its seed, so the grouping changes nothing.
         """
-        written: list[Trajectory | None] = [None] * len(prompts)
+        written: list[Completion | None] = [None] * len(prompts)
         for ids, rows in self._groups(prompts, sampling.max_new_tokens):
             found = sample(
                 self._decoder,
@@ -97,8 +97,8 @@ class PrefixCache:
                 prefix=self._read(ids),
                 **how,
             )
-            for row, trajectory in zip(rows, found, strict=True):
-                written[row] = trajectory
+            for row, completion in zip(rows, found, strict=True):
+                written[row] = completion
         return written
 
     def _groups(self, prompts: Sequence[np.ndarray], num_new: int):

@@ -22,7 +22,7 @@ from gkdjax.models import sampling as models_sampling
 from gkdjax.models.decoder import Decoder
 from gkdjax.models.kv_cache import Cache, Prefix
 from gkdjax.parallel import mesh as parallel_mesh
-from gkdjax.types import TokenHidden, TokenTopK, Trajectory
+from gkdjax.types import Completion, TokenHidden, TokenTopK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class Keep:
-    """What of the predictions that the tokens are drawn from becomes `Trajectory.kept`.
+    """What of the predictions that the tokens are drawn from becomes `Completion.kept`.
 
     It does not depend on how tokens are drawn: temperature and vocabulary are those of the loss.
 
@@ -85,8 +85,8 @@ def sample(
     keep: Keep | None = None,
     prefix: Prefix | None = None,
     vocab_size: int | None = None,
-) -> list[Trajectory]:
-    """One trajectory for each prompt.
+) -> list[Completion]:
+    """One completion for each prompt.
 
     A row's draws depend on its own seed and on what it has read, not on its neighbours.
 
@@ -96,7 +96,7 @@ def sample(
       prompts: int32 [p] each, p >= 1.
       seeds: one non-negative int below 2**32 a prompt.
       sampling: how to draw.
-      stop_ids: ids that end a row; the one drawn is part of the trajectory.
+      stop_ids: ids that end a row; the one drawn is part of the completion.
       batch_size: rows computed at once; a smaller last batch is filled up and cut.
       lengths: padded prompt lengths to choose from; few of them means few compilations.
       mesh: its devices share the rows, and along "tensor" the heads. None: wherever `params` are.
@@ -110,7 +110,7 @@ def sample(
       ValueError: a prompt is empty or longer than every length; `keep.top_k` is outside
         [1, vocabulary]; `keep.temperature` is not positive and finite.
     """
-    trajectories: list[Trajectory] = []
+    completions: list[Completion] = []
     for start in range(0, len(prompts), batch_size):
         chunk = list(range(start, min(start + batch_size, len(prompts))))
         filled = chunk + [chunk[-1]] * (batch_size - len(chunk))
@@ -134,10 +134,10 @@ def sample(
         )
         for row in range(len(chunk)):
             n = length_B[row]
-            trajectories.append(
-                Trajectory(tokens_BN[row, :n], bool(done_B[row]), _kept_of(kept, row, n))
+            completions.append(
+                Completion(tokens_BN[row, :n], bool(done_B[row]), _kept_of(kept, row, n))
             )
-    return trajectories
+    return completions
 
 
 def _left_pad(prompts: Sequence[np.ndarray], lengths: Sequence[int]):
@@ -289,5 +289,5 @@ def _to_keep(keep: Keep | None, hidden_B1E, logits_B1V, token_B1):
 
 def sampling(config: Config) -> SamplingParams:
     """How responses are drawn, whoever writes them."""
-    c = config.trajectory
+    c = config.rollout
     return SamplingParams(c.max_new_tokens, c.temperature, c.top_p, c.top_k)

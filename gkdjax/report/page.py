@@ -70,7 +70,7 @@ def render(run: RunFiles) -> str:
         samples=tables.side_by_side(samples),
         by_step=answers.by_step(run.samples, samples.get("question") or ()),
         answer_sets=answers.of_sets(run.answers),
-        trajectories=run_files.excerpts(run.directory),
+        completions=run_files.excerpts(run.directory),
         chosen=settings.unlike_defaults(run.config),
         config=json.dumps(run.config, indent=2, ensure_ascii=False),
         versions=found.get("versions") or {},

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from gkdjax import config as config_lib
 from gkdjax.report import results as report_results
 from gkdjax.utils.errors import UserError
 
@@ -28,11 +29,11 @@ _COLUMNS = {
     },
 }
 _OF_TRAJECTORIES = {"row": str, "writer": str, "step": int, "messages": list, "text": str}
-_EXCERPT = 3  # lines at each end of a file of trajectories
+_EXCERPT = 3  # lines at each end of a file of completions
 
 
 class Excerpt(NamedTuple):
-    """The first and the last lines of a file of trajectories."""
+    """The first and the last lines of a file of completions."""
 
     name: str
     count: int  # of all lines
@@ -70,7 +71,7 @@ class RunFiles:
 
 
 def read(directory: pathlib.Path) -> RunFiles:
-    """Reads all but the trajectories, for which there is `excerpts`.
+    """Reads all but the completions, for which there is `excerpts`.
 
     Raises:
       UserError: it is no run's directory.
@@ -129,7 +130,7 @@ def read_lines(path: pathlib.Path) -> tuple[list[dict], list[str]]:
 
 
 def excerpts(directory: pathlib.Path) -> list[Excerpt]:
-    """Of all files of trajectories, in the order of their names and steps."""
+    """Of all files of completions, in the order of their names and steps."""
     paths = sorted(directory.glob("trajectories_*.jsonl"), key=_by_number)
     return [_excerpt(path) for path in paths]
 
@@ -179,7 +180,7 @@ def _read_config(directory: pathlib.Path) -> dict:
     config = _parse(path.read_bytes(), {"train": dict, "student": dict, "eval": dict})
     if config is None:
         raise UserError(f"{path} is not a run's: it holds no config of gkdjax")
-    return config
+    return config_lib.from_saved(config)
 
 
 def _missing(metrics: list, evaluations: list, before: dict | None) -> Iterator[str]:

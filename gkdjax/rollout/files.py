@@ -2,14 +2,14 @@
 
 A line has
 
-  row, number      which response of which row of the data: its name, 0.. of trajectory.per_prompt
+  row, number      which response of which row of the data: its name, 0.. of rollout.per_prompt
   writer, step     whose it is ("student", or the teacher's description), and the optimizer step
                    for which it was written, 0 for text written before the first one
   prompt_digest    of the token ids that the writer read
   prefix_digest, prefix_messages, messages    what the teacher's view of the row was rendered from;
                    a prefix stands in the first line that has it, and is null in later ones;
                    `tools` too, where a row has them
-  text, finished   the response, and whether it came to its end within trajectory.max_new_tokens
+  text, finished   the response, and whether it came to its end within rollout.max_new_tokens
   refused          so many were not accepted, and written again as long as that was allowed
   kept             whether something of the writer's predictions lies beside, see below
   ids              the response's token ids
@@ -35,7 +35,7 @@ import safetensors.numpy
 from gkdjax.data.chat_template import Chat
 from gkdjax.data.responses import Rollout, RolloutRequest, digest
 from gkdjax.losses import TopKLogprobs
-from gkdjax.types import TokenTopK, Trajectory
+from gkdjax.types import Completion, TokenTopK
 from gkdjax.utils import text as utils_text
 from gkdjax.utils.errors import UserError
 
@@ -54,7 +54,7 @@ def line(
     asked: RolloutRequest, written: Rollout, chat: Chat, step: int, told: set[str], **more: int
 ) -> str:
     """The line of a response; `told` are the file's prefixes, `more` are columns of its own."""
-    trajectory = written.trajectory
+    completion = written.completion
     prefix = [message.for_template() for message in asked.prefix]
     prefix_digest = digest(json.dumps(prefix).encode())
     record = {
@@ -68,11 +68,11 @@ def line(
         "prefix_messages": None if prefix_digest in told else prefix,
         "messages": [message.for_template() for message in asked.turns],
         **({"tools": json.loads(asked.tools)} if asked.tools else {}),
-        "text": chat.decode(trajectory.ids),
-        "finished": trajectory.finished,
+        "text": chat.decode(completion.ids),
+        "finished": completion.finished,
         "refused": written.refused,
-        "kept": isinstance(trajectory.kept, TokenTopK),
-        "ids": trajectory.ids.tolist(),
+        "kept": isinstance(completion.kept, TokenTopK),
+        "ids": completion.ids.tolist(),
     }
     told.add(prefix_digest)
     # Readable in every script, and one line to every reader.
@@ -124,8 +124,8 @@ def key_of(record: dict) -> tuple:
 
 def written_of(record: dict, kept: TokenTopK | None = None) -> Rollout:
     """The response of a line."""
-    trajectory = Trajectory(np.asarray(record["ids"], np.int32), record["finished"], kept)
-    return Rollout(trajectory, record["refused"], record["writer"])
+    completion = Completion(np.asarray(record["ids"], np.int32), record["finished"], kept)
+    return Rollout(completion, record["refused"], record["writer"])
 
 
 def keep_lines(path: pathlib.Path, count: int) -> None:
@@ -183,7 +183,7 @@ def write_once(
         for start in range(len(done), len(asked), chunk):
             places = range(start, min(start + chunk, len(asked)))
             written = [_only_top_k(one) for one in write(places)]
-            kept = [w.trajectory.kept for w in written]
+            kept = [w.completion.kept for w in written]
             write_kept(path, start, [k for k in kept if k is not None])
             for i, one in zip(places, written, strict=True):
                 file.write(line(asked[i], one, chat, step, told))
@@ -200,17 +200,17 @@ def _check_rows(
         if place == len(asked) or key_of(record) != asked[place].key():
             raise UserError(
                 f"{path}:{place + 1} was written for other rows than the data now has: the data,"
-                " the chat template or the file of trajectory.reuse changed since this run began."
+                " the chat template or the file of rollout.reuse changed since this run began."
                 " Put them back, or give --workdir another directory"
             )
 
 
 def _only_top_k(written: Rollout) -> Rollout:
     """What is not written to disk is not used: a run that continues would not have it."""
-    trajectory = written.trajectory
-    if isinstance(trajectory.kept, TokenTopK):
+    completion = written.completion
+    if isinstance(completion.kept, TokenTopK):
         return written
-    return written._replace(trajectory=dataclasses.replace(trajectory, kept=None))
+    return written._replace(completion=dataclasses.replace(completion, kept=None))
 
 
 def _with_kept(path: pathlib.Path, start: int, records: Sequence[dict]) -> list[Rollout]:

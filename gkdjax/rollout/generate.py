@@ -9,10 +9,10 @@ from gkdjax.data.responses import Rollout
 from gkdjax.data.views import RowStatus
 from gkdjax.rollout.files import write_once
 from gkdjax.rollout.reuse import Source
-from gkdjax.types import Prompt, Trajectory
+from gkdjax.types import Completion, Prompt
 from gkdjax.utils import seeds
 
-Writer = Callable[[Sequence[Prompt], Sequence[int]], list[Trajectory]]  # (prompts, seeds)
+Writer = Callable[[Sequence[Prompt], Sequence[int]], list[Completion]]  # (prompts, seeds)
 
 
 class Generator(NamedTuple):
@@ -84,17 +84,17 @@ def write(
     purpose = f"{dataset.purpose}/{'on_policy' if who == 'student' else who}"
     chat = dataset.rules.student_chat if who == "student" else dataset.rules.teacher_chat
     prompts = [dataset.request(row, who).for_writer() for _, row in wanted]
-    refused, trajectories = [0] * len(wanted), [None] * len(wanted)
+    refused, completions = [0] * len(wanted), [None] * len(wanted)
     places = list(range(len(wanted)))
-    for attempt in range(dataset.responses.max_refills + 1):
+    for attempt in range(dataset.responses.max_retries + 1):
         if not places:
             break
         keys = [seeds.fold(dataset.seed, purpose, *wanted[i], attempt) for i in places]
         written = generator.write([prompts[i] for i in places], keys)
-        for i, trajectory in zip(places, written, strict=True):
-            trajectories[i] = trajectory
-        fates = [dataset.responses.fate(trajectory, chat) for trajectory in written]
+        for i, completion in zip(places, written, strict=True):
+            completions[i] = completion
+        fates = [dataset.responses.fate(completion, chat) for completion in written]
         places = [i for i, f in zip(places, fates, strict=True) if f is not RowStatus.KEPT]
         for i in places:
             refused[i] += 1
-    return [Rollout(t, n, generator.name) for t, n in zip(trajectories, refused, strict=True)]
+    return [Rollout(t, n, generator.name) for t, n in zip(completions, refused, strict=True)]

@@ -1,4 +1,4 @@
-"""Responses of an earlier run, taken over by this one: `trajectory.reuse`."""
+"""Responses of an earlier run, taken over by this one: `rollout.reuse`."""
 
 import collections
 import dataclasses
@@ -15,7 +15,7 @@ from gkdjax.rollout import files
 from gkdjax.types import TokenTopK
 from gkdjax.utils.errors import UserError
 
-_ADVICE = "mend it, or name another file in config.trajectory.reuse"
+_ADVICE = "mend it, or name another file in config.rollout.reuse"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +50,14 @@ class Source:
           UserError: the file is missing or damaged, fits no row, or has ids that no model knows.
         """
         if not self.path.is_file():
-            raise UserError(f"config.trajectory.reuse: there is no file {self.path}")
+            raise UserError(f"config.rollout.reuse: there is no file {self.path}")
         records = files.read(self.path, _ADVICE)
         found = self._match(records, asked)
         matched = len(found)
         found = {p: n for p, n in found.items() if _accepted(records[n], rules, chat)}
         if not matched:
             raise UserError(
-                f"config.trajectory.reuse: none of the {len(records)} responses in {self.path}"
+                f"config.rollout.reuse: none of the {len(records)} responses in {self.path}"
                 f" answers one of the {len(asked)} prompts of data.train: they were written for"
                 " other prompts, after another prefix, or with another tokenizer or chat template."
                 f" {_ADVICE.capitalize()}"
@@ -119,6 +119,6 @@ class Source:
 
 
 def _accepted(record: dict, rules: RolloutFilter, chat: Chat) -> bool:
-    trajectory = files.written_of(record).trajectory
-    short = len(trajectory.ids) <= rules.max_new_tokens
-    return short and rules.fate(trajectory, chat) is RowStatus.KEPT
+    completion = files.written_of(record).completion
+    short = len(completion.ids) <= rules.max_new_tokens
+    return short and rules.fate(completion, chat) is RowStatus.KEPT

@@ -20,11 +20,11 @@ from gkdjax.data.views import ViewRules
 from gkdjax.rollout import files
 from gkdjax.rollout.generate import Generator, write
 from gkdjax.rollout.schedule import OnPolicySchedule
-from gkdjax.types import Batch, Trajectory, View, ViewPair
+from gkdjax.types import Batch, Completion, View, ViewPair
 from gkdjax.utils.errors import UserError
 
 # (prompts, seeds, padded length of the prompts) -> responses
-StudentWriter = Callable[[Sequence[np.ndarray], Sequence[int], int], list[Trajectory]]
+StudentWriter = Callable[[Sequence[np.ndarray], Sequence[int], int], list[Completion]]
 
 
 class OnPolicyBatch(NamedTuple):
@@ -99,9 +99,9 @@ class StudentRollouts:
         pairs, fates = [], []
         for row, one in zip(rows, written, strict=True):
             pair = None
-            fate = self._feed.responses.fate(one.trajectory, self._feed.rules.student_chat)
+            fate = self._feed.responses.fate(one.completion, self._feed.rules.student_chat)
             if fate is views.RowStatus.KEPT:
-                pair, fate = self._pair(self._feed.rules, row, one.trajectory)
+                pair, fate = self._pair(self._feed.rules, row, one.completion)
             fates.append(fate)
             pairs.append(self._blank(row) if pair is None else pair)
         shape = batching.BatchShape(*self._shape(rows)[1:])
@@ -149,12 +149,12 @@ class StudentRollouts:
         return buckets.smallest(self._shapes, need)
 
     def _pair(
-        self, rules: ViewRules, row: int, trajectory: Trajectory
+        self, rules: ViewRules, row: int, completion: Completion
     ) -> tuple[ViewPair | None, views.RowStatus]:
         # A row cannot leave a batch that is already drawn: what does not fit is cut, like any
-        # trajectory that reaches max_new_tokens.
+        # completion that reaches max_new_tokens.
         example = dataclasses.replace(self._feed.example(row), answer=None)
-        return rules.pair(example, trajectory, too_long="truncate-right")
+        return rules.pair(example, completion, too_long="truncate-right")
 
     def _blank(self, row: int) -> ViewPair:
         """A row of the batch that teaches nothing."""
@@ -169,7 +169,7 @@ class StudentRollouts:
         """(prompt, *BatchShape) of each row if the student writes as much as it may."""
         # Any token does: only the lengths are of interest.
         rules = self._feed.rules.with_whole_responses()
-        most = Trajectory(np.zeros(self._feed.responses.max_new_tokens, np.int32), finished=False)
+        most = Completion(np.zeros(self._feed.responses.max_new_tokens, np.int32), finished=False)
         return [
             (
                 len(self._feed.request(row, "student").prompt),

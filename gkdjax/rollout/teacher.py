@@ -68,10 +68,10 @@ def _how(config: Config) -> dict:
 
 
 def _source(config: Config, teacher: Teacher, vocab_size: int) -> Source | None:
-    if not config.trajectory.reuse:
+    if not config.rollout.reuse:
         return None
     return Source(
-        pathlib.Path(config.trajectory.reuse),
+        pathlib.Path(config.rollout.reuse),
         teacher.description,
         config.teacher.top_k,
         config.gkd.temperature if teacher.capabilities.temperature else 1.0,

@@ -14,11 +14,12 @@ _NAMES = {  # where they are; they are loaded when they are asked for
     "Teacher": "gkdjax.teachers.base",
     "TopKLogprobs": "gkdjax.losses.topk",
     "TopKTargets": "gkdjax.losses.objective",
-    "Trajectory": "gkdjax.types",
+    "Completion": "gkdjax.types",
 }
 __all__ = [
     "Batch",
     "Capabilities",
+    "Completion",
     "DenseTargets",
     "Message",
     "Prompt",
@@ -28,7 +29,6 @@ __all__ = [
     "TokenTopK",
     "TopKLogprobs",
     "TopKTargets",
-    "Trajectory",
 ]
 
 

@@ -11,7 +11,7 @@ from gkdjax.data.chat_template import Chat
 from gkdjax.data.truncation import Limit
 from gkdjax.losses.objective import TeacherTargets, TopKTargets
 from gkdjax.models.sampler import SamplingParams
-from gkdjax.types import Batch, Prompt, Trajectory
+from gkdjax.types import Batch, Completion, Prompt
 from gkdjax.utils.errors import UserError
 
 
@@ -59,7 +59,7 @@ class Teacher(Protocol):
 
     def sample(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: SamplingParams
-    ) -> list[Trajectory]:
+    ) -> list[Completion]:
         """A response to each prompt (of the teacher's view); called if it `samples`.
 
         One without a token is refused: it is asked for again with another seed.
@@ -154,7 +154,7 @@ def refusals(
             "it does not say what it predicts in text that it did not write"
             f" ({capabilities.limits}), and that is wanted of {', '.join(needs.scores)}; let it"
             " write all of the text itself: rows without a response, gkd.on_policy_fraction=0,"
-            " anchor.towards='base'"
+            " anchor.reference='base'"
         )
     elif needs.on_policy and not capabilities.on_policy:
         found.append(

@@ -20,7 +20,7 @@ from gkdjax.models.prefix_cache import PrefixCache
 from gkdjax.models.sampler import Keep, SamplingParams
 from gkdjax.parallel import mesh as parallel_mesh
 from gkdjax.teachers.base import Capabilities, TeacherHooks
-from gkdjax.types import Batch, Prompt, Trajectory
+from gkdjax.types import Batch, Completion, Prompt
 from gkdjax.utils.errors import UserError
 
 
@@ -116,7 +116,7 @@ class LocalTeacher(TeacherHooks):
 
     def sample(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: SamplingParams
-    ) -> list[Trajectory]:
+    ) -> list[Completion]:
         """See `base.Teacher`; with a top k, it keeps what it will be asked about the text."""
         keep = None
         if self._top_k is not None:

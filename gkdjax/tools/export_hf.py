@@ -72,24 +72,13 @@ def _read_config(run: pathlib.Path) -> config_lib.Config:
         saved = json.loads(path.read_text())
         if not isinstance(saved, dict):
             raise ValueError("no JSON object")
-        # A key that is newer than the run had no effect on it.
-        return config_lib.parse(_over(config_lib.to_dict(config_lib.Config()), saved))
+        return config_lib.parse(config_lib.from_saved(saved))
     except FileNotFoundError:
         raise UserError(f"{run} holds no config.json, so it is not a run's directory") from None
     except UserError as error:
         raise UserError(f"{path} is not a run's: {error}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-
-
-def _over(defaults: dict, saved: dict) -> dict:
-    """`saved`, with what it lacks from `defaults`, section by section."""
-    sections = {
-        name: _over(value, saved[name])
-        for name, value in defaults.items()
-        if isinstance(value, dict) and isinstance(saved.get(name), dict)
-    }
-    return defaults | saved | sections
 
 
 def _ending(config: config_lib.Config, source: pathlib.Path, run: pathlib.Path) -> export.Ending:
@@ -106,7 +95,7 @@ def _check_out(out: pathlib.Path, config: config_lib.Config, source: pathlib.Pat
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     teacher = config.teacher
-    used = (teacher.model, teacher.tokenizer, teacher.adapter, config.student.lora.start_from)
+    used = (teacher.model, teacher.tokenizer, teacher.adapter, config.student.lora.init_from)
     if out.resolve() in {
         source.resolve(),
         *(pathlib.Path(name).resolve() for name in used if name),

@@ -70,14 +70,14 @@ def shrink(c, *, vocab_size: int = 512, steps: int = 16, learning_rate: float = 
         c[section][name] = first_rows(c[section][name], count)
     c.data.max_length = 512
     c.data.bucket_lengths = (16, 256, 512)
-    c.trajectory.per_prompt = 1
-    c.trajectory.max_new_tokens = c.eval.max_new_tokens = 12
+    c.rollout.per_prompt = 1
+    c.rollout.max_new_tokens = c.eval.max_new_tokens = 12
     c.gkd.on_policy_warmup_steps = min(c.gkd.on_policy_warmup_steps, steps // 2)
     c.optim.learning_rate = learning_rate
     c.train.epochs = None
     c.train.steps = steps
     c.train.batch_size = c.anchor.batch_size = c.eval.batch_size = 8
-    c.train.accumulation = min(c.train.accumulation, 2)
+    c.train.grad_accum_steps = min(c.train.grad_accum_steps, 2)
     c.eval.every_steps = steps // 2
     c.eval.at_steps = ()
 

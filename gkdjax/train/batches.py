@@ -92,7 +92,7 @@ class BatchSource:
         return SourcedBatch(batch, names, kept, divergence, _counts(0, 0, 0, 0))
 
     def _refresh_if_due(self, step: int) -> None:
-        every = self._parts.inputs.config.trajectory.refresh_every_steps
+        every = self._parts.inputs.config.rollout.refresh_every_steps
         if every is None or step // every * every == self._refreshed_at:
             return
         # The teacher does not change: when it writes makes no difference, only for which steps.

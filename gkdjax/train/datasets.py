@@ -63,12 +63,12 @@ def one_feed(
       batch_size: rows of a batch.
       contexts: of `contexts_of`.
       bad_rows: what becomes of rows that the chat template cannot take.
-      per_prompt: responses to a row without one; None: `trajectory.per_prompt`.
+      per_prompt: responses to a row without one; None: `rollout.per_prompt`.
 
     Raises:
       UserError: rows that do not fit, named.
     """
-    c = config.trajectory
+    c = config.rollout
     if not all(chat.earlier_answers for chat in (rules.student_chat, rules.teacher_chat)):
         examples = answers_apart(examples, key, rules.targets)
     elif divided := {example for example in examples if _is_divided(example, rules)}:
@@ -81,7 +81,7 @@ def one_feed(
         key,
         examples,
         rules,
-        RolloutFilter(rules.targets, c.max_refills, c.max_new_tokens, rules.teacher_chat.shared),
+        RolloutFilter(rules.targets, c.max_retries, c.max_new_tokens, rules.teacher_chat.shared),
         per_prompt=per_prompt or c.per_prompt,
         # Rows of one length may be of one kind of task; an anchor's batch is to hold of every kind.
         most_padding=_MOST_PADDING if key == "data.train" else 1.0,
@@ -94,7 +94,7 @@ def one_feed(
     truncation.require_contexts(
         feed.rows(),
         rules,
-        ("trajectory.max_new_tokens", c.max_new_tokens),
+        ("rollout.max_new_tokens", c.max_new_tokens),
         contexts,
         teacher_writes=key != "data.train" or needs_teacher_text(config.gkd),
     )
@@ -151,7 +151,7 @@ def anchor_feeds(
     if not examples.anchors:
         return {}
     teacher_chat = sources.teacher_chat
-    if config.anchor.towards == "base":
+    if config.anchor.reference == "base":
         teacher_chat = sources.chat
         contexts = contexts_of(config, dataclasses.replace(sources, teacher=None), None)
     rules = _anchor_rules(config, rules, teacher_chat, examples.anchors)

@@ -39,7 +39,7 @@ def train(parts: Run, workdir: pathlib.Path, shared: pathlib.Path) -> tuple[Trai
     step_function = make_train_step(parts.decoder, optimizer, schedule, config, parts.inputs.mesh)
     measured = measured_steps(config.eval, steps)
     kept = measured if config.checkpoint.keep_evaluated else set()
-    checkpoints = Checkpoints(shared, config.checkpoint.keep, sorted(kept))
+    checkpoints = Checkpoints(shared, config.checkpoint.max_to_keep, sorted(kept))
     state = initial_state(parts, optimizer)
     restored = checkpoints.restore(state)
     if restored is not None:

@@ -108,7 +108,7 @@ class MetricsRecorder:
             raise TrainingFailure(
                 f"the batch of step {step} has no target token: of {counts['dropped_rows']} rows no"
                 " response was accepted (see context.target_content_pattern). Raise"
-                " train.batch_size or trajectory.max_refills, or let the student learn off-policy"
+                " train.batch_size or rollout.max_retries, or let the student learn off-policy"
                 " first (gkd.on_policy_warmup_steps)"
             )
         values = {

@@ -130,26 +130,26 @@ def fresh_adapters(config: Config, params: dict, key: jax.Array) -> dict[str, lo
 def starting_adapters(
     config: Config, workdir: pathlib.Path, spec: DecoderConfig, params: dict
 ) -> dict[str, lora.Adapter] | None:
-    """What student.lora.start_from holds, with the config's dropout; None if it names nothing.
+    """What student.lora.init_from holds, with the config's dropout; None if it names nothing.
 
     Raises:
       UserError: it cannot be read, does not fit the student, or is not what student.lora says:
         rank, alpha and targets are the adapter's own, and the config of a run must not lie.
     """
     c = config.student.lora
-    if not c.start_from:
+    if not c.init_from:
         return None
-    loaded = peft.load_adapter(local_directory(c.start_from, workdir), spec)
+    loaded = peft.load_adapter(local_directory(c.init_from, workdir), spec)
     said = jax.eval_shape(lambda: fresh_adapters(config, params, jax.random.key(0)))
     if not _alike(said, loaded.adapters):
         rules = loaded.rules
         if len({(a.a.shape[-1], a.scale) for a in loaded.adapters.values()}) > 1:
             raise UserError(
-                f"the adapter {c.start_from} has kernels of several ranks or alphas (rank_pattern,"
+                f"the adapter {c.init_from} has kernels of several ranks or alphas (rank_pattern,"
                 " alpha_pattern), and student.lora has one of each; start from one without patterns"
             )
         raise UserError(
-            f"config.student.lora is not what the adapter {c.start_from} is: set"
+            f"config.student.lora is not what the adapter {c.init_from} is: set"
             f" student.lora.rank={rules.rank}, .alpha={rules.alpha} and .targets={rules.targets}"
         )
     return {

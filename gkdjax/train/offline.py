@@ -46,13 +46,13 @@ def prefill_answers(
 
     if needs_teacher_text(config.gkd):
         first = dataset = prepared("train", rows.feed)
-        every = config.trajectory.refresh_every_steps or steps
+        every = config.rollout.refresh_every_steps or steps
         for at in range(0, steps, every):
             block = curriculum.steps_of_block(at, every, on_policy=False)
             if block and at > 0:
                 dataset = rollout_teacher.refresh(config, first, teacher, workdir, block, at)
             _score(dataset, "train", block, teacher, rows)
-    if config.anchor.towards == "teacher":
+    if config.anchor.reference == "teacher":
         for name, dataset in rows.anchor_feeds.items():
             _score(prepared(name, dataset), name, range(steps), teacher, rows)
     if rows.validation is not None:

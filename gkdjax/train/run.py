@@ -194,12 +194,12 @@ def with_first_text(parts: Run, workdir: pathlib.Path) -> RunInputs:
 
 
 def _check_use(inputs: RunInputs) -> None:
-    c = inputs.config.trajectory
+    c = inputs.config.rollout
     if needs_teacher_text(inputs.config.gkd) and inputs.feed.needs_responses():
         return
     for key, value in (("refresh_every_steps", c.refresh_every_steps), ("reuse", c.reuse)):
         if value:
             raise UserError(
-                f"config.trajectory.{key} = {value!r} is for the teacher's text, and this run needs"
+                f"config.rollout.{key} = {value!r} is for the teacher's text, and this run needs"
                 " none: every row has a response, or all batches are the student's. Leave it out"
             )

@@ -136,9 +136,9 @@ def read(
     feed = datasets.one_feed(config, "data.train", examples.train, rules, rows, contexts, bad_rows)
     if config.gkd.on_policy_fraction > 0:  # the student writes to rows with a response, too
         unanswered = [dataclasses.replace(row, answer=None) for row in feed.rows()]
-        room = "trajectory.max_new_tokens", config.trajectory.max_new_tokens
+        room = "rollout.max_new_tokens", config.rollout.max_new_tokens
         truncation.require_contexts(unanswered, rules, room, contexts, teacher_writes=False)
-    if toggles and not (config.teacher.adapter or config.student.lora.start_from):
+    if toggles and not (config.teacher.adapter or config.student.lora.init_from):
         local.require_longer_view(feed.views_differ())
     anchor_feeds = datasets.anchor_feeds(config, examples, rules, sources, contexts, bad_rows)
     name = teacher.description if teacher is not None else config.teacher.backend
@@ -259,7 +259,7 @@ def _needs(
     texts = ["what the student writes"] if on_policy else []
     if writes and feed.needs_scores():
         texts.append("rows of data.train")
-    towards_it = config.anchor.towards == "teacher"
+    towards_it = config.anchor.reference == "teacher"
     if towards_it and any(anchor.needs_scores() for anchor in anchor_feeds.values()):
         texts.append("rows of anchor.data")
     return Needs(asked or (writes and feed.needs_responses()), texts, on_policy)
@@ -302,7 +302,7 @@ def assemble(inputs: RunInputs, workdir: pathlib.Path) -> Run:
         teacher = make.config_teacher(sources, (decoder, frozen) if inputs.toggles else None)
     hooks(teacher).register(inputs.prompts_by_prefix)
     anchor_teacher = teacher if inputs.anchor_feeds else None
-    towards_base = bool(inputs.anchor_feeds) and config.anchor.towards == "base"
+    towards_base = bool(inputs.anchor_feeds) and config.anchor.reference == "base"
     if towards_base:
         anchor_teacher = make.teacher(decoder, base, sources.chat, "the student's base")
     untrained = None

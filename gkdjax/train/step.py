@@ -45,7 +45,7 @@ def make_train_step(
       `loss_sum` and `loss_weight`, whose quotient is the loss, and so `<name>_sum` and
       `<name>_weight` of each anchor; the number of `targets`, `grad_norm` and `learning_rate`.
     """
-    accumulation, gkd, anchor_config = config.train.accumulation, config.gkd, config.anchor
+    accumulation, gkd, anchor_config = config.train.grad_accum_steps, config.gkd, config.anchor
     factors = {each.name: each.weight for each in anchor_sets(anchor_config)} | {"loss": 1.0}
     spec, whole = decoder.spec, NamedSharding(mesh, parallel_mesh.WHOLE)
     layout = dataclasses.replace(decoder.layout, mesh=mesh)

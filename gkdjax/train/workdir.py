@@ -101,20 +101,20 @@ def _config_of_run(path: pathlib.Path) -> dict | None:
     """
     if not path.exists():
         return None
-    defaults = json.loads(json.dumps(config_lib.to_dict(config_lib.Config())))
-    sections = {name: default for name, default in defaults.items() if isinstance(default, dict)}
     try:
         theirs = files.read_object(path)
     except UserError:
         theirs = {}
-    has = {name for name in sections if isinstance(theirs.get(name), dict)}
-    if not has >= {"student", "teacher", "data", "train"} or has < sections.keys() & theirs.keys():
+    theirs = json.loads(json.dumps(theirs).replace(_OLD_ASSETS, str(ASSETS)))
+    sections = config_lib.from_saved({})
+    known = {name: value for name, value in theirs.items() if name in {*sections, "trajectory"}}
+    needed = {"student", "teacher", "data", "train"}
+    if not known.keys() >= needed or not all(isinstance(v, dict) for v in known.values()):
         raise UserError(
             f"{path} is not the config of a run, and is left as it is; give --workdir another"
             " directory"
         )
-    theirs = json.loads(json.dumps(theirs).replace(_OLD_ASSETS, str(ASSETS)))
-    return theirs | {name: sections[name] | theirs[name] for name in has}
+    return config_lib.from_saved(theirs)
 
 
 def _computed(workdir: pathlib.Path) -> bool:

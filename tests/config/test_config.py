@@ -76,23 +76,23 @@ def test_an_unset_model_or_data_is_asked_for():
         ("context.student_retained_turns", -1, "at least 0"),
         ("data.too_long", "cut", "drop, truncate-right, truncate-left"),
         ("data.bad_rows", "skip", "refuse, drop"),
-        ("trajectory.top_p", 0.0, r"\(0, 1\]"),
-        ("trajectory.top_k", 0, "at least 1, or None"),
-        ("trajectory.refresh_every_steps", 0, "at least 1, or None"),
+        ("rollout.top_p", 0.0, r"\(0, 1\]"),
+        ("rollout.top_k", 0, "at least 1, or None"),
+        ("rollout.refresh_every_steps", 0, "at least 1, or None"),
         ("gkd.on_policy_buffer_steps", 0, "at least 1"),
         ("gkd.on_policy_schedule", "linaer", "did you mean 'linear'"),
         ("optim.schedule", "cosin", "did you mean 'cosine'"),
         ("train.batch_size", 2.5, "must be int"),
         ("train.batch_size", True, "must be int"),
         ("train.steps", 10, "one as None"),
-        ("train.accumulation", 3, "multiple of train.accumulation"),
+        ("train.grad_accum_steps", 3, "multiple of train.grad_accum_steps"),
         ("train.export", "all", "merged, adapter, both"),
-        ("anchor.towards", "student", "base, teacher"),
+        ("anchor.reference", "student", "base, teacher"),
         ("anchor.data", {"a/b": "a.jsonl"}, "letters, digits"),
         ("anchor.data", {}, "names no set"),
         ("anchor.weight", {"chat": 1.0}, "a single set, whose weight is a number"),
         ("gkd.reduction", "mean", "token, example"),
-        ("checkpoint.keep", 0, "at least 1"),
+        ("checkpoint.max_to_keep", 0, "at least 1"),
         ("checkpoint.keep_evaluated", True, "set eval.every_steps or eval.at_steps"),
         ("eval.retention", ["x.jsonl"], "must be"),
         ("eval.retention", {"heldout": "x.jsonl"}, "the name of another set"),
@@ -231,6 +231,20 @@ def test_each_way_to_a_prefix_is_accepted_alone(context):
     assert dataclasses.asdict(parsed.context).items() >= context.items()
 
 
+@pytest.mark.parametrize(("old", "new"), config.RENAMED.items())
+def test_an_old_key_names_the_new_one(old, new):
+    raw = config.from_saved({})
+    section, (*sections, name) = raw, old.split(".")
+    for one in sections:
+        section = section[one]
+    section[name] = 1
+    told = f"^config.{old} is now called config.{new}$"
+    with pytest.raises(UserError, match=told):
+        config.parse(raw)
+    with pytest.raises(UserError, match=told):
+        config.check_key(old)
+
+
 def server(**keys) -> dict:
     """A valid config with a teacher at a server; `keys` are of other sections as gkd__tail."""
     raw = changed("teacher.backend", "vllm")
@@ -260,7 +274,7 @@ def test_a_server_gives_twenty_tokens_unless_asked_otherwise():
         ({"timeout_s": 0.0}, r"teacher\.timeout_s = 0\.0: must be positive, in seconds"),
         ({"deadline_s": -1}, r"teacher\.deadline_s"),
         ({"gkd__temperature": 2.0}, r"gkd\.temperature = 2\.0.*gkd\.tail to 'renormalize'"),
-        ({"backend": "sglang"}, r"trajectory\.temperature = 0\.8: an SGLang server has to draw at"),
+        ({"backend": "sglang"}, r"rollout\.temperature = 0\.8: an SGLang server has to draw at"),
     ],
 )
 def test_what_a_server_cannot_do_is_refused_before_it_is_asked(keys, message):
@@ -272,7 +286,7 @@ def test_what_a_server_can_do_parses():
     for keys in (
         {"gkd__temperature": 2.0, "gkd__tail": "renormalize"},
         {"offline": True, "api_base": ""},
-        {"backend": "sglang", "trajectory__temperature": 1.0},
+        {"backend": "sglang", "rollout__temperature": 1.0},
         {"backend": "openai", "api_key_env": "TEACHER_KEY_2", "tokenizer": "dir"},
     ):
         config.parse(server(**keys))
@@ -295,7 +309,7 @@ def test_a_key_in_place_of_its_name_is_not_repeated():
 def test_an_anchors_rows_are_divided_only_where_there_is_an_anchor():
     c = config.default()
     c.student.model, c.data.train = "m", "a.jsonl"
-    c.train.batch_size = c.train.accumulation = 16
+    c.train.batch_size = c.train.grad_accum_steps = 16
     assert config.rows_at_once(config.parse(c)) == {"train.batch_size": 1, "eval.batch_size": 64}
     c.anchor.data = "b.jsonl"
     with pytest.raises(UserError, match=r"anchor\.batch_size = 8: must be a multiple of"):

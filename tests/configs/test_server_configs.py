@@ -30,7 +30,7 @@ def test_the_openai_mode_asks_for_nothing_but_the_teachers_own_text(mode, monkey
     parsed = get_config("openai_teacher.py", mode)
     assert parsed.teacher.backend == "openai"
     assert parsed.gkd.on_policy_fraction == 0
-    assert parsed.anchor.towards == "base"
+    assert parsed.anchor.reference == "base"
     assert bool(parsed.teacher.api_key_env) == (mode == "")
 
 

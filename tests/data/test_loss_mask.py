@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from gkdjax.data.chat_template import Sought
 from gkdjax.data.loss_mask import TargetRules
-from gkdjax.types import Example, Message, Trajectory
+from gkdjax.types import Completion, Example, Message
 
 _SAID = Message("assistant", "so: yes, yes")
 
@@ -65,24 +65,24 @@ def test_spans_of_written_text_are_found_without_tokenising_it(chat_of, text, da
     expected = [b > start and a < end for a, b in encoded["offset_mapping"]] + [False]
     # A pattern for this one place.
     before = f"(?s)(?<=^.{{{start}}})" if start else "(?s)^"
-    found = _match(f"{before}.{{{end - start}}}").of_trajectory(Trajectory(ids, True), chat)
+    found = _match(f"{before}.{{{end - start}}}").of_completion(Completion(ids, True), chat)
     assert found.tolist() == expected
 
 
 def test_written_text_is_a_target_as_a_whole_or_not_at_all(chat_of):
     chat = chat_of("chatml")
     letters = [chat.tokenizer.convert_tokens_to_ids(c) for c in "user"]  # no tokenizer's way
-    written = Trajectory(np.asarray([*letters, chat.stop_ids[0]], np.int32), True)
-    assert TargetRules(("assistant",), "use").of_trajectory(written, chat).tolist() == [True] * 5
-    assert not TargetRules(("assistant",), "used").of_trajectory(written, chat).any()
-    assert not TargetRules(("user",)).of_trajectory(written, chat).any()
-    assert _match("se").of_trajectory(written, chat).tolist() == [False, True, True, False, False]
+    written = Completion(np.asarray([*letters, chat.stop_ids[0]], np.int32), True)
+    assert TargetRules(("assistant",), "use").of_completion(written, chat).tolist() == [True] * 5
+    assert not TargetRules(("assistant",), "used").of_completion(written, chat).any()
+    assert not TargetRules(("user",)).of_completion(written, chat).any()
+    assert _match("se").of_completion(written, chat).tolist() == [False, True, True, False, False]
     whole = TargetRules(("assistant",), "used", "match", whole_responses=True)
-    assert whole.of_trajectory(written, chat).all()
+    assert whole.of_completion(written, chat).all()
 
 
 def test_a_special_token_before_the_match_is_no_part_of_it(chat_of):
     chat = chat_of("chatml")
     ids = [chat.tokenizer.convert_tokens_to_ids(t) for t in ("<bos>", "u", "s", "<eos>")]
-    written = Trajectory(np.asarray(ids, np.int32), True)
-    assert _match("us").of_trajectory(written, chat).tolist() == [False, True, True, False]
+    written = Completion(np.asarray(ids, np.int32), True)
+    assert _match("us").of_completion(written, chat).tolist() == [False, True, True, False]

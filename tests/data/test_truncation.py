@@ -123,7 +123,7 @@ def test_a_row_longer_than_a_models_context_is_named(chat):
             "the teacher (b)": Limit(teacher_reads, "b/config.json"),
         }
         changed = dataclasses.replace(rules, **changes)
-        room = "trajectory.max_new_tokens", 9
+        room = "rollout.max_new_tokens", 9
         truncation.require_contexts(examples, changed, room, contexts, teacher_writes=True)
 
     require(student + 9, teacher + 9)
@@ -154,13 +154,13 @@ def test_who_writes_at_a_server_has_to_find_room_there(chat):
         limit = Limit(tokens - 1, f"max_model_len={tokens} of m", written=tokens)
         contexts = {"the student (a)": Limit(None, ""), "the teacher (b)": limit}
         changed = dataclasses.replace(rules, max_length=max_length)
-        room = "trajectory.max_new_tokens", 9
+        room = "rollout.max_new_tokens", 9
         truncation.require_contexts(rows, changed, room, contexts, teacher_writes=writes)
 
     require(prompt + 9)
     require(prompt + 8, rows=_rows("yes"))
     require(prompt + 8, writes=False)
-    with pytest.raises(UserError, match=rf"{prompt} tokens and .* 9.*of m\): set trajectory.*=8 "):
+    with pytest.raises(UserError, match=rf"{prompt} tokens and .* 9.*of m\): set completion.*=8 "):
         require(prompt + 8)
     with pytest.raises(UserError, match=r"of m\): shorten the prefix"):
         require(prompt, max_length=prompt - 1)

@@ -14,7 +14,7 @@ from gkdjax.data.loss_mask import TargetRules
 from gkdjax.data.message_spans import is_plain
 from gkdjax.data.views import RowStatus, ViewRules
 from gkdjax.losses import TopKLogprobs
-from gkdjax.types import Example, Message, TokenTopK, Trajectory
+from gkdjax.types import Completion, Example, Message, TokenTopK
 from gkdjax.utils.errors import UserError
 
 _words = st.text("abc user.\n🙂", min_size=1, max_size=8).map(str.strip).filter(bool)
@@ -45,9 +45,9 @@ def _row(turns, response=None, prefix=()):
 
 
 def _view(example, chat, prefix=(), teacher_chat=None, **changes):
-    trajectory = changes.pop("trajectory", None)
+    completion = changes.pop("completion", None)
     example = dataclasses.replace(example, prefix=prefix)
-    return _rules(chat, teacher_chat, **changes).pair(example, trajectory)
+    return _rules(chat, teacher_chat, **changes).pair(example, completion)
 
 
 def _rules(chat, teacher_chat=None, **changes):
@@ -65,9 +65,9 @@ def _parts(chat, example, roles=("assistant",)):
     return [example] if chat.earlier_answers else answers_apart([example], "", TargetRules(roles))
 
 
-def _trajectory(chat, text, finished=True):
+def _completion(chat, text, finished=True):
     ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return Trajectory(np.asarray(ids + [chat.stop_ids[0]] * finished, np.int32), finished)
+    return Completion(np.asarray(ids + [chat.stop_ids[0]] * finished, np.int32), finished)
 
 
 def _read(chat, ids):
@@ -106,30 +106,30 @@ def test_targets_are_the_same_in_both_views_and_none_is_of_the_prefix(chat, case
 
 @settings(max_examples=60, deadline=None)
 @given(case=cases(), answer=_words, finished=st.booleans())
-def test_a_trajectory_follows_the_generation_prompts_as_it_is(chat, case, answer, finished):
+def test_a_completion_follows_the_generation_prompts_as_it_is(chat, case, answer, finished):
     example, prefix, retained = case
-    trajectory = _trajectory(chat, answer, finished)
+    completion = _completion(chat, answer, finished)
     example = _parts(chat, dataclasses.replace(example, answer=None))[-1]
-    pair, fate = _view(example, chat, prefix, retained=retained, trajectory=trajectory)
+    pair, fate = _view(example, chat, prefix, retained=retained, completion=completion)
     assert fate is RowStatus.KEPT
     _check(pair)
     asked = _rules(chat, retained=retained).prompts(dataclasses.replace(example, prefix=prefix))
     for view, prompt in zip((pair.student, pair.teacher), asked, strict=True):
-        np.testing.assert_array_equal(view.ids, np.concatenate([prompt, trajectory.ids]))
-    # Its last targets are the trajectory: an end of turn is among them only if it was written.
-    np.testing.assert_array_equal(pair.target_ids[-len(trajectory.ids) :], trajectory.ids)
+        np.testing.assert_array_equal(view.ids, np.concatenate([prompt, completion.ids]))
+    # Its last targets are the completion: an end of turn is among them only if it was written.
+    np.testing.assert_array_equal(pair.target_ids[-len(completion.ids) :], completion.ids)
     earlier = [m for m in example.turns[example.given :] if m.role == "assistant"]
     ends = np.isin(pair.target_ids, chat.stop_ids).sum()
     assert ends == len(earlier) + finished
 
 
-def test_a_trajectory_is_not_tokenised_again(chat_of):
+def test_a_completion_is_not_tokenised_again(chat_of):
     """Ids that the tokenizer would never make of their text stay as they are."""
     chat = chat_of("chatml")
     letters = [chat.tokenizer.convert_tokens_to_ids(c) for c in "user"]
     assert chat.tokenizer("user", add_special_tokens=False)["input_ids"] != letters
-    trajectory = Trajectory(np.asarray(letters, np.int32), finished=False)
-    pair, _ = _view(_row([Message("user", "?")], "unused"), chat, _PREFIX, trajectory=trajectory)
+    completion = Completion(np.asarray(letters, np.int32), finished=False)
+    pair, _ = _view(_row([Message("user", "?")], "unused"), chat, _PREFIX, completion=completion)
     assert pair.target_ids.tolist() == letters
 
 
@@ -143,13 +143,13 @@ def test_student_reads_only_what_is_retained_of_the_prefix(chat_of):
         )
         np.testing.assert_array_equal(student, chat.prompt_ids(seen + example.turns))
         np.testing.assert_array_equal(teacher, chat.prompt_ids(prefix + example.turns))
-        pair, _ = _view(example, chat, prefix, retained=retained, trajectory=_trajectory(chat, "y"))
+        pair, _ = _view(example, chat, prefix, retained=retained, completion=_completion(chat, "y"))
         np.testing.assert_array_equal(pair.student.ids[:-2], student)
         np.testing.assert_array_equal(pair.teacher.ids[:-2], teacher)
 
 
 def test_turns_alone_can_hold_the_targets(chat):
-    """An anchor row on all tokens: no response, no trajectory."""
+    """An anchor row on all tokens: no response, no completion."""
     example = _row([Message("system", "S."), Message("user", "a b")])
     pair, fate = _view(example, chat, targets=TargetRules(("system", "user", "assistant")))
     assert fate is RowStatus.KEPT
@@ -159,18 +159,18 @@ def test_turns_alone_can_hold_the_targets(chat):
         example,
         chat,
         targets=TargetRules(("system", "user", "assistant")),
-        trajectory=_trajectory(chat, "yes"),
+        completion=_completion(chat, "yes"),
     )
     _check(pair)
     assert _read(chat, pair.target_ids) == "S.abyes"
 
 
-@pytest.mark.parametrize("trajectory", [True, False])
-def test_a_row_without_a_target_is_an_error(chat, trajectory):
+@pytest.mark.parametrize("completion", [True, False])
+def test_a_row_without_a_target_is_an_error(chat, completion):
     example = _row([Message("user", "?")], "yes")
-    written = _trajectory(chat, "yes") if trajectory else None
+    written = _completion(chat, "yes") if completion else None
     with pytest.raises(UserError, match=r"rows:7: no target tokens.* roles tool"):
-        _view(example, chat, trajectory=written, targets=TargetRules(("tool",)))
+        _view(example, chat, completion=written, targets=TargetRules(("tool",)))
 
 
 _LOOK = '[{"type":"function","function":{"name":"look"}}]'
@@ -195,8 +195,8 @@ def test_tools_and_calls_are_in_both_views_and_in_prompts(chat_of):
         tools = "<tools>\n" + json.dumps(json.loads(_LOOK)[0]) + "\n</tools>"
         assert tools in chat.tokenizer.decode(view.ids)
         np.testing.assert_array_equal(view.ids[: len(prompt)], prompt)
-    row, answer = dataclasses.replace(example, answer=None), _trajectory(chat, "3")
-    written, _ = _view(row, chat, _PREFIX, trajectory=answer)
+    row, answer = dataclasses.replace(example, answer=None), _completion(chat, "3")
+    written, _ = _view(row, chat, _PREFIX, completion=answer)
     np.testing.assert_array_equal(written.teacher.ids, np.concatenate([prompts[1], answer.ids]))
 
 
@@ -265,17 +265,17 @@ def test_the_first_token_of_all_cannot_be_a_target(chat_of):
         _view(_row([Message("user", "?")], "yes"), chat_of("bare"), targets=TargetRules(("user",)))
 
 
-@pytest.mark.parametrize("trajectory", [True, False])
-def test_a_long_row_is_dropped_or_loses_the_end_of_its_response(chat_of, trajectory):
+@pytest.mark.parametrize("completion", [True, False])
+def test_a_long_row_is_dropped_or_loses_the_end_of_its_response(chat_of, completion):
     chat = chat_of("gemma")
     example = _row([Message("user", "?")], "a.b.c.d.")
-    written = _trajectory(chat, "a.b.c.d.") if trajectory else None
-    whole, _ = _view(example, chat, _PREFIX, trajectory=written)
+    written = _completion(chat, "a.b.c.d.") if completion else None
+    whole, _ = _view(example, chat, _PREFIX, completion=written)
     length, targets = len(whole.teacher.ids), len(whole.target_ids)
     assert length > len(whole.student.ids)
 
     def at(max_length, too_long="truncate-right"):
-        changes = {"max_length": max_length, "too_long": too_long, "trajectory": written}
+        changes = {"max_length": max_length, "too_long": too_long, "completion": written}
         return _view(example, chat, _PREFIX, **changes)
 
     assert at(length)[1] is at(length, "drop")[1] is RowStatus.KEPT
@@ -322,7 +322,7 @@ def test_a_row_that_does_not_say_it_is_told_apart_from_one_without_the_role(chat
         rules = TargetRules(("assistant",), "never", span)
         assert _view(_row(_TALK, "yes"), chat, targets=rules) == (None, RowStatus.UNMATCHED)
         assert _view(
-            _row(_TALK, "yes"), chat, trajectory=_trajectory(chat, "no"), targets=rules
+            _row(_TALK, "yes"), chat, completion=_completion(chat, "no"), targets=rules
         ) == (
             None,
             RowStatus.UNMATCHED,
@@ -333,20 +333,20 @@ def test_a_row_that_does_not_say_it_is_told_apart_from_one_without_the_role(chat
 
 def test_what_was_kept_of_a_response_is_cut_to_what_is_learnt_of_it(chat_of):
     chat = chat_of("gemma")
-    plain = _trajectory(chat, "a yes b")
+    plain = _completion(chat, "a yes b")
     n = len(plain.ids)
     topk = TopKLogprobs(*(np.arange(n * 2).reshape(n, 2),) * 2, np.arange(n), 1.0)
     written = dataclasses.replace(plain, kept=TokenTopK(topk, np.arange(n)))
     example = _row([Message("user", "?")])
-    pair, _ = _view(example, chat, trajectory=written)
+    pair, _ = _view(example, chat, completion=written)
     np.testing.assert_array_equal(pair.kept.target_logprob, np.arange(n))
     pair, _ = _view(
-        example, chat, trajectory=written, targets=TargetRules(("assistant",), "y.s", "match")
+        example, chat, completion=written, targets=TargetRules(("assistant",), "y.s", "match")
     )
     (places,) = np.nonzero(np.isin(plain.ids, pair.target_ids))
     assert 0 < len(places) < n and chat.decode(pair.target_ids).strip() == "yes"
     np.testing.assert_array_equal(pair.kept.target_logprob, places)
     np.testing.assert_array_equal(pair.kept.topk.ids, topk.ids[places])
     rules = TargetRules(("assistant", "user"), "y|[?]", "match")
-    pair, _ = _view(example, chat, trajectory=written, targets=rules)
+    pair, _ = _view(example, chat, completion=written, targets=rules)
     assert pair.kept is None  # the user's turn was not written by anybody

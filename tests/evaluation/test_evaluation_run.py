@@ -27,7 +27,7 @@ def questions(*prompts, answer="."):
 
 def measuring(student, **changes):
     """Everything is asked of a run of five steps."""
-    c = small(student, train__steps=5, train__accumulation=1)
+    c = small(student, train__steps=5, train__grad_accum_steps=1)
     c.data.train = [{"prompt": f"ask {i}"} for i in range(8)]
     c.data.validation = 0.25
     c.eval.questions = questions("q 1", "q 2", "q 3", "q 4", "q 5")
@@ -35,7 +35,7 @@ def measuring(student, **changes):
     c.eval.retention = {"sort": questions("s 1", "s 2", answer="none of it")}
     c.eval.other_prefix = OTHER
     c.eval.every_steps, c.eval.at_steps = 2, (1, 7)
-    c.checkpoint.keep_evaluated, c.checkpoint.keep, c.checkpoint.every_steps = True, 1, 100
+    c.checkpoint.keep_evaluated, c.checkpoint.max_to_keep, c.checkpoint.every_steps = True, 1, 100
     for key, value in changes.items():
         section, _, name = key.partition("__")
         c[section][name] = value

@@ -57,7 +57,7 @@ def test_every_row_writes_all_of_its_tokens(reader, monkeypatch):
         prefix_cost, "sample", lambda *a, **k: written.append(sample(*a, **k)) or written[-1]
     )
     measure(reader)
-    lengths = {len(trajectory.ids) for batch in written for trajectory in batch}
+    lengths = {len(completion.ids) for batch in written for completion in batch}
     assert lengths == {3} and not any(t.finished for batch in written for t in batch)
 
 

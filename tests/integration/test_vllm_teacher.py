@@ -107,8 +107,8 @@ def test_another_tokenizer(gemma, tmp_path):
 def scored_again(teacher, prompts, written) -> list:
     """What the server says of its own text when it is sent."""
     requests = []
-    for prompt, trajectory in zip(prompts, written, strict=True):
-        ids, n = np.concatenate([prompt.ids, trajectory.ids]), len(trajectory.ids)
+    for prompt, completion in zip(prompts, written, strict=True):
+        ids, n = np.concatenate([prompt.ids, completion.ids]), len(completion.ids)
         at = np.arange(n, dtype=np.int32) + len(prompt.ids) - 1
         requests.append(ScoreRequest(prompt.name, ids, at, 20))
     return teacher.pool.scores(requests)()
@@ -146,10 +146,10 @@ def test_what_comes_with_its_text_is_what_it_says_of_the_text(server, how, tmp_p
     else:
         assert texts[0] != texts[2]
         assert any(t.finished for t in written)
-    for trajectory, answer in zip(written, scored, strict=True):
-        assert trajectory.finished == (int(trajectory.ids[-1]) in chat.stop_ids)
-        assert trajectory.finished or len(trajectory.ids) == sampling.max_new_tokens
-        kept, other = trajectory.kept, answer.kept()
+    for completion, answer in zip(written, scored, strict=True):
+        assert completion.finished == (int(completion.ids[-1]) in chat.stop_ids)
+        assert completion.finished or len(completion.ids) == sampling.max_new_tokens
+        kept, other = completion.kept, answer.kept()
         np.testing.assert_allclose(kept.target_logprob, other.target_logprob, atol=NATS)
         np.testing.assert_allclose(kept.topk.logprobs, other.topk.logprobs, atol=NATS)
         np.testing.assert_allclose(kept.topk.tail_logprob, other.topk.tail_logprob, atol=NATS)

@@ -37,12 +37,12 @@ def config(student, **changes):
     """Rows with and without a response, a prefix, on-policy, an anchor towards the teacher."""
     c = small(student)
     c.teacher.top_k = 20
-    c.trajectory.temperature = 0.0  # text does not hang on who draws
-    c.trajectory.max_new_tokens = 8
+    c.rollout.temperature = 0.0  # text does not hang on who draws
+    c.rollout.max_new_tokens = 8
     c.gkd.on_policy_fraction, c.gkd.divergence, c.gkd.jsd_beta = 0.5, "generalized_jsd", 0.5
     c.data.train = [{"prompt": f"ask {i}"} for i in range(6)]
     c.data.train += [{"prompt": f"say {i}", "response": "so be it"} for i in range(2)]
-    c.anchor.data, c.anchor.towards = [{"prompt": f"other {i}"} for i in range(4)], "teacher"
+    c.anchor.data, c.anchor.reference = [{"prompt": f"other {i}"} for i in range(4)], "teacher"
     c.anchor.batch_size = 4
     c.eval.prompts = [{"prompt": f"why {i}"} for i in range(4)]
     c.train.steps, c.train.export = 8, "both"
@@ -115,7 +115,7 @@ def texts_of(c, workdir, adapter="") -> tuple[list, list]:
         ]
         greedy = SamplingParams(24, temperature=0.0, top_p=1.0)
         return tuple(
-            [trajectory.ids.tolist() for trajectory in teacher.sample(prompts, [0] * 4, greedy)]
+            [completion.ids.tolist() for completion in teacher.sample(prompts, [0] * 4, greedy)]
             for teacher in (rows.teacher, local)
         )
 

@@ -52,4 +52,4 @@ def test_greedy_text_equals_torchs(family, tmp_path):
     )
     wanted = generated(model, PROMPTS)
     assert min(len(set(row)) for row in wanted.tolist()) > 5  # it does not repeat itself
-    np.testing.assert_array_equal([trajectory.ids for trajectory in got], wanted)
+    np.testing.assert_array_equal([completion.ids for completion in got], wanted)

@@ -77,8 +77,8 @@ def argmax_by_hand(decoder, params, prompts, steps: int) -> np.ndarray:
     return np.array([ids[-steps:] for ids in rows])
 
 
-def ids(trajectories) -> list[list[int]]:
-    return [trajectory.ids.tolist() for trajectory in trajectories]
+def ids(completions) -> list[list[int]]:
+    return [completion.ids.tolist() for completion in completions]
 
 
 @pytest.fixture(scope="module")

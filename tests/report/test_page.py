@@ -178,7 +178,7 @@ def test_the_ends_of_the_text_that_was_trained_on(shown):
 def test_many_files_of_trajectories_stand_in_the_order_of_their_steps(tmp_path):
     run = made.write_begun(tmp_path / "run")
     for step in (100, 20, 3):
-        made.write_lines(run / f"trajectories_train_{step}.jsonl", [made.trajectory(step)])
+        made.write_lines(run / f"trajectories_train_{step}.jsonl", [made.completion(step)])
     text = read(run).text("Text that was trained on")
     places = [text.index(f"trajectories_train_{step}.jsonl 1 responses") for step in (3, 20, 100)]
     assert places == sorted(places)

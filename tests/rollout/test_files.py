@@ -11,7 +11,7 @@ import pytest
 from gkdjax.data.responses import Rollout, RolloutRequest
 from gkdjax.losses import TopKLogprobs
 from gkdjax.rollout.files import write_once
-from gkdjax.types import Message, TokenHidden, TokenTopK, Trajectory
+from gkdjax.types import Completion, Message, TokenHidden, TokenTopK
 from gkdjax.utils.errors import UserError
 
 PREFIX, TURNS = (Message("system", "be brief"),), (Message("user", "ask"),)
@@ -37,7 +37,7 @@ class Writer:
         self.chunks.append([len(prompt) for prompt in prompts])
         return [
             Rollout(
-                Trajectory(np.array([len(p), seed, len(prompts)], np.int32), seed % 2 == 0),
+                Completion(np.array([len(p), seed, len(prompts)], np.int32), seed % 2 == 0),
                 refused=seed % 3,
                 author="somebody",
             )
@@ -53,7 +53,7 @@ def write(path, writer) -> list[tuple[list[int], bool, int]]:
 
 @pytest.fixture
 def whole(tmp_path):
-    """(trajectories, file content) of a run that nothing interrupts."""
+    """(completions, file content) of a run that nothing interrupts."""
     path = tmp_path / "whole.jsonl"
     return write(path, Writer()), path.read_bytes()
 
@@ -185,11 +185,11 @@ class Keeping(Writer):
     def __call__(self, places):
         kept = []
         for i, one in zip(places, super().__call__(places), strict=True):
-            n = len(one.trajectory.ids)
+            n = len(one.completion.ids)
             values = np.full((n, 2), i, np.float32)
             topk = TopKLogprobs(values.astype(np.int32), values, values[:, 0], 0.5)
             what = TokenHidden(values) if i % 2 else TokenTopK(topk, values[:, 1])
-            kept.append(one._replace(trajectory=dataclasses.replace(one.trajectory, kept=what)))
+            kept.append(one._replace(completion=dataclasses.replace(one.completion, kept=what)))
         return kept
 
 
@@ -200,9 +200,9 @@ def test_what_some_of_a_chunk_kept_is_read_back_and_nothing_else_is_used(tmp_pat
         for writer in (Keeping(), None)  # the second one reads
     ]
     for written in runs:
-        assert [w.trajectory.kept is not None for w in written] == [True, False] * 3 + [True]
+        assert [w.completion.kept is not None for w in written] == [True, False] * 3 + [True]
         for i in (0, 2, 4, 6):
-            kept = written[i].trajectory.kept
+            kept = written[i].completion.kept
             assert kept.topk.ids.tolist() == [[i, i]] * 3 and kept.topk.temperature == 0.5
             assert kept.target_logprob.tolist() == [i] * 3
     lines = [json.loads(line) for line in path.read_text().splitlines()]

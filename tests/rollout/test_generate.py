@@ -8,7 +8,7 @@ from gkdjax.data.loss_mask import TargetRules
 from gkdjax.data.responses import RolloutFilter
 from gkdjax.data.views import RowStatus
 from gkdjax.rollout.generate import Generator, write
-from gkdjax.types import Trajectory
+from gkdjax.types import Completion
 from gkdjax.utils import seeds
 
 SEEDS = {  # of (row, attempt) at step 7
@@ -29,7 +29,7 @@ class Attempts:
         assert prompts == [f"teacher {SEEDS[key] // 100}" for key in keys]
         self.calls.append([SEEDS[key] for key in keys])
         return [
-            Trajectory(np.array([*map(ord, self._text(*divmod(call, 100)))], np.int32), True)
+            Completion(np.array([*map(ord, self._text(*divmod(call, 100)))], np.int32), True)
             for call in self.calls[-1]
         ]
 
@@ -37,8 +37,8 @@ class Attempts:
         return self.texts[place][min(attempt, len(self.texts[place]) - 1)]
 
 
-def accepted(writer, pattern, max_refills):
-    rules = RolloutFilter(TargetRules(("assistant",), pattern), max_refills, max_new_tokens=9)
+def accepted(writer, pattern, max_retries):
+    rules = RolloutFilter(TargetRules(("assistant",), pattern), max_retries, max_new_tokens=9)
     dataset = types.SimpleNamespace(purpose="data.train", seed=1, responses=rules)
     dataset.rules = types.SimpleNamespace(teacher_chat=TEXT)
     dataset.request = lambda row, who: types.SimpleNamespace(for_writer=lambda: f"{who} {row}")
@@ -76,7 +76,7 @@ def test_a_response_without_a_token_is_refused_with_and_without_a_pattern():
 
 
 def test_a_response_with_an_id_that_the_student_lacks_counts_as_one_without_a_token():
-    text = Trajectory(np.array([3, 9], np.int32), True)
+    text = Completion(np.array([3, 9], np.int32), True)
     fates = [
         RolloutFilter(TargetRules(("assistant",)), 0, 9, shared).fate(text, TEXT)
         for shared in (None, 10, 9)

@@ -5,7 +5,7 @@ import pytest
 from small_runs import ConstantTeacher, losses_hex, metrics, small
 
 import gkdjax
-from gkdjax.types import Trajectory
+from gkdjax.types import Completion
 from gkdjax.utils.errors import Preempted, UserError
 from gkdjax.utils.files import read_lines
 
@@ -17,7 +17,7 @@ class Inspired(ConstantTeacher):
 
     def sample(self, prompts, seeds, sampling):
         self.prompts += len(prompts)
-        return [Trajectory(self._words(seed), True) for seed in seeds]
+        return [Completion(self._words(seed), True) for seed in seeds]
 
     def _words(self, seed):
         letters = np.random.default_rng(seed).integers(72, 98, 1 + seed % 12)
@@ -26,10 +26,10 @@ class Inspired(ConstantTeacher):
 
 def config(student, **changes):
     """Six steps of four rows from eight prompts, and anew at steps 2 and 4."""
-    c = small(student, teacher__top_k=1, train__steps=6, trajectory__refresh_every_steps=2)
+    c = small(student, teacher__top_k=1, train__steps=6, rollout__refresh_every_steps=2)
     c.data.train = [{"prompt": f"ask {i}"} for i in range(8)]
-    c.data.bucket_lengths, c.trajectory.max_new_tokens = (), 16
-    c.trajectory.max_refills = 0
+    c.data.bucket_lengths, c.rollout.max_new_tokens = (), 16
+    c.rollout.max_retries = 0
     for key, value in changes.items():
         section, _, name = key.partition("__")
         c[section][name] = value
@@ -58,7 +58,7 @@ def test_each_generation_has_new_text_for_the_rows_of_its_steps(student, whole, 
         assert 4 <= len(lines) <= 8 and len({line["row"] for line in lines}) == len(lines)
         assert sum(line["text"] == first[line["row"]] for line in lines) <= 1
     gkdjax.run(
-        config(student, trajectory__refresh_every_steps=None), tmp_path, teacher=Inspired(50, 5)
+        config(student, rollout__refresh_every_steps=None), tmp_path, teacher=Inspired(50, 5)
     )
     once = [line["batch_crc32"] for line in metrics(tmp_path)]
     anew = [line["batch_crc32"] for line in metrics(whole)]
@@ -143,11 +143,9 @@ def test_on_policy_steps_need_no_new_text(student, tmp_path):
 
 def test_what_would_have_no_effect_is_refused(student, tmp_path):
     rows = [{"prompt": f"ask {i}", "response": "yes"} for i in range(4)]
-    with pytest.raises(
-        UserError, match=r"trajectory\.refresh_every_steps = 2 is for the teacher's"
-    ):
+    with pytest.raises(UserError, match=r"rollout\.refresh_every_steps = 2 is for the teacher's"):
         gkdjax.run(config(student, data__train=rows), tmp_path / "a", teacher=Inspired(50, 5))
-    c = config(student, gkd__on_policy_fraction=1.0, trajectory__refresh_every_steps=None)
-    c.trajectory.reuse = "x.jsonl"
-    with pytest.raises(UserError, match=r"trajectory\.reuse = 'x\.jsonl' is for the teacher's"):
+    c = config(student, gkd__on_policy_fraction=1.0, rollout__refresh_every_steps=None)
+    c.rollout.reuse = "x.jsonl"
+    with pytest.raises(UserError, match=r"rollout\.reuse = 'x\.jsonl' is for the teacher's"):
         gkdjax.run(c, tmp_path / "b", teacher=Inspired(50, 5))

@@ -14,12 +14,12 @@ from gkdjax.rollout import files
 from gkdjax.rollout.files import write_once
 from gkdjax.rollout.reuse import Source
 from gkdjax.teachers.local import LocalTeacher
-from gkdjax.types import TokenTopK, Trajectory
+from gkdjax.types import Completion, TokenTopK
 from gkdjax.utils.errors import UserError
 from gkdjax.utils.files import read_lines
 
 NAME = "trajectories_train.jsonl"
-RULES = RolloutFilter(TargetRules(("assistant",)), max_refills=0, max_new_tokens=9)
+RULES = RolloutFilter(TargetRules(("assistant",)), max_retries=0, max_new_tokens=9)
 PROMPTS = [np.array([n, n + 1], np.int32) for n in range(5)]
 
 
@@ -37,7 +37,7 @@ def response(i: int, author: str) -> Rollout:
     values = np.full((i + 1, 2), i, np.float32)
     kept = TokenTopK(TopKLogprobs(values.astype(np.int32), values, values[:, 0], 0.5), values[:, 1])
     kept = None if i == 2 else kept
-    return Rollout(Trajectory(np.full(i + 1, i, np.int32), i % 2 == 0, kept), i, author)
+    return Rollout(Completion(np.full(i + 1, i, np.int32), i % 2 == 0, kept), i, author)
 
 
 @pytest.fixture
@@ -62,11 +62,11 @@ def source(path, teacher="her", top_k=2, temperature=0.5, vocab_size=9) -> Sourc
 def test_prompts_and_numbers_are_found_whatever_the_rows_are_called(path):
     wanted = asked((3, 0), (4, 0), (0, 1), (1, 0), (3, 0), (3, 0))
     found = source(path).responses(wanted, RULES, Chat())
-    ids = {place: one.trajectory.ids.tolist() for place, one in found.items()}
+    ids = {place: one.completion.ids.tolist() for place, one in found.items()}
     # Of the two responses to the last prompt each row takes one; the third row has none.
     assert ids == {0: [3] * 4, 3: [1, 1], 4: [4] * 5}
     assert [one.author for one in found.values()] == ["him", "her", "her"]
-    assert [one.trajectory.finished for one in found.values()] == [False, False, True]
+    assert [one.completion.finished for one in found.values()] == [False, False, True]
 
 
 def test_what_was_kept_is_used_where_this_runs_teacher_would_say_it(path):
@@ -74,12 +74,12 @@ def test_what_was_kept_is_used_where_this_runs_teacher_would_say_it(path):
 
     def kept(**how):
         found = source(path, **how).responses(wanted, RULES, Chat())
-        return [place for place, one in found.items() if one.trajectory.kept is not None]
+        return [place for place, one in found.items() if one.completion.kept is not None]
 
     assert kept() == [0, 1, 4]  # nothing was kept of 2, and another teacher wrote 3
     assert kept(teacher="him") == [3]
     assert kept(top_k=1) == kept(top_k=None) == kept(temperature=1.0) == kept(teacher="it") == []
-    found = source(path).responses(asked((3, 0), (3, 0)), RULES, Chat())[1].trajectory.kept
+    found = source(path).responses(asked((3, 0), (3, 0)), RULES, Chat())[1].completion.kept
     assert found.topk.ids.tolist() == [[4, 4]] * 5 and found.target_logprob.tolist() == [4.0] * 5
 
 
@@ -102,7 +102,7 @@ def test_damage_is_named(path):
     wanted = asked((0, 0))
     for damaged, told in (("{", "does not parse"), ("[]", "is no object"), ("{}", "has no 'row'")):
         path.write_text("\n".join([lines[0], damaged, *lines[2:]]) + "\n")
-        with pytest.raises(UserError, match=rf"{NAME}:2 {told}.*config\.trajectory\.reuse"):
+        with pytest.raises(UserError, match=rf"{NAME}:2 {told}.*config\.rollout\.reuse"):
             source(path).responses(wanted, RULES, Chat())
     path.write_text("\n".join(lines) + "\n")
     kept = path.with_suffix(".kept") / "00000000.safetensors"
@@ -147,7 +147,7 @@ def test_the_same_run_once_more_asks_its_teacher_nothing(
 ):
     caplog.set_level("INFO", "absl")
     told = asked_of(monkeypatch)
-    c = flax(student, other, trajectory__reuse=str(first / NAME))
+    c = flax(student, other, rollout__reuse=str(first / NAME))
     gkdjax.run(c, tmp_path)
     assert told == []
     assert (
@@ -161,7 +161,7 @@ def test_what_the_file_lacks_is_written_and_the_run_can_be_interrupted(
     student, other, first, tmp_path, monkeypatch
 ):
     """Two responses a prompt instead of one, and the first prompt is new."""
-    changes = {"trajectory__reuse": str(first / NAME), "trajectory__per_prompt": 2}
+    changes = {"rollout__reuse": str(first / NAME), "rollout__per_prompt": 2}
     c = flax(student, other, **changes)
     rows = [{"prompt": "new"}, *c.data.train[1:]]
     c.data.train = rows
@@ -190,7 +190,7 @@ def test_what_the_file_lacks_is_written_and_the_run_can_be_interrupted(
 
 def test_text_of_another_teacher_is_scored_by_this_one(student, first, tmp_path):
     teacher = ConstantTeacher(50, 5)
-    c = flax(student, "", teacher__top_k=1, trajectory__reuse=str(first / NAME))
+    c = flax(student, "", teacher__top_k=1, rollout__reuse=str(first / NAME))
     c.teacher.backend = "local-toggle"
     gkdjax.run(c, tmp_path, teacher=teacher)
     assert teacher.calls == 3
@@ -205,9 +205,9 @@ def test_what_this_run_does_not_accept_is_written_anew(student, other, first, tm
     letter = next(text[0] for text in (line["text"] for line in lines) if text)
     bad = {line["row"] for line in lines if letter not in line["text"]}
     assert 0 < len(bad) < 6, "choose another letter"
-    c = flax(student, other, trajectory__reuse=str(first / NAME))
+    c = flax(student, other, rollout__reuse=str(first / NAME))
     c.context.target_content_pattern = f"[{letter}]"
-    c.trajectory.max_refills = 40
+    c.rollout.max_retries = 40
     results = gkdjax.run(c, tmp_path)
     mine, theirs = (
         {line["row"]: line for line in read} for read in (read_lines(tmp_path / NAME), lines)
@@ -218,18 +218,18 @@ def test_what_this_run_does_not_accept_is_written_anew(student, other, first, tm
 
 
 def test_what_is_longer_than_this_run_writes_is_written_anew(student, other, first, tmp_path):
-    c = flax(student, other, trajectory__reuse=str(first / NAME), trajectory__max_new_tokens=2)
+    c = flax(student, other, rollout__reuse=str(first / NAME), rollout__max_new_tokens=2)
     gkdjax.run(c, tmp_path)
     lengths = [len(line["ids"]) for line in read_lines(tmp_path / NAME)]
     assert max(lengths) == 2 < max(len(line["ids"]) for line in read_lines(first / NAME))
 
 
 def test_another_prefix_is_told(student, other, first, tmp_path):
-    c = flax(student, other, trajectory__reuse=str(first / NAME))
+    c = flax(student, other, rollout__reuse=str(first / NAME))
     c.context.prefix_messages = [{"role": "system", "content": "be long"}]
     with pytest.raises(UserError, match="after another prefix"):
         gkdjax.run(c, tmp_path / "a")
     (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "ask 0"}) + "\n")
-    c.trajectory.reuse = str(tmp_path / "x.jsonl")
+    c.rollout.reuse = str(tmp_path / "x.jsonl")
     with pytest.raises(UserError, match=r"x\.jsonl:1 has no 'row'"):
         gkdjax.run(c, tmp_path / "b")

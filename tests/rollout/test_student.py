@@ -20,7 +20,7 @@ def config(student, **changes):
     c.data.train = [{"prompt": f"ask {i}" + "!" * (i % 4)} for i in range(6)]
     c.gkd.on_policy_buffer_steps = BLOCK
     c.context.target_content_pattern = "[a-z]"
-    c.trajectory.temperature, c.trajectory.top_p, c.trajectory.max_refills = 1.0, 1.0, 1
+    c.rollout.temperature, c.rollout.top_p, c.rollout.max_retries = 1.0, 1.0, 1
     c.data.train = [{**row, "response": "yes"} for row in c.data.train]
     c.optim.learning_rate = 1e-3
     for key, value in changes.items():

@@ -19,10 +19,10 @@ def job(student: str, base: str, **changes):
     c = small(student, teacher__backend="vllm", teacher__api_base=base, teacher__top_k=5)
     c.data.train = [{"prompt": f"ask {i}"} for i in range(6)]
     c.data.train += [{"prompt": f"told {i}", "response": "so it is"} for i in range(2)]
-    c.trajectory.refresh_every_steps = 2
+    c.rollout.refresh_every_steps = 2
     c.train.steps = 6
     c.anchor.data = [{"prompt": "other", "response": "no"}, {"prompt": "more"}]
-    c.anchor.towards = "teacher"
+    c.anchor.reference = "teacher"
     c.anchor.batch_size = 4
     c.data.validation = [{"prompt": "checked"}, {"prompt": "read", "response": "so be it"}]
     c.eval.prompts = [{"prompt": f"q {i}"} for i in range(3)]
@@ -81,7 +81,7 @@ def test_nothing_is_bought_that_the_run_would_not_ask_for(student, server, tmp_p
     rows = [{"prompt": f"told {i}", "response": "so it is"} for i in range(40)]
     c = job(student, server.base, data__train=rows, train__steps=2, anchor__data=None)
     c.data.validation = None
-    c.trajectory.refresh_every_steps = None
+    c.rollout.refresh_every_steps = None
     fill(c, tmp_path / "run")
     results = gkdjax.run(c, tmp_path / "run")
     assert results["teacher"]["bought"] > 0  # what the student wrote for the evaluation, alone

@@ -104,7 +104,7 @@ def test_the_sampler_draws_what_the_tokenizer_knows(made):
         batch_size=8,
         lengths=(4,),
     )
-    drawn = np.concatenate([trajectory.ids for trajectory in written])
+    drawn = np.concatenate([completion.ids for completion in written])
     assert drawn.max() < KNOWN_IDS
     assert len(np.unique(drawn)) > 20
 

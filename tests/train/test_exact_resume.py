@@ -95,8 +95,10 @@ def test_an_interrupted_run_of_another_config_is_refused(done, tmp_path):
     shutil.copytree(found.killed, interrupted)
     (interrupted / "results.json").unlink()
     changed = resume_config.get_config(f"off-lora,{found.whole.parents[1] / 'models'}")
-    changed.train.accumulation = 1
+    changed.train.grad_accum_steps = 1
     changed.optim.learning_rate = 1e-3
-    told = r"config.optim.learning_rate \(now 0.001, was 0.01\); config.train.accumulation \(now 1"
+    told = (
+        r"config.optim.learning_rate \(now 0.001, was 0.01\); config.train.grad_accum_steps \(now 1"
+    )
     with pytest.raises(UserError, match=told):
         gkdjax.run(config.parse(changed), interrupted)

@@ -40,7 +40,7 @@ def adapter(student, tmp_path):
 
 def starting_from(student: str, directory: str, **changes):
     c = small(student, **changes)
-    c.student.lora.start_from = directory
+    c.student.lora.init_from = directory
     c.student.lora.alpha = 3.0
     c.student.lora.targets = TARGETS
     return c
@@ -114,7 +114,7 @@ def test_an_adapter_of_another_base_is_refused(student, other, adapter, tmp_path
 def test_an_adapter_given_as_a_model_is_named(student, adapter, tmp_path, key):
     c, directory = small(student, teacher__backend="flax", teacher__model=student), adapter()
     c[key].model = directory
-    told = rf"{directory} is the directory of an adapter.*student\.lora\.start_from or teacher\.ada"
+    told = rf"{directory} is the directory of an adapter.*student\.lora\.init_from or teacher\.ada"
     with pytest.raises(UserError, match=told):
         gkdjax.run(c, tmp_path / "run")
 

@@ -22,7 +22,7 @@ from gkdjax.utils.errors import UserError
 
 HELD_OUT = [{"prompt": "held"}, {"prompt": "held 2"}]
 ANCHOR = [{"prompt": "other", "response": "fine"}, {"prompt": "thing"}]
-ANCHORED = {"anchor__data": ANCHOR, "anchor__towards": "teacher", "anchor__batch_size": 4}
+ANCHORED = {"anchor__data": ANCHOR, "anchor__reference": "teacher", "anchor__batch_size": 4}
 ON_POLICY = {"gkd__on_policy_fraction": 0.5, "eval__prompts": HELD_OUT, "train__steps": 6}
 
 
@@ -65,8 +65,8 @@ def test_rows_that_the_server_cannot_hold_are_named_before_any_text_is_bought(st
     entries = [{"id": "base", "max_model_len": 101}, {"id": "tuned", "parent": "base"}]
     with FakeServer(FakeTeacher(entries=entries)) as server, contextlib.ExitStack() as stack:
         c = config_for(student, server.base, teacher__api_model="tuned", train__steps=3)
-        c.trajectory.max_new_tokens = 90
-        told = rf"max_model_len=101 of base in /v1/models, {server.base}.*trajectory.max_new_tokens"
+        c.rollout.max_new_tokens = 90
+        told = rf"max_model_len=101 of base in /v1/models, {server.base}.*rollout.max_new_tokens"
         with pytest.raises(UserError, match=told):
             setup.read(config.parse(c), tmp_path, None, stack)
         assert rows_asked(server.requests) == []

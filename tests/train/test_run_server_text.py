@@ -36,7 +36,7 @@ def test_it_learns_from_the_servers_own_text(student, tmp_path, capsys, caplog):
     with FakeServer(Unreadable(by_text=True, completions=False)) as server:
         held_out = [{"prompt": "held"}, {"prompt": "held 2"}]
         c = config_for(student, server.base, **CHAT, eval__prompts=held_out)
-        c.trajectory.max_refills, c.teacher.max_unreadable = 20, 1.0
+        c.rollout.max_retries, c.teacher.max_unreadable = 20, 1.0
         results = gkdjax.run(c, tmp_path)
     line = results["held_out"]["after"]
     assert {name.partition("/")[0] for name in line} == {"step", "teacher_text"}
@@ -75,7 +75,7 @@ def test_too_much_text_that_cannot_be_read_ends_the_run(student, tmp_path):
         ({"gkd__on_policy_fraction": 0.5}, "what the student writes"),
         ({"data__train": MIXED_ROWS}, "rows of data.train"),
         (
-            {"anchor__data": [{"prompt": "a", "response": "b"}], "anchor__towards": "teacher"},
+            {"anchor__data": [{"prompt": "a", "response": "b"}], "anchor__reference": "teacher"},
             "rows of anchor.data",
         ),
     ],

@@ -34,7 +34,7 @@ def test_on_policy_text_has_to_be_a_target(student, tmp_path):
 def test_on_policy_text_that_is_cut_is_counted(student, tmp_path):
     c = small(student, teacher__top_k=1, gkd__on_policy_fraction=1.0, train__steps=2)
     c.data.max_length, c.data.bucket_lengths = 48, (48,)
-    c.trajectory.max_new_tokens = 30
+    c.rollout.max_new_tokens = 30
     gkdjax.run(c, tmp_path, teacher=ConstantTeacher(50, 5))
     for line in metrics(tmp_path):
         assert 0 < line["truncated_rows"] <= line["on_policy_rows"] == 4
@@ -82,7 +82,7 @@ def test_rows_that_change_on_the_way_are_noticed(student, tmp_path):
 
 def test_what_the_student_is_to_write_has_to_fit_its_context(tmp_path):
     model = factories.model_dir(tmp_path / "model", max_position_embeddings=48)
-    c = small(model, gkd__on_policy_fraction=0.5, trajectory__max_new_tokens=30)
+    c = small(model, gkd__on_policy_fraction=0.5, rollout__max_new_tokens=30)
     c.data.train = [{"prompt": "ask", "response": "no"}]
     c.gkd.on_policy_warmup_steps = c.train.steps  # it is checked before anything is computed
     with pytest.raises(

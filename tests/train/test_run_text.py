@@ -6,7 +6,7 @@ from small_runs import ConstantTeacher, metrics, small
 
 import gkdjax
 from gkdjax.teachers.local import LocalTeacher
-from gkdjax.types import Trajectory
+from gkdjax.types import Completion
 from gkdjax.utils.errors import TrainingFailure, UserError
 from gkdjax.utils.files import read_lines
 
@@ -16,12 +16,12 @@ class Moody(ConstantTeacher):
 
     def sample(self, prompts, seeds, sampling):
         says = {0: [50, 5], 1: [25, 5], 2: [50, 5], 3: []}
-        return [Trajectory(np.asarray(says[seed % 4], np.int32), True) for seed in seeds]
+        return [Completion(np.asarray(says[seed % 4], np.int32), True) for seed in seeds]
 
 
 def test_text_without_the_pattern_is_refilled_dropped_counted_and_named(student, tmp_path, caplog):
     c = small(student, teacher__top_k=1, context__target_content_pattern="^K$")
-    c.trajectory.max_refills = 1
+    c.rollout.max_retries = 1
     c.data.train = [{"prompt": f"ask {i}"} for i in range(40)]
     results = gkdjax.run(c, tmp_path, teacher=Moody(50, 5))
     lines = read_lines(tmp_path / "trajectories_train.jsonl")
@@ -55,8 +55,8 @@ def test_a_pattern_that_does_not_compile_is_told_before_anything_is_read(tmp_pat
 def test_on_policy_rows_without_the_pattern_teach_nothing_and_are_counted(student, tmp_path):
     c = small(student, teacher__top_k=1, gkd__on_policy_fraction=1.0)
     c.context.target_content_pattern = "^[A-Za-z]"
-    c.trajectory.max_refills = 1
-    c.trajectory.temperature, c.trajectory.top_p = 1.0, 1.0
+    c.rollout.max_retries = 1
+    c.rollout.temperature, c.rollout.top_p = 1.0, 1.0
     c.train.steps, c.optim.learning_rate = 8, 1e-5  # it goes on writing at random
     teacher = ConstantTeacher(50, 5)
     gkdjax.run(c, tmp_path, teacher=teacher)

@@ -35,7 +35,7 @@ def step_function(accumulation=1, seed=0, remat=False, devices=1, reduction="tok
     config = builders.config(
         gkd=Gkd("forward_kl", reduction=reduction),
         anchor=Anchor(names, {"chat": 0.5, "code": 2.0}, divergence="reverse_kl"),
-        train=Train(accumulation=accumulation, seed=seed),
+        train=Train(grad_accum_steps=accumulation, seed=seed),
     )
     mesh = parallel_mesh.make_mesh(devices=jax.local_devices()[:devices])
     decoder = dataclasses.replace(DECODER, remat=remat)
@@ -277,7 +277,7 @@ def test_full_fine_tuning_is_adamw_of_every_parameter():
     optimizer_config = Optim(learning_rate=0.01, warmup_ratio=0.0, max_grad_norm=0.5)
     optimizer = train_optimizer.optimizer(optimizer_config, 10)
     mesh = parallel_mesh.make_mesh()
-    config = builders.config(gkd=Gkd("forward_kl"), train=Train(accumulation=2))
+    config = builders.config(gkd=Gkd("forward_kl"), train=Train(grad_accum_steps=2))
     schedule = train_optimizer.schedule(optimizer_config, 10)
     step = make_train_step(DECODER, optimizer, schedule, config, mesh)
     state = init_state(jax.tree.map(jnp.copy, PARAMS), optimizer)

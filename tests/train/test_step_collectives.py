@@ -19,7 +19,7 @@ def test_sums_and_gradients_are_all_that_is_exchanged(full):
     mesh, optimizer = parallel_mesh.make_mesh(), optax.sgd(1.0)
     assert mesh.size == 4
     decoder, params = builders.small_model()
-    config = builders.config(gkd=Gkd("forward_kl"), train=Train(accumulation=2))
+    config = builders.config(gkd=Gkd("forward_kl"), train=Train(grad_accum_steps=2))
     step = make_train_step(decoder, optimizer, optax.constant_schedule(0.1), config, mesh)
     frozen, trainable = (None, params) if full else (params, builders.adapters(decoder))
     whole = parallel_mesh.replicate(mesh, (init_state(trainable, optimizer), frozen))

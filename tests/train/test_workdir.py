@@ -122,7 +122,7 @@ def test_a_config_of_something_else_is_never_overwritten(student, tmp_path, text
 
 
 def test_what_has_to_be_mended_does_not_go_on_by_itself(student, tmp_path):
-    c = small(student, teacher__top_k=1, trajectory__reuse="a.jsonl")
+    c = small(student, teacher__top_k=1, rollout__reuse="a.jsonl")
     c.data.train = [{"prompt": "ask", "response": "told"}] * 4
     with pytest.raises(UserError, match=r"Leave it out\. No step was made yet$"):
         gkdjax.run(c, tmp_path, ConstantTeacher(50, 5))
@@ -156,12 +156,18 @@ def test_two_processes_are_never_at_work_in_one_directory(student, tmp_path):
         assert {path.name for path in tmp_path.iterdir()} == {"run", "results.json"}
 
 
-def test_a_run_from_before_a_key_was_there_goes_on_with_its_default(student, tmp_path):
+def test_a_run_with_the_keys_of_an_earlier_release_goes_on(student, tmp_path):
     workdir.claim(tmp_path, config.parse(small(student)))
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     path = tmp_path / "config.json"
     old = json.loads(path.read_text())
     assert old["data"].pop("bad_rows") == "refuse"
+    for key, name in config.RENAMED.items():  # keys had other names, too
+        section = old
+        *sections, new = name.split(".")
+        for one in sections:
+            section = section.get(one) or old["trajectory"]
+        section[key.rpartition(".")[2]] = section.pop(new)
     path.write_text(json.dumps(old))
     assert claims(tmp_path, small(student))
     with pytest.raises(UserError, match=r"data\.bad_rows \(now 'drop', was 'refuse'\)"):

@@ -24,7 +24,7 @@ def load_config(directory: str | pathlib.Path) -> dict:
     if not (path / "config.json").is_file() and (path / "adapter_config.json").is_file():
         raise UserError(
             f"{directory} is the directory of an adapter, not of a model; name its base as the"
-            " model, and the directory as student.lora.start_from or teacher.adapter"
+            " model, and the directory as student.lora.init_from or teacher.adapter"
         )
     if not (path / "config.json").is_file():
         raise UserError(f"{directory} holds no config.json, so it is not a model directory")

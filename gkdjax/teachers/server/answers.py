@@ -75,7 +75,7 @@ class TeacherAnswer:
         return dataclasses.replace(self, finished=False, **cut)
 
     def kept(self) -> TokenTopK:
-        """The same as a trajectory keeps it."""
+        """The same as a completion keeps it."""
         topk = TopKLogprobs(self.top_ids, self.top_logprobs, self.tail_logprob)
         return TokenTopK(topk, self.target_logprob)
 

@@ -271,7 +271,7 @@ def _check_drawn(
         apart = drift(drawn.rows(slice(1)), greedy.rows(slice(1)))
         if apart > MOST_DRIFT:
             raise WrongAnswer(
-                f"{NAME}: with trajectory.temperature={sampling.temperature}, .top_p="
+                f"{NAME}: with rollout.temperature={sampling.temperature}, .top_p="
                 f"{sampling.top_p} and .top_k={sampling.top_k} the same token has logprobs"
                 f" {apart:.3f} nats apart from those at temperature 0: they are taken after"
                 " sampling's changes. Have the server give raw ones (vLLM: --logprobs-mode"

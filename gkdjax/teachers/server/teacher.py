@@ -16,7 +16,7 @@ from gkdjax.teachers.base import Capabilities, TeacherHooks
 from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest, TeacherAnswer
 from gkdjax.teachers.server.scheduler import Pool
 from gkdjax.teachers.server.store import codec
-from gkdjax.types import Batch, Prompt, TokenTopK, Trajectory
+from gkdjax.types import Batch, Completion, Prompt, TokenTopK
 
 
 class ServerTeacher(TeacherHooks):
@@ -68,7 +68,7 @@ class ServerTeacher(TeacherHooks):
 
     def sample(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: SamplingParams
-    ) -> list[Trajectory]:
+    ) -> list[Completion]:
         """See `base.Teacher`; of its text it keeps what it predicted there.
 
         A response of which a token is no id of ours comes back without any token. Of several
@@ -93,7 +93,7 @@ class ServerTeacher(TeacherHooks):
             return self.pool.samples([requests[number] for number in numbers])()
 
         answers = multihost.split_over_processes(ask, len(requests), _to_text, _from_text)
-        return [_trajectory(answer) for answer in answers]
+        return [_completion(answer) for answer in answers]
 
     def stop_on(self, event: threading.Event) -> None:
         """See `base.TeacherHooks`: an answer may be minutes away."""
@@ -129,5 +129,5 @@ def _from_text(text: str) -> TeacherAnswer:
     return codec.decode(base64.b64decode(text))
 
 
-def _trajectory(answer: TeacherAnswer) -> Trajectory:
-    return Trajectory(answer.target_ids, answer.finished, answer.kept())
+def _completion(answer: TeacherAnswer) -> Completion:
+    return Completion(answer.target_ids, answer.finished, answer.kept())

@@ -123,7 +123,7 @@ def _candidates(setup: PlanInputs) -> Iterator[tuple[str, list]]:
     c = setup.config
     if not c.train.remat:
         yield "train.remat", [True]
-    yield "train.accumulation", _more_parts(setup)
+    yield "train.grad_accum_steps", _more_parts(setup)
     if setup.full:
         yield "student.adapter", ["lora"]
     if c.student.compute_dtype == "float32":
@@ -147,7 +147,7 @@ def _more_parts(setup: PlanInputs) -> list[int]:
     rows = c.train.batch_size
     if c.anchor.data is not None:
         rows = math.gcd(rows, c.anchor.batch_size)
-    return [n for n in range(c.train.accumulation + 1, rows + 1) if rows % n == 0]
+    return [n for n in range(c.train.grad_accum_steps + 1, rows + 1) if rows % n == 0]
 
 
 def _halvings(number: int, least: int) -> list[int]:

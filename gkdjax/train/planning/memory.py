@@ -103,7 +103,7 @@ def held(setup: PlanInputs) -> Parts:
         found = {"student, frozen": loaded} | found
     elif setup.keeps_base:
         found["student, frozen second copy"] = loaded
-    if c.student.lora.start_from:
+    if c.student.lora.init_from:
         found["adapters to start from"] = trained(setup)
     if setup.of_teacher is not None:
         found["teacher's prefixes, at most"] = prefixes(setup, setup.of_teacher)
@@ -117,12 +117,12 @@ def training_step(setup: PlanInputs) -> Parts:
     # XLA reads all parts (the batch and each anchor) forward before it goes back through any, and
     # the loops that go back through them share no memory.
     passes = [
-        activations.kept(_pass(setup, rows // c.train.accumulation), c.train.remat)
+        activations.kept(_pass(setup, rows // c.train.grad_accum_steps), c.train.remat)
         for rows, _ in training_rows(setup)
     ]
     all_layers = sum(each.all_layers - _cast_again(setup) for each in passes)
     kept = {"activations": all_layers, "tables": _tables(setup)}
-    carried = trainable if c.train.accumulation > 1 else 0
+    carried = trainable if c.train.grad_accum_steps > 1 else 0
     weights = layer_weights(setup, setup.of_student)
     one_layer = sum(each.one_layer + each.largest + weights for each in passes)
     moments = (
@@ -180,7 +180,7 @@ def training_rows(setup: PlanInputs) -> list[tuple[int, Shard | None]]:
     """(rows of one device, who teaches them in this process) of the batch and of each anchor."""
     anchor, teacher = setup.config.anchor, setup.of_teacher
     parts = [(setup.rows("train"), teacher)]
-    towards = setup.of_student if anchor.towards == "base" else teacher
+    towards = setup.of_student if anchor.reference == "base" else teacher
     return parts + [(setup.rows("anchor"), towards) for _ in anchor_sets(anchor)]
 
 
@@ -259,7 +259,7 @@ def forward(setup: PlanInputs, shard: Shard, rows: int) -> int:
 
 def sampling(setup: PlanInputs) -> Parts:
     """The student's or the teacher's writing of training text, whichever takes more."""
-    new, writers = setup.config.trajectory.max_new_tokens, []
+    new, writers = setup.config.rollout.max_new_tokens, []
     if setup.config.gkd.on_policy_fraction > 0:
         writers.append(_writing(setup, setup.of_student, setup.rows("train"), new))
     if setup.of_teacher is not None:

@@ -102,7 +102,7 @@ class PlanInputs:
     def keeps_base(self) -> bool:
         """Somebody reads the untrained student during the training; see `assemble`."""
         c = self.config
-        anchored = c.anchor.data is not None and c.anchor.towards == "base"
+        anchored = c.anchor.data is not None and c.anchor.reference == "base"
         compared = c.eval.side_effects is not None or bool(c.eval.retention)
         return self.toggles or anchored or compared
 

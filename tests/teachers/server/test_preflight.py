@@ -404,7 +404,7 @@ class Processed(FakeTeacher):
 
 
 def test_logprobs_after_temperature_are_not_those_before(chat):
-    refused(Processed(), chat, "trajectory.temperature=0.8", "raw_logprobs")
+    refused(Processed(), chat, "rollout.temperature=0.8", "raw_logprobs")
     server, _ = examined(Processed(by_text=True), chat, "openai")
     assert server.findings.dialect == "chat_by_id"  # that route tells raw ones
 

@@ -69,7 +69,7 @@ def test_text_of_another_teacher_is_not_taken_for_its_own(student, tmp_path):
     with FakeServer(FakeTeacher()) as server:
         c.teacher.api_base = server.base
         gkdjax.run(c, tmp_path / "first")
-    c.trajectory.reuse = str(tmp_path / "first" / "trajectories_train.jsonl")
+    c.rollout.reuse = str(tmp_path / "first" / "trajectories_train.jsonl")
     with FakeServer(FakeTeacher(seed=5)) as server:
         c.teacher.api_base = server.base
         gkdjax.run(c, tmp_path / "second")

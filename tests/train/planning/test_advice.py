@@ -96,8 +96,8 @@ def settings(of, limit) -> dict:
 
 def test_a_number_is_lowered_no_further_than_it_must_be():
     of = setup(train__batch_size=16)
-    limit = memory.plan(setup(train__batch_size=16, train__accumulation=4)).peak
-    assert settings(of, limit)["train.accumulation"] == 4
+    limit = memory.plan(setup(train__batch_size=16, train__grad_accum_steps=4)).peak
+    assert settings(of, limit)["train.grad_accum_steps"] == 4
 
 
 def test_what_is_done_already_or_saves_nothing_is_not_proposed():
@@ -119,4 +119,4 @@ def test_what_is_done_already_or_saves_nothing_is_not_proposed():
 
 def test_an_anchor_is_cut_in_as_many_parts_as_the_batch():
     of = setup(train__batch_size=16, anchor__data=[{"prompt": "?"}], anchor__batch_size=6)
-    assert settings(of, 0)["train.accumulation"] == 2
+    assert settings(of, 0)["train.grad_accum_steps"] == 2

@@ -40,7 +40,9 @@ def test_full_fine_tuning_holds_masters_and_a_copy_only_for_who_reads_it():
     anchored = {"anchor__data": [{"prompt": "?"}], "teacher__backend": "flax"}
     found = held(setup("bfloat16", student__adapter="none", **anchored))
     assert found["student, frozen second copy"] == parameters() * 2
-    found = held(setup("bfloat16", student__adapter="none", anchor__towards="teacher", **anchored))
+    found = held(
+        setup("bfloat16", student__adapter="none", anchor__reference="teacher", **anchored)
+    )
     assert "student, frozen second copy" not in found
 
 
@@ -98,7 +100,7 @@ def test_less_is_kept_with_remat_and_with_parts():
 
     plain = activations()
     assert activations(train__remat=True) < plain / 10
-    assert activations(train__accumulation=4) == pytest.approx(plain / 4, rel=0.02)
+    assert activations(train__grad_accum_steps=4) == pytest.approx(plain / 4, rel=0.02)
 
 
 def test_weights_of_another_dtype_than_the_products_are_cast_and_kept():

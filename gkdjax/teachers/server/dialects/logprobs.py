@@ -207,7 +207,7 @@ def check_not_cut(finish_reason: JsonField, written: int, request: SampleRequest
             f'is "length" after {written} tokens, and {most} were asked for after a prompt of'
             f" {len(request.ids)}: the server cuts answers at a limit of its own, its context's or"
             f" another. Serve the model with a longer context (vLLM: --max-model-len), or set"
-            f" trajectory.max_new_tokens (and eval.max_new_tokens) to {max(written, 1)} or less"
+            f" rollout.max_new_tokens (and eval.max_new_tokens) to {max(written, 1)} or less"
         )
 
 
