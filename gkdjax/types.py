@@ -40,6 +40,19 @@ class Prompt(NamedTuple):
     tools: str = ""  # and the row's; see `Example`
 
 
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are sampled."""
+
+    max_new_tokens: int  # at least 1; a row that has not stopped by then is cut off
+    temperature: float  # divides the logits; 0 takes the most probable token
+    # Sample from the smallest set of tokens whose probability reaches it; 1: from all. Before that,
+    # from the k most probable tokens; None, or as many as there are: from all. In both the lowest
+    # ids come first among equals.
+    top_p: float
+    top_k: int | None = None
+
+
 class Expected(NamedTuple):
     """What a question expects; see `gkdjax.data.answer_matching`."""
 

@@ -25,10 +25,11 @@ import optax
 from gkdjax.config import Gkd, Train
 from gkdjax.losses import top_k_logprobs
 from gkdjax.losses.objective import TopKTargets
-from gkdjax.models.sampler import Keep, SamplingParams, sample
+from gkdjax.models.sampler import Keep, sample
 from gkdjax.parallel import mesh as parallel_mesh
 from gkdjax.parallel.sharding_rules import ShardingRules
 from gkdjax.train.step import init_state, make_train_step
+from gkdjax.types import SamplingParams
 from gkdjax.utils.tree import path_str
 
 V, D, L, K = 512, 32, 3, 4

@@ -16,9 +16,8 @@ import transformers
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest, TeacherAnswer
-from gkdjax.types import Message
+from gkdjax.types import Message, SamplingParams
 from gkdjax.utils.errors import WrongAnswer
 
 FILES = pathlib.Path(__file__).parent / "teachers" / "server" / "recorded"

@@ -27,10 +27,10 @@ from fake_teacher import FakeTeacher
 from resume_runs import ROOT
 from server_runs import rows_asked
 
-from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest
 from gkdjax.teachers.server.store.answers import AnswerStore, sample_key, score_key
 from gkdjax.teachers.server.store.fingerprint import TeacherIdentity
+from gkdjax.types import SamplingParams
 from gkdjax.utils.text import table
 
 KEY = "canary-0815-sesame-0815"

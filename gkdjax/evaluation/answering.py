@@ -10,9 +10,8 @@ from gkdjax.config import Config
 from gkdjax.data.answer_matching import is_right
 from gkdjax.data.chat_template import Chat
 from gkdjax.evaluation.scoring import EvalModel
-from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.base import Teacher
-from gkdjax.types import Completion, Example
+from gkdjax.types import Completion, Example, SamplingParams
 from gkdjax.utils import text as utils_text
 
 

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from gkdjax.evaluation.scoring import EvalModel
 from gkdjax.models.prefix_cache import PrefixCache, worth_keeping
-from gkdjax.models.sampler import SamplingParams, sample
+from gkdjax.models.sampler import sample
+from gkdjax.types import SamplingParams
 
 _ROUNDS = 5
 _NEVER = -1  # an id that is not drawn: every row writes all of its tokens

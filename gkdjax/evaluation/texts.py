@@ -14,10 +14,9 @@ from gkdjax.data.loss_mask import TargetRules
 from gkdjax.data.views import ViewRules
 from gkdjax.evaluation.scoring import ScoredText
 from gkdjax.models import padding
-from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.base import Teacher
 from gkdjax.teachers.scoring import request_targets
-from gkdjax.types import Completion, Example, Message, Prompt, View, ViewPair
+from gkdjax.types import Completion, Example, Message, Prompt, SamplingParams, View, ViewPair
 from gkdjax.utils import text as utils_text
 from gkdjax.utils.errors import UserError
 

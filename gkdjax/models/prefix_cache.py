@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from gkdjax.models.decoder import Decoder, read_prefix
 from gkdjax.models.kv_cache import Prefix
 from gkdjax.models.padding import round_up
-from gkdjax.models.sampler import SamplingParams, sample
+from gkdjax.models.sampler import sample
 from gkdjax.parallel import mesh as parallel_mesh
-from gkdjax.types import Batch, Completion
+from gkdjax.types import Batch, Completion, SamplingParams
 
 LEAST_TOKENS = 128  # a shorter one costs less to read again than its programs cost to compile
 

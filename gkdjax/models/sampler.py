@@ -22,26 +22,7 @@ from gkdjax.models import sampling as models_sampling
 from gkdjax.models.decoder import Decoder
 from gkdjax.models.kv_cache import Cache, Prefix
 from gkdjax.parallel import mesh as parallel_mesh
-from gkdjax.types import Completion, TokenHidden, TokenTopK
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are drawn.
-
-    Attributes:
-      max_new_tokens: N, at least 1; a row that has not stopped by then is cut off.
-      temperature: divides the logits; 0 takes the most probable token.
-      top_p: draw from the smallest set of tokens whose probability reaches it, the lowest ids first
-        among equals; 1 draws from all.
-      top_k: before that, draw from the k most probable tokens, the lowest ids first among equals;
-        None, or as many as there are: from all.
-    """
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int | None = None
+from gkdjax.types import Completion, SamplingParams, TokenHidden, TokenTopK
 
 
 @dataclasses.dataclass(frozen=True)

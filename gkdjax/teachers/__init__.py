@@ -10,7 +10,7 @@ _NAMES = {  # where they are; they are loaded when they are asked for
     "Message": "gkdjax.types",
     "Prompt": "gkdjax.types",
     "RemoteTeacher": "gkdjax.teachers.base",
-    "SamplingParams": "gkdjax.models.sampler",
+    "SamplingParams": "gkdjax.types",
     "Teacher": "gkdjax.teachers.base",
     "TopKLogprobs": "gkdjax.losses.topk",
     "TopKTargets": "gkdjax.losses.objective",

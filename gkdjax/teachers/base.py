@@ -10,8 +10,7 @@ import numpy as np
 from gkdjax.data.chat_template import Chat
 from gkdjax.data.truncation import Limit
 from gkdjax.losses.objective import TeacherTargets, TopKTargets
-from gkdjax.models.sampler import SamplingParams
-from gkdjax.types import Batch, Completion, Prompt
+from gkdjax.types import Batch, Completion, Prompt, SamplingParams
 from gkdjax.utils.errors import UserError
 
 

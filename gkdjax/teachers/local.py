@@ -17,10 +17,10 @@ from gkdjax.losses.lm_head import unembed
 from gkdjax.losses.objective import DenseTargets, TeacherTargets, TopKTargets
 from gkdjax.models.decoder import Decoder, unembedding_table
 from gkdjax.models.prefix_cache import PrefixCache
-from gkdjax.models.sampler import Keep, SamplingParams
+from gkdjax.models.sampler import Keep
 from gkdjax.parallel import mesh as parallel_mesh
 from gkdjax.teachers.base import Capabilities, TeacherHooks
-from gkdjax.types import Batch, Completion, Prompt
+from gkdjax.types import Batch, Completion, Prompt, SamplingParams
 from gkdjax.utils.errors import UserError
 
 

@@ -9,11 +9,10 @@ from small_runs import small
 from vllm_server import connected
 
 from gkdjax import config
-from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.server import connect
 from gkdjax.teachers.server.answers import ScoreRequest
 from gkdjax.tools import check_teacher
-from gkdjax.types import Prompt
+from gkdjax.types import Prompt, SamplingParams
 from gkdjax.utils.errors import UserError
 
 pytestmark = pytest.mark.integration

@@ -18,8 +18,7 @@ from gkdjax.config import ASSETS, parse
 from gkdjax.data.chat_template import load_chat
 from gkdjax.models import lora
 from gkdjax.models.hf import export, load
-from gkdjax.models.sampler import SamplingParams
-from gkdjax.types import Prompt
+from gkdjax.types import Prompt, SamplingParams
 
 pytestmark = pytest.mark.integration
 NATS = 1e-4  # a loss here and there

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from gkdjax.models.sampler import SamplingParams, sample
+from gkdjax.models.sampler import sample
+from gkdjax.types import SamplingParams
 from tests.models.model_cases import pair
 
 N = 64  # far past the window of 5

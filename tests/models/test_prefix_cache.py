@@ -9,9 +9,10 @@ import pytest
 
 from gkdjax.models import prefix_cache, sampler
 from gkdjax.models.prefix_cache import PrefixCache, common_beginning
-from gkdjax.models.sampler import Keep, SamplingParams
+from gkdjax.models.sampler import Keep
 from gkdjax.parallel import mesh
 from gkdjax.teachers.local import LocalTeacher
+from gkdjax.types import SamplingParams
 
 DECODER, PARAMS = builders.small_model(
     layer_types=["sliding_attention", "full_attention"], sliding_window=5

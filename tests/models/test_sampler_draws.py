@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from gkdjax.models import sampler, sampling
-from gkdjax.models.sampler import SamplingParams, sample
+from gkdjax.models.sampler import sample
+from gkdjax.types import SamplingParams
 
 DRAWS, VOCAB = 8192, 12
 

@@ -11,12 +11,12 @@ import pytest
 from gkdjax.data.chat_template import Chat
 from gkdjax.losses import TopKLogprobs, within
 from gkdjax.losses.objective import DenseTargets, TopKTargets
-from gkdjax.models.sampler import SamplingParams, sample
+from gkdjax.models.sampler import sample
 from gkdjax.parallel import mesh as parallel_mesh
 from gkdjax.teachers.base import Teacher
 from gkdjax.teachers.local import LocalTeacher
 from gkdjax.teachers.scoring import request_targets
-from gkdjax.types import Prompt
+from gkdjax.types import Prompt, SamplingParams
 
 # Untied and capped, so that a forgotten table or cap shows.
 DECODER, PARAMS = builders.small_model(

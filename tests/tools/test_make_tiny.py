@@ -16,8 +16,9 @@ import transformers
 from gkdjax.data.chat_template import load_chat
 from gkdjax.models.hf import load, model_config
 from gkdjax.models.hf.tensor_files import TensorFiles
-from gkdjax.models.sampler import SamplingParams, sample
+from gkdjax.models.sampler import sample
 from gkdjax.tools.make_tiny import make_tiny
+from gkdjax.types import SamplingParams
 from gkdjax.utils.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]

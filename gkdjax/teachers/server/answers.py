@@ -11,8 +11,7 @@ import numpy as np
 
 from gkdjax.losses import TopKLogprobs
 from gkdjax.losses.topk import EPS
-from gkdjax.models.sampler import SamplingParams
-from gkdjax.types import Message, TokenTopK
+from gkdjax.types import Message, SamplingParams, TokenTopK
 from gkdjax.utils.errors import WrongAnswer
 
 MOST_MASS = 1.0 + 1e-3  # of K probabilities; more cannot be rounding

@@ -14,7 +14,6 @@ from absl import logging
 from gkdjax.config import Teacher
 from gkdjax.data.chat_template import Chat
 from gkdjax.data.truncation import Limit
-from gkdjax.models.sampler import SamplingParams
 from gkdjax.parallel import multihost
 from gkdjax.teachers.base import Capabilities
 from gkdjax.teachers.server.dialects import openai, sglang, vllm
@@ -28,6 +27,7 @@ from gkdjax.teachers.server.store.fingerprint import TeacherIdentity, fingerprin
 from gkdjax.teachers.server.store.suspects import Suspects
 from gkdjax.teachers.server.teacher import ServerTeacher
 from gkdjax.teachers.server.transport.client import Limits, Transport
+from gkdjax.types import SamplingParams
 from gkdjax.utils.errors import UserError
 
 # In the run's directory:

@@ -13,13 +13,12 @@ import numpy as np
 from absl import logging
 
 from gkdjax.data.chat_template import Chat
-from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.server import agreement, draws, served
 from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest, TeacherAnswer
 from gkdjax.teachers.server.dialects.base import Dialect, exchange
 from gkdjax.teachers.server.store.fingerprint import MOST_DRIFT, drift
 from gkdjax.teachers.server.transport.client import RepeatedServerError, Transport
-from gkdjax.types import Message
+from gkdjax.types import Message, SamplingParams
 from gkdjax.utils.errors import TeacherRefused, UserError, WrongAnswer
 
 PROBE = (

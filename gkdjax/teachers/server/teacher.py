@@ -10,13 +10,12 @@ from gkdjax.data import batching
 from gkdjax.data.chat_template import Chat
 from gkdjax.data.truncation import Limit
 from gkdjax.losses.objective import TopKTargets
-from gkdjax.models.sampler import SamplingParams
 from gkdjax.parallel import multihost
 from gkdjax.teachers.base import Capabilities, TeacherHooks
 from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest, TeacherAnswer
 from gkdjax.teachers.server.scheduler import Pool
 from gkdjax.teachers.server.store import codec
-from gkdjax.types import Batch, Completion, Prompt, TokenTopK
+from gkdjax.types import Batch, Completion, Prompt, SamplingParams, TokenTopK
 
 
 class ServerTeacher(TeacherHooks):

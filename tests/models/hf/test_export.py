@@ -22,8 +22,8 @@ from gkdjax import config
 from gkdjax.data.chat_template import load_chat
 from gkdjax.models import lora
 from gkdjax.models.hf import export, load
-from gkdjax.models.sampler import SamplingParams, sample
-from gkdjax.types import Message
+from gkdjax.models.sampler import sample
+from gkdjax.types import Message, SamplingParams
 from gkdjax.utils.errors import UserError
 
 INDEX = "model.safetensors.index.json"

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.server import draws
 from gkdjax.teachers.server.answers import Position, SampleRequest, collect
+from gkdjax.types import SamplingParams
 
 V, STOP = 40, 3
 REQUEST = SampleRequest(

@@ -9,12 +9,12 @@ from fake_server import FakeServer, Reply, script
 from fake_teacher import END, LOGPROBS, MODEL, VOCAB, FakeTeacher
 
 from gkdjax.data.chat_template import load_chat
-from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.server import preflight
 from gkdjax.teachers.server.connect import DIALECTS
 from gkdjax.teachers.server.preflight import examine
 from gkdjax.teachers.server.transport import retries
 from gkdjax.teachers.server.transport.client import Limits, Transport
+from gkdjax.types import SamplingParams
 from gkdjax.utils.errors import TeacherRefused, TeacherUnreachable, UserError
 
 IDS = ("return_token_ids", "return_tokens_as_token_ids")

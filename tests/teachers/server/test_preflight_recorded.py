@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from recorded_answers import VOCAB_SIZE, byte_level, load, texts
 
-from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.server import preflight
 from gkdjax.teachers.server.answers import SampleRequest, TeacherAnswer
 from gkdjax.teachers.server.dialects import openai, vllm
+from gkdjax.types import SamplingParams
 from gkdjax.utils.errors import WrongAnswer
 
 

@@ -9,7 +9,6 @@ from fake_server import FakeServer, Reply
 from fake_teacher import MODEL, VOCAB, FakeTeacher
 from stored_answers import teacher as known_teacher
 
-from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest
 from gkdjax.teachers.server.dialects.vllm import PromptLogprobs
 from gkdjax.teachers.server.scheduler import Pool
@@ -17,6 +16,7 @@ from gkdjax.teachers.server.store.answers import AnswerStore
 from gkdjax.teachers.server.store.suspects import Suspects
 from gkdjax.teachers.server.transport import retries
 from gkdjax.teachers.server.transport.client import Limits, Transport
+from gkdjax.types import SamplingParams
 from gkdjax.utils.errors import TeacherUnreachable
 
 BAD = 66  # the first id of the row that is too much

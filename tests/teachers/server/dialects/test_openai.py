@@ -18,12 +18,11 @@ from recorded_answers import (
 )
 from text_answers import IDS, chat, classic, completions, content, gemma, gemma_echo, qwen
 
-from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.server.dialects import openai, sglang, vllm
 from gkdjax.teachers.server.dialects.openai import ChatById, CompletionsById
 from gkdjax.teachers.server.store.answers import sample_key
 from gkdjax.teachers.server.store.fingerprint import TeacherIdentity
-from gkdjax.types import Message
+from gkdjax.types import Message, SamplingParams
 from gkdjax.utils.errors import WrongAnswer
 
 

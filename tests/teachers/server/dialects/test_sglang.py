@@ -18,8 +18,8 @@ from recorded_answers import (
     vllm_prompt_logprobs,
 )
 
-from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.server.dialects import sglang, vllm
+from gkdjax.types import SamplingParams
 from gkdjax.utils.errors import UserError, WrongAnswer
 
 MODELS = ("qwen3-tiny", "gemma3-tiny")

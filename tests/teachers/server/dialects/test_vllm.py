@@ -16,8 +16,8 @@ from recorded_answers import (
     vllm_sample,
 )
 
-from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.server.dialects import vllm
+from gkdjax.types import SamplingParams
 from gkdjax.utils.errors import UserError, WrongAnswer
 
 MODELS = ("qwen3-tiny", "gemma3-tiny")

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from stored_answers import answer, noisy
 
-from gkdjax.models.sampler import SamplingParams
 from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest, TeacherAnswer
 from gkdjax.teachers.server.store import codec
 from gkdjax.teachers.server.store.answers import sample_key, score_key
 from gkdjax.teachers.server.store.fingerprint import TeacherIdentity, fingerprint_of, same_teacher
-from gkdjax.types import Message
+from gkdjax.types import Message, SamplingParams
 
 
 def test_the_same_teacher_in_spite_of_noise():
