@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from gkdjax.losses import TopKLogprobs
+from gkdjax.utils.text import digest
 
 
 class Message(NamedTuple):
@@ -32,12 +33,18 @@ class Message(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """What the writer of a response is given."""
+    """A prompt whose completion is wanted."""
 
     name: str  # of the row
     ids: np.ndarray  # int32 [T], the writer's view up to where the response begins
     messages: tuple[Message, ...]  # what the teacher's view was rendered from
     tools: str = ""  # and the row's; see `Example`
+    prefix: int = 0  # so many of the messages are the prefix
+    number: int = 0  # of this completion among those of the row
+
+    def key(self) -> tuple[str, int, str]:
+        """What its completion is found by in a file: row, number, digest of the ids."""
+        return self.name, self.number, digest(np.asarray(self.ids, np.int32).tobytes())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +109,8 @@ class Completion:
     ids: np.ndarray  # int32 [n]; if finished, the last one is a stop id
     finished: bool  # False: cut off at max_new_tokens, so there is no end-of-turn target
     kept: TokenTopK | TokenHidden | None = None  # row n predicted ids[n]; None: nobody asked for it
+    refused: int = 0  # attempts that were not accepted
+    author: str = ""  # "student", or the teacher's description
 
 
 @dataclasses.dataclass(frozen=True)

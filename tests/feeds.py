@@ -1,10 +1,9 @@
 """A feed of rows that bring their responses: nobody has to write one."""
 
 from gkdjax.data.chat_template import Chat
-from gkdjax.data.dataset import DistillDataset
+from gkdjax.data.dataset import DistillDataset, RolloutFilter
 from gkdjax.data.examples import read_examples
 from gkdjax.data.loss_mask import TargetRules
-from gkdjax.data.responses import RolloutFilter
 from gkdjax.data.views import ViewRules
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import dataclasses
 import functools
 import math
 import zlib
@@ -12,12 +13,41 @@ import numpy as np
 from absl import logging
 
 from gkdjax.data import batching, buckets, truncation, views
-from gkdjax.data.responses import Rollout, RolloutFilter, RolloutRequest
+from gkdjax.data.chat_template import Chat
+from gkdjax.data.loss_mask import TargetRules
 from gkdjax.data.views import ViewRules
 from gkdjax.models.prefix_cache import worth_keeping
-from gkdjax.types import Batch, Completion, Example, ViewPair
+from gkdjax.types import Batch, Completion, Example, Prompt, ViewPair
 from gkdjax.utils import text
 from gkdjax.utils.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutFilter:
+    """Which completions are learnt from.
+
+    Attributes:
+      targets: a completion must have a target by them, if the assistant's messages are trained.
+      max_retries: a completion that is refused is written again at most so many times.
+      max_new_tokens: its longest length.
+      shared: the student has the ids below it alone; None: it has all.
+    """
+
+    targets: TargetRules
+    max_retries: int
+    max_new_tokens: int
+    shared: int | None = None
+
+    def fate(self, completion: Completion, chat: Chat) -> views.RowStatus:
+        """KEPT, EMPTY or UNMATCHED."""
+        if len(completion.ids) == 0:
+            return views.RowStatus.EMPTY
+        if self.shared is not None and completion.ids.max() >= self.shared:
+            return views.RowStatus.EMPTY
+        trained = "assistant" in self.targets.roles
+        if trained and not self.targets.of_completion(completion, chat).any():
+            return views.RowStatus.UNMATCHED
+        return views.RowStatus.KEPT
 
 
 class Rendered(NamedTuple):
@@ -135,7 +165,7 @@ class DistillDataset:
             rows = sorted({int(row) for step in steps for row in self.batch_rows(step)})
         return [row for row in rows if self._examples[row][0].answer is None]
 
-    def with_rollouts(self, rollouts: Mapping[int, Rollout]) -> "DistillDataset":
+    def with_rollouts(self, rollouts: Mapping[int, Completion]) -> "DistillDataset":
         """The rows that can be trained, ready to give off-policy batches.
 
         Args:
@@ -149,7 +179,7 @@ class DistillDataset:
         new.refused = sum(rollout.refused for rollout in rollouts.values())
         new.first_pairs = []
         for i, row in enumerate(self._examples):
-            pair, fate = self._pair(row[0], rollouts[i].completion if i in rollouts else None)
+            pair, fate = self._pair(row[0], rollouts.get(i))
             if fate is not views.RowStatus.KEPT:
                 new.fates[fate.value].append(row[0].name)
             if pair is not None:
@@ -157,14 +187,14 @@ class DistillDataset:
                 new.first_pairs.append(pair)
         new._own = {}  # they are kept as `first_pairs`
         new._pairs = new.first_pairs
-        texts = [self.rules.teacher_chat.decode(r.completion.ids) for r in rollouts.values()][:1]
+        texts = [self.rules.teacher_chat.decode(r.ids) for r in rollouts.values()][:1]
         new._take_rows(kept)
         new._report_fates(texts)
         new._choose_batches(kept)
         return new
 
     def refreshed(
-        self, rollouts: Mapping[int, Rollout], steps: Sequence[int], step: int
+        self, rollouts: Mapping[int, Completion], steps: Sequence[int], step: int
     ) -> "DistillDataset":
         """The same with newer responses in the batches of `steps`.
 
@@ -179,7 +209,7 @@ class DistillDataset:
         new, first_stays = copy.copy(self), 0
         new._pairs = [*self.first_pairs]
         for i, rollout in rollouts.items():
-            pair, _ = self._pair(self._examples[i][0], rollout.completion)
+            pair, _ = self._pair(self._examples[i][0], rollout)
             first_stays += pair is None
             new._pairs[i] = new._pairs[i] if pair is None else pair
         needs = [buckets.longest([*map(batching.shape_of, new._batch_pairs(s))]) for s in steps]
@@ -210,13 +240,12 @@ class DistillDataset:
         """The example of a row."""
         return self._examples[row][0]
 
-    def request(self, row: int, who: str) -> RolloutRequest:
-        """The response of a row that "teacher" or "student" is asked for."""
+    def prompt(self, row: int, who: str) -> Prompt:
+        """The prompt of a row for "teacher" or "student"."""
         example, number = self._examples[row]
-        prompt = self._prompts[example.row_id][who == "teacher"]
-        return RolloutRequest(
-            example.name, number, prompt, example.prefix, example.turns, example.tools
-        )
+        ids = self._prompts[example.row_id][who == "teacher"]
+        messages = example.prefix + example.turns
+        return Prompt(example.name, ids, messages, example.tools, len(example.prefix), number)
 
     def fingerprint(self) -> int:
         """CRC-32 of all that batches are made of before the first step."""

@@ -33,9 +33,8 @@ import safetensors
 import safetensors.numpy
 
 from gkdjax.data.chat_template import Chat
-from gkdjax.data.responses import Rollout, RolloutRequest, digest
 from gkdjax.losses import TopKLogprobs
-from gkdjax.types import Completion, TokenTopK
+from gkdjax.types import Completion, Prompt, TokenTopK
 from gkdjax.utils import text as utils_text
 from gkdjax.utils.errors import UserError
 
@@ -51,26 +50,26 @@ def prefixes_in(records: Sequence[dict]) -> set[str]:
 
 
 def line(
-    asked: RolloutRequest, written: Rollout, chat: Chat, step: int, told: set[str], **more: int
+    asked: Prompt, completion: Completion, chat: Chat, step: int, told: set[str], **more: int
 ) -> str:
     """The line of a response; `told` are the file's prefixes, `more` are columns of its own."""
-    completion = written.completion
-    prefix = [message.for_template() for message in asked.prefix]
-    prefix_digest = digest(json.dumps(prefix).encode())
+    prefix = [message.for_template() for message in asked.messages[: asked.prefix]]
+    row, number, prompt_digest = asked.key()
+    prefix_digest = utils_text.digest(json.dumps(prefix).encode())
     record = {
-        "row": asked.row,
-        "number": asked.number,
-        "writer": written.author,
+        "row": row,
+        "number": number,
+        "writer": completion.author,
         "step": step,
         **more,
-        "prompt_digest": asked.prompt_digest,
+        "prompt_digest": prompt_digest,
         "prefix_digest": prefix_digest,
         "prefix_messages": None if prefix_digest in told else prefix,
-        "messages": [message.for_template() for message in asked.turns],
+        "messages": [message.for_template() for message in asked.messages[asked.prefix :]],
         **({"tools": json.loads(asked.tools)} if asked.tools else {}),
         "text": chat.decode(completion.ids),
         "finished": completion.finished,
-        "refused": written.refused,
+        "refused": completion.refused,
         "kept": isinstance(completion.kept, TokenTopK),
         "ids": completion.ids.tolist(),
     }
@@ -118,14 +117,14 @@ def _parse(where: str, text: str, columns: dict[str, type], advice: str) -> dict
 
 
 def key_of(record: dict) -> tuple:
-    """What `RolloutRequest.key` is to be."""
+    """What `Prompt.key` is to be."""
     return record["row"], record["number"], record["prompt_digest"]
 
 
-def written_of(record: dict, kept: TokenTopK | None = None) -> Rollout:
+def written_of(record: dict, kept: TokenTopK | None = None) -> Completion:
     """The response of a line."""
-    completion = Completion(np.asarray(record["ids"], np.int32), record["finished"], kept)
-    return Rollout(completion, record["refused"], record["writer"])
+    ids = np.asarray(record["ids"], np.int32)
+    return Completion(ids, record["finished"], kept, record["refused"], record["writer"])
 
 
 def keep_lines(path: pathlib.Path, count: int) -> None:
@@ -138,14 +137,14 @@ def keep_lines(path: pathlib.Path, count: int) -> None:
 
 def write_once(
     path: pathlib.Path,
-    asked: Sequence[RolloutRequest],
-    write: Callable[[Sequence[int]], list[Rollout]],
+    asked: Sequence[Prompt],
+    write: Callable[[Sequence[int]], list[Completion]],
     chat: Chat,
     *,
     step: int,
     chunk: int,
     show: bool,
-) -> list[Rollout]:
+) -> list[Completion]:
     """The responses that are asked for; those that `path` holds already are not written again.
 
     They are written in chunks of fixed rows in a fixed order, so that an interrupted run that
@@ -183,7 +182,7 @@ def write_once(
         for start in range(len(done), len(asked), chunk):
             places = range(start, min(start + chunk, len(asked)))
             written = [_only_top_k(one) for one in write(places)]
-            kept = [w.completion.kept for w in written]
+            kept = [w.kept for w in written]
             write_kept(path, start, [k for k in kept if k is not None])
             for i, one in zip(places, written, strict=True):
                 file.write(line(asked[i], one, chat, step, told))
@@ -193,9 +192,7 @@ def write_once(
     return done
 
 
-def _check_rows(
-    path: pathlib.Path, records: Sequence[dict], asked: Sequence[RolloutRequest]
-) -> None:
+def _check_rows(path: pathlib.Path, records: Sequence[dict], asked: Sequence[Prompt]) -> None:
     for place, record in enumerate(records):
         if place == len(asked) or key_of(record) != asked[place].key():
             raise UserError(
@@ -205,15 +202,14 @@ def _check_rows(
             )
 
 
-def _only_top_k(written: Rollout) -> Rollout:
+def _only_top_k(completion: Completion) -> Completion:
     """What is not written to disk is not used: a run that continues would not have it."""
-    completion = written.completion
     if isinstance(completion.kept, TokenTopK):
-        return written
-    return written._replace(completion=dataclasses.replace(completion, kept=None))
+        return completion
+    return dataclasses.replace(completion, kept=None)
 
 
-def _with_kept(path: pathlib.Path, start: int, records: Sequence[dict]) -> list[Rollout]:
+def _with_kept(path: pathlib.Path, start: int, records: Sequence[dict]) -> list[Completion]:
     """A chunk as it was written: its lines say of which something was kept beside them."""
     lengths = [len(record["ids"]) for record in records if record["kept"]]
     kept = iter(read_kept(path, start, lengths))

@@ -1,11 +1,11 @@
 """The responses that rows lack: taken over from files, or written, and written again if refused."""
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from gkdjax.data.dataset import DistillDataset
-from gkdjax.data.responses import Rollout
 from gkdjax.data.views import RowStatus
 from gkdjax.rollout.files import write_once
 from gkdjax.rollout.reuse import Source
@@ -32,7 +32,7 @@ def generate(
     source: Source | None = None,
     chunk: int,
     show: bool,
-) -> dict[int, Rollout]:
+) -> dict[int, Completion]:
     """Row -> its response by the teacher: from the file, the source, or the teacher's hand.
 
     Args:
@@ -52,12 +52,12 @@ def generate(
     if not rows:
         return {}
     chat = dataset.rules.teacher_chat
-    requests = [dataset.request(row, "teacher") for row in rows]
+    requests = [dataset.prompt(row, "teacher") for row in rows]
     taken = {} if source is None else source.responses(requests, dataset.responses, chat)
     # What is taken stands first in the file, so that the rest is written in whole chunks.
     order = [*taken, *(place for place in range(len(rows)) if place not in taken)]
 
-    def write_rest(lines: Sequence[int]) -> list[Rollout]:
+    def write_rest(lines: Sequence[int]) -> list[Completion]:
         places = [order[line] for line in lines]
         rest = [place for place in places if place not in taken]
         written = write(dataset, "teacher", [(step, rows[place]) for place in rest], generator)
@@ -72,7 +72,7 @@ def generate(
 
 def write(
     dataset: DistillDataset, who: str, wanted: Sequence[tuple[int, int]], generator: Generator
-) -> list[Rollout]:
+) -> list[Completion]:
     """A response to each row; one that is refused is written again, up to the dataset's bound.
 
     Args:
@@ -83,7 +83,7 @@ def write(
     """
     purpose = f"{dataset.purpose}/{'on_policy' if who == 'student' else who}"
     chat = dataset.rules.student_chat if who == "student" else dataset.rules.teacher_chat
-    prompts = [dataset.request(row, who).for_writer() for _, row in wanted]
+    prompts = [dataset.prompt(row, who) for _, row in wanted]
     refused, completions = [0] * len(wanted), [None] * len(wanted)
     places = list(range(len(wanted)))
     for attempt in range(dataset.responses.max_retries + 1):
@@ -97,4 +97,7 @@ def write(
         places = [i for i, f in zip(places, fates, strict=True) if f is not RowStatus.KEPT]
         for i in places:
             refused[i] += 1
-    return [Rollout(t, n, generator.name) for t, n in zip(completions, refused, strict=True)]
+    return [
+        dataclasses.replace(completion, refused=count, author=generator.name)
+        for completion, count in zip(completions, refused, strict=True)
+    ]

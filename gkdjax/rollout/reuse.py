@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from absl import logging
 
 from gkdjax.data.chat_template import Chat
-from gkdjax.data.responses import Rollout, RolloutFilter, RolloutRequest
+from gkdjax.data.dataset import RolloutFilter
 from gkdjax.data.views import RowStatus
 from gkdjax.rollout import files
-from gkdjax.types import TokenTopK
+from gkdjax.types import Completion, Prompt, TokenTopK
 from gkdjax.utils.errors import UserError
 
 _ADVICE = "mend it, or name another file in config.rollout.reuse"
@@ -39,8 +39,8 @@ class Source:
     text_alone: bool
 
     def responses(
-        self, asked: Sequence[RolloutRequest], rules: RolloutFilter, chat: Chat
-    ) -> dict[int, Rollout]:
+        self, asked: Sequence[Prompt], rules: RolloutFilter, chat: Chat
+    ) -> dict[int, Completion]:
         """Place in `asked` -> the response that the file has for the same prompt and number.
 
         Of equal prompts each takes one of its own, in the order of the file. What `rules` would not
@@ -75,14 +75,15 @@ class Source:
             for place, number in found.items()
         }
 
-    def _match(self, records: Sequence[dict], asked: Sequence[RolloutRequest]) -> dict[int, int]:
+    def _match(self, records: Sequence[dict], asked: Sequence[Prompt]) -> dict[int, int]:
         """Place in `asked` -> place in `records`."""
         unused = collections.defaultdict(collections.deque)
         for number, record in enumerate(records):
             unused[record["prompt_digest"], record["number"]].append(number)
         found = {}
         for place, one in enumerate(asked):
-            numbers = unused[one.prompt_digest, one.number]
+            _, number, prompt_digest = one.key()
+            numbers = unused[prompt_digest, number]
             if numbers:
                 found[place] = numbers.popleft()
                 self._check_ids(found[place], records[found[place]]["ids"])
@@ -119,6 +120,6 @@ class Source:
 
 
 def _accepted(record: dict, rules: RolloutFilter, chat: Chat) -> bool:
-    completion = files.written_of(record).completion
+    completion = files.written_of(record)
     short = len(completion.ids) <= rules.max_new_tokens
     return short and rules.fate(completion, chat) is RowStatus.KEPT

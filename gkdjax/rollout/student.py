@@ -15,7 +15,6 @@ import numpy as np
 
 from gkdjax.data import batching, buckets, views
 from gkdjax.data.dataset import DistillDataset
-from gkdjax.data.responses import Rollout
 from gkdjax.data.views import ViewRules
 from gkdjax.rollout import files
 from gkdjax.rollout.generate import Generator, write
@@ -61,7 +60,7 @@ class StudentRollouts:
           UserError: the file lacks text of the block that `first_step` stands in.
         """
         self._feed, self._curriculum, self._path, self._block = feed, curriculum, path, block
-        self._texts: dict[int, list[Rollout]] = {}  # of the block's steps
+        self._texts: dict[int, list[Completion]] = {}  # of the block's steps
         records = files.read(path, self._advice(first_step), written_at=int)
         records = [record for record in records if record["written_at"] < first_step]
         if path.exists():
@@ -85,7 +84,7 @@ class StudentRollouts:
         written = write(self._feed, "student", wanted, author)
         with self._path.open("a", encoding="utf-8") as file:
             for (s, row), one in zip(wanted, written, strict=True):
-                asked, chat = self._feed.request(row, "student"), self._feed.rules.student_chat
+                asked, chat = self._feed.prompt(row, "student"), self._feed.rules.student_chat
                 file.write(files.line(asked, one, chat, s, self._told, written_at=step))
         self._take(steps, written)
 
@@ -99,9 +98,9 @@ class StudentRollouts:
         pairs, fates = [], []
         for row, one in zip(rows, written, strict=True):
             pair = None
-            fate = self._feed.responses.fate(one.completion, self._feed.rules.student_chat)
+            fate = self._feed.responses.fate(one, self._feed.rules.student_chat)
             if fate is views.RowStatus.KEPT:
-                pair, fate = self._pair(self._feed.rules, row, one.completion)
+                pair, fate = self._pair(self._feed.rules, row, one)
             fates.append(fate)
             pairs.append(self._blank(row) if pair is None else pair)
         shape = batching.BatchShape(*self._shape(rows)[1:])
@@ -114,7 +113,7 @@ class StudentRollouts:
     def _on_policy_steps(self, step: int) -> list[int]:
         return self._curriculum.steps_of_block(step, self._block, on_policy=True)
 
-    def _take(self, steps: Sequence[int], written: Sequence[Rollout]) -> None:
+    def _take(self, steps: Sequence[int], written: Sequence[Completion]) -> None:
         rows = len(written) // len(steps)
         self._texts = {s: list(written[n * rows :][:rows]) for n, s in enumerate(steps)}
 
@@ -122,7 +121,7 @@ class StudentRollouts:
         steps = [step for step in self._on_policy_steps(first_step) if step >= first_step]
         began = first_step // self._block * self._block
         wanted = [
-            (s, *self._feed.request(int(row), "student").key())
+            (s, *self._feed.prompt(int(row), "student").key())
             for s in steps
             for row in self._feed.batch_rows(s)
         ]
@@ -160,7 +159,7 @@ class StudentRollouts:
         """A row of the batch that teaches nothing."""
         example, none = self._feed.example(row), np.zeros(0, np.int32)
         student, teacher = (
-            View(self._feed.request(row, who).prompt, none) for who in ("student", "teacher")
+            View(self._feed.prompt(row, who).ids, none) for who in ("student", "teacher")
         )
         return ViewPair(example.name, example.row_id, student, teacher, none)
 
@@ -172,7 +171,7 @@ class StudentRollouts:
         most = Completion(np.zeros(self._feed.responses.max_new_tokens, np.int32), finished=False)
         return [
             (
-                len(self._feed.request(row, "student").prompt),
+                len(self._feed.prompt(row, "student").ids),
                 *batching.shape_of(self._pair(rules, row, most)[0]),
             )
             for row in range(len(self._feed))

@@ -10,11 +10,10 @@ from gkdjax.data import truncation
 from gkdjax.data.bad_rows import BadRows
 from gkdjax.data.chat_template import Chat
 from gkdjax.data.conversations import answers_apart, answers_of
-from gkdjax.data.dataset import DistillDataset, Rendered
+from gkdjax.data.dataset import DistillDataset, Rendered, RolloutFilter
 from gkdjax.data.load import Examples
 from gkdjax.data.loss_mask import TargetRules
 from gkdjax.data.message_spans import is_plain
-from gkdjax.data.responses import RolloutFilter
 from gkdjax.data.row_schema import TOOL_ROLES
 from gkdjax.data.truncation import Limit
 from gkdjax.data.views import ViewRules

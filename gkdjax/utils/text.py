@@ -1,5 +1,6 @@
 """What a person sees while it runs, and the table at the end."""
 
+import hashlib
 import unicodedata
 from collections.abc import Sequence
 
@@ -80,6 +81,11 @@ def _escaped(character: str) -> str:
     if code < 0x100:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def digest(content: bytes) -> str:
+    """16 hexadecimal digits of SHA-256: millions of prompts must not share one."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def some(names: Sequence[str]) -> str:

@@ -6,7 +6,6 @@ import numpy as np
 from feeds import feed_of
 
 from gkdjax.data.chat_template import load_chat
-from gkdjax.data.responses import Rollout
 from gkdjax.types import Completion
 
 
@@ -41,7 +40,7 @@ def test_rows_of_little_difference_stay_in_their_random_order(student):
 
 def test_rollouts_make_another_dataset_and_leave_the_first_as_it_was(student):
     def written(rows, *ids):
-        return {i: Rollout(Completion(np.array(ids, np.int32), True), 1, "t") for i in rows}
+        return {i: Completion(np.array(ids, np.int32), True, refused=1) for i in rows}
 
     def begin(dataset):
         return [set(dataset.batch(step)[0].target_ids_BN[:, 0].tolist()) for step in (0, 1)]

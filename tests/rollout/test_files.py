@@ -8,16 +8,15 @@ import zlib
 import numpy as np
 import pytest
 
-from gkdjax.data.responses import Rollout, RolloutRequest
 from gkdjax.losses import TopKLogprobs
 from gkdjax.rollout.files import write_once
-from gkdjax.types import Completion, Message, TokenHidden, TokenTopK
+from gkdjax.types import Completion, Message, Prompt, TokenHidden, TokenTopK
 from gkdjax.utils.errors import UserError
 
-PREFIX, TURNS = (Message("system", "be brief"),), (Message("user", "ask"),)
+MESSAGES = (Message("system", "be brief"), Message("user", "ask"))
 PROMPTS = [np.arange(n + 1, dtype=np.int32) for n in range(7)]
 ASKED = [
-    RolloutRequest(f"data.jsonl:{n // 2}", n % 2, prompt, PREFIX, TURNS)
+    Prompt(f"data.jsonl:{n // 2}", prompt, MESSAGES, prefix=1, number=n % 2)
     for n, prompt in enumerate(PROMPTS)
 ]
 SEEDS = list(range(100, 107))
@@ -36,8 +35,9 @@ class Writer:
             raise KeyboardInterrupt
         self.chunks.append([len(prompt) for prompt in prompts])
         return [
-            Rollout(
-                Completion(np.array([len(p), seed, len(prompts)], np.int32), seed % 2 == 0),
+            Completion(
+                np.array([len(p), seed, len(prompts)], np.int32),
+                finished=seed % 2 == 0,
                 refused=seed % 3,
                 author="somebody",
             )
@@ -47,8 +47,8 @@ class Writer:
 
 def write(path, writer) -> list[tuple[list[int], bool, int]]:
     written = write_once(path, ASKED, writer, CHAT, step=4, chunk=3, show=False)
-    assert all((t.ids.dtype, author) == (np.int32, "somebody") for t, _, author in written)
-    return [(t.ids.tolist(), t.finished, refused) for t, refused, _ in written]
+    assert all((one.ids.dtype, one.author) == (np.int32, "somebody") for one in written)
+    return [(one.ids.tolist(), one.finished, one.refused) for one in written]
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_chunks_in_order(tmp_path, whole):
 def test_tools_are_told_and_reach_the_writer(tmp_path):
     plain, path = ASKED[0], tmp_path / "file.jsonl"
     asked = plain._replace(tools='[{"name":"look"}]')
-    assert asked.for_writer().tools == asked.tools and asked.key() == plain.key()
+    assert asked.key() == plain.key()
     for given, there in ((asked, [{"name": "look"}]), (plain, None)):
         path.unlink(missing_ok=True)
         write_once(path, [given], Writer(), CHAT, step=0, chunk=1, show=False)
@@ -113,7 +113,7 @@ def test_stopped_in_the_middle_of_a_chunk_or_a_line(tmp_path, whole, lines, torn
 def test_text_of_other_rows_is_refused(tmp_path):
     path = tmp_path / "file.jsonl"
     write(path, Writer())
-    for line, change in ((2, {"prompt": PROMPTS[0]}), (2, {"row": "x"}), (2, {"number": 9})):
+    for line, change in ((2, {"ids": PROMPTS[0]}), (2, {"name": "x"}), (2, {"number": 9})):
         asked = [ASKED[0], ASKED[1]._replace(**change), *ASKED[2:]]
         with pytest.raises(UserError, match=rf"file\.jsonl:{line} was written for other rows"):
             write_once(path, asked, Writer(), CHAT, step=0, chunk=3, show=False)
@@ -138,7 +138,7 @@ def test_prompts_of_one_checksum_are_told_apart():
             break
     else:
         pytest.fail("no two prompts of one CRC-32 were found")
-    keys = {RolloutRequest("data.jsonl:1", 0, ids, PREFIX, TURNS).key() for ids in (prompt, other)}
+    keys = {Prompt("data.jsonl:1", ids, MESSAGES).key() for ids in (prompt, other)}
     assert len(keys) == 2
 
 
@@ -185,11 +185,11 @@ class Keeping(Writer):
     def __call__(self, places):
         kept = []
         for i, one in zip(places, super().__call__(places), strict=True):
-            n = len(one.completion.ids)
+            n = len(one.ids)
             values = np.full((n, 2), i, np.float32)
             topk = TopKLogprobs(values.astype(np.int32), values, values[:, 0], 0.5)
             what = TokenHidden(values) if i % 2 else TokenTopK(topk, values[:, 1])
-            kept.append(one._replace(completion=dataclasses.replace(one.completion, kept=what)))
+            kept.append(dataclasses.replace(one, kept=what))
         return kept
 
 
@@ -200,9 +200,9 @@ def test_what_some_of_a_chunk_kept_is_read_back_and_nothing_else_is_used(tmp_pat
         for writer in (Keeping(), None)  # the second one reads
     ]
     for written in runs:
-        assert [w.completion.kept is not None for w in written] == [True, False] * 3 + [True]
+        assert [w.kept is not None for w in written] == [True, False] * 3 + [True]
         for i in (0, 2, 4, 6):
-            kept = written[i].completion.kept
+            kept = written[i].kept
             assert kept.topk.ids.tolist() == [[i, i]] * 3 and kept.topk.temperature == 0.5
             assert kept.target_logprob.tolist() == [i] * 3
     lines = [json.loads(line) for line in path.read_text().splitlines()]

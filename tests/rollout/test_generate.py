@@ -4,8 +4,8 @@ import types
 
 import numpy as np
 
+from gkdjax.data.dataset import RolloutFilter
 from gkdjax.data.loss_mask import TargetRules
-from gkdjax.data.responses import RolloutFilter
 from gkdjax.data.views import RowStatus
 from gkdjax.rollout.generate import Generator, write
 from gkdjax.types import Completion
@@ -41,11 +41,11 @@ def accepted(writer, pattern, max_retries):
     rules = RolloutFilter(TargetRules(("assistant",), pattern), max_retries, max_new_tokens=9)
     dataset = types.SimpleNamespace(purpose="data.train", seed=1, responses=rules)
     dataset.rules = types.SimpleNamespace(teacher_chat=TEXT)
-    dataset.request = lambda row, who: types.SimpleNamespace(for_writer=lambda: f"{who} {row}")
+    dataset.prompt = lambda row, who: f"{who} {row}"
     wanted = [(7, row) for row in range(len(writer.texts))]
     found = write(dataset, "teacher", wanted, Generator("a", writer))
     assert all(w.author == "a" for w in found)
-    return [(TEXT.decode(t.ids), refused, rules.fate(t, TEXT)) for t, refused, _ in found]
+    return [(TEXT.decode(t.ids), t.refused, rules.fate(t, TEXT)) for t in found]
 
 
 def test_a_response_without_the_pattern_is_written_again_and_no_other_one_is():

@@ -7,14 +7,14 @@ import pytest
 from small_runs import ConstantTeacher, losses_hex, small
 
 import gkdjax
+from gkdjax.data.dataset import RolloutFilter
 from gkdjax.data.loss_mask import TargetRules
-from gkdjax.data.responses import Rollout, RolloutFilter, RolloutRequest
 from gkdjax.losses import TopKLogprobs
 from gkdjax.rollout import files
 from gkdjax.rollout.files import write_once
 from gkdjax.rollout.reuse import Source
 from gkdjax.teachers.local import LocalTeacher
-from gkdjax.types import Completion, TokenTopK
+from gkdjax.types import Completion, Prompt, TokenTopK
 from gkdjax.utils.errors import UserError
 from gkdjax.utils.files import read_lines
 
@@ -28,16 +28,16 @@ class Chat:
         return str(list(map(int, ids)))
 
 
-def asked(*numbers: tuple[int, int]) -> list[RolloutRequest]:
+def asked(*numbers: tuple[int, int]) -> list[Prompt]:
     """(prompt, number) of each; the name of the row is another in each run."""
-    return [RolloutRequest(f"run{id(numbers)}:{p}", n, PROMPTS[p], (), ()) for p, n in numbers]
+    return [Prompt(f"run{id(numbers)}:{p}", PROMPTS[p], (), number=n) for p, n in numbers]
 
 
-def response(i: int, author: str) -> Rollout:
+def response(i: int, author: str) -> Completion:
     values = np.full((i + 1, 2), i, np.float32)
     kept = TokenTopK(TopKLogprobs(values.astype(np.int32), values, values[:, 0], 0.5), values[:, 1])
     kept = None if i == 2 else kept
-    return Rollout(Completion(np.full(i + 1, i, np.int32), i % 2 == 0, kept), i, author)
+    return Completion(np.full(i + 1, i, np.int32), i % 2 == 0, kept, i, author)
 
 
 @pytest.fixture
@@ -62,11 +62,11 @@ def source(path, teacher="her", top_k=2, temperature=0.5, vocab_size=9) -> Sourc
 def test_prompts_and_numbers_are_found_whatever_the_rows_are_called(path):
     wanted = asked((3, 0), (4, 0), (0, 1), (1, 0), (3, 0), (3, 0))
     found = source(path).responses(wanted, RULES, Chat())
-    ids = {place: one.completion.ids.tolist() for place, one in found.items()}
+    ids = {place: one.ids.tolist() for place, one in found.items()}
     # Of the two responses to the last prompt each row takes one; the third row has none.
     assert ids == {0: [3] * 4, 3: [1, 1], 4: [4] * 5}
     assert [one.author for one in found.values()] == ["him", "her", "her"]
-    assert [one.completion.finished for one in found.values()] == [False, False, True]
+    assert [one.finished for one in found.values()] == [False, False, True]
 
 
 def test_what_was_kept_is_used_where_this_runs_teacher_would_say_it(path):
@@ -74,12 +74,12 @@ def test_what_was_kept_is_used_where_this_runs_teacher_would_say_it(path):
 
     def kept(**how):
         found = source(path, **how).responses(wanted, RULES, Chat())
-        return [place for place, one in found.items() if one.completion.kept is not None]
+        return [place for place, one in found.items() if one.kept is not None]
 
     assert kept() == [0, 1, 4]  # nothing was kept of 2, and another teacher wrote 3
     assert kept(teacher="him") == [3]
     assert kept(top_k=1) == kept(top_k=None) == kept(temperature=1.0) == kept(teacher="it") == []
-    found = source(path).responses(asked((3, 0), (3, 0)), RULES, Chat())[1].completion.kept
+    found = source(path).responses(asked((3, 0), (3, 0)), RULES, Chat())[1].kept
     assert found.topk.ids.tolist() == [[4, 4]] * 5 and found.target_logprob.tolist() == [4.0] * 5
 
 
