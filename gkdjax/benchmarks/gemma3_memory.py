@@ -48,11 +48,10 @@ def compiled(c: config.Config) -> dict:
     student = decoder_spec(STUDENTS[_SHAPES.value], _VOCAB.value)
     teacher = decoder_spec(TEACHERS[_SHAPES.value], _VOCAB.value)
     base, teacher_params = (abstract_params(spec, jnp.bfloat16) for spec in (student, teacher))
-    rules = lora.LoraRules(
-        *(getattr(c.student.lora, n) for n in ("rank", "alpha", "dropout", "targets"))
-    )
     optimizer = train_optimizer.optimizer(c.optim, c.train.steps)
-    state = jax.eval_shape(lambda: init_state(lora.init(jax.random.key(0), base, rules), optimizer))
+    state = jax.eval_shape(
+        lambda: init_state(lora.init(jax.random.key(0), base, c.student.lora), optimizer)
+    )
     step = make_train_step(
         _decoder(student, c.train.remat),
         optimizer,

@@ -34,7 +34,7 @@ from gkdjax.types import Batch, TrainState
 
 _DIVERGENCE = "forward_kl"
 # Dropout would draw from keys that the reference step does not have.
-_LORA = lora.LoraRules(rank=64, alpha=128.0, dropout=0.0)
+_LORA = config.Lora(rank=64, alpha=128.0, dropout=0.0)
 _OPTIM = config.Optim(schedule="constant", warmup_ratio=0.0)
 
 

@@ -1,7 +1,7 @@
 """LoRA as a transform of a parameter tree (Hu et al. 2021, arXiv:2106.09685).
 
-Adapters live in a tree of their own, path -> `Adapter`: map over that one, never over an attached
-tree (its kernels are `LoraKernel` nodes, whose frozen part would be mapped too).
+Adapters are a tree of their own, path -> `Adapter`: map over that one, never over an attached tree
+(its kernels are `LoraKernel` nodes, whose frozen part would be mapped too).
 """
 
 import dataclasses
@@ -12,28 +12,11 @@ import zlib
 import jax
 import jax.numpy as jnp
 
+from gkdjax.config import Lora
 from gkdjax.models.layers import LoraKernel
 from gkdjax.utils import tree
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraRules:
-    """Which kernels are adapted, and how.
-
-    Attributes:
-      rank: r, columns of a.
-      alpha: the update is scaled by alpha / rank.
-      dropout: probability with which an input of `a` is dropped in training.
-      targets: names of kernels, or regular expressions of names ("[qkv]_proj") or of whole paths
-        ("layers/q_proj"); or the string "all-linear".
-    """
-
-    rank: int = 64
-    alpha: float = 128.0
-    dropout: float = 0.05
-    targets: tuple[str, ...] | str = ALL_LINEAR
 
 
 @functools.partial(
@@ -49,13 +32,13 @@ class Adapter:
     dropout: float
 
 
-def init(rng: jax.Array, params: dict, rules: LoraRules) -> dict[str, Adapter]:
-    """Fresh adapters of `params`, an identity: `a` uniform in ±1/sqrt(in) (as PEFT has it), b zero.
+def init(rng: jax.Array, params: dict, rules: Lora) -> dict[str, Adapter]:
+    """New adapters, an identity: `a` uniform in ±1/sqrt(in) (as PEFT has it), b zero.
 
     Args:
-      rng: a key; each kernel's draw depends on it and on the kernel's path only.
+      rng: a key; the values of a kernel's adapter depend on it and on the kernel's path only.
       params: the decoder's parameters (arrays or `jax.ShapeDtypeStruct`).
-      rules: what to adapt.
+      rules: what to adapt, and how.
 
     Raises:
       ValueError: a target that matches no kernel; it is named, and the kernels there are.
@@ -113,6 +96,11 @@ def merge(params: dict, adapters: dict[str, Adapter]) -> dict:
     return _replace(params, adapters, kernel)
 
 
+def student_params(frozen: dict | None, trainable, dropout_rng: jax.Array | None = None) -> dict:
+    """Parameters for `decoder.apply`: adapters on their frozen base, or all of them trained."""
+    return trainable if frozen is None else attach(frozen, trainable, dropout_rng)
+
+
 def _target_paths(kernels: dict, targets: tuple[str, ...] | str) -> list[str]:
     targets = ALL_LINEAR if targets == "all-linear" else targets
     if isinstance(targets, str) or not targets:
@@ -126,30 +114,22 @@ def _target_paths(kernels: dict, targets: tuple[str, ...] | str) -> list[str]:
 
 
 def _kernels(params: dict) -> dict[str, jax.Array]:
-    names = (name for name in params["layers"] if name.endswith("_proj"))
-    return {f"layers/{name}": params["layers"][name] for name in names}
+    return {f"layers/{n}": w for n, w in params["layers"].items() if n.endswith("_proj")}
 
 
-def _replace(params: dict, adapters: dict[str, Adapter], make) -> dict:
-    layers = dict(params["layers"])
-    kernels = _kernels(params)
+def _replace(params: dict, adapters: dict[str, Adapter], kernel) -> dict:
+    layers, kernels = dict(params["layers"]), _kernels(params)
     for path, adapter in adapters.items():
         if path not in kernels:
             raise ValueError(
                 f"adapter {path!r} has no kernel in this model; there are {[*kernels]}"
             )
         w = kernels[path]
-        L, fan_in, fan_out = w.shape
-        rank = adapter.a.shape[-1]
-        if adapter.a.shape != (L, fan_in, rank) or adapter.b.shape != (L, rank, fan_out):
+        (L, fan_in, fan_out), rank = w.shape, adapter.a.shape[-1]
+        if (adapter.a.shape, adapter.b.shape) != ((L, fan_in, rank), (L, rank, fan_out)):
             raise ValueError(
                 f"adapter {path!r} has shapes {adapter.a.shape} and {adapter.b.shape}, which do not"
                 f" fit the kernel's {w.shape}: was it trained on another base?"
             )
-        layers[path.removeprefix("layers/")] = make(path, w, adapter)
+        layers[path.removeprefix("layers/")] = kernel(path, w, adapter)
     return {**params, "layers": layers}
-
-
-def student_params(frozen: dict | None, trainable, dropout_rng: jax.Array | None = None) -> dict:
-    """Parameters for `decoder.apply`: adapters on their frozen base, or all of them trained."""
-    return trainable if frozen is None else attach(frozen, trainable, dropout_rng)

@@ -120,9 +120,8 @@ def fresh_adapters(config: Config, params: dict, key: jax.Array) -> dict[str, lo
     Raises:
       UserError: a target of student.lora.targets that matches no kernel.
     """
-    c = config.student.lora
     try:
-        return lora.init(key, params, lora.LoraRules(c.rank, c.alpha, c.dropout, c.targets))
+        return lora.init(key, params, config.student.lora)
     except ValueError as error:
         raise UserError(f"config.student.lora.targets: {error}") from error
 

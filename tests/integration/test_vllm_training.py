@@ -14,7 +14,7 @@ from small_runs import metrics, small
 from vllm_server import connected
 
 import gkdjax
-from gkdjax.config import ASSETS, parse
+from gkdjax.config import ASSETS, Lora, parse
 from gkdjax.data.chat_template import load_chat
 from gkdjax.models import lora
 from gkdjax.models.hf import export, load
@@ -162,7 +162,7 @@ def test_a_served_export_stops_on_its_own(serve, tmp_path, kind):
     base = shutil.copytree(ASSETS / "quickstart" / "student", tmp_path / "base")
     (base / "generation_config.json").write_text('{"eos_token_id": 1}')
     chat, (decoder, params) = load_chat(base), load.load_pretrained(base)
-    ending, none_yet = export.Ending(chat.stop_ids, chat.pad_id), lora.LoraRules(4, 8.0)
+    ending, none_yet = export.Ending(chat.stop_ids, chat.pad_id), Lora(4, 8.0)
     adapters = lora.init(jax.random.key(0), params, none_yet)
     out = tmp_path / kind
     if kind == "merged":

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gkdjax.config import Lora
 from gkdjax.models import lora
 from gkdjax.models.hf import load
 from gkdjax.models.layers import LoraKernel, dense
 
-RULES = lora.LoraRules(rank=4, alpha=12.0, dropout=0.5)
+RULES = Lora(rank=4, alpha=12.0, dropout=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +171,7 @@ def test_dropout_drops_the_input_of_a_and_keeps_the_mean():
 
 def test_defaults_and_all_linear(model):
     _, params = model
-    rules = lora.LoraRules()
+    rules = Lora()
     assert (rules.rank, rules.alpha, rules.dropout) == (64, 128.0, 0.05)
     wanted = {f"layers/{c}_proj" for c in ("q", "k", "v", "o", "gate", "up", "down")}
     everything = dataclasses.replace(rules, targets="all-linear")

@@ -14,6 +14,7 @@ import numpy as np
 import safetensors.numpy
 from absl import logging
 
+from gkdjax.config import Lora
 from gkdjax.models import lora
 from gkdjax.models.decoder_config import DecoderConfig, layer_shapes
 from gkdjax.models.families import registry
@@ -37,7 +38,7 @@ class Loaded(NamedTuple):
     """An adapter directory."""
 
     adapters: dict[str, lora.Adapter]  # float32, by path as "layers/q_proj"
-    rules: lora.LoraRules  # the directory's general rank and alpha; an adapter's own ones count
+    rules: Lora  # the directory's general rank and alpha; an adapter's own ones count
     base: str | None  # what the directory says it was trained on
 
 
@@ -73,7 +74,7 @@ def load_adapter(directory: str | pathlib.Path, spec: DecoderConfig) -> Loaded:
             jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32), scale, config.dropout
         )
     targets = tuple(sorted(kernels))
-    rules = lora.LoraRules(config.rank, config.plain_alpha, config.dropout, targets)
+    rules = Lora(config.rank, config.plain_alpha, config.dropout, targets)
     return Loaded(adapters, rules, config.base)
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
+from gkdjax.config import Lora
 from gkdjax.models import lora
 from gkdjax.models.decoder import Decoder, abstract_params
 from gkdjax.models.decoder_config import DecoderConfig
@@ -32,12 +33,12 @@ class Pass(NamedTuple):
     spec: DecoderConfig
     dtype: str  # of the parameters
     compute_dtype: str
-    rules: lora.LoraRules | None  # None: all parameters are trained
+    rules: Lora | None  # None: all parameters are trained
     rows: int
     length: int  # positions of a row
 
 
-def adapters(spec: DecoderConfig, dtype: str, rules: lora.LoraRules) -> dict:
+def adapters(spec: DecoderConfig, dtype: str, rules: Lora) -> dict:
     """Fresh adapters as `jax.ShapeDtypeStruct`.
 
     Raises:

@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from gkdjax.config import Config
-from gkdjax.models import lora, padding
+from gkdjax.config import Config, Lora
+from gkdjax.models import padding
 from gkdjax.models.decoder_config import DecoderConfig, param_shapes
 from gkdjax.models.hf import hub, model_config
 from gkdjax.models.hf.load import source_names
@@ -66,11 +66,8 @@ class PlanInputs:
         return self.config.student.adapter == "none"
 
     @property
-    def rules(self) -> lora.LoraRules | None:
-        c = self.config.student.lora
-        if self.full:
-            return None
-        return lora.LoraRules(c.rank, c.alpha, c.dropout, c.targets)
+    def rules(self) -> Lora | None:
+        return None if self.full else self.config.student.lora
 
     @property
     def in_process(self) -> Weights | None:

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from checkpoints import KINDS, MULTIMODAL, load_torch, torch_logits
 
+from gkdjax.config import Lora
 from gkdjax.models import lora
 from gkdjax.models.hf import export, load
 from gkdjax.models.hf.peft import load_adapter
@@ -96,7 +97,7 @@ def test_what_is_written_is_read_back_to_the_bit(base, kind, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, found.adapters, wanted)
     assert json.loads((tmp_path / "odd" / CONFIG).read_text())["lora_alpha"] == 7
     found = load_adapter(tmp_path / "odd", decoder.spec)
-    assert found.rules == lora.LoraRules(3, 7.0, 0.25, tuple(sorted(SOME)))
+    assert found.rules == Lora(3, 7.0, 0.25, tuple(sorted(SOME)))
     assert found.base == source
 
 
@@ -113,7 +114,7 @@ def test_what_peft_wrote_gives_pefts_logits(base, kind, rslora, tmp_path):
     export.export_adapter(tmp_path / "ours", decoder.spec, found.adapters, source)
     checkpoints.assert_same_bytes(tmp_path / "ours", tmp_path)
     alpha = 12.0 if rslora else 6.0  # 6 / sqrt(4) is 12 / 4
-    assert found.rules == lora.LoraRules(4, alpha, 0.1, tuple(sorted(SOME)))
+    assert found.rules == Lora(4, alpha, 0.1, tuple(sorted(SOME)))
     assert {leaf.dtype for leaf in jax.tree.leaves(found.adapters)} == {np.dtype(np.float32)}
     assert found.base == source
 
