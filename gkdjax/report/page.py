@@ -18,6 +18,7 @@ from gkdjax.config import ASSETS
 from gkdjax.report import answers, curves, panels, run_files, settings, tables
 from gkdjax.report.curves import Panel
 from gkdjax.report.run_files import RunFiles
+from gkdjax.utils.files import write_text
 from gkdjax.utils.text import cut, visible
 
 _LONGEST = 1500  # characters of a text that is shown
@@ -40,10 +41,7 @@ def write_html(workdir: pathlib.Path, path: pathlib.Path | None = None) -> pathl
       UserError: `workdir` is no run's.
     """
     path = path or workdir / "report.html"
-    text = render(run_files.read(workdir))
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    write_text(path, render(run_files.read(workdir)))
     return path
 
 

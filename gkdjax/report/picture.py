@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from gkdjax.report import curves, panels, run_files
 from gkdjax.report.curves import Panel
+from gkdjax.utils.files import replacing
 
 _ONE_COLUMN = 3  # panels; more of them stand in two
 _PANEL = (10, 3.5)  # inches, with its legend beside it
@@ -55,10 +56,9 @@ def grid(shown: Sequence[Panel], draw, panel_size: tuple[float, float] = _PANEL)
 
 
 def save(made: Figure, path: pathlib.Path) -> pathlib.Path:
-    """Writes a PNG under another name first: the file is whole or not there."""
-    part = path.with_name(path.name + ".part")
-    made.savefig(part, format="png", dpi=120)
-    part.replace(path)
+    """Writes a PNG."""
+    with replacing(path) as part:
+        made.savefig(part, format="png", dpi=120)
     return path
 
 

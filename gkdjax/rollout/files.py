@@ -37,6 +37,7 @@ from gkdjax.losses import TopKLogprobs
 from gkdjax.types import Completion, Prompt, TokenTopK
 from gkdjax.utils import text as utils_text
 from gkdjax.utils.errors import UserError
+from gkdjax.utils.files import replacing, write_text
 
 _LINE_BREAKS = str.maketrans({c: f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"})
 _COLUMNS = {"row": str, "number": int, "writer": str, "step": int, "prompt_digest": str}
@@ -130,9 +131,7 @@ def written_of(record: dict, kept: TokenTopK | None = None) -> Completion:
 def keep_lines(path: pathlib.Path, count: int) -> None:
     """Cuts the file down to its first `count` lines, in one step."""
     kept = path.read_text(encoding="utf-8").split("\n")[:count]
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(text + "\n" for text in kept), encoding="utf-8")
-    part.replace(path)
+    write_text(path, "".join(text + "\n" for text in kept))
 
 
 def write_once(
@@ -234,13 +233,10 @@ def write_kept(path: pathlib.Path, start: int, kept: Sequence[TokenTopK]) -> Non
     }
     final = _file(path, start)
     final.parent.mkdir(exist_ok=True)
-    part = final.with_name(final.name + ".part")
-    safetensors.numpy.save_file(
-        {name: np.concatenate(parts) for name, parts in rows.items()},
-        part,
-        metadata={"temperature": repr(kept[0].topk.temperature)},
-    )
-    part.replace(final)
+    tensors = {name: np.concatenate(parts) for name, parts in rows.items()}
+    metadata = {"temperature": repr(kept[0].topk.temperature)}
+    with replacing(final) as part:
+        safetensors.numpy.save_file(tensors, part, metadata=metadata)
 
 
 def read_kept(path: pathlib.Path, start: int, lengths: Sequence[int]) -> list[TokenTopK]:

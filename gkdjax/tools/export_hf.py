@@ -22,6 +22,7 @@ from gkdjax.models.hf import export, load, model_config, peft_config
 from gkdjax.train import models, workdir
 from gkdjax.train.checkpoint import read_trainable
 from gkdjax.utils.errors import GkdjaxError, UserError
+from gkdjax.utils.files import read_json
 
 
 def export_step(
@@ -83,7 +84,7 @@ def _read_config(run: pathlib.Path) -> config_lib.Config:
 
 def _ending(config: config_lib.Config, source: pathlib.Path, run: pathlib.Path) -> export.Ending:
     """What the run has written down; in an older one, where its student's chat stops."""
-    written = workdir.read_json(run / export.ENDING)
+    written = read_json(run / export.ENDING)
     if written is not None:
         return export.Ending(tuple(written["stop_ids"]), written["pad_id"])
     chat = load_chat(source, config.data.template_kwargs)

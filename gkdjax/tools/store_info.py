@@ -17,6 +17,7 @@ import numpy as np
 
 from gkdjax.teachers.server.store.answers import AnswerStore, Holding, Stored
 from gkdjax.utils.errors import GkdjaxError, UserError
+from gkdjax.utils.files import replacing
 from gkdjax.utils.text import table
 
 _ROWS = 256  # of a row group; all of them are in memory at once
@@ -69,21 +70,17 @@ def export(store: AnswerStore, path: pathlib.Path) -> int:
     arrow, parquet = _extra("pyarrow"), _extra("pyarrow.parquet")
     if path.exists():
         raise UserError(f"{path} is there already; remove it, or name another file")
-    part = path.with_name(path.name + ".part")
     answers, count = store.all(), 0
     try:
-        with parquet.ParquetWriter(part, _schema(arrow)) as writer:
+        with replacing(path) as part, parquet.ParquetWriter(part, _schema(arrow)) as writer:
             while rows := list(itertools.islice(answers, _ROWS)):
                 # Read again each time: a run may have added one with the answers.
                 models = {teacher.fingerprint: teacher.model for teacher in store.teachers()}
                 batch = arrow.record_batch(list(_columns(arrow, rows, models)), _schema(arrow))
                 writer.write_batch(batch)
                 count += len(rows)
-        part.replace(path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
     return count
 
 

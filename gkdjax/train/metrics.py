@@ -14,7 +14,7 @@ import jax.monitoring
 from tensorboardX import SummaryWriter
 
 from gkdjax.config import Log
-from gkdjax.utils import text
+from gkdjax.utils import files, text
 from gkdjax.utils.errors import TrainingFailure
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # one event a program, from jax itself
@@ -65,9 +65,7 @@ def _drop_from(path: pathlib.Path, step: int) -> None:
         if not line.endswith("\n") or json.loads(line)["step"] >= step:
             break
         kept.append(line)
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(kept))
-    part.replace(path)
+    files.write_text(path, "".join(kept))
 
 
 class MetricsRecorder:

@@ -26,7 +26,7 @@ from gkdjax.train.planning import check
 from gkdjax.train.setup import Run, RunInputs, assemble
 from gkdjax.types import TrainState
 from gkdjax.utils.errors import UserError
-from gkdjax.utils.files import read_lines, write_lines
+from gkdjax.utils.files import read_json, read_lines, write_json, write_lines
 
 
 def run(
@@ -67,7 +67,7 @@ def _run_in(
     """See `parallel.multihost.own_directory` for the two directories."""
     began = time.monotonic()
     workdirs.claim(workdir, config)
-    finished = workdirs.read_json(workdir / "results.json")
+    finished = read_json(workdir / "results.json")
     if finished is not None:
         return _show(finished, workdir)
     config = shown_by_leader(config)
@@ -83,7 +83,7 @@ def _run_in(
         check.check_memory(inputs)
         found = _run(assemble(inputs, workdir), workdir, shared, began)
     print(report.render(found, workdir))
-    workdirs.write_json(workdir / "results.json", found)
+    write_json(workdir / "results.json", found)
     report.write_html(workdir)
     return found
 
@@ -100,7 +100,7 @@ def _run(parts: Run, workdir: pathlib.Path, shared: pathlib.Path, began: float) 
     chat = parts.inputs.sources.chat
     print(f"{parts.inputs.config.student.model}: a response ends with {chat.stop_tokens()}")
     ending = export.Ending(chat.stop_ids, chat.pad_id)
-    workdirs.write_json(workdir / export.ENDING, ending._asdict())  # `tools.export_hf` reads it
+    write_json(workdir / export.ENDING, ending._asdict())  # `tools.export_hf` reads it
     with told_if_the_teacher_fails("No step was made yet"):
         parts.inputs = with_first_text(parts, workdir)
     if parts.inputs.validation is not None:
@@ -124,7 +124,7 @@ def _run(parts: Run, workdir: pathlib.Path, shared: pathlib.Path, began: float) 
 
 def _before(parts: Run, workdir: pathlib.Path) -> dict:
     """What base and teacher say, once for all starts of the run."""
-    before = workdirs.read_json(workdir / "before.json")
+    before = read_json(workdir / "before.json")
     if before is None:
         prefix_bytes = parts.inputs.config.teacher.prefix_bytes
         base = EvalModel.of(parts.decoder, parts.base, parts.inputs.sources.chat, prefix_bytes)
@@ -132,7 +132,7 @@ def _before(parts: Run, workdir: pathlib.Path) -> dict:
         with told_if_the_teacher_fails("No step was made yet"):
             before = parts.evaluation.before(base)
         before["task"] = load.fingerprints(parts.inputs.examples)
-        workdirs.write_json(workdir / "before.json", before)
+        write_json(workdir / "before.json", before)
     write_lines(workdir / "answers.jsonl", before["answers"])
     return before
 

@@ -18,6 +18,7 @@ from gkdjax.models.hf import hub
 from gkdjax.parallel import multihost
 from gkdjax.utils import files
 from gkdjax.utils.errors import UserError
+from gkdjax.utils.files import read_json, write_json
 
 _LOCK = ".gkdjax-lock"
 # What a run writes down before it computes anything, beside its config.
@@ -177,18 +178,6 @@ def clock(workdir: pathlib.Path) -> datetime.datetime | None:
     if not path.exists():
         write_json(path, kept)
     return datetime.datetime.fromisoformat(kept["began"])
-
-
-def read_json(path: pathlib.Path) -> dict | None:
-    """The parsed file, or None if there is none."""
-    return files.read_object(path) if path.exists() else None
-
-
-def write_json(path: pathlib.Path, value: dict) -> None:
-    """Writes under another name first: the file is whole or not there."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    part.replace(path)
 
 
 def _lasting(raw: dict) -> dict:

@@ -29,6 +29,7 @@ from gkdjax.teachers.server.teacher import ServerTeacher
 from gkdjax.teachers.server.transport.client import Limits, Transport
 from gkdjax.types import SamplingParams
 from gkdjax.utils.errors import UserError
+from gkdjax.utils.files import write_json
 
 # In the run's directory:
 _BEGUN_WITH = "teacher.json"
@@ -264,6 +265,4 @@ def _claim(path: pathlib.Path, known: TeacherIdentity) -> None:
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     probe = base64.b64encode(codec.encode(known.probe)).decode()
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps({"model": known.model, "probe": probe}, indent=2) + "\n")
-    part.replace(path)
+    write_json(path, {"model": known.model, "probe": probe})

@@ -4,7 +4,6 @@ Without this file each start of a run would send the same things together again,
 learn which of them the server does not survive.
 """
 
-import json
 import pathlib
 import threading
 from collections.abc import Iterable
@@ -44,6 +43,4 @@ class Suspects:
         if not keys:
             self._path.unlink(missing_ok=True)
             return
-        part = self._path.with_name(self._path.name + ".part")
-        part.write_text(json.dumps({"keys": sorted(keys)}, indent=0) + "\n")
-        part.replace(self._path)
+        files.write_json(self._path, {"keys": sorted(keys)})
