@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gkdjax.losses import TopKLogprobs
+from gkdjax.losses.topk import TopKLogprobs
 from gkdjax.utils.text import digest
 
 
@@ -147,6 +147,14 @@ class Batch:
     target_ids_BN: jax.Array  # int32, 0 where there is no target
     target_mask_BN: jax.Array  # bool, there is a target n in row b
     row_id_B: jax.Array  # int32
+
+
+class ContextLimit(NamedTuple):
+    """How many tokens a model can read."""
+
+    tokens: int | None  # None: unknown
+    source: str  # what says so, for people
+    written: int | None = None  # with what it writes itself: a server ends or refuses there
 
 
 @jax.tree_util.register_dataclass

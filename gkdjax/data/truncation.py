@@ -17,7 +17,7 @@ from gkdjax.config import Context
 from gkdjax.config.checks import PREFIX_KEYS
 from gkdjax.data.chat_template import Chat
 from gkdjax.data.views import ViewRules
-from gkdjax.types import Example, Message
+from gkdjax.types import ContextLimit, Example, Message
 from gkdjax.utils.errors import UserError
 from gkdjax.utils.text import some
 
@@ -213,19 +213,11 @@ def require_room_beside_prefix(
         )
 
 
-class Limit(NamedTuple):
-    """How many tokens a model can read."""
-
-    tokens: int | None  # None: nobody says
-    source: str  # what says so, for people
-    written: int | None = None  # with what it writes itself: a server ends or refuses there
-
-
 def require_contexts(
     examples: Sequence[Example],
     rules: ViewRules,
     room: tuple[str, int],
-    contexts: dict[str, Limit],
+    contexts: dict[str, ContextLimit],
     *,
     teacher_writes: bool,
 ) -> None:

@@ -8,9 +8,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from gkdjax.data.chat_template import Chat
-from gkdjax.data.truncation import Limit
 from gkdjax.losses.objective import TeacherTargets, TopKTargets
-from gkdjax.types import Batch, Completion, Prompt, SamplingParams
+from gkdjax.types import Batch, Completion, ContextLimit, Prompt, SamplingParams
 from gkdjax.utils.errors import UserError
 
 
@@ -86,7 +85,7 @@ class TeacherHooks:
       weights: of this process: a teacher with `decoder`, `params` and `prefixes`; None: none.
     """
 
-    context: Limit = Limit(None, "")
+    context: ContextLimit = ContextLimit(None, "")
     weights = None
 
     def register(self, prompts_by_prefix: Sequence[Sequence[np.ndarray]]) -> None:

@@ -11,7 +11,6 @@ from absl import logging
 from jax.sharding import Mesh
 
 from gkdjax.data.chat_template import Chat
-from gkdjax.data.truncation import Limit
 from gkdjax.losses import fused_top_k
 from gkdjax.losses.lm_head import unembed
 from gkdjax.losses.objective import DenseTargets, TeacherTargets, TopKTargets
@@ -20,7 +19,7 @@ from gkdjax.models.prefix_cache import PrefixCache
 from gkdjax.models.sampler import Keep
 from gkdjax.parallel import mesh as parallel_mesh
 from gkdjax.teachers.base import Capabilities, TeacherHooks
-from gkdjax.types import Batch, Completion, Prompt, SamplingParams
+from gkdjax.types import Batch, Completion, ContextLimit, Prompt, SamplingParams
 from gkdjax.utils.errors import UserError
 
 
@@ -82,10 +81,10 @@ class LocalTeacher(TeacherHooks):
         self.prefixes = PrefixCache(decoder, params, prefix_bytes)
 
     @property
-    def context(self) -> Limit:
+    def context(self) -> ContextLimit:
         """What its checkpoint says."""
         where = "max_position_embeddings in config.json"
-        return Limit(self.decoder.spec.context_length, where)
+        return ContextLimit(self.decoder.spec.context_length, where)
 
     @property
     def weights(self) -> "LocalTeacher":

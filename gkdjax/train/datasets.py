@@ -15,18 +15,19 @@ from gkdjax.data.load import Examples
 from gkdjax.data.loss_mask import TargetRules
 from gkdjax.data.message_spans import is_plain
 from gkdjax.data.row_schema import TOOL_ROLES
-from gkdjax.data.truncation import Limit
 from gkdjax.data.views import ViewRules
 from gkdjax.models.hf import model_config
 from gkdjax.rollout.schedule import needs_teacher_text
 from gkdjax.teachers.base import Capabilities, Teacher, hooks
 from gkdjax.train.models import Sources
-from gkdjax.types import Example
+from gkdjax.types import ContextLimit, Example
 
 _MOST_PADDING = 0.2  # of either view; with more, rows of data.train share batches by length
 
 
-def contexts_of(config: Config, sources: Sources, teacher: Teacher | None) -> dict[str, Limit]:
+def contexts_of(
+    config: Config, sources: Sources, teacher: Teacher | None
+) -> dict[str, ContextLimit]:
     """The student's name, and then the teacher's -> what it can read."""
     student = _limit_of(sources.student)
     found = {f"the student ({config.student.model})": student}
@@ -37,9 +38,11 @@ def contexts_of(config: Config, sources: Sources, teacher: Teacher | None) -> di
     return found | {f"the teacher ({config.teacher.model})": _limit_of(sources.teacher)}
 
 
-def _limit_of(directory: pathlib.Path) -> Limit:
+def _limit_of(directory: pathlib.Path) -> ContextLimit:
     spec = model_config.load_spec(directory)
-    return Limit(spec.context_length, f"max_position_embeddings in config.json of {directory}")
+    return ContextLimit(
+        spec.context_length, f"max_position_embeddings in config.json of {directory}"
+    )
 
 
 def one_feed(
@@ -48,7 +51,7 @@ def one_feed(
     examples: list[Example],
     rules: ViewRules,
     batch_size: int,
-    contexts: dict[str, Limit],
+    contexts: dict[str, ContextLimit],
     bad_rows: BadRows,
     per_prompt: int | None = None,
 ) -> DistillDataset:
@@ -143,7 +146,7 @@ def anchor_feeds(
     examples: Examples,
     rules: ViewRules,
     sources: Sources,
-    contexts: dict[str, Limit],
+    contexts: dict[str, ContextLimit],
     bad_rows: BadRows,
 ) -> dict[str, DistillDataset]:
     """By name, see `config.anchor_sets`; {} without an anchor. Arguments as for `one_feed`."""
@@ -167,7 +170,7 @@ def validation_feed(
     config: Config,
     examples: Examples,
     rules: ViewRules,
-    contexts: dict[str, Limit],
+    contexts: dict[str, ContextLimit],
     can: Capabilities,
     bad_rows: BadRows,
 ) -> DistillDataset | None:

@@ -7,9 +7,8 @@ import pytest
 from gkdjax.config import Context
 from gkdjax.data import truncation
 from gkdjax.data.loss_mask import TargetRules
-from gkdjax.data.truncation import Limit
 from gkdjax.data.views import ViewRules
-from gkdjax.types import Example, Message
+from gkdjax.types import ContextLimit, Example, Message
 from gkdjax.utils.errors import UserError
 
 _PREFIX = (
@@ -119,8 +118,8 @@ def test_a_row_longer_than_a_models_context_is_named(chat):
 
     def require(student_reads, teacher_reads, examples=rows, **changes):
         contexts = {
-            "the student (a)": Limit(student_reads, "a/config.json"),
-            "the teacher (b)": Limit(teacher_reads, "b/config.json"),
+            "the student (a)": ContextLimit(student_reads, "a/config.json"),
+            "the teacher (b)": ContextLimit(teacher_reads, "b/config.json"),
         }
         changed = dataclasses.replace(rules, **changes)
         room = "rollout.max_new_tokens", 9
@@ -151,8 +150,8 @@ def test_who_writes_at_a_server_has_to_find_room_there(chat):
     _, prompt = rules.lengths(row)
 
     def require(tokens, writes=True, rows=(row,), max_length=prompt + 1):
-        limit = Limit(tokens - 1, f"max_model_len={tokens} of m", written=tokens)
-        contexts = {"the student (a)": Limit(None, ""), "the teacher (b)": limit}
+        limit = ContextLimit(tokens - 1, f"max_model_len={tokens} of m", written=tokens)
+        contexts = {"the student (a)": ContextLimit(None, ""), "the teacher (b)": limit}
         changed = dataclasses.replace(rules, max_length=max_length)
         room = "rollout.max_new_tokens", 9
         truncation.require_contexts(rows, changed, room, contexts, teacher_writes=writes)
@@ -160,7 +159,7 @@ def test_who_writes_at_a_server_has_to_find_room_there(chat):
     require(prompt + 9)
     require(prompt + 8, rows=_rows("yes"))
     require(prompt + 8, writes=False)
-    with pytest.raises(UserError, match=rf"{prompt} tokens and .* 9.*of m\): set completion.*=8 "):
+    with pytest.raises(UserError, match=rf"{prompt} tokens and .* 9.*of m\): set rollout.*=8 "):
         require(prompt + 8)
     with pytest.raises(UserError, match=r"of m\): shorten the prefix"):
         require(prompt, max_length=prompt - 1)

@@ -13,7 +13,6 @@ from absl import logging
 
 from gkdjax.config import Teacher
 from gkdjax.data.chat_template import Chat
-from gkdjax.data.truncation import Limit
 from gkdjax.parallel import multihost
 from gkdjax.teachers.base import Capabilities
 from gkdjax.teachers.server.dialects import openai, sglang, vllm
@@ -27,7 +26,7 @@ from gkdjax.teachers.server.store.fingerprint import TeacherIdentity, fingerprin
 from gkdjax.teachers.server.store.suspects import Suspects
 from gkdjax.teachers.server.teacher import ServerTeacher
 from gkdjax.teachers.server.transport.client import Limits, Transport
-from gkdjax.types import SamplingParams
+from gkdjax.types import ContextLimit, SamplingParams
 from gkdjax.utils.errors import UserError
 from gkdjax.utils.files import write_json
 
@@ -150,9 +149,9 @@ def _connect(
     )
 
 
-def _context(findings: Findings, api_base: str) -> Limit:
+def _context(findings: Findings, api_base: str) -> ContextLimit:
     source = findings.context_source or "as its server said"  # when an older store was filled
-    return Limit(findings.context_length, f"{source}, {api_base}", findings.context_written)
+    return ContextLimit(findings.context_length, f"{source}, {api_base}", findings.context_written)
 
 
 def tokenizer_hash(chat: Chat) -> str:

@@ -8,14 +8,13 @@ import numpy as np
 
 from gkdjax.data import batching
 from gkdjax.data.chat_template import Chat
-from gkdjax.data.truncation import Limit
 from gkdjax.losses.objective import TopKTargets
 from gkdjax.parallel import multihost
 from gkdjax.teachers.base import Capabilities, TeacherHooks
 from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest, TeacherAnswer
 from gkdjax.teachers.server.scheduler import Pool
 from gkdjax.teachers.server.store import codec
-from gkdjax.types import Batch, Completion, Prompt, SamplingParams, TokenTopK
+from gkdjax.types import Batch, Completion, ContextLimit, Prompt, SamplingParams, TokenTopK
 
 
 class ServerTeacher(TeacherHooks):
@@ -29,7 +28,7 @@ class ServerTeacher(TeacherHooks):
         capabilities: Capabilities,
         *,
         top_k: int,
-        context: Limit,
+        context: ContextLimit,
         template_kwargs: dict,
     ):
         """Keeps what it is given; the pool is its to close.
