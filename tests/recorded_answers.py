@@ -1,4 +1,4 @@
-"""Answers of real servers, kept in teachers/server/recorded, and how tests spoil them.
+"""Answers of real servers, kept in teachers/server/recorded, and dialects that read them.
 
 A file holds {path, request, status, response}; of llama-server's the request is written after the
 fact, and llama-cpp-python's answer is cut to its first 24 positions.
@@ -8,21 +8,54 @@ import copy
 import functools
 import json
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import transformers
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest, TeacherAnswer
+from gkdjax.teachers.server.answers import Request, SampleRequest, ScoreRequest, TeacherAnswer
+from gkdjax.teachers.server.dialects import openai, sglang, vllm
+from gkdjax.teachers.server.dialects.base import Dialect, exchange
 from gkdjax.types import Message, SamplingParams
-from gkdjax.utils.errors import WrongAnswer
 
 FILES = pathlib.Path(__file__).parent / "teachers" / "server" / "recorded"
 VOCAB_SIZE = 4096  # of both models
 TARGETS = (3, 6, 7, 10)  # positions that a test scores: not all, and not from the start
+IDS = [321, 608, 78, 338, 10, 355, 309, 273, 326, 300, 130, 105]  # of most recorded requests
+PARTS = {130: "Ã", 105: "©"}  # the bytes of é in qwen3-tiny, as byte-level BPE spells them
+PLP = vllm.PromptLogprobs("m", VOCAB_SIZE)
+ECHO = vllm.EchoLogprobs("m", VOCAB_SIZE)
+GENERATE = sglang.Generate("m", VOCAB_SIZE)
+
+
+def ask(dialect: Dialect, answer: Any, *requests: Request) -> TeacherAnswer | list[TeacherAnswer]:
+    """What a server's answer is to these requests; not in a list where there is one."""
+
+    class Server:
+        def post(self, path, body, **_):
+            json.dumps(body)
+            return answer
+
+    found = exchange(Server(), dialect, requests)
+    return found[0] if len(found) == 1 else found
+
+
+def score_request(ids: list[int], at: tuple[int, ...] = TARGETS, top_k: int = 3) -> ScoreRequest:
+    return ScoreRequest("row 7", np.asarray(ids, np.int32), np.asarray(at, np.int32), top_k)
+
+
+def sample_request(
+    ids: list[int] = IDS,
+    *,
+    tokens: int = 1,
+    top_k: int = 3,
+    stop_ids: tuple[int, ...] = (1,),
+    sampling: SamplingParams | None = None,
+) -> SampleRequest:
+    sampling = sampling or SamplingParams(tokens, temperature=1.0, top_p=0.9)
+    messages = (Message("system", "Be short."), Message("user", "hi"))
+    return SampleRequest("row 7", np.asarray(ids, np.int32), messages, sampling, 5, stop_ids, top_k)
 
 
 @functools.cache
@@ -35,37 +68,16 @@ def load(name: str) -> dict:
     return json.loads(_text(name))
 
 
-def score_request(ids: list[int], at: tuple[int, ...] = TARGETS, top_k: int = 3) -> ScoreRequest:
-    return ScoreRequest("row 7", np.asarray(ids, np.int32), np.asarray(at, np.int32), top_k)
+def recorded(name: str) -> tuple[list[int], dict]:
+    """(the ids that were sent, the answer)."""
+    file = load(name)
+    sent = file["request"]
+    return sent["input_ids"] if "input_ids" in sent else sent["prompt"], file["response"]
 
 
-def sample_request(
-    ids: list[int],
-    *,
-    tokens: int = 1,
-    top_k: int = 3,
-    stop_ids: tuple[int, ...] = (1,),
-    sampling: SamplingParams | None = None,
-) -> SampleRequest:
-    sampling = sampling or SamplingParams(tokens, temperature=1.0, top_p=0.9)
-    messages = (Message("system", "Be short."), Message("user", "hi"))
-    return SampleRequest("row 7", np.asarray(ids, np.int32), messages, sampling, 5, stop_ids, top_k)
-
-
-def vllm_prompt_logprobs(model="qwen3-tiny"):
-    """(the ids, the answer)."""
-    recorded = load(f"vllm-{model}-plp")
-    return recorded["request"]["prompt"], recorded["response"]
-
-
-def vllm_echo(model="qwen3-tiny"):
-    recorded = load(f"vllm-{model}-echo-mt1-ids")
-    return recorded["request"]["prompt"], recorded["response"]
-
-
-def vllm_sample(model="qwen3-tiny"):
-    """The one token that the echo's answer was drawn with, three times over, as a sample."""
-    ids, answer = vllm_echo(model)
+def vllm_sample(model: str = "qwen3-tiny") -> tuple[list[int], int, dict]:
+    """(the ids, the one token that was drawn beside an echo, three times over as a sample)."""
+    ids, answer = recorded(f"vllm-{model}-echo-mt1-ids")
     choice = answer["choices"][0]
     for key, values in choice["logprobs"].items():
         choice["logprobs"][key] = [copy.deepcopy(values[-1]) for _ in range(3)]
@@ -75,14 +87,33 @@ def vllm_sample(model="qwen3-tiny"):
     return ids, drawn, answer
 
 
+def sglang_scores(
+    model: str = "qwen3-tiny", file: str = "generate-mt0", start: int = TARGETS[0]
+) -> tuple[list[int], dict]:
+    """(the ids, the answer as it is from `start` on)."""
+    ids, answer = recorded(f"sgl-{model}-{file}")
+    meta = answer["meta_info"]
+    own, top = (meta[key][start:] for key in ("input_token_logprobs", "input_top_logprobs"))
+    meta["input_token_logprobs"] = [[None, *own[0][1:]], *own[1:]]
+    meta["input_top_logprobs"] = [None, *top[1:]]
+    return ids, answer
+
+
+def sglang_sample(model: str = "qwen3-tiny") -> tuple[list[int], dict]:
+    """(the ids, the answer with the token drawn, three times over)."""
+    ids, answer = recorded(f"sgl-{model}-generate")
+    answer["output_ids"] *= 3
+    for key in ("output_token_logprobs", "output_top_logprobs"):
+        answer["meta_info"][key] = [[*row] for row in answer["meta_info"][key] * 3]
+    answer["meta_info"]["completion_tokens"] = 3
+    return ids, answer
+
+
 def texts(name: str) -> dict[int, str]:
     """The tokens' texts, as vLLM decoded them; a part of a character it shows otherwise."""
     rows = load(name)["response"]["choices"][0]["prompt_logprobs"][1:]
     pairs = [(int(i), entry["decoded_token"]) for row in rows for i, entry in row.items()]
     return {i: text for i, text in pairs if i not in PARTS}
-
-
-PARTS = {130: "Ã", 105: "©"}  # the bytes of é in qwen3-tiny, as byte-level BPE spells them
 
 
 def byte_level(texts: dict[int, str]) -> Any:
@@ -106,75 +137,45 @@ def _tokenizer(spelled: dict[int, str], decoder: Any) -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner)
 
 
+@functools.cache
+def qwen() -> Any:
+    llama_server = {321: "def", 2969: "ater", 1280: " ExtendedContext", 3470: "fault"}
+    llama_server |= {1371: " item", 3553: " raises", 3964: " ssl", 1295: "end"}
+    return byte_level(texts("vllm-qwen3-tiny-plp") | llama_server | {1005: " 4", 3885: "shake"})
+
+
+@functools.cache
+def gemma() -> Any:
+    return gemma_like(texts("vllm-gemma3-tiny-plp") | {0: "<pad>", 3932: " (1"})
+
+
+@functools.cache
+def completions(tokenizer=qwen) -> openai.Completions:
+    return openai.Completions("m", VOCAB_SIZE, tokenizer())
+
+
+@functools.cache
+def chat(tokenizer=qwen) -> openai.Chat:
+    return openai.Chat("m", VOCAB_SIZE, tokenizer())
+
+
+def content(answer: dict) -> list[dict]:
+    return answer["choices"][0]["logprobs"]["content"]
+
+
+def classic(*tokens: str, ids: list[int] | None = None) -> dict:
+    """A sample in the form of three lists: the token's text and what follows it in order."""
+    top = [
+        {text: -1.0 - 0.5 * n for n, text in enumerate((token, "name", "):"))} for token in tokens
+    ]
+    own = [-1.0] * len(tokens)
+    logprobs = {"tokens": list(tokens), "token_logprobs": own, "top_logprobs": top}
+    choice = {"index": 0, "text": "".join(tokens), "finish_reason": "stop", "logprobs": logprobs}
+    usage = {"prompt_tokens": len(IDS), "completion_tokens": len(tokens) + 1}
+    return {"choices": [choice | ({} if ids is None else {"token_ids": ids})], "usage": usage}
+
+
 def same_answer(a: TeacherAnswer, b: TeacherAnswer) -> None:
     for name in ("target_ids", "target_logprob", "top_ids", "top_logprobs", "tail_logprob"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
     assert (a.finished, a.unmapped, a.lost) == (b.finished, b.unmapped, b.lost)
-
-
-_ODD = st.sampled_from(
-    [
-        *(None, True, 0, 1, -1, 3.0, -0.5, 1e308, -1e308, 10**400, 2**40, -9999.0),
-        *("", "3", "token_id:3", "\ud800", [], {}, [[]], [None], {"0": None}, {"error": "x"}),
-        *(float("nan"), float("inf")),
-    ]
-)
-
-
-@st.composite
-def spoiled(draw: st.DrawFn, answer: Any) -> Any:
-    """An answer with one to three values replaced, removed, doubled, or put elsewhere."""
-    answer = copy.deepcopy(answer)
-    for _ in range(draw(st.integers(1, 3))):
-        places = _places(answer)
-        if not places:
-            break
-        holder, key = places[draw(st.integers(0, len(places) - 1))]
-        other, place = places[draw(st.integers(0, len(places) - 1))]
-        value = copy.deepcopy(draw(_ODD) if draw(st.booleans()) else other[place])
-        match draw(st.sampled_from(["replace", "remove", "insert"])):
-            case "replace":
-                holder[key] = value
-            case "remove":
-                del holder[key]
-            case "insert" if isinstance(holder, list):
-                holder.insert(key, value)
-            case "insert":
-                holder[draw(st.sampled_from(["0", "01", "token_id:5", "id", "error"]))] = value
-    return answer
-
-
-def _places(value: Any) -> list[tuple[Any, Any]]:
-    """(holder, key) of everything below `value`."""
-    if not isinstance(value, dict | list):
-        return []
-    keys = value if isinstance(value, dict) else range(len(value))
-    return [place for key in keys for place in ((value, key), *_places(value[key]))]
-
-
-def set_at(*path, to):
-    """A fault: the value at this place of the answer."""
-
-    def spoil(answer):
-        holder = answer
-        for key in path[:-1]:
-            holder = holder[key]
-        holder[path[-1]] = to
-
-    return spoil
-
-
-def in_choice(*path, to):
-    return set_at("choices", 0, *path, to=to)
-
-
-def answer_or_wrong(read: Callable[[Any], Any], answer: Any) -> bool:
-    """Whether it was read; any error but the one that names the row fails the test."""
-    try:
-        read(answer)
-    except WrongAnswer as error:
-        assert str(error).startswith("row 7"), error
-        assert "\n" not in str(error)
-        str(error).encode()
-        return False
-    return True

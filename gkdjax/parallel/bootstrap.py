@@ -5,7 +5,6 @@ Nothing here touches a device: it is done before JAX's backend is made.
 
 import atexit
 import contextlib
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -15,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
@@ -30,24 +29,16 @@ from gkdjax.utils.errors import CoordinatorUnreachable, UserError
 _RETRY_S = 0.5
 _LEAST_WAIT_S = 1.0
 _JAX_ABORTS_LATER_S = 60  # at its own deadline JAX aborts the process; ours has to come first
-_MOST_TOLD = 5
+_MOST_NAMED = 5
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a process stands in its cluster.
+class Place(NamedTuple):
+    """Where a process stands in its cluster."""
 
-    Attributes:
-      coordinator: HOST:PORT at which process 0 listens.
-      processes: how many there are.
-      process: which one this is.
-      devices: those of this machine that are its own; None for all of them.
-    """
-
-    coordinator: str
-    processes: int
-    process: int
-    devices: list[int] | None = None
+    coordinator: str  # HOST:PORT at which process 0 listens
+    processes: int  # how many there are
+    process: int  # which one this is
+    devices: list[int] | None = None  # those of this machine that are its own; None: all
 
 
 @contextlib.contextmanager
@@ -87,7 +78,7 @@ def require_same(named: dict[str, Any], timeout_s: float) -> None:
     """Returns when every process has been found to have the same as process 0.
 
     Args:
-      named: what must be equal, as JSON has it; the names of what differs are told.
+      named: what must be equal, as JSON has it.
       timeout_s: within which every process has to come here.
 
     Raises:
@@ -104,21 +95,20 @@ def require_same(named: dict[str, Any], timeout_s: float) -> None:
         theirs = json.loads(client.blocking_key_value_get("gkdjax/same/0", within))
         found = list(differences(json.loads(json.dumps(named)), theirs))
         if found:
-            client.key_value_set(f"gkdjax/differs/{process}", _shortened(found))
+            client.key_value_set(f"gkdjax/differs/{process}", _some(found))
         client.wait_at_barrier("gkdjax/same", within)
     except jax.errors.JaxRuntimeError as error:
         raise CoordinatorUnreachable(
             f"not all processes told within {timeout_s:g} s what they run; one of them may have"
             f" ended, or have another gkdjax: {_first_line(error)}"
         ) from None
-    differing = dict(client.key_value_dir_get("gkdjax/differs/"))
+    differing = [
+        f"process {key.rpartition('/')[2]} differs from process 0 in {names}"
+        for key, names in client.key_value_dir_get("gkdjax/differs/")
+    ]
     if differing:
-        told = [
-            f"process {key.rpartition('/')[2]} differs from process 0 in {names}"
-            for key, names in differing.items()
-        ]
         raise UserError(
-            f"{_shortened(told)}. All processes of a run need the same config and the same code"
+            f"{_some(differing)}. All processes of a run need the same config and the same code"
         )
 
 
@@ -151,9 +141,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _shortened(found: list[str]) -> str:
-    more = len(found) - _MOST_TOLD
-    return "; ".join(found[:_MOST_TOLD]) + (f"; and {more} more" if more > 0 else "")
+def _some(found: list[str]) -> str:
+    more = len(found) - _MOST_NAMED
+    return "; ".join(found[:_MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _first_line(error: BaseException) -> str:
@@ -161,11 +151,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _given(coordinator: str | None, processes: int | None, process: int | None) -> Place | None:
-    """The place that the three flags name.
-
-    Raises:
-      UserError: some of them are missing, or they make no sense.
-    """
+    """The place that the three flags name."""
     three = {"--coordinator": coordinator, "--num_processes": processes, "--process_id": process}
     missing = [flag for flag, value in three.items() if value is None]
     if len(missing) == len(three):
@@ -184,11 +170,7 @@ def _given(coordinator: str | None, processes: int | None, process: int | None) 
 
 
 def _detected(timeout_s: float) -> Place | None:
-    """The place that JAX finds; None where it sees no cluster.
-
-    Raises:
-      CoordinatorUnreachable: there is a cluster, and it does not tell who process 0 is.
-    """
+    """The place that JAX finds; None where it sees no cluster."""
     try:
         found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
             None, None, None, None, None, int(timeout_s)
@@ -198,18 +180,15 @@ def _detected(timeout_s: float) -> Place | None:
             f"a cluster was found, but not its process 0: {type(error).__name__}:"
             f" {_first_line(error)}. --coordinator, --num_processes and --process_id name it"
         ) from error
-    coordinator, processes, process, devices = found
-    return None if coordinator is None else Place(coordinator, processes, process, devices)
+    return None if found[0] is None else Place(*found)
 
 
 def _connect(place: Place, deadline: float, timeout_s: float) -> None:
-    """Connects this process with all others.
-
-    Raises:
-      CoordinatorUnreachable: not by the deadline.
-      UserError: process 0 cannot listen there.
-    """
-    listening = _listening_address(place.coordinator)
+    """Connects this process with all others."""
+    host, _, port = place.coordinator.rpartition(":")
+    within = host == "localhost" or host.startswith("127.")  # this machine: not open to others
+    listening = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
+    listening = listening or (place.coordinator if within else f"[::]:{port}")
     if place.process:
         _reach(place.coordinator, deadline, timeout_s)
     else:
@@ -222,9 +201,7 @@ def _connect(place: Place, deadline: float, timeout_s: float) -> None:
     def connect() -> None:
         try:
             jax.distributed.initialize(
-                place.coordinator,
-                place.processes,
-                place.process,
+                *place[:3],
                 local_device_ids=place.devices,
                 cluster_detection_method="deactivate",
                 initialization_timeout=int(left) + _JAX_ABORTS_LATER_S,
@@ -246,11 +223,7 @@ def _connect(place: Place, deadline: float, timeout_s: float) -> None:
 
 
 def _reach(coordinator: str, deadline: float, timeout_s: float) -> None:
-    """Returns when somebody listens there.
-
-    Raises:
-      CoordinatorUnreachable: nobody does by the deadline.
-    """
+    """Returns when somebody listens there."""
     host, _, port = coordinator.rpartition(":")
     while True:
         left = max(deadline - time.monotonic(), _LEAST_WAIT_S)
@@ -266,21 +239,8 @@ def _reach(coordinator: str, deadline: float, timeout_s: float) -> None:
             time.sleep(_RETRY_S)
 
 
-def _listening_address(coordinator: str) -> str:
-    """Where process 0 listens: a run within one machine is not opened to others."""
-    host, _, port = coordinator.rpartition(":")
-    within = host == "localhost" or host.startswith("127.")
-    return os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or (
-        coordinator if within else f"[::]:{port}"
-    )
-
-
 def _require_free(address: str) -> None:
-    """JAX may crash where it cannot listen.
-
-    Raises:
-      UserError: somebody else listens there, or this machine has no such address.
-    """
+    """Raises UserError if process 0 cannot listen there, where JAX may crash."""
     host, _, port = address.rpartition(":")
     family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
     try:

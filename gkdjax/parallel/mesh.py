@@ -1,8 +1,8 @@
-"""The mesh of all devices, and rows that it shares.
+"""The mesh of all devices, and how arrays are put on it and read back.
 
-Rows of a batch are cut over "data" and "fsdp". Weights are cut over "fsdp" (memory: each layer's
-are gathered while it computes) and over "tensor" (a product's output or its sum is cut with them);
-`gkdjax.parallel.sharding_rules` says which leaf how.
+The rows of a batch are cut over "data" and "fsdp". Weights are cut over "fsdp" (to save memory: a
+layer's are gathered while it computes) and over "tensor" (a product's output or its sum is cut with
+them); `gkdjax.parallel.sharding_rules` has the rule for each leaf.
 """
 
 import math
@@ -34,8 +34,8 @@ def make_mesh(
     Args:
       data, fsdp, tensor: devices along each axis, within a slice.
       dcn_data: slices (TPU), or processes where devices know of no slices, that a slower network
-        joins. They share the rows only: the axis "data" has dcn_data * data devices, of one slice
-        side by side.
+        joins. They share the rows only: the axis "data" has dcn_data * data devices, those of one
+        slice side by side.
       devices: None: all, of all processes.
       One of the four numbers may be -1: what the others leave.
 
@@ -43,9 +43,8 @@ def make_mesh(
       UserError: their product is not the number of devices, or there are not dcn_data slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = mesh_sizes(
-        {"data": data, "fsdp": fsdp, "tensor": tensor, "dcn_data": dcn_data}, len(devices)
-    )
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "dcn_data": dcn_data}
+    sizes = mesh_sizes(sizes, len(devices))
     within = tuple(sizes[axis] for axis in AXES)
     auto = (AxisType.Auto,) * len(AXES)
     if sizes["dcn_data"] == 1:
@@ -57,8 +56,9 @@ def make_mesh(
             f"config.mesh.dcn_data = {sizes['dcn_data']}: the devices are in {len(places)}"
             f" {'slices' if of_slices else 'processes'}; set it to that number, or to 1"
         )
+    across = (sizes["dcn_data"], 1, 1)
     grid = mesh_utils.create_hybrid_device_mesh(
-        within, (sizes["dcn_data"], 1, 1), devices, process_is_granule=not of_slices
+        within, across, devices, process_is_granule=not of_slices
     )
     return Mesh(grid, AXES, axis_types=auto)
 
@@ -75,21 +75,18 @@ def mesh_sizes(sizes: dict[str, int], devices: int) -> dict[str, int]:
         return sizes | {open_axes[0]: devices // given}
     if given == devices:
         return sizes
-    told = " * ".join(f"{axis}={size}" for axis, size in sizes.items() if size not in (1, -1))
-    needed = f"a multiple of {given}" if open_axes else str(given)
+    # The nearest: as much of tensor and fsdp as the devices allow, and data for the rest.
+    nearest, left = {}, devices
+    for axis in ("tensor", "fsdp", "dcn_data"):
+        nearest[axis] = math.gcd(abs(sizes[axis]), left)
+        left //= nearest[axis]
+    nearest["data"] = left
+    product = " * ".join(f"{axis}={size}" for axis, size in sizes.items() if size not in (1, -1))
     raise UserError(
-        f"config.mesh: {told} needs {needed} devices, and there are {devices}; take"
-        f" {_nearest(sizes, devices)}, or -1 for one of them: what the others leave"
+        f"config.mesh: {product} needs {'a multiple of ' if open_axes else ''}{given} devices, and"
+        f" there are {devices}; take {', '.join(f'{axis}={nearest[axis]}' for axis in sizes)}, or"
+        " -1 for one of them: what the others leave"
     )
-
-
-def _nearest(sizes: dict[str, int], devices: int) -> str:
-    """The same mesh with as much of tensor and fsdp as the devices allow, and data for the rest."""
-    tensor = math.gcd(abs(sizes["tensor"]), devices)
-    fsdp = math.gcd(abs(sizes["fsdp"]), devices // tensor)
-    slices = math.gcd(abs(sizes["dcn_data"]), devices // tensor // fsdp)
-    data = devices // tensor // fsdp // slices
-    return f"data={data}, fsdp={fsdp}, tensor={tensor}, dcn_data={slices}"
 
 
 def row_shares(mesh: Mesh) -> int:
@@ -118,10 +115,7 @@ def replicate(mesh: Mesh, tree: Any):
 
 
 def holders(mesh: Mesh, rows: int) -> list[list[int]]:
-    """The processes whose devices hold each of a batch's rows, ascending.
-
-    Those whose devices share weights along "tensor" hold the same rows.
-    """
+    """The processes whose devices hold each of a batch's rows, ascending; several for "tensor"."""
     held: list[set[int]] = [set() for _ in range(rows)]
     for device, index in NamedSharding(mesh, ROWS).devices_indices_map((rows,)).items():
         for row in range(rows)[index[0]]:
@@ -136,28 +130,23 @@ def shard_rows(mesh: Mesh, tree: Any):
       mesh: of one process, or of all of them.
       tree: arrays of all rows, the same on every process; each sends its devices only their own.
     """
-    cut = NamedSharding(mesh, ROWS)
-    if not mesh.is_multi_process:
-        return jax.device_put(tree, cut)
+    rows = NamedSharding(mesh, ROWS)
 
     def shard(x):
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            return jax.device_put(x, cut)
-        return jax.make_array_from_callback(np.shape(x), cut, np.asarray(x).__getitem__)
+            return jax.device_put(x, rows)
+        return jax.make_array_from_callback(np.shape(x), rows, np.asarray(x).__getitem__)
 
-    return jax.tree.map(shard, tree)
+    return jax.tree.map(shard, tree) if mesh.is_multi_process else jax.device_put(tree, rows)
 
 
 def fetch(tree: Any):
-    """NumPy arrays, whole, on every process; called by all of them."""
+    """NumPy arrays, whole, on every process; all of them must call it."""
 
     def whole(x):
         if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
             return x
-        return _gather(x, NamedSharding(x.sharding.mesh, WHOLE))
+        everywhere = NamedSharding(x.sharding.mesh, WHOLE)
+        return jax.jit(lambda x: x, out_shardings=everywhere)(x)
 
     return jax.device_get(jax.tree.map(whole, tree))
-
-
-def _gather(x: jax.Array, everywhere: NamedSharding) -> jax.Array:
-    return jax.jit(lambda x: x, out_shardings=everywhere)(x)

@@ -1,9 +1,9 @@
 """Several processes that make one run: each runs the same program, on the same data.
 
 They differ in three things: which rows they ask a server about, whose files are those of the run
-(process 0's, the leader's), and which devices are theirs. So all of them take the same way through
-the program, and meet wherever they have to tell each other something. Where there is one process,
-everything here is the plain thing.
+(process 0's, the leader's), and which devices are theirs. All of them take the same way through the
+program, and meet wherever they have to exchange something. In a single process everything here is
+the plain thing.
 """
 
 import contextlib
@@ -50,14 +50,13 @@ def any_of_all(flag: bool) -> bool:
 
 
 def exchange(value: Any) -> list:
-    """What each process says, in their order: anything that JSON can hold."""
+    """The values of all processes, in their order: anything that JSON can hold."""
     if jax.process_count() == 1:
         return [value]
-    said = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray([said.size]))[:, 0]
-    filled = np.zeros(sizes.max(), np.uint8)
-    filled[: said.size] = said
-    every = multihost_utils.process_allgather(filled)
+    own = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray([own.size]))[:, 0]
+    padded = np.pad(own, (0, sizes.max() - own.size))
+    every = multihost_utils.process_allgather(padded)
     return [json.loads(row[:size].tobytes()) for row, size in zip(every, sizes, strict=True)]
 
 
@@ -75,17 +74,17 @@ def fail_together(work: Callable[[], Result]) -> Result:
         result = work()
     except GkdjaxError as error:
         failed = error
-    told = exchange(None if failed is None else [type(failed).__name__, str(failed)])
+    found = exchange(None if failed is None else [type(failed).__name__, str(failed)])
     if failed is not None:
         raise failed
-    for number, found in enumerate(told):
-        if found is not None:
-            raise getattr(errors, found[0])(f"process {number}: {found[1]}")
+    for process, error in enumerate(found):
+        if error is not None:
+            raise getattr(errors, error[0])(f"process {process}: {error[1]}")
     return result
 
 
 def on_leader(work: Callable[[], Result]) -> Result | None:
-    """The leader does it, and the others wait until it is done -> its result; theirs is None.
+    """The leader works and the others wait for it -> its result; None for them.
 
     Raises:
       GkdjaxError: as `fail_together`.
@@ -96,10 +95,11 @@ def on_leader(work: Callable[[], Result]) -> Result | None:
 def split_over_processes(
     work: Callable[[list[int]], list[Result]], count: int, encode, decode
 ) -> list:
-    """Results of `count` items, of which each process works on every how-many-th.
+    """The results of `count` items, shared out: process p of P works on p, p + P, p + 2P, ...
 
     Args:
       work: numbers of items -> a result for each.
+      count: of the items.
       encode, decode: of a result, to what JSON can hold and back.
 
     Raises:
@@ -110,16 +110,16 @@ def split_over_processes(
         return work(list(range(count)))
     own = list(range(jax.process_index(), count, processes))
     found = fail_together(lambda: work(own) if own else [])
-    shares = exchange([encode(each) for each in found])
-    return [decode(shares[i % processes][i // processes]) for i in range(count)]
+    parts = exchange([encode(each) for each in found])
+    return [decode(parts[i % processes][i // processes]) for i in range(count)]
 
 
 def rows_from(process_B: np.ndarray, tree: Any) -> Any:
-    """Leaves [B,...] of NumPy, whose rows are right in one process each -> with all rows right.
+    """NumPy leaves [B,...] in which all rows are right.
 
     Args:
-      process_B: the process that has each row.
-      tree: the same structure and shapes in all processes.
+      process_B: the process in which each row is right.
+      tree: this process's leaves, of the same shapes in all of them.
     """
     row_B = np.arange(len(process_B))
     return jax.tree.map(lambda x: x[process_B, row_B], multihost_utils.process_allgather(tree))
@@ -171,11 +171,11 @@ def _require_shared(workdir: pathlib.Path) -> None:
             raise UserError(f"--workdir={workdir} cannot be made: {error}") from None
         return token.name
 
-    name = exchange(on_leader(write))[0]
+    token = workdir / exchange(on_leader(write))[0]
     deadline = time.monotonic() + _SEEN_WITHIN_S
-    while not (workdir / name).exists() and time.monotonic() < deadline:
+    while not token.exists() and time.monotonic() < deadline:
         time.sleep(0.2)
-    blind = [number for number, seen in enumerate(exchange((workdir / name).exists())) if not seen]
+    blind = [process for process, seen in enumerate(exchange(token.exists())) if not seen]
     if leads():
         token.unlink()
     if blind:
@@ -186,21 +186,17 @@ def _require_shared(workdir: pathlib.Path) -> None:
 
 
 class Stopping:
-    """Whether any process was asked to stop: all learn of it at the same step.
+    """Whether any process was asked to stop: all know it at the same step.
 
-    What they say is added up on the devices behind a step, and read when the next one was
-    dispatched: no device waits for it. So they stop one step later than a single process.
+    The flags are summed on the devices behind a step, and read when the next one was dispatched: no
+    device waits for them. So several processes stop one step later than a single one.
     """
 
     def __init__(self, mesh: Mesh):
         self._mesh, self._pending = mesh, None
 
     def asked(self, stop: bool) -> bool:
-        """Called once a step by every process.
-
-        Args:
-          stop: whether this one was asked.
-        """
+        """Called once a step by every process; `stop`: whether this one was asked."""
         if jax.process_count() == 1:
             return stop
         cut = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))

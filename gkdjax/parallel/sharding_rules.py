@@ -1,4 +1,4 @@
-"""How each leaf lies on a mesh, by rules over paths, and what the decoder is told of it.
+"""Which leaf lies how on a mesh, by rules over paths, and constraints for the decoder's arrays.
 
 One table serves parameters, adapters, their optimizer state and a whole `TrainState`: a leaf's path
 ends as its parameter's does.
@@ -57,7 +57,7 @@ class Sizes(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
-    """Of one model on one mesh; hashable, so that programs can be made for it."""
+    """The rules for one model on one mesh; hashable, so that programs can be made for it."""
 
     mesh: Mesh | AbstractMesh | None = None  # None: one device
     rules: tuple[Rule, ...] = RULES
@@ -71,34 +71,28 @@ class ShardingRules:
         *,
         warn: bool = True,
     ) -> "ShardingRules":
-        """For a model's heads.
-
-        Args:
-          mesh: of `parallel.mesh.make_mesh`.
-          spec: of the model.
-          own: rules that come before `RULES`.
-          warn: of heads of keys and values that are kept whole; not for who tries many meshes.
+        """The rules for a model of these sizes; `own` come before `RULES`.
 
         Raises:
           UserError: the devices along "tensor" do not divide the query heads, or the vocabulary:
-            the head's logits are cut along it whatever the rules say of its table.
+            the head's logits are cut along it whatever the rules say about its table.
         """
-        tensor, rules = mesh.shape["tensor"], (*own, *RULES)
-        if spec.vocab_size % tensor:
-            raise UserError(
-                f"embedding: a vocabulary of {spec.vocab_size} cannot be cut by the {tensor}"
-                f" devices of mesh axis 'tensor'; take tensor={math.gcd(spec.vocab_size, tensor)}"
+        tensor = mesh.shape["tensor"]
+        vocabulary = f"embedding: a vocabulary of {spec.vocab_size}"
+        heads = f"layers/q_proj: {spec.num_heads} attention heads"
+        for what, size in ((vocabulary, spec.vocab_size), (heads, spec.num_heads)):
+            if size % tensor:
+                raise UserError(f"{what} {_cannot_be_cut(size, 'tensor', tensor)}")
+        if spec.num_kv_heads % tensor == 0:
+            return cls(mesh, (*own, *RULES))
+        if warn:
+            logging.warning(
+                "mesh.tensor=%d does not divide the %d heads of keys and values: each device"
+                " computes and keeps them all, where an even share would be 1/%d of the cache and"
+                " of the k and v products",
+                *(tensor, spec.num_kv_heads, tensor),
             )
-        if spec.num_heads % tensor:
-            raise UserError(
-                f"layers/q_proj: {spec.num_heads} attention heads cannot be cut by the {tensor}"
-                f" devices of mesh axis 'tensor'; take tensor={math.gcd(spec.num_heads, tensor)}"
-            )
-        if spec.num_kv_heads % tensor:
-            if warn:
-                _warn_of_whole_heads(tensor, spec.num_kv_heads)
-            rules = (*own, *_KV_WHOLE, *RULES)
-        return cls(mesh, rules)
+        return cls(mesh, (*own, *_KV_WHOLE, *RULES))
 
     def sharding_of(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
         """How a leaf lies.
@@ -107,47 +101,39 @@ class ShardingRules:
           ValueError: no rule covers it.
           UserError: an axis of the mesh does not divide the dimension that it cuts; both are named.
         """
-        cut = next((cut for rule, cut in self.rules if re.fullmatch(rule, path)), None)
-        if cut is None:
-            raise ValueError(f"no sharding rule covers the leaf {path!r}")
+        cut = self._cut(path)
         if len(cut) > len(shape):
             raise UserError(f"{path}: {cut} has more axes than the leaf, which is {shape}")
         for dimension, axis in enumerate(cut):
             if axis is not None and shape[dimension] % self.mesh.shape[axis]:
-                raise UserError(
-                    f"{path}: dimension {dimension} of {shape} cannot be cut by the"
-                    f" {self.mesh.shape[axis]} devices of mesh axis {axis!r};"
-                    f" take {axis}={math.gcd(shape[dimension], self.mesh.shape[axis])}"
-                )
+                why = _cannot_be_cut(shape[dimension], axis, self.mesh.shape[axis])
+                raise UserError(f"{path}: dimension {dimension} of {shape} {why}")
         return NamedSharding(self.mesh, self._used(cut))
 
     def shardings_of(self, of: Any) -> Any:
-        """`place` for every leaf of a tree of arrays or `jax.ShapeDtypeStruct`s."""
+        """`sharding_of` each leaf of a tree of arrays or `jax.ShapeDtypeStruct`s."""
         return tree.map_with_path(lambda path, leaf: self.sharding_of(path, leaf.shape), of)
 
     @property
     def cuts_weights(self) -> bool:
-        """Otherwise each device has all of them, and nothing is said while tracing."""
+        """Otherwise each device has all of them, and the methods below change nothing."""
         if self.mesh is None:
             return False
         return self.mesh.shape["fsdp"] * self.mesh.shape["tensor"] > 1
 
-    # What follows is for code that is traced. It says where arrays are to lie; without it XLA is
-    # free to gather all layers at once, or rows.
+    # What follows is for code that is traced: without it XLA is free to gather all layers at once,
+    # or rows.
 
     def rows(self, x_B: jax.Array) -> jax.Array:
-        """An array whose first axis is a batch's rows: cut there, and nowhere else."""
-        if not self.cuts_weights:
-            return x_B
-        return self._constrain(x_B, PartitionSpec(self._row_axes(x_B.shape[0])))
+        """Cut along the first axis, a batch's rows, and nowhere else."""
+        return self._constrain(x_B, self._row_axes(x_B))
 
     def heads(self, x_BTHC: jax.Array) -> jax.Array:
-        """Queries, keys or values: cut along rows and heads."""
+        """Queries, keys or values, cut along rows and heads."""
         if not self.cuts_weights:
             return x_BTHC
         divides = x_BTHC.shape[2] % self.mesh.shape["tensor"] == 0
-        rows = self._row_axes(x_BTHC.shape[0])
-        return self._constrain(x_BTHC, PartitionSpec(rows, None, "tensor" if divides else None))
+        return self._constrain(x_BTHC, self._row_axes(x_BTHC), None, "tensor" if divides else None)
 
     def layer(self, leaves: dict[str, Any]) -> dict[str, Any]:
         """One layer's leaves, by name, while it computes: gathered over "fsdp"."""
@@ -157,36 +143,43 @@ class ShardingRules:
         def gather(path, leaf):
             if "dropout_key" in path:
                 return leaf
-            cut = next(cut for rule, cut in self.rules if re.fullmatch(rule, f"layers/{path}"))
-            kept = PartitionSpec(*(None if axis == "fsdp" else axis for axis in cut[1:]))
-            return self._constrain(leaf, kept)
+            cut = self._cut(f"layers/{path}")[1:]
+            return self._constrain(leaf, *(None if axis == "fsdp" else axis for axis in cut))
 
         return tree.map_with_path(gather, leaves)
 
     def table(self, table_VD: jax.Array) -> jax.Array:
         """An embedding that is looked up: gathered over "fsdp"."""
+        return self._constrain(table_VD, "tensor")
+
+    def _cut(self, path: str) -> PartitionSpec:
+        cut = next((cut for rule, cut in self.rules if re.fullmatch(rule, path)), None)
+        if cut is None:
+            raise ValueError(f"no sharding rule covers the leaf {path!r}")
+        return cut
+
+    def _row_axes(self, x_B: jax.Array) -> tuple[str, ...] | None:
+        """None for a single row, as a prefix that is read once: it is whole on every device."""
         if not self.cuts_weights:
-            return table_VD
-        return self._constrain(table_VD, PartitionSpec("tensor"))
+            return None
+        return ROW_AXES if x_B.shape[0] % row_shares(self.mesh) == 0 else None
 
-    def _row_axes(self, rows: int):
-        """A single row, as a prefix that is read once, lies whole on every device."""
-        return ROW_AXES if rows % row_shares(self.mesh) == 0 else None
-
-    def _constrain(self, x: jax.Array, cut: PartitionSpec) -> jax.Array:
+    def _constrain(self, x: jax.Array, *cut: str | tuple[str, ...] | None) -> jax.Array:
+        if not self.cuts_weights:
+            return x
         # Within `jax.shard_map` some axes are the caller's: there each device has its own rows.
         around = jax.sharding.get_abstract_mesh()
         manual = set(around.manual_axes) if not around.empty else set()
         mesh = around if manual else self.mesh
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, self._used(cut, manual)))
 
-    def _used(self, cut: PartitionSpec, manual: set[str] = frozenset()) -> PartitionSpec:
-        """Without axes of one device: jit takes P("fsdp") and P() for two programs, even then."""
+    def _used(self, cut: Sequence, manual: set[str] = frozenset()) -> PartitionSpec:
+        """`cut` without axes of one device: jit takes P("fsdp") and P() for two programs."""
 
         def used(axes):
             if isinstance(axes, tuple):
-                kept = tuple(axis for axis in axes if used(axis))
-                return kept if len(kept) > 1 else next(iter(kept), None)
+                left = tuple(axis for axis in axes if used(axis))
+                return left if len(left) > 1 else next(iter(left), None)
             return axes if axes and axes not in manual and self.mesh.shape[axes] > 1 else None
 
         named = [used(axes) for axes in cut]
@@ -195,19 +188,17 @@ class ShardingRules:
         return PartitionSpec(*named)
 
 
-def _warn_of_whole_heads(tensor: int, num_kv_heads: int) -> None:
-    logging.warning(
-        "mesh.tensor=%d does not divide the %d heads of keys and values: each device computes and"
-        " keeps them all, where an even share would be 1/%d of the cache and of the k and v"
-        " products",
-        *(tensor, num_kv_heads, tensor),
+def _cannot_be_cut(size: int, axis: str, devices: int) -> str:
+    return (
+        f"cannot be cut by the {devices} devices of mesh axis {axis!r};"
+        f" take {axis}={math.gcd(size, devices)}"
     )
 
 
 def all_but_gathered_weights(primitive, *_, **__) -> bool:
     """A policy for `jax.checkpoint`: what a layer keeps for its backward pass.
 
-    Weights are gathered by a sharding constraint, and may be cast after it. Of activations too, the
-    results of both are made again from what is kept: that costs next to nothing.
+    Weights are gathered by a sharding constraint, and may be cast after it. The results of both are
+    made again, of activations, too: that costs next to nothing.
     """
     return primitive.name not in ("sharding_constraint", "convert_element_type")

@@ -1,10 +1,14 @@
 """An honest server is refused once in a million times: a mean that is 1 by construction."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from gkdjax.teachers.server import draws
-from gkdjax.teachers.server.answers import Position, SampleRequest, collect
+from gkdjax.teachers.server.answers import SampleRequest
+from gkdjax.teachers.server.dialects.logprobs import TokenLogprobs
+from gkdjax.teachers.server.dialects.vllm import PromptLogprobs
 from gkdjax.types import SamplingParams
 
 V, STOP = 40, 3
@@ -16,15 +20,13 @@ REQUEST = SampleRequest(
 def reported(p_V, targets, top_k=8):
     """What a server says that draws these from `p_V`; some list the token in any case."""
     best = np.argsort(-p_V)[:top_k]
-    said = []
+    tokens = []
     for target in targets:
         shown = best if target in best else [target, *best[:-1]]
-        said.append(
-            Position(
-                target, float(np.log(p_V[target])), {int(i): float(np.log(p_V[i])) for i in shown}
-            )
-        )
-    return collect(said, top_k=top_k, vocab_size=V, name="a row")
+        top = [(int(i), float(np.log(p_V[i]))) for i in shown]
+        tokens.append(TokenLogprobs("here", int(target), float(np.log(p_V[target])), top))
+    request = dataclasses.replace(REQUEST, top_k=top_k)
+    return PromptLogprobs("m", V).collect(tokens, targets, request)
 
 
 @pytest.fixture

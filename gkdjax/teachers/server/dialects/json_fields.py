@@ -1,7 +1,7 @@
-"""Typed access to the fields of a JSON answer, with errors that name the field.
+"""Typed access to the fields of a JSON answer.
 
-A server may send anything: whatever it is, it is either what the caller asks for or a
-`WrongAnswer`, and never another exception.
+A server may send anything: a field is what the caller asks for, or reading it raises a
+`WrongAnswer` that names it, and never another exception.
 """
 
 import json
@@ -13,7 +13,7 @@ _MOST_SHOWN = 120  # characters of a wrong value that an error shows
 
 
 class JsonField:
-    """A value in an answer, and the way to it; the way is only put into words for an error."""
+    """A value in an answer, and the path to it, which is spelled out for errors only."""
 
     __slots__ = ("_name", "_parent", "value")
 
@@ -35,40 +35,39 @@ class JsonField:
 
     def __getitem__(self, key: str) -> "JsonField":
         """A field that has to be there; it may be null."""
-        found = self._object()
+        found = self._of_type(dict, "an object")
         if key not in found:
             raise self.wrong(f"has no {key!r}, only {shown(sorted(found))}")
         return JsonField(found[key], key, self)
 
-    def find(self, key: str) -> "JsonField | None":
-        """A field that may be missing or null; None if it is."""
-        found = self._object().get(key)
-        return None if found is None else JsonField(found, key, self)
+    def find(self, *keys: str) -> "JsonField | None":
+        """The field at the end of the keys; None where one of them is missing or null."""
+        field = self
+        for key in keys:
+            value = field._of_type(dict, "an object").get(key)
+            if value is None:
+                return None
+            field = JsonField(value, key, field)
+        return field
 
     def items(self) -> list[tuple[str, "JsonField"]]:
-        """Of an object."""
-        return [(key, JsonField(value, key, self)) for key, value in self._object().items()]
+        """The fields of an object."""
+        found = self._of_type(dict, "an object")
+        return [(key, JsonField(value, key, self)) for key, value in found.items()]
 
-    def entries(self, *counts: int) -> list["JsonField"]:
-        """Of a list, which has one of `counts` entries if any are given."""
-        if not isinstance(self.value, list):
-            raise self._not("a list")
-        if counts and len(self.value) not in counts:
-            wanted = " or ".join(map(str, counts))
-            raise self.wrong(f"has {len(self.value)} entries, not {wanted}")
-        return [JsonField(value, i, self) for i, value in enumerate(self.value)]
+    def entries(self, count: int | None = None) -> list["JsonField"]:
+        """The entries of a list, which must have `count` of them if one is given."""
+        found = self._of_type(list, "a list")
+        if count is not None and len(found) != count:
+            raise self.wrong(f"has {len(found)} entries, not {count}")
+        return [JsonField(value, i, self) for i, value in enumerate(found)]
 
     def text(self) -> str:
-        """A string."""
-        if not isinstance(self.value, str):
-            raise self._not("a string")
-        return self.value
+        return self._of_type(str, "a string")
 
     def whole(self) -> int:
         """A whole number; 3.0, "3" and true are none."""
-        if type(self.value) is not int:
-            raise self._not("a whole number")
-        return self.value
+        return self._of_type(int, "a whole number")
 
     def number(self) -> float:
         """A number; it may be infinite or NaN."""
@@ -80,17 +79,16 @@ class JsonField:
             raise self._not("a number of that size") from None
 
     def check_null(self) -> None:
-        """There must be nothing here."""
         if self.value is not None:
             raise self._not("null")
 
-    def _object(self) -> dict:
-        if not isinstance(self.value, dict):
-            raise self._not("an object")
+    def _of_type(self, wanted: type, name: str) -> Any:
+        if type(self.value) is not wanted:
+            raise self._not(name)
         return self.value
 
-    def _not(self, what: str) -> WrongAnswer:
-        return self.wrong(f"is {shown(self.value)}, not {what}")
+    def _not(self, name: str) -> WrongAnswer:
+        return self.wrong(f"is {shown(self.value)}, not {name}")
 
 
 def opened(answer: Any, name: str) -> JsonField:

@@ -1,4 +1,4 @@
-"""From what a server writes for a token back to the token's id, where that is possible.
+"""From what a server writes for a token to the token's id, where that is possible.
 
 Many servers name the best tokens by their text alone. Text that several ids share, or that is only
 a part of a character, names none; such entries are counted and their mass is in the tail.
@@ -16,14 +16,22 @@ from gkdjax.utils.errors import UserError
 
 _LOSSY = "\N{REPLACEMENT CHARACTER}"  # stands for bytes that are not UTF-8
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+_INSIDE = ("ByteLevel", "ByteFallback", "Metaspace", "Replace")  # decoders that change a token
+_BETWEEN = ("Fuse", "Strip")  # decoders that join tokens, and strip what is joined
+
+# Byte-level BPE's characters: a visible Latin-1 byte is itself, the others follow from 256 on.
+_VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_OTHERS = [byte for byte in range(256) if byte not in _VISIBLE]
+_BYTE_OF = {chr(byte): byte for byte in _VISIBLE}
+_BYTE_OF |= {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
 
 
 class TokenMap:
     """The bytes of a tokenizer's tokens, and the way back where it is one to one.
 
-    What a token's bytes are is read off the tokenizer's own decoder: byte-level BPE (Qwen, Llama
-    3), "▁" for a space and byte tokens "<0x0A>" (Gemma, Llama 2), or the token as it stands. A
-    decoder that strips the start of a text does not make a token another one.
+    The tokenizer's own decoder says which bytes a token has: byte-level BPE (Qwen, Llama 3), "▁"
+    for a space and byte tokens "<0x0A>" (Gemma, Llama 2), or the token as it stands. A decoder that
+    strips the start of a text does not make a token another one.
 
     A byte token whose byte is a character with a token of its own is left out of the way back: a
     tokenizer does not write it, and "\\n" should name the token that it does write.
@@ -32,25 +40,15 @@ class TokenMap:
     def __init__(self, tokenizer: transformers.PreTrainedTokenizerFast):
         """Reads the vocabulary, added tokens included.
 
-        Args:
-          tokenizer: a fast one.
-
         Raises:
-          UserError: its decoder is of another kind, so that text cannot be taken apart.
+          UserError: the decoder is of another kind, so that text cannot be taken apart.
         """
         steps = _steps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
-        self._bytes: dict[int, bytes] = {}
+        read = {i: _read(token, steps) for token, i in tokenizer.get_vocab().items()}
+        self._bytes = {i: raw for i, (raw, _) in read.items()}
         groups: dict[bytes, list[int]] = defaultdict(list)
-        byte_tokens: list[tuple[bytes, int]] = []
-        for token, i in tokenizer.get_vocab().items():
-            raw, is_byte_token = _read(token, steps)
-            self._bytes[i] = raw
-            if is_byte_token:
-                byte_tokens.append((raw, i))
-            elif raw:
-                groups[raw].append(i)
-        for raw, i in byte_tokens:
-            if raw not in groups:
+        for i, (raw, is_byte_token) in sorted(read.items(), key=lambda item: item[1][1]):
+            if raw and not (is_byte_token and raw in groups):
                 groups[raw].append(i)
         self._ids = {raw: ids[0] for raw, ids in groups.items() if len(ids) == 1}
 
@@ -87,17 +85,13 @@ class TokenMap:
 
 
 def _steps(decoder: dict | None) -> list[dict]:
-    """The decoder's parts in order, without those that do not look inside a token."""
-    if decoder is None:
+    """The decoder's parts that look inside a token, in order."""
+    if decoder is None or decoder["type"] in _BETWEEN:
         return []
     if decoder["type"] == "Sequence":
         return [step for part in decoder["decoders"] for step in _steps(part)]
-    if decoder["type"] in ("Fuse", "Strip"):  # they join tokens, and strip what is joined
-        return []
-    known = decoder["type"] in ("ByteLevel", "ByteFallback", "Metaspace") or (
-        decoder["type"] == "Replace" and "String" in decoder["pattern"]
-    )
-    if not known:
+    is_regex = decoder["type"] == "Replace" and "String" not in decoder["pattern"]
+    if decoder["type"] not in _INSIDE or is_regex:
         raise UserError(
             f"the tokenizer decodes with {json.dumps(decoder)}, and from that the text of a single"
             " token is not known; use a dialect that answers in token ids"
@@ -106,7 +100,7 @@ def _steps(decoder: dict | None) -> list[dict]:
 
 
 def _read(token: str, steps: Sequence[dict]) -> tuple[bytes, bool]:
-    """The token's bytes, and whether it is a byte token."""
+    """(the token's bytes, whether it is a byte token)."""
     for step in steps:
         kind = step["type"]
         if kind == "Replace":
@@ -118,15 +112,3 @@ def _read(token: str, steps: Sequence[dict]) -> tuple[bytes, bool]:
         elif kind == "ByteLevel" and all(character in _BYTE_OF for character in token):
             return bytes(_BYTE_OF[character] for character in token), False
     return token.encode(), False
-
-
-def _byte_of() -> dict[str, int]:
-    """Byte-level BPE's characters: a visible Latin-1 byte is itself, the others follow from 256."""
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {
-        chr(256 + n): byte for n, byte in enumerate(others)
-    }
-
-
-_BYTE_OF = _byte_of()

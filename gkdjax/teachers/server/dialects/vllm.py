@@ -1,43 +1,30 @@
 """vLLM's own fields of /v1/completions: token ids in, and token ids out."""
 
-import dataclasses
 import re
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from gkdjax.teachers.server.answers import (
-    SampleRequest,
-    ScoreRequest,
-    TeacherAnswer,
-    collect,
-    lost_sample,
+from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest, TeacherAnswer, lost_sample
+from gkdjax.teachers.server.dialects.base import Call, Dialect, check_read, is_lost
+from gkdjax.teachers.server.dialects.completions import (
+    PATH,
+    echo,
+    only_choice,
+    read_echo,
+    sampling_fields,
+    token_lists,
 )
-from gkdjax.teachers.server.dialects import base, completions
-from gkdjax.teachers.server.dialects.json_fields import JsonField, opened
-from gkdjax.teachers.server.dialects.logprobs import (
-    TokenLogprobs,
-    check_counts,
-    check_not_cut,
-    id_in,
-    is_lost,
-    position,
-    response,
-)
+from gkdjax.teachers.server.dialects.json_fields import JsonField
+from gkdjax.teachers.server.dialects.logprobs import TokenLogprobs, id_in
+
+_ID = re.compile("0|[1-9][0-9]{0,8}")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Vllm:
-    """What the two ways to score share: names, and how to sample."""
+class _Vllm(Dialect):
+    """Samples."""
 
-    model: str
-    vocab_size: int
-    tokenizer: Any = None  # all dialects are made alike; this one's answers are in ids
-    by_messages: ClassVar[bool] = False
-
-    def sample(self, request: SampleRequest) -> base.Call:
+    def sample(self, request: SampleRequest) -> Call:
         """See `base.Dialect`."""
-        base.check_sample(request, self)
-        body = {"top_k": -1} | completions.drawing(self.model, request)
+        body = {"top_k": -1} | sampling_fields(self.model, request)
         body |= {
             "prompt": request.ids.tolist(),
             "logprobs": request.top_k,
@@ -49,35 +36,30 @@ class _Vllm:
             "return_tokens_as_token_ids": True,
         }
         tokens = len(request.ids) + request.sampling.max_new_tokens
-        return base.call(completions.PATH, body, tokens=tokens, top_k=request.top_k)
+        return Call(PATH, body, tokens, request.top_k)
 
-    def read_sample(self, answer: Any, request: SampleRequest) -> TeacherAnswer:
+    def read_sample(self, root: JsonField, request: SampleRequest) -> TeacherAnswer:
         """See `base.Dialect`; a stop id is shown, and is the response's last."""
-        root = opened(answer, request.name)
-        completions.check_prompt_tokens(root, request)
-        choice = completions.only_choice(root)
+        check_read(root.find("usage", "prompt_tokens"), len(request.ids))
+        choice = only_choice(root)
         if is_lost(choice["finish_reason"]):
-            return lost_sample(request.top_k, 0)
-        _check_sent(choice.find("prompt_token_ids"), request.ids.tolist())
+            return lost_sample(request.top_k)
+        _check_sent(choice, request)
         ids = [i.whole() for i in choice["token_ids"].entries()]
-        tokens, said = completions.classic(choice["logprobs"], first=0)
-        if [id_in(token) for token in tokens] != ids:
+        keys, tokens = token_lists(choice["logprobs"])
+        if [id_in(key) for key in keys] != ids:
             raise choice.wrong("has other tokens in token_ids than in logprobs.tokens")
-        check_counts(said, request.top_k, self.vocab_size, by_id=True)
-        completions.check_completion_tokens(root, len(ids))
-        check_not_cut(choice["finish_reason"], len(ids), request)
-        return response(said, ids, request, vocab_size=self.vocab_size, id_of=id_in)
+        stated = root.find("usage", "completion_tokens")
+        return self.sampled(tokens, ids, request, choice["finish_reason"], stated)
 
 
-@dataclasses.dataclass(frozen=True)
 class PromptLogprobs(_Vllm):
-    """Scores by `prompt_logprobs`, which is keyed by id; the way to prefer."""
+    """Scores by `prompt_logprobs`, whose keys are ids; the way to prefer."""
 
     rows_per_request: ClassVar[bool] = True
 
-    def score(self, requests: Sequence[ScoreRequest]) -> base.Call:
+    def score(self, *requests: ScoreRequest) -> Call:
         """See `base.Dialect`; all rows are asked for the same K."""
-        base.check_scores(requests, self)
         (top_k,) = {request.top_k for request in requests}
         body = {
             "model": self.model,
@@ -86,61 +68,41 @@ class PromptLogprobs(_Vllm):
             "temperature": 0,
             "prompt_logprobs": top_k,
         }
-        tokens = sum(len(request.ids) for request in requests)
-        return base.call(completions.PATH, body, tokens=tokens, top_k=top_k)
+        return Call(PATH, body, sum(len(request.ids) for request in requests), top_k)
 
-    def read_scores(self, answer: Any, requests: Sequence[ScoreRequest]) -> list[TeacherAnswer]:
+    def read_scores(self, root: JsonField, *requests: ScoreRequest) -> list[TeacherAnswer]:
         """See `base.Dialect`."""
-        root = opened(answer, requests[0].name)
-        completions.check_prompt_tokens(root, *requests)
+        sent = sum(len(request.ids) for request in requests)
+        check_read(root.find("usage", "prompt_tokens"), sent)
         choices = root["choices"].entries(len(requests))
-        by_index = {choice["index"].whole(): choice for choice in choices}
+        by_index = {choice["index"].whole(): choice.value for choice in choices}
         if sorted(by_index) != list(range(len(requests))):
             raise root["choices"].wrong(f"have the indices {sorted(by_index)}, one a row is right")
         return [
-            self._row(JsonField(by_index[i].value, f"{request.name}: answer.choices[{i}]"), request)
-            for i, request in enumerate(requests)
+            self._read_row(JsonField(by_index[i], f"{one.name}: answer.choices[{i}]"), one)
+            for i, one in enumerate(requests)
         ]
 
-    def _row(self, choice: JsonField, request: ScoreRequest) -> TeacherAnswer:
+    def _read_row(self, choice: JsonField, request: ScoreRequest) -> TeacherAnswer:
         ids = request.ids.tolist()
-        _check_sent(choice.find("prompt_token_ids"), ids)
+        _check_sent(choice, request)
         first, *rows = choice["prompt_logprobs"].entries(len(ids))
         first.check_null()
         for row, i in zip(rows, ids[1:], strict=True):
             row[str(i)]  # what was sent has to be there, whether it is a target or not
-        said = [_by_id(rows[at], ids[at + 1]) for at in request.at]
-        check_counts(said, request.top_k, self.vocab_size, by_id=True)
-        return collect(
-            [position(one, one.key, id_in) for one in said],
-            top_k=request.top_k,
-            vocab_size=self.vocab_size,
-            name=request.name,
-        )
+        return self.scored([_by_id(rows[at], ids[at + 1]) for at in request.at], request)
 
 
-@dataclasses.dataclass(frozen=True)
 class EchoLogprobs(_Vllm):
     """Scores by `echo`, for servers that refuse `prompt_logprobs`."""
 
-    rows_per_request: ClassVar[bool] = False
-
-    def score(self, requests: Sequence[ScoreRequest]) -> base.Call:
+    def score(self, request: ScoreRequest) -> Call:
         """See `base.Dialect`."""
-        return completions.echo(self, requests, return_tokens_as_token_ids=True)
+        return echo(self, request, return_tokens_as_token_ids=True)
 
-    def read_scores(self, answer: Any, requests: Sequence[ScoreRequest]) -> list[TeacherAnswer]:
+    def read_scores(self, root: JsonField, request: ScoreRequest) -> list[TeacherAnswer]:
         """See `base.Dialect`."""
-        (request,) = requests
-        scored = completions.read_echo(
-            answer,
-            request,
-            vocab_size=self.vocab_size,
-            is_token=lambda token, i: id_in(token) == i,
-            id_of=id_in,
-            by_id=True,
-        )
-        return [scored]
+        return read_echo(self, root, request)
 
 
 def _by_id(row: JsonField, target_id: int) -> TokenLogprobs:
@@ -155,9 +117,7 @@ def _id_of_key(row: JsonField, key: str) -> int:
     return int(key)
 
 
-_ID = re.compile("0|[1-9][0-9]{0,8}")
-
-
-def _check_sent(prompt_token_ids: JsonField | None, ids: list[int]) -> None:
-    if prompt_token_ids is not None and prompt_token_ids.value != ids:
-        raise prompt_token_ids.wrong("are not the ids that were sent")
+def _check_sent(choice: JsonField, request: ScoreRequest | SampleRequest) -> None:
+    sent = choice.find("prompt_token_ids")
+    if sent is not None and sent.value != request.ids.tolist():
+        raise sent.wrong("are not the ids that were sent")
