@@ -18,7 +18,7 @@ from gkdjax import config as config_lib
 from gkdjax.data.chat_template import load_chat
 from gkdjax.models.decoder import abstract_params
 from gkdjax.models.decoder_config import DecoderConfig
-from gkdjax.models.hf import export, load, model_config, peft_config
+from gkdjax.models.hf import export, load, model_config, peft
 from gkdjax.train import models, workdir
 from gkdjax.train.checkpoint import read_trainable
 from gkdjax.utils.errors import GkdjaxError, UserError
@@ -102,7 +102,7 @@ def _check_out(out: pathlib.Path, config: config_lib.Config, source: pathlib.Pat
         *(pathlib.Path(name).resolve() for name in used if name),
     }:
         raise UserError(f"--out={out} is what the run began with; name another directory")
-    found = out / (peft_config.NAME if adapter else "config.json")
+    found = out / (peft.CONFIG if adapter else "config.json")
     key = "peft_type" if adapter else "model_type"
     kind = "an adapter" if adapter else "a model"
     try:

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from gkdjax.data.chat_template import Chat, load_chat
 from gkdjax.data.tokenizer_match import tokens_without_row
 from gkdjax.models.decoder_config import DecoderConfig, RopeSpec, param_shapes
-from gkdjax.models.hf import config_keys, hub, model_config
-from gkdjax.models.hf.load import check_numbers, check_tensors, source_names
+from gkdjax.models.hf import hub, model_config
+from gkdjax.models.hf.load import check_numbers, check_tensors, tensor_places
 from gkdjax.models.hf.tensor_files import TensorFiles
 from gkdjax.utils.errors import GkdjaxError
 from gkdjax.utils.text import size
@@ -37,11 +37,11 @@ def describe(model: str) -> Iterator[Row]:
     yield "model", str(directory)
     yield "family", f"{spec.family} (model_type {config['model_type']})"
     yield from _sizes(spec)
-    unread = config_keys.passed_over(config)
+    unread = model_config.unread_keys(config)
     if unread:
         yield "not read", f"{', '.join(unread)} of config.json, which transformers passes over too"
     files = TensorFiles(directory)
-    _, known = source_names(files, spec, config["model_type"])
+    known = tensor_places(files, spec, config["model_type"])
     check_tensors(files, spec, known)
     check_numbers(files, known)
     yield from _weights(spec, files, known)

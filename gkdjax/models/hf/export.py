@@ -1,7 +1,7 @@
-"""What a run hands over: a Hugging Face model directory, a PEFT adapter directory, or both.
+"""Model directories out: a Hugging Face model or a PEFT adapter.
 
-Tensors are made one at a time: a model in training is not held twice. Of several processes all
-make them, because each has a part, and the leader writes them.
+Tensors are made one at a time, so that a model in training is not in memory twice. All processes
+make them, because each holds a part, and the leader writes them.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from gkdjax.parallel import mesh
 from gkdjax.utils import files as json_files
 from gkdjax.utils.errors import UserError
 
-SHARD_BYTES = 5 * 10**9  # what the hub recommends, and transformers writes
+SHARD_BYTES = 5 * 10**9  # as the hub recommends and transformers writes
 
 ENDING = "ending.json"  # `Ending` in a run's directory
 _GENERATION = "generation_config.json"
@@ -39,14 +39,11 @@ _TEXT_COMPANIONS = (
     *("special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
 )
-# Everything beside the weights that a model directory needs to stay usable after training.
 _COMPANIONS = (
-    "config.json",
+    *("config.json", "preprocessor_config.json", "processor_config.json"),
     *_TEXT_COMPANIONS,
-    *("preprocessor_config.json", "processor_config.json"),
 )
-
-# The terms on which the source may be passed on: Llama's USE_POLICY.md, say.
+# The terms on which the source may be passed on: Llama's USE_POLICY.md, for example.
 _TERMS = re.compile(
     r"[\w .-]*(licen[cs]e|use[_ -]?policy|notice|terms[_ -]of[_ -]use|copying)[\w -]*"
     r"([.]\d+)*([.](txt|md|rst))?",
@@ -55,7 +52,7 @@ _TERMS = re.compile(
 
 
 class Ending(NamedTuple):
-    """What ends a response of the student in its run, for generation_config.json."""
+    """The tokens that end a response of the student, for generation_config.json."""
 
     stop_ids: tuple[int, ...]  # any of them; the chat template's end of turn is first
     pad_id: int  # for a generation_config.json that names none
@@ -70,36 +67,37 @@ def export_merged(
     shard_bytes: int = SHARD_BYTES,
     ending: Ending | None = None,
 ) -> None:
-    """A model directory with the source's tensor names and dtypes, as transformers loads it.
+    """Writes a model with the source's tensor names and dtypes, as transformers loads it.
 
-    What is no part of the text decoder, an image encoder, is copied from the source.
+    Tensors outside the text decoder, an image encoder's, are copied from the source.
 
     Args:
       directory: replaced as a whole, see `writer.whole_directory`; it may be the source.
       spec: the student's.
       params: the frozen base, or all trained parameters.
-      adapters: to be merged into the base; None where there are none.
+      adapters: merged into the base; None where there are none.
       source: the directory of the model that the student came from.
-      shard_bytes: most bytes of a file; more make several, with an index.
-      ending: generation_config.json stops there; None: where the source's stops.
+      shard_bytes: largest size of a file; more make several, with an index.
+      ending: for generation_config.json; None keeps the source's.
 
     Raises:
       UserError: the source is gone or changed, or a number does not fit the source's float16.
     """
     root = pathlib.Path(source)
     files = TensorFiles(root)
-    _, known = load.source_names(files, spec, load_config(root)["model_type"])
+    places = load.tensor_places(files, spec, load_config(root)["model_type"])
+    tables = tuple(files.dtype(n) for n, (path, _) in places.items() if path == "embedding")
     tensors = {}
-    tables = tuple(files.dtype(n) for n, (path, _) in known.items() if path == "embedding")
     for name in files.names:
         dtype = files.dtype(name)
-        make = functools.partial(files.read, name)
-        if name in known:
+        if name in places:
+            path, layer = places[name]
             # A tied head of another dtype stays the embedding: both are rounded to both dtypes.
-            by_way_of = tables if known[name][0] == "embedding" else ()
-            make = functools.partial(
-                _of_leaf, params, adapters, name, *known[name], dtype, by_way_of
-            )
+            casts = (*tables, dtype) if path == "embedding" else (dtype,)
+            adapter = (adapters or {}).get(path)
+            make = functools.partial(_leaf_tensor, params, adapter, name, path, layer, casts)
+        else:
+            make = functools.partial(files.read, name)
         tensors[name] = writer.Tensor(dtype, files.shape(name), make)
     with writer.whole_directory(directory) as part:
         _copy_companions(root, part, _COMPANIONS, ending)
@@ -114,18 +112,17 @@ def export_adapter(
     base: str | None = None,
     ending: Ending | None = None,
 ) -> None:
-    """A directory that `peft.PeftModel.from_pretrained` loads: float32 A (r, in) and B (out, r).
+    """Writes what `peft.PeftModel.from_pretrained` loads, float32 A (r, in) and B (out, r).
 
-    The tokenizer, its chat template and generation_config.json lie beside them. PEFT takes the
-    base's own generation_config.json, so whoever generates passes this one. The source's licence
-    files come along.
+    The source's tokenizer, chat template, generation_config.json and licences are copied. PEFT
+    generates with the base's own generation_config.json unless it is given this one.
 
     Args:
       directory: replaced as a whole, see `writer.whole_directory`.
       spec: the student's.
       adapters: from training.
       source: the directory of the base.
-      base: what adapter_config.json calls the base; None: the absolute path of `source`.
+      base: the base's name for adapter_config.json; None: the absolute path of `source`.
       ending: as for `export_merged`.
     """
     model_type = load_config(source)["model_type"]
@@ -138,7 +135,7 @@ def export_adapter(
 def save_pretrained(
     directory: str | pathlib.Path, spec: DecoderConfig, params: dict, source: str | pathlib.Path
 ) -> None:
-    """A model directory of new weights, in the family's plain layout and the dtypes of `params`.
+    """Writes a model of new weights, in the family's plain layout and the dtypes of `params`.
 
     Args:
       directory: replaced as a whole, see `writer.whole_directory`; it may be the source.
@@ -148,36 +145,37 @@ def save_pretrained(
     """
     tensors = {}
     for path, names in load.leaf_names(spec, CheckpointNames()).items():
-        leaf = _leaf(params, path)
+        leaf, stacked = _leaf(params, path), path.startswith("layers/")
+        shape = leaf.shape[:0:-1] if stacked else leaf.shape
         for i, name in enumerate(names):
-            layer = i if path.startswith("layers/") else None
-            shape = leaf.shape if layer is None else leaf.shape[:0:-1]
-            make = functools.partial(_of_leaf, params, None, name, path, layer, leaf.dtype)
+            layer = i if stacked else None
+            make = functools.partial(_leaf_tensor, params, None, name, path, layer, [leaf.dtype])
             tensors[name] = writer.Tensor(leaf.dtype, shape, make)
     with writer.whole_directory(directory) as part:
         _copy_companions(pathlib.Path(source), part, _COMPANIONS, None)
-        _set_dtype(part / "config.json", str(params["embedding"].dtype))
+        config = json_files.read_object(part / "config.json")
+        config.pop("torch_dtype", None)  # the name that older files use
+        _write_json(part / "config.json", config | {"dtype": str(params["embedding"].dtype)})
         _write_shards(part, tensors, SHARD_BYTES)
 
 
-def _of_leaf(
+def _leaf_tensor(
     params: dict,
-    adapters: dict[str, lora.Adapter] | None,
+    adapter: lora.Adapter | None,
     name: str,
     path: str,
     layer: int | None,
-    dtype: np.dtype,
-    by_way_of: tuple[np.dtype, ...] = (),
+    casts: Sequence[np.dtype],
 ) -> np.ndarray:
-    """The tensor `name` that a checkpoint has of a leaf, or of one layer of a stacked one."""
+    """The tensor `name` of a leaf, or of one layer of a stacked one, cast in turn to `casts`."""
     leaf = _leaf(params, path)
     if layer is not None:
-        leaf = _layer(path, leaf, (adapters or {}).get(path), layer)
-    with np.errstate(over="ignore"):  # told below, with a name
+        leaf = _layer(path, leaf, adapter, layer)
+    with np.errstate(over="ignore"):  # an error below, with a name
         tensor = np.asarray(mesh.fetch(leaf))
-        for kind in (*by_way_of, dtype):
-            tensor = tensor.astype(kind, copy=False)
-    if dtype == np.float16 and not np.isfinite(tensor).all():
+        for dtype in casts:
+            tensor = tensor.astype(dtype, copy=False)
+    if tensor.dtype == np.float16 and not np.isfinite(tensor).all():
         raise UserError(
             f"{name} holds numbers beyond 65504, the most that float16, the source's dtype, can"
             " hold; start from a bfloat16 or float32 copy of the source"
@@ -221,27 +219,24 @@ def _write_shards(
         writer.save_tensors({name: tensors[name] for name in names}, directory / file)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        _write_json(directory / INDEX, index)
 
 
 def _copy_companions(
-    source: pathlib.Path,
-    directory: pathlib.Path,
-    patterns: Sequence[str],
-    ending: Ending | None,
+    source: pathlib.Path, directory: pathlib.Path, patterns: Sequence[str], ending: Ending | None
 ) -> None:
-    for pattern in patterns:
-        for file in source.glob(pattern):
-            target = directory / file.relative_to(source)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
-    _copy_terms(source, directory)
+    files = [file for pattern in patterns for file in source.glob(pattern)]
+    files += [f for f in source.iterdir() if f.is_file() and _TERMS.fullmatch(f.name)]
+    for file in files:
+        target = directory / file.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
     if ending is not None:
         _set_ending(directory / _GENERATION, ending)
 
 
 def _set_ending(path: pathlib.Path, ending: Ending) -> None:
-    """Every other field stays, and so does a file that says it already, to the byte."""
+    """Keeps all other fields; a file with the same ending stays as it is, to the byte."""
     found = json_files.read_object(path) if path.exists() else {}
     fields = {"eos_token_id": None, "pad_token_id": None} | found
     stops = fields["eos_token_id"]
@@ -250,16 +245,8 @@ def _set_ending(path: pathlib.Path, ending: Ending) -> None:
     if fields["pad_token_id"] is None:
         fields["pad_token_id"] = ending.pad_id
     if fields != found:
-        path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        _write_json(path, fields)
 
 
-def _copy_terms(source: pathlib.Path, directory: pathlib.Path) -> None:
-    for file in source.iterdir():
-        if file.is_file() and _TERMS.fullmatch(file.name):
-            shutil.copyfile(file, directory / file.name)
-
-
-def _set_dtype(path: pathlib.Path, dtype: str) -> None:
-    config = json.loads(path.read_text())
-    config.pop("torch_dtype", None)  # the name that older files use
-    path.write_text(json.dumps(config | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
+def _write_json(path: pathlib.Path, fields: dict) -> None:
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")

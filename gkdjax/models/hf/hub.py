@@ -1,11 +1,12 @@
 """Models by their name on the Hugging Face hub, through its own cache.
 
-HF_HOME, HF_HUB_OFFLINE and HF_TOKEN are huggingface_hub's to read. No message repeats what an
-exception of it says, as headers and addresses can stand in there, and with them the token.
+huggingface_hub reads HF_HOME, HF_HUB_OFFLINE and HF_TOKEN. No message repeats the text of its
+exceptions, which can hold headers and addresses, and with them the token.
 """
 
 import os
 import pathlib
+from collections.abc import Sequence
 
 import huggingface_hub
 from absl import logging
@@ -17,21 +18,18 @@ from gkdjax.utils.errors import UserError
 _WEIGHTS = "*.safetensors"
 # Everything small beside the weights that a model, a tokenizer or an adapter is loaded with.
 _PATTERNS = ("*.json", "tokenizer.model", "merges.txt", "*.jinja")
-# The terms that exports pass on; the hub's patterns know big and small letters apart.
+# Licences, which exports pass on; the hub's patterns distinguish big and small letters.
 _TERMS = ("*LICEN[CS]E*", "*icen[cs]e*", "*USE_POLICY*", "*se_[Pp]olicy*", "*NOTICE*", "*otice*")
-_SUBFOLDERS = "*/*"  # other formats of the same weights
 
 
 def local_directory(model: str, weights: bool = True, revision: str | None = None) -> pathlib.Path:
-    """The directory of a model or adapter, fetched from the hub if it is not one already.
+    """Finds the directory of a model or adapter, or fetches it from the hub into the cache.
 
     Args:
-      model: a directory, or a hub id, "name" or "org/name". What the cache holds whole is not
-        fetched again.
-      weights: False fetches what stands beside them only, for the tokenizer of a model that is
-        run elsewhere.
-      revision: a commit of the repository; None takes its main branch. The last part of the path
-        that comes back is the commit.
+      model: a directory, or a hub id, "name" or "org/name".
+      weights: False fetches the other files only, for the tokenizer of a model that runs elsewhere.
+      revision: a commit of the repository; None takes its main branch. The last part of the
+        returned path is the commit.
 
     Raises:
       UserError: neither a directory nor an id, no such repository, one that is gated or holds
@@ -40,31 +38,27 @@ def local_directory(model: str, weights: bool = True, revision: str | None = Non
     if os.path.isdir(model):
         return pathlib.Path(model)
     try:
-        fetched = huggingface_hub.snapshot_download(
-            model,
-            revision=revision,
-            allow_patterns=[*_PATTERNS, _WEIGHTS] if weights else list(_PATTERNS),
-            ignore_patterns=[_SUBFOLDERS],
-        )
+        directory = _fetch(model, revision, (*_PATTERNS, _WEIGHTS) if weights else _PATTERNS)
     except Exception as error:  # of several libraries, and of other ones with each release
         raise UserError(_advice(model, error)) from None
     if weights:
-        _check_weights(model, pathlib.Path(fetched))
-        _fetch_terms(model, pathlib.Path(fetched))
-    return pathlib.Path(fetched)
+        _check_weights(model, directory)
+        _fetch_terms(model, directory)
+    return directory
+
+
+def _fetch(model: str, revision: str | None, patterns: Sequence[str]) -> pathlib.Path:
+    """Fetches the files at the top; subfolders hold other formats of the same weights."""
+    options = {"revision": revision, "allow_patterns": list(patterns), "ignore_patterns": ["*/*"]}
+    return pathlib.Path(huggingface_hub.snapshot_download(model, **options))
 
 
 def _fetch_terms(model: str, directory: pathlib.Path) -> None:
-    """Fetches licence files; apart, as a cache that others filled is whole without them."""
+    """Fetches licence files; a cache that others filled is complete without them."""
     if any(any(directory.glob(pattern)) for pattern in _TERMS):
         return
     try:
-        huggingface_hub.snapshot_download(
-            model,
-            revision=directory.name,
-            allow_patterns=list(_TERMS),
-            ignore_patterns=[_SUBFOLDERS],
-        )
+        _fetch(model, directory.name, _TERMS)
     except Exception as error:  # as above
         logging.warning(
             "the licence files of %r are not in the cache and could not be fetched (%s): exports"
@@ -78,9 +72,9 @@ def _check_weights(model: str, directory: pathlib.Path) -> None:
         return
     try:
         files = huggingface_hub.HfApi().list_repo_files(model)
-    except Exception:  # offline, say; then only what the cache has can be named
+    except Exception:  # offline, for example: only the cache's files can be named
         files = [path.name for path in directory.iterdir()]
-    pickles = sorted(file for file in files if _is_pickle(file))
+    pickles = sorted(f for f in files if any(pathlib.PurePath(f).match(kind) for kind in PICKLES))
     if pickles:
         raise UserError(pickle_refusal(f"the hub's {model!r}", pickles))
     raise UserError(
@@ -89,12 +83,8 @@ def _check_weights(model: str, directory: pathlib.Path) -> None:
     )
 
 
-def _is_pickle(file: str) -> bool:
-    return any(pathlib.PurePath(file).match(kind) for kind in PICKLES)
-
-
 def _advice(model: str, error: Exception) -> str:
-    """What happened, in the words of what the user can do."""
+    """Says what happened and what the user can do."""
     cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
     if isinstance(cause, errors.HFValidationError):
         return f'{model!r} is neither a directory here nor a hub id ("name" or "org/name")'
@@ -108,10 +98,10 @@ def _advice(model: str, error: Exception) -> str:
             f"{model!r} is no directory here, and the hub knows no such model; if it is private,"
             " set HF_TOKEN"
         )
-    status = cause.response.status_code if isinstance(cause, errors.HfHubHTTPError) else None
-    if status in (401, 403):
-        return f"the hub refuses {model!r} (status {status}): is HF_TOKEN right, and still valid?"
-    if status is not None:
+    if isinstance(cause, errors.HfHubHTTPError):
+        status = cause.response.status_code
+        if status in (401, 403):
+            return f"the hub refuses {model!r} (status {status}): is HF_TOKEN right, still valid?"
         return f"the hub answers {status} for {model!r}; try again, or give a directory"
     if isinstance(cause, errors.OfflineModeIsEnabled) or cause is None:
         return (

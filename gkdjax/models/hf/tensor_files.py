@@ -8,7 +8,7 @@ import numpy as np
 import safetensors
 
 from gkdjax.utils import files
-from gkdjax.utils.errors import UserError
+from gkdjax.utils.errors import UserError, one_line
 
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")  # reading one runs whatever code it holds
@@ -18,7 +18,7 @@ _VARIANT = re.compile(r"model(-\d+-of-\d+)?\.[^.]+(-\d+-of-\d+)?\.safetensors")
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _ADAPTERS = ("adapter_model.safetensors", "adapters.safetensors")  # PEFT's name, and MLX's
 
-# The format's kinds of numbers, as numpy or ml_dtypes has them.
+# The format's names of dtypes, as numpy or ml_dtypes has them.
 DTYPES = {
     "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
@@ -35,17 +35,17 @@ DTYPES = {
 
 
 class TensorFiles:
-    """Where every tensor of a model directory stands; shapes and dtypes come from the headers.
+    """The tensors of a model directory; shapes and dtypes come from the files' headers.
 
-    With a model.safetensors.index.json these are the files that it names, else model.safetensors
-    alone, else its shards, else all *.safetensors but an adapter's. Other copies of the weights
-    (consolidated.safetensors, model.fp16.safetensors) are left alone, as transformers does. The
-    files stay open, mapped into memory, as long as this object lives.
+    The files are those that model.safetensors.index.json names; without it model.safetensors, else
+    its shards, else all *.safetensors but an adapter's. Other copies of the weights
+    (consolidated.safetensors, model.fp16.safetensors) are ignored, as by transformers. The files
+    stay open, mapped into memory, as long as this object lives.
 
     Attributes:
       directory: of the model.
       names: of all tensors, sorted.
-      absent: tensor name -> file, of those that the index names and that are not there.
+      absent: tensor name -> file, of those that the index names and the file lacks.
     """
 
     def __init__(self, directory: str | pathlib.Path):
@@ -53,13 +53,13 @@ class TensorFiles:
 
         Raises:
           UserError: no safetensors, or pickle weights alone; a file that is missing, damaged, not
-            in the index or outside the directory; a tensor that stands in two files, or in
-            another one than the index says. Each is named.
+            in the index or outside the directory; a tensor in two files, or in another one than
+            the index says. Each is named.
         """
         self.directory = pathlib.Path(directory)
         index = _weight_map(self.directory)
         paths = _plain_files(self.directory) if index is None else _indexed(self.directory, index)
-        self._handles = {path: _open(path) for path in paths}
+        self._handles = {path: open_safetensors(path) for path in paths}
         self._path_of: dict[str, pathlib.Path] = {}
         for path, handle in self._handles.items():
             for name in handle.keys():  # noqa: SIM118 (no mapping)
@@ -69,8 +69,11 @@ class TensorFiles:
                         f" and in {path.name}; remove the file that does not belong here"
                     )
                 self._path_of[name] = path
-        if index is not None:
-            _check_index(self.directory, index, self._path_of)
+                if index is not None and index.get(name) != path.name:
+                    entry = f"puts it into {index[name]}" if name in index else "does not name it"
+                    raise UserError(
+                        f"{self.directory}: tensor {name!r} stands in {path.name}; {INDEX} {entry}"
+                    )
         self.absent = {n: f for n, f in (index or {}).items() if n not in self._path_of}
         self.names = tuple(sorted(self._path_of))
 
@@ -78,17 +81,16 @@ class TensorFiles:
         return name in self._path_of
 
     def file(self, name: str) -> pathlib.Path:
-        """The file that holds tensor `name`."""
         return self._path_of[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> np.dtype:
-        """As numpy or ml_dtypes (bfloat16, float8 kinds) has it; of any kind, integers too.
+        """The dtype, of numpy or ml_dtypes.
 
         Raises:
-          UserError: a kind that neither of them has.
+          UserError: neither of them has it.
         """
         kind = self._slice(name).get_dtype()
         if kind not in DTYPES:
@@ -98,13 +100,44 @@ class TensorFiles:
         return np.dtype(DTYPES[kind])
 
     def read(self, name: str, index: tuple[slice, ...] | slice | None = None) -> np.ndarray:
-        """A copy of tensor `name`, or of the part of it that `index` cuts out (steps of 1)."""
+        """Copies tensor `name`, or the part of it that `index` selects (steps of 1)."""
         if index is None:
             return self._handles[self.file(name)].get_tensor(name)
         return self._slice(name)[index]
 
     def _slice(self, name: str):
         return self._handles[self.file(name)].get_slice(name)
+
+
+def open_safetensors(path: pathlib.Path):
+    """Opens a file and reads its header; UserError where it is damaged."""
+    try:
+        return safetensors.safe_open(path, framework="numpy")
+    except Exception as error:  # safetensors raises its own type for each kind of damage
+        raise UserError(
+            f"{path} is not a readable safetensors file ({one_line(error)}); get it once more"
+        ) from error
+
+
+def pickle_refusal(where: str, files: list[str]) -> str:
+    return (
+        f"{where} holds its weights as pickle files ({', '.join(files[:3])}), which can run code"
+        " and are not read; convert them to safetensors: load the model with transformers where"
+        " you trust it, and save_pretrained it"
+    )
+
+
+def refuse_not_finite(path: pathlib.Path, name: str, part: np.ndarray) -> None:
+    """Raises UserError for a NaN or an infinity among float32, bfloat16 or float16 numbers.
+
+    Looks at the bits of the exponents: `np.isfinite` doubles the time that loading bfloat16 takes.
+    """
+    bits, infinity = (x.view(f"u{x.itemsize}") << 1 for x in (part, np.array(np.inf, part.dtype)))
+    if bits.size and bits.max() >= infinity:
+        raise UserError(
+            f"{path}: tensor {name!r} holds NaN or infinity, so the file is damaged or the training"
+            " that wrote it had failed; get it once more, or take an earlier checkpoint"
+        )
 
 
 def _weight_map(directory: pathlib.Path) -> dict[str, str] | None:
@@ -157,37 +190,3 @@ def _plain_files(directory: pathlib.Path) -> list[pathlib.Path]:
     if pickles:
         raise UserError(pickle_refusal(str(directory), pickles))
     raise UserError(f"{directory} holds no *.safetensors file")
-
-
-def pickle_refusal(where: str, files: list[str]) -> str:
-    """What to tell whoever has pickle weights only."""
-    return (
-        f"{where} holds its weights as pickle files ({', '.join(files[:3])}), which can run code"
-        " and are not read; convert them to safetensors: load the model with transformers where"
-        " you trust it, and save_pretrained it"
-    )
-
-
-def is_finite(part: np.ndarray) -> bool:
-    """Tells whether float32, bfloat16 or float16 numbers hold no NaN and no infinity.
-
-    Looks at the bits of the exponents: `np.isfinite` doubles the time that loading bfloat16 takes.
-    """
-    bits, infinity = (x.view(f"u{x.itemsize}") << 1 for x in (part, np.array(np.inf, part.dtype)))
-    return not bits.size or bool(bits.max() < infinity)
-
-
-def _open(path: pathlib.Path):
-    try:
-        return safetensors.safe_open(path, framework="numpy")
-    except Exception as error:  # safetensors raises its own type for each kind of damage
-        raise UserError(
-            f"{path} is not a readable safetensors file ({error}); get it once more"
-        ) from error
-
-
-def _check_index(directory: pathlib.Path, weight_map: dict, path_of: dict) -> None:
-    for name, path in path_of.items():
-        if weight_map.get(name) != path.name:
-            said = f"puts it into {weight_map[name]}" if name in weight_map else "does not name it"
-            raise UserError(f"{directory}: tensor {name!r} stands in {path.name}; {INDEX} {said}")

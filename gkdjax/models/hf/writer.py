@@ -6,7 +6,6 @@ import math
 import os
 import pathlib
 import shutil
-import struct
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ _KINDS = {np.dtype(dtype): kind for kind, dtype in DTYPES.items()}
 
 
 class Tensor(NamedTuple):
-    """A tensor of a file to come."""
+    """A tensor that `make` computes when it is written."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -33,17 +32,17 @@ class Tensor(NamedTuple):
 
 @contextlib.contextmanager
 def whole_directory(directory: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """An empty directory to write into, which takes the place of `directory` at the end.
+    """Gives an empty directory to write into, which replaces `directory` at the end.
 
-    It is a hidden .DIR.gkdjax-part until all of it is on the disk. A directory that is there is
-    .DIR.gkdjax-old for the moment between the two renames, since no file system renames over a full
-    one; a process that is killed just then leaves both, whole. After an error the old one stays.
+    It is a hidden .DIR.gkdjax-part until all of it is on the disk. An older directory is
+    .DIR.gkdjax-old between the two renames, since no file system renames over a full one; a process
+    that is killed there leaves both, whole. After an error the older one stays.
 
     Raises:
       UserError: it cannot be made or written.
     """
     final = pathlib.Path(directory).resolve()  # a link stays one
-    # Names that nobody else gives: what a killed process left under them may be removed.
+    # Only a killed process of ours leaves such names: they may be removed.
     part, old = (final.with_name(f".{final.name}.gkdjax-{end}") for end in ("part", "old"))
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -68,25 +67,26 @@ def whole_directory(directory: str | pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: pathlib.Path) -> None:
-    """Writes a safetensors file; one tensor after the other is made and written.
+    """Writes a safetensors file, one tensor at a time; the library wants all of them at once.
 
-    The safetensors library would want all of them at once. Of several processes the leader writes;
-    the others make the tensors with it, as each may have a part of them.
+    All processes make the tensors, because each may hold a part of them; the leader writes.
     """
     # The largest numbers first, so that each tensor is aligned to its own.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict = {"__metadata__": {"format": "pt"}}
     start = 0
     for name in names:
-        dtype, shape, _ = tensors[name]
-        stop = start + tensors[name].nbytes
-        kind = _KINDS[dtype]
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, stop]}
+        tensor, stop = tensors[name], start + tensors[name].nbytes
+        header[name] = {
+            "dtype": _KINDS[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, stop],
+        }
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             array = tensors[name].make()
             if (array.dtype, array.shape) != tensors[name][:2]:

@@ -15,7 +15,7 @@ from gkdjax.config import Config, Lora
 from gkdjax.models import padding
 from gkdjax.models.decoder_config import DecoderConfig, param_shapes
 from gkdjax.models.hf import hub, model_config
-from gkdjax.models.hf.load import source_names
+from gkdjax.models.hf.load import tensor_places
 from gkdjax.models.hf.tensor_files import TensorFiles
 from gkdjax.parallel import mesh as parallel_mesh
 from gkdjax.parallel.sharding_rules import ShardingRules
@@ -169,7 +169,7 @@ def read_weights(directory: pathlib.Path) -> Weights:
     if not any(pathlib.Path(directory).glob("*.safetensors")):
         return Weights.of(spec, _named_dtype(directory, config))
     files = TensorFiles(directory)
-    _, known = source_names(files, spec, config["model_type"])
+    known = tensor_places(files, spec, config["model_type"])
     total, counts, seen = 0, collections.Counter(), set()
     for name, place in known.items():
         if place in seen:  # the file of a tied model may hold the table twice; it is read once

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from gkdjax.models.families import registry
-from gkdjax.models.hf import config_keys, model_config
+from gkdjax.models.hf import model_config
 from gkdjax.utils.errors import UserError
 
 FAMILIES = tuple(factories.FAMILIES)
@@ -134,7 +134,7 @@ JUNK = {
 def test_what_changes_nothing_is_passed_over(directory, family):
     path = directory(family, **JUNK)
     assert model_config.load_spec(path) == factories.spec(family)
-    assert config_keys.passed_over(model_config.load_config(path)) == []
+    assert model_config.unread_keys(model_config.load_config(path)) == []
 
 
 # What people's files hold beside the sizes, from several of them.
@@ -166,15 +166,15 @@ PUBLISHED = [
 def test_what_published_files_hold_is_not_refused(directory, family, more):
     path = directory(family, **more)
     assert model_config.load_spec(path).family == family
-    assert config_keys.passed_over(model_config.load_config(path)) == []
+    assert model_config.unread_keys(model_config.load_config(path)) == []
 
 
 def test_what_nobody_reads_is_told(directory):
     path = directory("llama", rope_interleaved=True, nothing=None, off=False, hidden_size=48)
     assert model_config.load_spec(path) == factories.spec("llama")
-    assert config_keys.passed_over(model_config.load_config(path)) == ["rope_interleaved"]
+    assert model_config.unread_keys(model_config.load_config(path)) == ["rope_interleaved"]
     path = directory("gemma3", text_config={"more": [3]})
-    assert config_keys.passed_over(model_config.load_config(path)) == ["text_config.more"]
+    assert model_config.unread_keys(model_config.load_config(path)) == ["text_config.more"]
 
 
 @pytest.mark.parametrize("model_type", registry.MODEL_TYPES)
@@ -183,7 +183,7 @@ def test_every_key_of_transformers_classes_is_classified(model_type):
     family = registry.MODEL_TYPES[model_type]
     checked_against_its_default = {"chunk_size_feed_forward", "is_encoder_decoder"}
     *_, text = family.CONFIGS[model_type]
-    keys = {key for key in vars(text()) if not config_keys._is_harmless(key)}
+    keys = {key for key in vars(text()) if not model_config._is_harmless(key)}
     assert keys - family.KEYS == checked_against_its_default
 
 
@@ -216,7 +216,7 @@ def test_what_transformers_reads_of_any_config_is_classified():
         for key in re.findall(r'getattr\([\w.]*config, "(\w+)"', file.read_text())
     }
     assert {"is_causal", "sliding_window", "attention_chunk_size"} <= found
-    assert found <= other | set(config_keys._READ_ANYWAY)
+    assert found <= other | set(model_config._READ_ANYWAY)
     of_self = r'(?:(?:get|has)attr\(self, |kwargs\.(?:get|pop)\()"(\w+)"'
     found = {key for file in classes for key in re.findall(of_self, file.read_text())}
     assert {"original_max_position_embeddings", "rope_local_base_freq"} <= found
@@ -226,8 +226,8 @@ def test_what_transformers_reads_of_any_config_is_classified():
         *("force_download", "proxies", "trust_remote_code", "subfolder", "gguf_file"),
         "return_unused_kwargs",
     }
-    unknown = found - other - set(config_keys._READ_ANYWAY) - read - of_calls
-    assert {key for key in unknown if not config_keys._is_harmless(key)} == set()
+    unknown = found - other - set(model_config._READ_ANYWAY) - read - of_calls
+    assert {key for key in unknown if not model_config._is_harmless(key)} == set()
 
 
 ODD = [
