@@ -278,7 +278,7 @@ def _load(path: pathlib.Path, config: dict, tensors: dict, spec: DecoderConfig) 
         adapters[f"layers/{kernel}"] = lora.Adapter(a, b, scale, float(config["lora_dropout"]))
     rank, alpha = config["r"], config["lora_alpha"]
     if config["use_rslora"]:
-        alpha = _scale(config, rank, alpha) * rank  # `LoraRules` divides by the rank
+        alpha = _scale(config, rank, alpha) * rank  # `Lora` divides by the rank
     dropout = float(config["lora_dropout"])
     rules = Lora(rank, alpha, dropout, tuple(sorted(kernels)))
     return Loaded(adapters, rules, config["base_model_name_or_path"])

@@ -1,6 +1,5 @@
 """Models by hub id: from a cache made by hand, and from a small server that speaks as the hub."""
 
-import contextlib
 import http.server
 import json
 import os
@@ -19,12 +18,11 @@ from gkdjax.utils.errors import UserError
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_" + "S3cret" * 6
-FETCHED = (
-    *("adapter_config.json", "adapter_model.safetensors"),
-    *("LICENSE", "USE_POLICY.md", "Notice.txt", "license.md"),
-)
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
+TERMS = {"LICENSE", "USE_POLICY.md", "Notice.txt", "license.md"}
+DEAD = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_XET": "1"}
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
 REPOSITORY = pathlib.Path(__file__).parents[2]
-# huggingface_hub reads its environment as it is imported, so each case has a process of its own.
 FETCH = """
 import sys
 from gkdjax.models.hf import hub
@@ -37,7 +35,10 @@ except errors.UserError as error:
 
 
 def fetch(home: pathlib.Path, model: str, weights: bool = True, **environment: str) -> str:
-    """The directory that `local_directory` gives, or "refused: ..."; no token in the output."""
+    """The directory of `local_directory`, or "refused: ..."; checks that no token is in the output.
+
+    huggingface_hub reads its environment as it is imported, so each case has a process of its own.
+    """
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     process = subprocess.run(
         [sys.executable, "-c", FETCH, model, str(weights)],
@@ -52,61 +53,17 @@ def fetch(home: pathlib.Path, model: str, weights: bool = True, **environment: s
     return process.stdout.strip()
 
 
-def cached(home: pathlib.Path, source: pathlib.Path, leave_out: str = "") -> pathlib.Path:
+def cached(home: pathlib.Path, source: str, leave_out: str = "") -> pathlib.Path:
     """Puts a model directory into the hub's cache as "org/name", as the hub's library does."""
     root = home / "hub/models--org--name"
     for folder in ("refs", "blobs", f"snapshots/{SHA}"):
         (root / folder).mkdir(parents=True)
     (root / "refs/main").write_text(SHA)
-    for number, file in enumerate(sorted(source.iterdir())):
+    for number, file in enumerate(sorted(pathlib.Path(source).iterdir())):
         if file.name != leave_out:
             (root / f"blobs/{number:040}").write_bytes(file.read_bytes())
             (root / f"snapshots/{SHA}" / file.name).symlink_to(f"../../blobs/{number:040}")
     return root / f"snapshots/{SHA}"
-
-
-@pytest.fixture
-def source(student) -> pathlib.Path:
-    return pathlib.Path(student)
-
-
-def assert_same_model(directory: str, student: str) -> None:
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        load.load_pretrained(directory)[1],
-        load.load_pretrained(student)[1],
-    )
-
-
-def test_a_directory_is_itself(student):
-    assert hub.local_directory(student) == pathlib.Path(student)
-
-
-def test_offline_the_cache_is_enough(tmp_path, source, student):
-    snapshot = cached(tmp_path, source)
-    found = fetch(tmp_path, "org/name", HF_HUB_OFFLINE="1")
-    assert found == str(snapshot)
-    assert_same_model(found, student)  # through its symlinks
-
-
-@pytest.mark.parametrize(
-    ("model", "wanted"),
-    [
-        ("org/other", "'org/other' is no directory here and not.*HF_HUB_OFFLINE is set"),
-        ("runs/quickstart/student", "neither a directory here nor a hub id"),
-        ("", "neither a directory here nor a hub id"),
-        ("/nowhere/model", "neither a directory here nor a hub id"),
-    ],
-)
-def test_what_cannot_be_found_offline_is_refused(model, wanted):
-    with pytest.raises(UserError, match=wanted):
-        hub.local_directory(model)
-
-
-def test_offline_a_cache_without_weights_is_refused(tmp_path, source):
-    cached(tmp_path, source, leave_out="model.safetensors")
-    found = fetch(tmp_path, "org/name", HF_HUB_OFFLINE="1")
-    assert found.startswith("refused: the hub's 'org/name' holds no *.safetensors file")
 
 
 class FakeHub(http.server.BaseHTTPRequestHandler):
@@ -159,93 +116,118 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@contextlib.contextmanager
-def serving(root: pathlib.Path):
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub) as server:
-        server.root, server.asked = root, []
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, student):
     root = tmp_path_factory.mktemp("hub")
-    for name in ("open", "private", "gated"):
-        (root / "org").mkdir(exist_ok=True)
-        (root / "org" / name).symlink_to(student)
-    pickled = root / "org/pickled"
+    pickled, adapter = root / "org/pickled", root / "org/adapter"
     (pickled / "original").mkdir(parents=True)
-    (pickled / "config.json").write_text("{}")
-    for name in ("pytorch_model.bin", "original/model.safetensors"):
-        (pickled / name).write_bytes(b"0" * 10)
-    adapter = root / "org/adapter"
+    for name in ("config.json", "pytorch_model.bin", "original/model.safetensors"):
+        (pickled / name).write_text("{}")
+    for name in ("open", "private", "gated"):
+        (root / "org" / name).symlink_to(student)
     (adapter / "checkpoint-1").mkdir(parents=True)
-    for name in (*FETCHED, "README.md", "run.py"):
+    for name in (*ADAPTER, *TERMS, "README.md", "run.py"):
         (adapter / name).write_text("{}")
-    with serving(root) as running:
-        yield running
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub) as server:
+        server.root, server.asked = root, []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
 
 
-def online(server) -> dict[str, str]:
-    return {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_XET": "1"}
+def online(server, **more: str) -> dict[str, str]:
+    return DEAD | {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"} | more
+
+
+def names(directory: str) -> set[str]:
+    return {path.name for path in pathlib.Path(directory).iterdir()}
+
+
+def assert_same_model(directory: str, student: str) -> None:
+    found, wanted = (load.load_pretrained(place)[1] for place in (directory, student))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_a_directory_is_itself(student):
+    assert hub.local_directory(student) == pathlib.Path(student)
+
+
+@pytest.mark.parametrize("environment", [OFFLINE, DEAD])
+def test_the_cache_is_enough(tmp_path, student, environment):
+    snapshot = cached(tmp_path, student)
+    assert fetch(tmp_path, "org/name", **environment) == str(snapshot)
+    assert_same_model(snapshot, student)  # through its symlinks
+
+
+@pytest.mark.parametrize(
+    ("model", "wanted"),
+    [
+        ("org/other", "'org/other' is no directory here and not.*HF_HUB_OFFLINE is set"),
+        ("runs/quickstart/student", "neither a directory here nor a hub id"),
+        ("", "neither a directory here nor a hub id"),
+        ("/nowhere/model", "neither a directory here nor a hub id"),
+    ],
+)
+def test_a_model_that_cannot_be_found_offline_is_refused(model, wanted):
+    with pytest.raises(UserError, match=wanted):
+        hub.local_directory(model)
+
+
+def test_offline_a_cache_without_weights_is_refused(tmp_path, student):
+    cached(tmp_path, student, leave_out="model.safetensors")
+    found = fetch(tmp_path, "org/name", **OFFLINE)
+    assert found.startswith("refused: the hub's 'org/name' holds no *.safetensors file")
 
 
 def test_a_model_is_fetched_once_and_then_there_offline(tmp_path, server, student):
     found = fetch(tmp_path, "org/open", **online(server))
     assert_same_model(found, student)
     assert not any(header for _, header in server.asked)
-    assert fetch(tmp_path, "org/open", HF_HUB_OFFLINE="1") == found
+    assert fetch(tmp_path, "org/open", **OFFLINE) == found
 
 
 @pytest.mark.parametrize("model", ["org/private", "org/gated"])
 def test_the_token_opens_what_needs_it(tmp_path, server, student, model):
-    found = fetch(tmp_path, model, HF_TOKEN=TOKEN, **online(server))
-    assert_same_model(found, student)
+    assert_same_model(fetch(tmp_path, model, **online(server, HF_TOKEN=TOKEN)), student)
 
 
 @pytest.mark.parametrize(
-    ("model", "environment", "wanted"),
+    ("model", "token", "wanted"),
     [
-        ("org/gated", {}, "gated: accept its licence on https://huggingface.co/org/gated"),
-        ("org/private", {}, "the hub knows no such model; if it is private, set HF_TOKEN"),
-        ("org/none", {"HF_TOKEN": TOKEN}, "no directory here, and the hub knows no such model"),
-        ("org/open", {"HF_TOKEN": TOKEN + "x"}, "refuses 'org/open' (status 401): is HF_TOKEN"),
+        ("org/gated", "", "gated: accept its licence on https://huggingface.co/org/gated"),
+        ("org/private", "", "the hub knows no such model; if it is private, set HF_TOKEN"),
+        ("org/none", TOKEN, "no directory here, and the hub knows no such model"),
+        ("org/open", TOKEN + "x", "refuses 'org/open' (status 401): is HF_TOKEN"),
         # What no header may hold: the library's own message repeats it.
-        ("org/open", {"HF_TOKEN": TOKEN + "\x0b1"}, "could not be fetched from the hub (Local"),
-        ("org/broken", {"HF_TOKEN": TOKEN}, "answers 500 for 'org/broken'"),
-        ("org/pickled", {}, "pickle files (pytorch_model.bin), which can run code"),
+        ("org/open", TOKEN + "\x0b1", "could not be fetched from the hub (Local"),
+        ("org/broken", TOKEN, "answers 500 for 'org/broken'"),
+        ("org/pickled", "", "pickle files (pytorch_model.bin), which can run code"),
     ],
 )
-def test_what_the_hub_refuses_is_explained(tmp_path, server, model, environment, wanted):
-    found = fetch(tmp_path, model, **environment, **online(server))
+def test_refusals_of_the_hub_are_explained(tmp_path, server, model, token, wanted):
+    found = fetch(tmp_path, model, **online(server, HF_TOKEN=token))
     assert found.startswith("refused: ") and wanted in found
+    # Pickles are never downloaded.
+    assert not any(path.endswith(".bin") for path, _ in server.asked if "/resolve/" in path)
 
 
-def test_pickles_are_never_downloaded(tmp_path, server):
-    fetch(tmp_path, "org/pickled", **online(server))
-    resolved = [path for path, _ in server.asked if "/org/pickled/resolve/" in path]
-    assert {path.rpartition("/")[2] for path in resolved} == {"config.json"}
+def test_a_dead_network_is_named(tmp_path):
+    found = fetch(tmp_path, "org/name", HF_TOKEN=TOKEN, **DEAD)
+    assert found.startswith("refused: 'org/name' is no directory here and could not be fetched")
+    assert "network" in found
 
 
 def test_a_tokenizer_comes_without_the_weights(tmp_path, server, student):
-    found = pathlib.Path(fetch(tmp_path, "org/open", weights=False, **online(server)))
-    weights = {"model.safetensors"}
-    assert {p.name for p in found.iterdir()} == {
-        p.name for p in pathlib.Path(student).iterdir()
-    } - weights
-    refused = fetch(tmp_path, "org/open", HF_HUB_OFFLINE="1")
+    found = fetch(tmp_path, "org/open", weights=False, **online(server))
+    assert names(found) == names(student) - {"model.safetensors"}
+    refused = fetch(tmp_path, "org/open", **OFFLINE)
     assert "'org/open' is no directory here and not, or not whole, in the hub cache" in refused
-    assert fetch(tmp_path, "org/open", **online(server)) == str(found)  # now with them
-    assert weights <= {p.name for p in found.iterdir()}
+    assert fetch(tmp_path, "org/open", **online(server)) == found  # now with them
+    assert names(found) == names(student)
 
 
-def test_an_adapter_comes_without_what_is_not_needed(tmp_path, server):
-    found = fetch(tmp_path, "org/adapter", **online(server))
-    names = sorted(path.name for path in pathlib.Path(found).iterdir())
-    assert names == sorted(FETCHED)
+def test_an_adapter_comes_without_files_that_are_not_needed(tmp_path, server):
+    assert names(fetch(tmp_path, "org/adapter", **online(server))) == ADAPTER | TERMS
 
 
 def test_a_cache_that_others_filled_is_whole_without_the_licence(tmp_path, server):
@@ -254,14 +236,4 @@ def test_a_cache_that_others_filled_is_whole_without_the_licence(tmp_path, serve
     theirs += "'org/adapter', allow_patterns=['*.json', '*.safetensors'], ignore_patterns='*/*')"
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"} | online(server)
     subprocess.run([sys.executable, "-c", theirs], env=environment, check=True)
-    found = pathlib.Path(fetch(tmp_path, "org/adapter", HF_HUB_OFFLINE="1"))
-    assert {path.name for path in found.iterdir()} == set(FETCHED[:2])
-
-
-def test_a_dead_network_is_named_and_the_cache_serves(tmp_path, source):
-    dead = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_XET": "1"}
-    found = fetch(tmp_path, "org/name", HF_TOKEN=TOKEN, **dead)
-    assert found.startswith("refused: 'org/name' is no directory here and could not be fetched")
-    assert "network" in found
-    snapshot = cached(tmp_path, source)
-    assert fetch(tmp_path, "org/name", **dead) == str(snapshot)
+    assert names(fetch(tmp_path, "org/adapter", **OFFLINE)) == ADAPTER

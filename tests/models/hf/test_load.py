@@ -1,6 +1,7 @@
-"""Leaves are read slice by slice, each number once, and every tensor is accounted for."""
+"""Model directories in: against torch, each number read once, every tensor accounted for."""
 
 import collections
+import json
 import math
 import pathlib
 import shutil
@@ -8,20 +9,22 @@ import shutil
 import checkpoints
 import factories
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import traverse_util
 
 from gkdjax.models.decoder_config import param_shapes
-from gkdjax.models.hf import load
-from gkdjax.models.hf.tensor_files import TensorFiles
-from gkdjax.parallel import mesh as parallel_mesh
-from gkdjax.utils import tree
+from gkdjax.models.hf import load, model_config
+from gkdjax.models.hf.tensor_files import INDEX, TensorFiles
+from gkdjax.parallel.mesh import make_mesh
 from gkdjax.utils.errors import UserError
 
 WEIGHTS = "model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 MESHES = {"fsdp=4": (4, 1), "fsdp=2, tensor=2": (2, 2), "data=2, fsdp=2": (2, 1), "data=4": (1, 1)}
 
 
@@ -66,30 +69,52 @@ def reads(monkeypatch) -> collections.Counter:
     return counted
 
 
-def leaves_of(params: dict) -> dict[str, jax.Array]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    return {tree.path_str(path): leaf for path, leaf in flat}
+def tensors_of(directory) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load_file(pathlib.Path(directory) / WEIGHTS)
 
 
-def edit(model: pathlib.Path, **changed) -> None:
+def write(directory, tensors: dict, name: str = WEIGHTS) -> None:
+    safetensors.numpy.save_file(tensors, directory / name, metadata={"format": "pt"})
+
+
+def edit(directory: pathlib.Path, **changed) -> None:
     """Replaces tensors of a directory, and adds those it does not have."""
-    tensors = safetensors.numpy.load_file(model / WEIGHTS) | changed
-    safetensors.numpy.save_file(tensors, model / WEIGHTS)
+    write(directory, tensors_of(directory) | changed)
+
+
+def index(directory: pathlib.Path, weight_map: dict) -> None:
+    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def assert_torch_logits(directory, decoder, params) -> None:
+    wanted = checkpoints.torch_logits(checkpoints.load_torch(directory))
+    np.testing.assert_allclose(checkpoints.logits(decoder, params), wanted, atol=2e-5)
+
+
+def assert_same(params, wanted) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), params, wanted)
+
+
+def test_a_loaded_model_is_the_model_in_torch(directory):
+    decoder, params = load.load_pretrained(directory("gemma3"))
+    leaves = traverse_util.flatten_dict(params, sep="/")
+    assert {leaf.dtype for leaf in leaves.values()} == {np.dtype("float32")}
+    assert {path: leaf.shape for path, leaf in leaves.items()} == param_shapes(decoder.spec)
+    assert decoder.compute_dtype == jnp.float32
+    assert not any(leaf.committed for leaf in leaves.values())  # they go where they are needed
+    assert_torch_logits(directory("gemma3"), decoder, params)
 
 
 @pytest.mark.parametrize("family", factories.FAMILIES)
 @pytest.mark.parametrize("axes", MESHES)
 def test_every_shard_is_the_right_part_of_the_whole(directory, family, axes):
     fsdp, tensor = MESHES[axes]
-    whole = leaves_of(load.load_pretrained(directory(family))[1])
-    mesh = parallel_mesh.make_mesh(fsdp=fsdp, tensor=tensor)
-    decoder, params = load.load_pretrained(directory(family), mesh=mesh)
-    cut = leaves_of(params)
-    shapes = param_shapes(decoder.spec)
-    places = {path: decoder.layout.sharding_of(path, shapes[path]) for path in shapes}
-    assert cut.keys() == whole.keys() == places.keys()
-    for path, leaf in cut.items():
-        assert leaf.sharding == places[path]
+    whole = traverse_util.flatten_dict(load.load_pretrained(directory(family))[1], sep="/")
+    decoder, params = load.load_pretrained(directory(family), mesh=make_mesh(-1, fsdp, tensor))
+    sharded = traverse_util.flatten_dict(params, sep="/")
+    assert sharded.keys() == whole.keys() == param_shapes(decoder.spec).keys()
+    for path, leaf in sharded.items():
+        assert leaf.sharding == decoder.layout.sharding_of(path, leaf.shape)
         for shard in leaf.addressable_shards:
             np.testing.assert_array_equal(shard.data, np.asarray(whole[path])[shard.index])
             if leaf.ndim > 1 and not path.endswith(("norm", "bias")):
@@ -98,7 +123,7 @@ def test_every_shard_is_the_right_part_of_the_whole(directory, family, axes):
 
 @pytest.mark.parametrize("axes", [None, *MESHES])
 def test_each_number_is_read_once_and_few_at_a_time(directory, reads, axes):
-    mesh = None if axes is None else parallel_mesh.make_mesh(-1, *MESHES[axes])
+    mesh = None if axes is None else make_mesh(-1, *MESHES[axes])
     load.load_pretrained(directory("llama"), mesh=mesh)
     largest = reads.pop("largest read")
     files = TensorFiles(directory("llama"))
@@ -106,16 +131,11 @@ def test_each_number_is_read_once_and_few_at_a_time(directory, reads, axes):
     assert largest <= 16 * 80  # 16 rows of the widest, down_proj
 
 
-def test_without_a_mesh_the_leaves_go_wherever_they_are_needed(directory):
-    _, params = load.load_pretrained(directory("llama"))
-    assert not any(leaf.committed for leaf in jax.tree.leaves(params))
-
-
-def test_a_mesh_that_does_not_divide_is_refused_before_reading(directory, tmp_path, reads):
+def test_a_mesh_that_does_not_divide_is_refused_before_reading(tmp_path, reads):
     odd = factories.model_dir(tmp_path, intermediate_size=82)
     wanted = r"layers/gate_proj: dimension 2 of \(3, 48, 82\) .* axis 'tensor'"
     with pytest.raises(UserError, match=wanted):
-        load.load_pretrained(odd, mesh=parallel_mesh.make_mesh(tensor=4))
+        load.load_pretrained(odd, mesh=make_mesh(tensor=4))
     assert not reads
 
 
@@ -123,75 +143,86 @@ def test_a_mesh_that_does_not_divide_is_refused_before_reading(directory, tmp_pa
 @pytest.mark.parametrize("wanted", ["float16", "bfloat16", "float32"])
 def test_numbers_are_cast_on_the_way(tmp_path, stored, wanted):
     low = factories.model_dir(tmp_path, dtype=stored, family="llama")
-    kept = load.load_pretrained(low)[1]
-    for mesh in (None, parallel_mesh.make_mesh(1, 2, 2)):
-        cast = load.load_pretrained(low, dtype=wanted, mesh=mesh)[1]
-        for leaf, original in zip(jax.tree.leaves(cast), jax.tree.leaves(kept), strict=True):
-            assert (original.dtype, leaf.dtype) == (stored, wanted)
-            np.testing.assert_array_equal(np.asarray(leaf), np.asarray(original.astype(wanted)))
+    decoder, kept = load.load_pretrained(low)
+    assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype(stored)}
+    assert decoder.param_dtype == decoder.compute_dtype == stored
+    for mesh in (None, make_mesh(1, 2, 2)):
+        decoder, cast = load.load_pretrained(low, wanted, "float32", mesh)
+        assert (decoder.param_dtype, decoder.compute_dtype) == (wanted, "float32")
+        assert_same(cast, jax.tree.map(lambda leaf: leaf.astype(wanted), kept))
 
 
-def test_an_image_encoder_is_known_and_not_read(multimodal, reads):
-    decoder, params = load.load_pretrained(multimodal)
-    assert decoder.spec == factories.spec()
-    assert not [name for name in reads if "vision" in name or "projector" in name]
-    wanted = checkpoints.torch_logits(checkpoints.load_torch(multimodal))
-    np.testing.assert_allclose(checkpoints.logits(decoder, params), wanted, atol=2e-5)
+def test_torch_and_we_round_alike(directory, tmp_path):
+    low = factories.model_dir(tmp_path, dtype="bfloat16", tie_word_embeddings=False)
+    rounded = load.load_pretrained(directory("gemma3"), dtype="bfloat16")[1]
+    assert_same(rounded, load.load_pretrained(low)[1])
 
 
-def in_the_other_layout(source: str, target: pathlib.Path) -> pathlib.Path:
-    """The same multimodal model with the names of the other of the two layouts."""
+def shard(directory: pathlib.Path, with_index: bool) -> None:
+    """Splits the weights over two files, as the hub stores large models."""
+    tensors, where = tensors_of(directory), {}
+    for i in range(2):
+        file = f"model-0000{i + 1}-of-00002.safetensors"
+        part = {name: tensors[name] for name in sorted(tensors)[i::2]}
+        write(directory, part, file)
+        where |= dict.fromkeys(part, file)
+    (directory / WEIGHTS).unlink()
+    if with_index:
+        index(directory, where)
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_shards_are_read(directory, copy, with_index):
+    shard(copy, with_index)
+    assert_same(load.load_pretrained(copy)[1], load.load_pretrained(directory("llama"))[1])
+    (copy / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match="missing"):
+        load.load_pretrained(copy)
+
+
+def renamed(source: str, target: pathlib.Path, body: str, image: str, head: str | None) -> None:
+    """Writes a multimodal model with other names of its parts."""
     shutil.copytree(source, target)
-    old, new = "language_model.model.", "model.language_model."
-    tensors = safetensors.numpy.load_file(target / WEIGHTS)
-    if any(name.startswith(new) for name in tensors):
-        renames = [(new, old), ("model.vision_tower.", "vision_tower.")]
-        renames.append(("model.multi_modal_projector.", "multi_modal_projector."))
-    else:
-        renames = [(old, new), ("vision_tower.", "model.vision_tower.")]
-        renames.append(("multi_modal_projector.", "model.multi_modal_projector."))
-    renamed = {}
-    for name, tensor in tensors.items():
-        start, end = next(pair for pair in renames if name.startswith(pair[0]))
-        renamed[end + name.removeprefix(start)] = tensor
-    safetensors.numpy.save_file(renamed, target / WEIGHTS)
-    return target
-
-
-def test_both_layouts_of_a_multimodal_checkpoint_are_read(multimodal, tmp_path):
-    other = in_the_other_layout(multimodal, tmp_path / "other")
-    assert not set(TensorFiles(other).names) & set(TensorFiles(multimodal).names)
-    again = load.load_pretrained(other)[1]
-    jax.tree.map(np.testing.assert_array_equal, again, load.load_pretrained(multimodal)[1])
-
-
-@pytest.mark.parametrize("body", ["model.language_model.", "language_model.model."])
-@pytest.mark.parametrize("head", [None, "lm_head.weight", "language_model.lm_head.weight"])
-def test_body_head_and_image_encoder_each_have_the_names_of_a_layout(
-    multimodal, tmp_path, body, head
-):
-    """As transformers takes them: the image encoder has the other layout's than the body."""
-    model = pathlib.Path(shutil.copytree(multimodal, tmp_path / "model"))
-    renamed = {}
-    for name, tensor in safetensors.numpy.load_file(model / WEIGHTS).items():
-        start, found, rest = name.rpartition("language_model.model.")
-        start, found, rest = (start, found, rest) if found else name.partition("language_model.")
-        other = name.removeprefix("model.")
-        if "vision" not in name and "projector" not in name:
-            renamed[body + rest] = tensor
+    tensors = {}
+    for name, tensor in tensors_of(source).items():
+        if "vision" in name or "projector" in name:
+            tensors[image + name.removeprefix("model.")] = tensor
         else:
-            renamed[other if body.startswith("model.") else f"model.{other}"] = tensor
+            rest = (
+                name.removeprefix("model.").removeprefix("language_model.").removeprefix("model.")
+            )
+            tensors[body + rest] = tensor
     if head:
-        renamed[head] = renamed[f"{body}embed_tokens.weight"]
-    safetensors.numpy.save_file(renamed, model / WEIGHTS, metadata={"format": "pt"})
+        tensors[head] = tensors[f"{body}embed_tokens.weight"]
+    write(target, tensors)
+
+
+OLD, NEW = "language_model.model.", "model.language_model."
+
+
+@pytest.mark.parametrize(
+    ("body", "image", "head"),
+    [
+        (OLD, "", None),
+        (NEW, "model.", None),
+        # As transformers takes them, too: each part has the names of any layout.
+        (OLD, "model.", "lm_head.weight"),
+        (OLD, "", "language_model.lm_head.weight"),
+        (NEW, "", "language_model.lm_head.weight"),
+        (NEW, "", "lm_head.weight"),
+    ],
+)
+def test_body_head_and_image_encoder_each_have_the_names_of_a_layout(
+    multimodal, tmp_path, reads, body, image, head
+):
+    model = tmp_path / "model"
+    renamed(multimodal, model, body, image, head)
+    wanted = load.load_pretrained(multimodal)[1]
     decoder, params = load.load_pretrained(model)
-    wanted = checkpoints.torch_logits(checkpoints.load_torch(multimodal))
-    np.testing.assert_allclose(checkpoints.logits(decoder, params), wanted, atol=2e-5)
-    assert np.allclose(checkpoints.torch_logits(checkpoints.load_torch(model)), wanted)
-
-
-def test_what_is_neither_text_nor_image_is_unknown(multimodal, tmp_path):
-    model = pathlib.Path(shutil.copytree(multimodal, tmp_path / "model"))
+    assert decoder.spec == factories.spec()
+    assert_same(params, wanted)
+    assert not [name for name in reads if "vision" in name or "projector" in name]
+    assert_torch_logits(model, decoder, params)
     edit(model, **{"audio_tower.w": np.zeros(2, np.float32)})
     with pytest.raises(UserError, match=r"unknown tensors \['audio_tower\.w'\] \(1 in all\)"):
         load.load_pretrained(model)
@@ -205,54 +236,111 @@ def tied(tmp_path) -> pathlib.Path:
 
 def test_a_tied_model_may_hold_its_head_too(tied):
     before = load.load_pretrained(tied)[1]
-    edit(tied, **{HEAD: safetensors.numpy.load_file(tied / WEIGHTS)[EMBEDDING]})
+    edit(tied, **{HEAD: tensors_of(tied)[EMBEDDING]})
     decoder, after = load.load_pretrained(tied)
-    jax.tree.map(np.testing.assert_array_equal, after, before)
-    known = load.tensor_places(TensorFiles(tied), decoder.spec, "qwen3")
-    assert known[HEAD] == known[EMBEDDING] == ("embedding", None)
-    assert known["model.layers.2.mlp.up_proj.weight"] == ("layers/up_proj", 2)
-    assert set(known) == set(TensorFiles(tied).names)
+    assert_same(after, before)
+    places = load.tensor_places(TensorFiles(tied), decoder.spec, "qwen3")
+    assert places[HEAD] == places[EMBEDDING] == ("embedding", None)
+    assert places["model.layers.2.mlp.up_proj.weight"] == ("layers/up_proj", 2)
+    assert set(places) == set(TensorFiles(tied).names)
 
 
 @pytest.mark.parametrize("row", [0, 1099])
 def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_refused(tied, row):
-    other = safetensors.numpy.load_file(tied / WEIGHTS)[EMBEDDING].copy()
+    other = tensors_of(tied)[EMBEDDING].copy()
     other[row, -1] += 1
     edit(tied, **{HEAD: other})
     with pytest.raises(UserError, match=rf"'{HEAD}' differs from '{EMBEDDING}'"):
         load.load_pretrained(tied)
 
 
-Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
-DAMAGE = {
-    "norm": ("model.layers.2.input_layernorm.weight", np.zeros(47), r"\(47,\), not \(48,\)"),
-    "final norm": ("model.norm.weight", np.zeros((1, 48)), r"\(1, 48\), not \(48,\)"),
-    "table": (EMBEDDING, np.zeros((127, 48)), r"\(127, 48\), not \(128, 48\)"),
-    "head": (HEAD, np.zeros((48, 128)), r"\(48, 128\), not \(128, 48\)"),
-    "integers": (Q_PROJ, np.zeros((64, 48), np.int8), "wrongly typed: int8, where only float32,"),
-    "float64": (Q_PROJ, np.zeros((64, 48), np.float64), "wrongly typed: float64, where only"),
-    "float8": (
-        Q_PROJ,
-        np.zeros((64, 48), ml_dtypes.float8_e4m3fn),
-        "wrongly typed: float8_e4m3fn, where only",
-    ),
-}
+NORM = "model.layers.2.input_layernorm.weight"
+DTYPES = "only float32, bfloat16, float16 are read"
+MISFITS = [
+    (NORM, np.zeros(47, np.float32), r"has shape \(47,\), not \(48,\)"),
+    ("model.norm.weight", np.zeros((1, 48), np.float32), r"\(1, 48\), not \(48,\)"),
+    (EMBEDDING, np.zeros((127, 48), np.float32), r"\(127, 48\), not \(128, 48\)"),
+    (HEAD, np.zeros((48, 128), np.float32), r"\(48, 128\), not \(128, 48\)"),
+    (Q_PROJ, np.zeros((48, 64), np.float32), r"\(48, 64\), not \(64, 48\)"),
+    (Q_PROJ, np.zeros((64, 48), np.int8), f"is wrongly typed: int8, where {DTYPES}"),
+    (Q_PROJ, np.zeros((64, 48), np.float64), f"is wrongly typed: float64, where {DTYPES}"),
+    (Q_PROJ, np.zeros((64, 48), ml_dtypes.float8_e4m3fn), "is wrongly typed: float8_e4m3fn, where"),
+]
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_tensor_that_does_not_fit_is_named(copy, reads, damage):
-    name, tensor, wanted = DAMAGE[damage]
-    edit(copy, **{name: tensor if "wrongly" in wanted else tensor.astype(np.float32)})
-    with pytest.raises(UserError, match=wanted) as caught:
+@pytest.mark.parametrize(("name", "tensor", "wanted"), MISFITS)
+def test_a_tensor_that_does_not_fit_is_named(copy, reads, name, tensor, wanted):
+    edit(copy, **{name: tensor})
+    with pytest.raises(UserError, match=rf"{WEIGHTS}: tensor '{name}' .*{wanted}"):
         load.load_pretrained(copy)
-    assert repr(name) in str(caught.value) and WEIGHTS in str(caught.value)
     assert not reads
 
 
-def test_names_of_another_architecture_are_named(copy):
-    tensors = safetensors.numpy.load_file(copy / WEIGHTS)
-    renamed = {name.replace("model.", "transformer."): t for name, t in tensors.items()}
-    safetensors.numpy.save_file(renamed, copy / WEIGHTS)
-    wanted = rf"embedding is missing: '{EMBEDDING}', for model_type 'llama'.*transformer\."
-    with pytest.raises(UserError, match=wanted):
+def not_finite(value):
+    def damage(directory):
+        tensor = tensors_of(directory)[Q_PROJ]
+        tensor[-1, -1] = value
+        edit(directory, **{Q_PROJ: tensor})
+
+    return damage
+
+
+def rename(old: str, new: str):
+    def damage(directory):
+        tensors = tensors_of(directory).items()
+        write(directory, {name.replace(old, new): tensor for name, tensor in tensors})
+
+    return damage
+
+
+def config(**fields):
+    def damage(directory):
+        path = directory / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return damage
+
+
+def index_of_more(directory):
+    more = [*tensors_of(directory), "model.layers.9.mlp.up_proj.weight"]
+    index(directory, dict.fromkeys(more, WEIGHTS))
+
+
+def unlink(name: str):
+    return lambda directory: (directory / name).unlink()
+
+
+ANOTHER = rf"embedding is missing: '{EMBEDDING}', for model_type 'llama'.*transformer\."
+DAMAGE = [
+    (rename(Q_PROJ, "model.layers.3.extra"), rf"missing tensors.*{Q_PROJ}"),
+    (lambda d: edit(d, more=np.zeros(3, np.float32)), r"unknown tensors \['more'\]"),
+    (rename("model.", "transformer."), ANOTHER),
+    (not_finite(np.nan), rf"model\.safetensors: tensor '{Q_PROJ}' holds NaN or infinity"),
+    (not_finite(-np.inf), rf"tensor '{Q_PROJ}' holds NaN or infinity"),
+    (index_of_more, rf"'model\.layers\.9\..*' is missing in {WEIGHTS}; .*index"),
+    (unlink(WEIGHTS), r"no \*\.safetensors"),
+    (unlink("config.json"), r"no config\.json"),
+    (shutil.rmtree, "no such model directory.*model"),
+    (config(num_hidden_layers=2), r"unknown tensors.*model\.layers\.2"),
+    (config(mlp_bias=True), r"config\.json.*mlp_bias"),
+]
+
+
+@pytest.mark.parametrize(("damage", "wanted"), DAMAGE, ids=[wanted for _, wanted in DAMAGE])
+def test_damage_is_named(copy, damage, wanted):
+    damage(copy)
+    with pytest.raises(UserError, match=wanted) as caught:
         load.load_pretrained(copy)
+    assert caught.value.exit_code == 2
+
+
+def test_a_key_that_nothing_reads_is_logged(copy, caplog):
+    config(rope_interleaved=True)(copy)
+    with caplog.at_level("WARNING"):
+        load.load_pretrained(copy)
+    assert "config.json: rope_interleaved: transformers passes over it" in caplog.text
+
+
+def test_the_spec_is_read_without_the_weights(copy):
+    (copy / WEIGHTS).unlink()
+    assert model_config.load_spec(copy) == factories.spec("llama", tie_word_embeddings=False)
