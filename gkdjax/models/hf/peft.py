@@ -207,7 +207,7 @@ def _read_config(path: pathlib.Path) -> dict:
             " is; train without it, or let peft's merge_and_unload() merge the adapter into its"
             " base and name the merged model instead"
         )
-    config = {key: fields.get(key, default) for key, default in _DEFAULTS.items()}
+    config = _DEFAULTS | fields
     for key, (is_valid, wanted) in _FORMS.items():
         if not is_valid(config[key]):
             raise UserError(f"{path}: {key} = {config[key]!r} must be {wanted}")
