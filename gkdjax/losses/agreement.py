@@ -1,42 +1,31 @@
-"""How near a student is to a teacher, token by token, in the measures that people compare.
-
-All are float32 [...], at the temperature given; p is the teacher, q the student.
-"""
+"""How near a student q is to a teacher p: float32 [...], a value a token, at a temperature."""
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 from gkdjax.losses.divergences import Divergence, dense_categories, total
 from gkdjax.losses.topk import Categories, TopKLogprobs, top_k_logprobs, topk_categories
 
 
 class Agreement(NamedTuple):
-    """One number a token each, or their means over tokens."""
+    """A value a token of each measure, or its mean over tokens."""
 
-    forward_kl: jax.Array  # KL(p || q), nats
-    reverse_kl: jax.Array  # KL(q || p), nats
-    teacher_top_k_mass: jax.Array  # what p puts on its K best tokens
-    student_top_k_mass: jax.Array  # what q puts on those same tokens
-    top1_agreement: jax.Array  # 1 where both have the same most probable token, else 0
-    acceptance_rate: jax.Array  # sum of min(p, q): Leviathan et al. 2023, arXiv:2211.17192
+    forward_kl: Array  # KL(p || q), nats
+    reverse_kl: Array  # KL(q || p), nats
+    teacher_top_k_mass: Array  # p's mass on its K best tokens
+    student_top_k_mass: Array  # q's mass on the same tokens
+    top1_agreement: Array  # 1 if p and q have the same most probable token, else 0
+    acceptance_rate: Array  # sum of min(p, q): Leviathan et al. 2023, arXiv:2211.17192
 
 
 def dense_agreement(
-    student_logits: jax.Array, teacher_logits: jax.Array, k: int, *, temperature: float = 1.0
+    student_logits: Array, teacher_logits: Array, k: int, *, temperature: float = 1.0
 ) -> Agreement:
-    """Over the whole vocabulary.
+    """Compares over the whole vocabulary; k (1 to V) is that of the two masses.
 
-    Args:
-      student_logits: floating [..., V].
-      teacher_logits: the same shape.
-      k: of the two masses, 1 to V.
-      temperature: divides both sides' logits.
-
-    Raises:
-      ValueError: k or temperature out of range.
-      AssertionError: shapes that differ, logits that are not floating.
+    The other arguments and errors are those of `forward_kl`.
     """
     parts = dense_categories(student_logits, teacher_logits, temperature)
     teacher = top_k_logprobs(teacher_logits, k, temperature)
@@ -45,34 +34,29 @@ def dense_agreement(
 
 
 def topk_agreement(
-    student_logits: jax.Array,
-    teacher: TopKLogprobs,
-    *,
-    tail: str = "bucket",
-    temperature: float = 1.0,
+    student_logits: Array, teacher: TopKLogprobs, *, tail: str = "bucket", temperature: float = 1.0
 ) -> Agreement:
-    """From a teacher's K best tokens: divergences as `topk_forward_kl` has them, with its errors.
+    """Compares on the teacher's K best tokens; arguments and errors as in `topk_forward_kl`.
 
-    With "bucket" the acceptance rate takes all tokens outside the K as one, so it is an upper
-    bound. With "renormalize" both masses are 1 by definition.
+    With "bucket" the tokens outside the K count as one, so the acceptance rate is an upper bound.
+    With "renormalize" both masses are 1 by definition.
     """
     parts = topk_categories(student_logits, teacher, tail, temperature)
     return _agreement(parts, parts[0], teacher.ids, student_logits)
 
 
 def _agreement(
-    parts: tuple[Categories, ...], inside: Categories, ids_K: jax.Array, student_logits: jax.Array
+    parts: tuple[Categories, ...], inside: Categories, ids_K: Array, student_logits: Array
 ) -> Agreement:
+    def mass(logprobs, valid):
+        return jnp.sum(jnp.where(valid, jnp.exp(logprobs), 0.0), axis=-1)
+
     best = jnp.argmax(student_logits, axis=-1)
     return Agreement(
         forward_kl=total(Divergence("forward_kl"), parts),
         reverse_kl=total(Divergence("reverse_kl"), parts),
-        teacher_top_k_mass=_mass(inside.log_p, inside.valid),
-        student_top_k_mass=_mass(inside.log_q, inside.valid),
+        teacher_top_k_mass=mass(inside.log_p, inside.valid),
+        student_top_k_mass=mass(inside.log_q, inside.valid),
         top1_agreement=(best == ids_K[..., 0]).astype(jnp.float32),
-        acceptance_rate=sum(_mass(jnp.minimum(c.log_p, c.log_q), c.valid) for c in parts),
+        acceptance_rate=sum(mass(jnp.minimum(c.log_p, c.log_q), c.valid) for c in parts),
     )
-
-
-def _mass(logprobs: jax.Array, valid: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.where(valid, jnp.exp(logprobs), 0.0), axis=-1)

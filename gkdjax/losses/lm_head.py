@@ -2,11 +2,11 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 
-def unembed(hidden: jax.Array, table_VD: jax.Array, softcap: float | None) -> jax.Array:
+def unembed(hidden: Array, table_VD: Array, softcap: float | None) -> Array:
     """Hidden states [..., D] and an unembedding -> float32 logits [..., V].
 
     The product is in the dtype of the hidden states; softcap c is c tanh(logits / c), None is none.
@@ -18,16 +18,15 @@ def unembed(hidden: jax.Array, table_VD: jax.Array, softcap: float | None) -> ja
 
 
 class Head(NamedTuple):
-    """How logits become those of a distribution; hashable."""
+    """Softcap, then temperature; hashable."""
 
     softcap: float | None
     temperature: float
 
-    def logits(self, hidden: jax.Array, table_VD: jax.Array) -> jax.Array:
-        """float32 [..., V]: softcapped, then divided by the temperature."""
+    def logits(self, hidden: Array, table_VD: Array) -> Array:
         return unembed(hidden, table_VD, self.softcap) / self.temperature
 
-    def slope(self, scaled: jax.Array) -> jax.Array | float:
+    def slope(self, scaled: Array) -> Array | float:
         """d logits / d (hidden @ table), from the logits."""
         if self.softcap is None:
             return 1.0 / self.temperature

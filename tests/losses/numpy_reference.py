@@ -1,4 +1,4 @@
-"""The divergences in float64 NumPy, one line an equation, for the tests to compare with."""
+"""The divergences in float64 NumPy, one line an equation."""
 
 import numpy as np
 
@@ -7,8 +7,7 @@ BETA = 0.3  # not 1/2: a swapped beta must show
 
 def log_softmax(x):
     x = np.asarray(x, np.float64)
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+    return x - log_sum_exp(x)
 
 
 def log_sum_exp(x):
@@ -22,16 +21,16 @@ def kl(log_a, log_b):
     return np.where(np.isneginf(log_a), 0.0, terms).sum(-1)
 
 
-def generalized(log_p, log_q, beta):
-    log_m = np.logaddexp(np.log(beta) + log_p, np.log(1 - beta) + log_q)
-    return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+def generalized(log_p, log_q):
+    log_m = np.logaddexp(np.log(BETA) + log_p, np.log(1 - BETA) + log_q)
+    return BETA * kl(log_p, log_m) + (1 - BETA) * kl(log_q, log_m)
 
 
 DIVERGENCES = {
-    "forward": kl,
-    "reverse": lambda log_p, log_q: kl(log_q, log_p),
+    "forward_kl": kl,
+    "reverse_kl": lambda log_p, log_q: kl(log_q, log_p),
     "mixed": lambda log_p, log_q: (1 - BETA) * kl(log_p, log_q) + BETA * kl(log_q, log_p),
-    "generalized": lambda log_p, log_q: generalized(log_p, log_q, BETA),
+    "generalized_jsd": generalized,
 }
 
 
@@ -45,18 +44,19 @@ def bucket(log_x, ids):
     return np.concatenate([inside, log_sum_exp(outside)], -1)
 
 
-def renormalize(log_x, ids):
+def restrict(log_x, ids, tail):
+    if ids is None:
+        return log_x
+    if tail == "bucket":
+        return bucket(log_x, ids)
     return log_softmax(np.take_along_axis(log_x, ids, -1))
 
 
 def divergence(name, student_logits, teacher_logits, ids=None, tail="bucket", temperature=1.0):
-    """`name` between the two, dense where there are no ids."""
-    log_p = log_softmax(np.asarray(teacher_logits, np.float64) / temperature)
-    log_q = log_softmax(np.asarray(student_logits, np.float64) / temperature)
-    if ids is not None:
-        restrict = {"bucket": bucket, "renormalize": renormalize}[tail]
-        log_p, log_q = restrict(log_p, ids), restrict(log_q, ids)
-    return DIVERGENCES[name](log_p, log_q)
+    """Dense without ids, else of the top k."""
+    both = (np.asarray(x, np.float64) / temperature for x in (teacher_logits, student_logits))
+    ids = None if ids is None else np.asarray(ids)
+    return DIVERGENCES[name](*(restrict(log_softmax(x), ids, tail) for x in both))
 
 
 def gradient(value, x, step=1e-5):

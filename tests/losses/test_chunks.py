@@ -8,13 +8,6 @@ from jax.sharding import AxisType, Mesh
 
 from gkdjax.losses.chunks import Chunks, over_chunks
 
-COUNT = jax.ShapeDtypeStruct((), jnp.int32)
-
-
-def count_and_double(count, chunk, factor):
-    """Counts the chunks; leaves what it saw."""
-    return count + 1, (factor * chunk, chunk)
-
 
 def chunks_of(size, devices):
     if devices == 1:
@@ -39,8 +32,13 @@ def chunks_of(size, devices):
 def test_only_chunks_that_hold_a_token_are_computed(kept, devices, size, chunks):
     tokens = jnp.arange(1, 9, dtype=jnp.float32).reshape(4, 2)
     mask = np.isin(np.arange(8), kept).reshape(4, 2)
+    counter = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def count_and_double(count, chunk, factor):
+        return count + 1, (factor * chunk, chunk)
+
     how = chunks_of(size, devices)
-    run = jax.jit(lambda x, m: over_chunks(count_and_double, COUNT, x, 2.0, m, how))
+    run = jax.jit(lambda x, m: over_chunks(count_and_double, counter, x, 2.0, m, how))
     count, (doubled, seen) = run(tokens, mask)
     assert count == chunks
     np.testing.assert_array_equal(doubled, np.where(mask, 2 * tokens, 0))
@@ -58,15 +56,3 @@ def test_tokens_come_in_their_order_and_the_last_chunk_is_filled_with_zeros():
     like = jax.ShapeDtypeStruct((6,), jnp.float32)
     seen, _ = over_chunks(collect, like, tokens, None, mask, Chunks(3, None))
     np.testing.assert_array_equal(seen, [1, 3, 4, 6, 8, 0])
-
-
-def test_rows_that_the_devices_cannot_share_are_refused():
-    with pytest.raises(ValueError, match="3 rows cannot be shared by 2 devices of 'data'"):
-        over_chunks(
-            count_and_double,
-            COUNT,
-            jnp.ones((3, 2)),
-            2.0,
-            jnp.ones((3, 2), bool),
-            chunks_of(2, 2),
-        )

@@ -1,6 +1,7 @@
 """Fused heads: equal to the unfused losses in value and gradient, and what they do not compute."""
 
 import functools
+import itertools
 import re
 
 import chex
@@ -12,205 +13,147 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gkdjax import losses
 from gkdjax.losses import TopKLogprobs
+from gkdjax.losses.lm_head import unembed
 from tests.losses import numpy_reference as ref
-from tests.losses.loss_cases import DENSE, SHORT, TOPK
+from tests.losses.loss_cases import DENSE, TAILS, TOPK
 
-BETA = ref.BETA
-B, N, V, D, E, K = 4, 6, 300, 8, 12, 7
-
-
-MESHES = {
-    n: Mesh(np.asarray(jax.devices()[:n]), ("data",), axis_types=(AxisType.Auto,)) for n in (3, 4)
-}
+B, N, V, D, E, K = 4, 6, 304, 8, 12, 7
+FORMS = (None, *TAILS)  # None: a dense teacher
+PAIRS = list(itertools.product(DENSE, FORMS))
 
 
-MOVES = re.compile(r" (all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(")
-
-
-def arrays(seed=0, dtype=np.float32):
+def arrays(seed=0, dtype=np.float32, vocabulary=V):
     rng = np.random.default_rng(seed)
-    draw = {
+    made = {
         "hidden": rng.normal(size=(B, N, D)),
-        "table": rng.normal(size=(V, D)),
+        "table": rng.normal(size=(vocabulary, D)),
         "teacher_hidden": rng.normal(size=(B, N, E)),
-        "teacher_table": rng.normal(size=(V, E)) / E**0.5,
+        "teacher_table": rng.normal(size=(vocabulary, E)) / E**0.5,
         "weights": rng.choice([0.0, 0.5, 1.0, 2.0], size=(B, N)),
     }
-    return {name: jnp.asarray(value, dtype) for name, value in draw.items()}
+    return {name: jnp.asarray(value, dtype) for name, value in made.items()}
 
 
-def logits(hidden, table, softcap):
-    x = jnp.einsum("bnd,vd->bnv", hidden, table)
-    return x if softcap is None else softcap * jnp.tanh(x / softcap)
+def teacher_logits(a, softcap=None):
+    return unembed(a["teacher_hidden"], a["teacher_table"], softcap)
 
 
-def unfused(a, teacher, divergence, temperature, softcap, teacher_softcap=None, tail=None):
+def top_k_of(a, temperature=1.0, k=K, softcap=None):
+    return losses.top_k_logprobs(teacher_logits(a, softcap), k, temperature)
+
+
+def unfused(a, tail, divergence, teacher=None, temperature=1.0, caps=(None, None)):
     """The same sum through [B,N,V] logits and the library's own unfused losses."""
-    student = logits(a["hidden"], a["table"], softcap)
-    short = SHORT[divergence]
+    student = unembed(a["hidden"], a["table"], caps[0])
     if tail is None:
-        other = logits(a["teacher_hidden"], a["teacher_table"], teacher_softcap)
-        each = DENSE[short](student, other, temperature=temperature)
+        other = teacher_logits(a, caps[1])
+        each = DENSE[divergence](student, other, temperature=temperature)
     else:
-        each = TOPK[short](student, teacher, temperature=temperature, tail=tail)
+        each = TOPK[divergence](student, teacher, temperature=temperature, tail=tail)
     return losses.masked_sum(each, a["weights"]), jnp.where(a["weights"] > 0, each, 0.0)
 
 
-def fused(a, teacher, divergence, temperature, softcap, teacher_softcap=None, tail=None, **kwargs):
-    common = {"divergence": divergence, "temperature": temperature, "softcap": softcap, **kwargs}
-    common["beta"] = BETA if divergence in ("mixed", "generalized_jsd") else 0.0
+def fused(a, tail, divergence, teacher=None, temperature=1.0, caps=(None, None), **options):
+    options |= {"divergence": divergence, "temperature": temperature, "softcap": caps[0]}
+    options["beta"] = ref.BETA if divergence in ("mixed", "generalized_jsd") else 0.0
+    student = a["hidden"], a["table"]
     if tail is None:
-        dense = a["teacher_hidden"], a["teacher_table"]
-        return losses.fused_dense_divergence(
-            a["hidden"],
-            a["table"],
-            *dense,
-            a["weights"],
-            teacher_softcap=teacher_softcap,
-            **common,
-        )
-    return losses.fused_topk_divergence(
-        a["hidden"], a["table"], teacher, a["weights"], tail=tail, **common
-    )
+        other = a["teacher_hidden"], a["teacher_table"]
+        options["teacher_softcap"] = caps[1]
+        return losses.fused_dense_divergence(*student, *other, a["weights"], **options)
+    return losses.fused_topk_divergence(*student, teacher, a["weights"], tail=tail, **options)
 
 
-def with_gradients(fn, a, **kwargs):
+def with_gradients(fn, a, *args, **kwargs):
     """((sum, per token), gradients to hidden and table)."""
 
     def value(hidden, table):
-        return fn({**a, "hidden": hidden, "table": table}, **kwargs)
+        return fn({**a, "hidden": hidden, "table": table}, *args, **kwargs)
 
     grad = jax.jit(jax.value_and_grad(value, argnums=(0, 1), has_aux=True))
     return grad(a["hidden"], a["table"])
 
 
-def assert_same(actual, expected, tolerance=2e-5):
-    ((value, each), grads), ((expected_value, expected_each), expected_grads) = actual, expected
-    np.testing.assert_allclose(value, expected_value, rtol=tolerance)
-    np.testing.assert_allclose(each, expected_each, rtol=tolerance, atol=1e-6)
-    for got, wanted in zip(grads, expected_grads, strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=tolerance, atol=tolerance)
+same = functools.partial(chex.assert_trees_all_close, rtol=2e-5, atol=2e-5)
 
 
-def top_k_of(a, temperature, softcap=None):
-    return losses.top_k_logprobs(
-        logits(a["teacher_hidden"], a["teacher_table"], softcap), K, temperature
-    )
+@pytest.mark.parametrize(("divergence", "tail"), PAIRS)
+def test_equals_the_unfused_form(divergence, tail):
+    # Chunks: one token at a time; many and a rest; all at once.
+    for temperature, caps, sizes in (
+        (1.0, (None, None), (20,)),
+        (1.7, (3.0, 5.0), (1, 40, 100_000) if divergence == "forward_kl" else (40,)),
+    ):
+        a = arrays()
+        options = {"teacher": top_k_of(a, temperature), "temperature": temperature, "caps": caps}
+        expected = with_gradients(unfused, a, tail, divergence, **options)
+        for size in sizes:
+            found = with_gradients(fused, a, tail, divergence, **options, chunk_size=size)
+            same(found, expected)
 
 
-@pytest.mark.parametrize("divergence", SHORT)
-@pytest.mark.parametrize(("temperature", "caps"), [(1.0, (None, None)), (1.7, (3.0, 5.0))])
-def test_dense_equals_the_unfused_form(divergence, temperature, caps):
-    a = arrays()
-    options = {"teacher": None, "divergence": divergence, "temperature": temperature}
-    options |= {"softcap": caps[0], "teacher_softcap": caps[1]}
-    expected = with_gradients(unfused, a, **options)
-    assert_same(with_gradients(fused, a, **options, chunk_size=40), expected)
-
-
-@pytest.mark.parametrize("divergence", SHORT)
-@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
-@pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (1.7, 3.0)])
-def test_topk_equals_the_unfused_form(divergence, tail, temperature, softcap):
-    a = arrays()
-    options = {"divergence": divergence, "temperature": temperature, "softcap": softcap}
-    options |= {"tail": tail, "teacher": top_k_of(a, temperature)}
-    expected = with_gradients(unfused, a, **options)
-    assert_same(with_gradients(fused, a, **options, chunk_size=10), expected)
-
-
-@pytest.mark.parametrize("tail", [None, "bucket"])
-def test_every_chunk_size_gives_the_same(tail):
-    a = arrays()
-    options = {"divergence": "forward_kl", "temperature": 1.0, "softcap": None, "tail": tail}
-    options["teacher"] = top_k_of(a, 1.0)
-    expected = with_gradients(unfused, a, **options)
-    for chunk_size in (1, 20, 100_000):  # one token at a time; a rest; all at once
-        assert_same(with_gradients(fused, a, **options, chunk_size=chunk_size), expected)
-
-
-@pytest.mark.parametrize("divergence", SHORT)
-def test_entries_that_are_absent_and_a_tail_that_is_not_given(divergence):
-    a = arrays()
-    top = top_k_of(a, 1.0)
-    ids = top.ids.at[..., -2:].set(-5)  # an absent entry's id may be anything
-    ids = ids.at[0, 0, -1].set(ids[0, 0, 0])
-    teacher = TopKLogprobs(ids, top.logprobs.at[..., -2:].set(-jnp.inf), None)
-    options = {"divergence": divergence, "temperature": 1.0, "softcap": None}
-    options |= {"tail": "bucket", "teacher": teacher}
-    assert_same(with_gradients(fused, a, **options), with_gradients(unfused, a, **options))
-
-
-@pytest.mark.parametrize("divergence", SHORT)
-def test_the_whole_vocabulary_as_top_k_is_the_dense_form(divergence):
-    a = arrays()
-    a = {**a, "table": a["table"][:9], "teacher_table": a["teacher_table"][:9]}
-    teacher = losses.top_k_logprobs(logits(a["teacher_hidden"], a["teacher_table"], None), 9)
-    options = {"divergence": divergence, "temperature": 1.0, "softcap": None}
-    dense = with_gradients(fused, a, teacher=None, **options)
-    assert_same(with_gradients(fused, a, teacher=teacher, tail="bucket", **options), dense)
-
-
-@pytest.mark.parametrize("divergence", SHORT)
-@pytest.mark.parametrize("tail", [None, "bucket", "renormalize"])
+@pytest.mark.parametrize(("divergence", "tail"), PAIRS)
 def test_float64_numpy_and_finite_differences(divergence, tail):
     a = arrays(1)
-    teacher = top_k_of(a, 1.0)
-    options = {"divergence": divergence, "temperature": 1.0, "softcap": None, "tail": tail}
-    (value, each), (d_hidden, d_table) = with_gradients(fused, a, teacher=teacher, **options)
+    teacher = top_k_of(a)
+    (value, each), grads = with_gradients(fused, a, tail, divergence, teacher)
     exact = {name: np.asarray(x, np.float64) for name, x in a.items()}
-    ids = None if tail is None else np.asarray(teacher.ids)
+    other = exact["teacher_hidden"] @ exact["teacher_table"].T
+    ids = None if tail is None else teacher.ids
 
     def numpy_each(hidden, table):
-        other = exact["teacher_hidden"] @ exact["teacher_table"].T
-        name = SHORT[divergence]
-        return ref.divergence(name, hidden @ table.T, other, ids, tail or "bucket")
+        found = ref.divergence(divergence, hidden @ table.T, other, ids, tail)
+        return np.where(exact["weights"] > 0, found, 0.0)
 
     def numpy_value(hidden, table):
         return (numpy_each(hidden, table) * exact["weights"]).sum()
 
-    hidden, table = exact["hidden"], exact["table"]
-    expected_each = np.where(exact["weights"] > 0, numpy_each(hidden, table), 0.0)
-    np.testing.assert_allclose(each, expected_each, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(value, numpy_value(hidden, table), rtol=1e-5)
+    at = exact["hidden"], exact["table"]
+    np.testing.assert_allclose(each, numpy_each(*at), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(value, numpy_value(*at), rtol=1e-5)
     rng = np.random.default_rng(2)
     for _ in range(3):  # along random directions: each tests every entry of both gradients
-        along = rng.normal(size=hidden.shape), rng.normal(size=table.shape)
+        along = [rng.normal(size=x.shape) for x in at]
         ahead, behind = (
-            numpy_value(hidden + s * along[0], table + s * along[1]) for s in (1e-5, -1e-5)
+            numpy_value(*(x + step * way for x, way in zip(at, along, strict=True)))
+            for step in (1e-5, -1e-5)
         )
-        actual = (np.asarray(d_hidden) * along[0]).sum() + (np.asarray(d_table) * along[1]).sum()
+        actual = sum((np.asarray(g) * way).sum() for g, way in zip(grads, along, strict=True))
         np.testing.assert_allclose(actual, (ahead - behind) / 2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("divergence", DENSE)
+def test_absent_entries_a_tail_that_is_not_given_and_the_whole_vocabulary(divergence):
+    a = arrays(vocabulary=9)
+    whole = with_gradients(fused, a, "bucket", divergence, top_k_of(a, k=9))
+    same(whole, with_gradients(fused, a, None, divergence))
+    top = top_k_of(a)
+    ids = top.ids.at[..., -2:].set(-5)  # an absent entry's id may be anything
+    ids = ids.at[0, 0, -1].set(ids[0, 0, 0])
+    teacher = TopKLogprobs(ids, top.logprobs.at[..., -2:].set(-jnp.inf))
+    expected = with_gradients(unfused, a, "bucket", divergence, teacher)
+    same(with_gradients(fused, a, "bucket", divergence, teacher), expected)
 
 
 class Variants(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
     def test_all_ways_to_call_give_one_value(self):
         a = arrays()
-        teacher = top_k_of(a, 1.0)
+        teacher = top_k_of(a)
         for tail in (None, "bucket"):
-            options = {"divergence": "mixed", "temperature": 1.0, "softcap": None, "tail": tail}
-            fn = functools.partial(fused, teacher=teacher, **options)
-            value, each = self.variant(fn)(a)
-            expected = unfused(a, teacher=teacher, **options)
-            np.testing.assert_allclose(value, expected[0], rtol=1e-5)
-            np.testing.assert_allclose(each, expected[1], rtol=1e-4, atol=1e-6)
-
-    @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
-    def test_all_ways_to_take_the_top_k(self):
-        a = arrays()
+            fn = functools.partial(fused, tail=tail, divergence="mixed", teacher=teacher)
+            same(self.variant(fn)(a), unfused(a, tail, "mixed", teacher))
         found = self.variant(lambda h, t: losses.fused_top_k(h, t, K))(
             a["teacher_hidden"], a["teacher_table"]
         )
-        chex.assert_trees_all_close(found, top_k_of(a, 1.0), rtol=1e-5)
+        same(found, teacher)
 
 
-@pytest.mark.parametrize("tail", [None, "bucket", "renormalize"])
+@pytest.mark.parametrize("tail", FORMS)
 def test_what_weighs_nothing_may_hold_anything(tail):
     a = arrays()
-    teacher = top_k_of(a, 1.0)
-    options = {"divergence": "reverse_kl", "temperature": 1.0, "softcap": 3.0, "tail": tail}
-    expected = with_gradients(fused, a, teacher=teacher, **options)
+    teacher = top_k_of(a)
+    expected = with_gradients(fused, a, tail, "reverse_kl", teacher, caps=(3.0, None))
     off = a["weights"][..., None] == 0
     assert off.any()
     spoilt = {
@@ -223,234 +166,184 @@ def test_what_weighs_nothing_may_hold_anything(tail):
         jnp.where(off, jnp.nan, teacher.logprobs),
         jnp.where(off[..., 0], jnp.nan, teacher.tail_logprob),
     )
-    actual = with_gradients(fused, spoilt, teacher=bad, **options)
+    actual = with_gradients(fused, spoilt, tail, "reverse_kl", bad, caps=(3.0, None))
     chex.assert_trees_all_equal(actual, expected)
     assert (np.asarray(actual[1][0])[np.asarray(off[..., 0])] == 0).all()
 
 
 def test_nan_where_a_token_counts_is_seen():
     a = arrays()
+    teacher = top_k_of(a)
     at = tuple(np.argwhere(np.asarray(a["weights"]) > 0)[0])
-    a["hidden"] = a["hidden"].at[at].set(jnp.nan)
-    options = {"divergence": "forward_kl", "temperature": 1.0, "softcap": None}
-    for tail in (None, "bucket"):
-        value, _ = fused(a, teacher=top_k_of(a, 1.0), tail=tail, **options)
-        assert np.isnan(value)
-    teacher = top_k_of(arrays(), 1.0)
+    bad = a | {"hidden": a["hidden"].at[at].set(jnp.nan)}
+    assert np.isnan(fused(bad, None, "forward_kl")[0])
+    assert np.isnan(fused(bad, "bucket", "forward_kl", teacher)[0])
     for wrong in (-1, V):  # an id that no vocabulary has
-        bad = TopKLogprobs(teacher.ids.at[(*at, 0)].set(wrong), teacher.logprobs, None)
-        value, _ = fused(arrays(), teacher=bad, tail="bucket", **options)
-        assert np.isnan(value)
+        wrong = TopKLogprobs(teacher.ids.at[(*at, 0)].set(wrong), teacher.logprobs)
+        assert np.isnan(fused(a, "bucket", "forward_kl", wrong)[0])
 
 
 @pytest.mark.parametrize("tail", [None, "bucket"])
 def test_teacher_weights_and_per_token_values_have_no_gradient(tail):
     a = arrays()
-    ids = top_k_of(a, 1.0).ids
+    teacher = top_k_of(a)
+    names = "teacher_hidden", "teacher_table", "weights"
 
-    def value(teacher_hidden, teacher_table, weights, logprobs, of_each):
-        b = {**a, "teacher_hidden": teacher_hidden, "teacher_table": teacher_table}
-        summed, each = fused(
-            {**b, "weights": weights},
-            TopKLogprobs(ids, logprobs),
-            "forward_kl",
-            1.0,
-            None,
-            tail=tail,
+    def value(others, logprobs, output):
+        return jnp.sum(
+            fused(a | others, tail, "mixed", TopKLogprobs(teacher.ids, logprobs))[output]
         )
-        return jnp.sum(each) if of_each else summed
 
-    logprobs = top_k_of(a, 1.0).logprobs
-    arguments = a["teacher_hidden"], a["teacher_table"], a["weights"], logprobs
-    for of_each in (False, True):
-        grads = jax.grad(value, argnums=(0, 1, 2, 3))(*arguments, of_each)
-        assert all(not np.any(np.asarray(g)) for g in grads)
-
-
-def whole_size(fn, *shapes):
-    """Temporary bytes of the compiled gradient."""
-    return jax.jit(fn).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+    others = {name: a[name] for name in names}
+    for output in (0, 1):
+        grads = jax.grad(value, argnums=(0, 1))(others, teacher.logprobs, output)
+        assert all(not np.any(np.asarray(g)) for g in jax.tree.leaves(grads))
+    each = jax.grad(lambda h: jnp.sum(fused(a | {"hidden": h}, tail, "mixed", teacher)[1]))
+    assert not np.any(np.asarray(each(a["hidden"])))
 
 
-N_LARGE, V_LARGE, D_SMALL = 2048, 262_144, 16
-
-
-def large(*shape, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(shape, dtype)
+TOKENS, V_LARGE, WIDTH = 2048, 262_144, 16
 
 
 def large_loss(kind, divergence):
-    """Loss of (hidden, table, *teacher, weights) at V = 262,144: compiled and never run."""
-    beta = BETA if divergence in ("mixed", "generalized_jsd") else 0.0
-    if kind == "topk":
+    """(a loss at V = 262,144, shapes of its arguments): compiled and never run."""
 
-        def loss(hidden, table, ids, logprobs, tail, weights):
-            teacher = TopKLogprobs(ids, logprobs, tail)
-            return losses.fused_topk_divergence(
-                hidden, table, teacher, weights, divergence=divergence, beta=beta
-            )[0]
+    def large(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
 
-        leading = (4, N_LARGE // 4)
-        teacher = large(*leading, 64, dtype=jnp.int32), large(*leading, 64), large(*leading)
-    else:
+    def loss(hidden, table, teacher, weights):
+        a = {"hidden": hidden, "table": table, "weights": weights}
+        if kind == "topk":
+            return fused(a, "bucket", divergence, TopKLogprobs(*teacher))[0]
+        a |= {"teacher_hidden": teacher[0], "teacher_table": teacher[1]}
+        return (unfused if kind == "unfused" else fused)(a, None, divergence)[0]
 
-        def loss(hidden, table, teacher_hidden, teacher_table, weights):
-            student = (hidden, table)
-            if kind == "unfused":
-                teacher = (teacher_hidden, teacher_table)
-                each = losses.forward_kl(logits(*student, None), logits(*teacher, None))
-                return losses.masked_sum(each, weights)
-            return losses.fused_dense_divergence(
-                *student,
-                teacher_hidden,
-                teacher_table,
-                weights,
-                divergence=divergence,
-                beta=beta,
-            )[0]
-
-        leading = (4, N_LARGE // 4)
-        teacher = large(*leading, D_SMALL), large(V_LARGE, D_SMALL)
-    shapes = (large(*leading, D_SMALL), large(V_LARGE, D_SMALL), *teacher, large(*leading))
-    return loss, shapes
+    leading = (4, TOKENS // 4)
+    student = large(*leading, WIDTH), large(V_LARGE, WIDTH)
+    topk = large(*leading, 64, dtype=jnp.int32), large(*leading, 64), large(*leading)
+    return loss, (*student, topk if kind == "topk" else student, large(*leading))
 
 
-def table_sized(loss, shapes, argnums):
-    """How many values of the table's shape the differentiated program names."""
-    text = str(jax.make_jaxpr(jax.grad(loss, argnums=argnums))(*shapes))
-    return text.count(f":f32[{V_LARGE},{D_SMALL}]")
+def compiled_bytes(loss, shapes, argnums):
+    compiled = jax.jit(jax.value_and_grad(loss, argnums)).lower(*shapes).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("divergence", SHORT)
+@pytest.mark.parametrize("divergence", DENSE)
 @pytest.mark.parametrize("kind", ["topk", "dense"])
 def test_no_array_of_tokens_by_vocabulary(kind, divergence):
-    dense_bytes = N_LARGE * V_LARGE * 4
     loss, shapes = large_loss(kind, divergence)
-    frozen = whole_size(jax.value_and_grad(loss), *shapes)
-    assert frozen < dense_bytes / 10
-    trained = whole_size(jax.value_and_grad(loss, argnums=(0, 1)), *shapes)
-    assert trained < dense_bytes / 10 + V_LARGE * D_SMALL * 4
-    assert table_sized(loss, shapes, 0) < table_sized(loss, shapes, (0, 1))
+    tenth, table = TOKENS * V_LARGE * 4 / 10, V_LARGE * WIDTH * 4
+    assert compiled_bytes(loss, shapes, 0) < tenth
+    assert compiled_bytes(loss, shapes, (0, 1)) < tenth + table
+    # A frozen unembedding has no gradient.
+    frozen, trained = (str(jax.make_jaxpr(jax.grad(loss, n))(*shapes)) for n in (0, (0, 1)))
+    assert frozen.count(f":f32[{V_LARGE},{WIDTH}]") < trained.count(f":f32[{V_LARGE},{WIDTH}]")
 
 
 def test_the_unfused_form_fails_the_same_test():
-    loss, shapes = large_loss("unfused", "forward_kl")
-    assert whole_size(jax.value_and_grad(loss), *shapes) > N_LARGE * V_LARGE * 4
+    assert compiled_bytes(*large_loss("unfused", "forward_kl"), 0) > TOKENS * V_LARGE * 4
 
 
-@pytest.mark.parametrize("tail", [None, "bucket"])
-def test_four_devices_compute_their_own_rows_and_nothing_of_another(tail):
-    a = arrays()
-    teacher = top_k_of(a, 1.0)
-    options = {"divergence": "mixed", "temperature": 1.0, "softcap": None, "tail": tail}
-    expected = with_gradients(fused, a, teacher=teacher, **options)
-    mesh = MESHES[4]
-    rows, whole = (NamedSharding(mesh, PartitionSpec(*axis)) for axis in (("data",), ()))
-    placed = {name: jax.device_put(x, whole if "table" in name else rows) for name, x in a.items()}
-    top = jax.device_put(teacher, rows)
-    actual = with_gradients(fused, placed, teacher=top, **options, mesh=mesh, chunk_size=8)
-    assert_same(actual, expected)
+# Four devices share the rows; two the rows and two the vocabulary; four the vocabulary, whose parts
+# may be smaller than K.
+MOVES = re.compile(r" (all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(")
+SHARDINGS = [(4, 1), (2, 2), (1, 4)]
 
-    def value(hidden):
-        return fused({**placed, "hidden": hidden}, teacher=top, **options, mesh=mesh)[0]
 
-    text = jax.jit(jax.grad(value)).lower(placed["hidden"]).compile().as_text()
-    # Tokens, logits and their gradients stay where they are.
-    assert not MOVES.search(text)
-    top_k = jax.jit(lambda h, t: losses.fused_top_k(h, t, K, mesh=mesh))
-    arguments = placed["teacher_hidden"], placed["teacher_table"]
-    chex.assert_trees_all_close(top_k(*arguments), top_k_of(a, 1.0), rtol=1e-5)
-    assert not MOVES.search(top_k.lower(*arguments).compile().as_text())
+def on(shape):
+    """Where a case's arrays lie: (mesh, options of a fused head)."""
+    devices = np.asarray(jax.devices()).reshape(shape)
+    mesh = Mesh(devices, ("rows", "words"), axis_types=(AxisType.Auto,) * 2)
+    shared = {"vocab_axis": "words"} if shape[1] > 1 else {}
+    return mesh, {"mesh": mesh, "row_axes": ("rows",), **shared}
+
+
+def placed(a, mesh):
+    def place(name):
+        return NamedSharding(mesh, PartitionSpec("words" if "table" in name else "rows"))
+
+    return {name: jax.device_put(x, place(name)) for name, x in a.items()}
+
+
+@pytest.mark.parametrize(
+    ("divergence", "tail", "shape"),
+    [(*pair, SHARDINGS[i % 3]) for i, pair in enumerate(PAIRS + PAIRS[1:])],
+)
+def test_devices_that_share_the_work_give_the_losses_of_one(divergence, tail, shape):
+    a, (mesh, options) = arrays(3, vocabulary=24), on(shape)
+    teacher = top_k_of(a)
+    kwargs = {"teacher": teacher, "caps": (3.0, 4.0), "chunk_size": 20}
+    expected = with_gradients(fused, a, tail, divergence, **kwargs)
+    found = with_gradients(fused, placed(a, mesh), tail, divergence, **kwargs, **options)
+    same(found, expected)
+
+
+@pytest.mark.parametrize("shape", SHARDINGS)
+def test_the_top_k_of_shards_is_that_of_the_whole(shape):
+    a, (mesh, options) = arrays(3, vocabulary=24), on(shape)
+    search = jax.jit(lambda h, t: losses.fused_top_k(h, t, K, softcap=2.0, chunk_size=2, **options))
+    # Each token six times: the lowest id comes first among equals.
+    equal = a | {"teacher_table": jnp.tile(a["teacher_table"][:4], (6, 1))}
+    for case in (a, equal):
+        lies = placed(case, mesh)
+        found = search(lies["teacher_hidden"], lies["teacher_table"])
+        expected = top_k_of(case, softcap=2.0)
+        np.testing.assert_array_equal(found.ids, expected.ids)
+        same(found, expected)
+
+
+def test_devices_that_share_rows_move_no_tokens():
+    a, (mesh, options) = arrays(), on((4, 1))
+    lies = placed(a, mesh)
+    teacher = jax.device_put(top_k_of(a), NamedSharding(mesh, PartitionSpec("rows")))
+    for tail in (None, "bucket"):
+
+        def value(hidden, tail=tail):
+            return fused(lies | {"hidden": hidden}, tail, "mixed", teacher, **options)[0]
+
+        text = jax.jit(jax.grad(value)).lower(lies["hidden"]).compile().as_text()
+        assert not MOVES.search(text)
+    search = jax.jit(lambda h, t: losses.fused_top_k(h, t, K, **options))
+    student = lies["teacher_hidden"], lies["teacher_table"]
+    assert not MOVES.search(search.lower(*student).compile().as_text())
+
+
+def test_absent_ids_of_a_sharded_vocabulary_write_nothing_and_wrong_ones_give_nan():
+    a, (mesh, options) = arrays(vocabulary=24), on((1, 4))
+    top, lies = top_k_of(a), placed(a, mesh)
+    absent = TopKLogprobs(top.ids.at[..., -2:].set(-3), top.logprobs.at[..., -2:].set(-jnp.inf))
+    expected = with_gradients(fused, a, "bucket", "forward_kl", absent)
+    same(with_gradients(fused, lies, "bucket", "forward_kl", absent, **options), expected)
+    for wrong in (-1, 24, 27):
+        bad = TopKLogprobs(top.ids.at[..., 0].set(wrong), top.logprobs)
+        assert np.isnan(fused(lies, "bucket", "forward_kl", bad, **options)[0])
 
 
 def test_bfloat16_hidden_states_give_float32_losses_and_bfloat16_gradients():
     a = arrays(dtype=jnp.bfloat16)
-    options = {"teacher": None, "divergence": "forward_kl", "temperature": 1.0, "softcap": None}
-    (value, each), (d_hidden, d_table) = with_gradients(fused, a, **options)
+    (value, each), (d_hidden, d_table) = with_gradients(fused, a, None, "forward_kl")
     assert value.dtype == each.dtype == jnp.float32
     assert d_hidden.dtype == d_table.dtype == jnp.bfloat16
     exact = {name: x.astype(jnp.float32) for name, x in a.items()}
-    (expected, _), (expected_hidden, _) = with_gradients(fused, exact, **options)
+    (expected, _), (expected_hidden, _) = with_gradients(fused, exact, None, "forward_kl")
     np.testing.assert_allclose(value, expected, rtol=1e-2)
     scale = np.abs(expected_hidden).max()
     np.testing.assert_allclose(d_hidden / scale, expected_hidden / scale, atol=0.03)
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("k", [1, K, V])
-def test_fused_top_k_is_top_k_logprobs_where_the_mask_is(softcap, k):
+@pytest.mark.parametrize(("k", "softcap"), [(1, 3.0), (K, None), (K, 3.0), (V, None)])
+def test_fused_top_k_is_top_k_logprobs_where_the_mask_is(k, softcap):
     a = arrays()
     mask = a["weights"] > 0
-    table = a["teacher_table"]
-    expected = losses.top_k_logprobs(logits(a["teacher_hidden"], table, softcap), k, 1.3)
+    expected = top_k_of(a, 1.3, k, softcap)
     spoilt = jnp.where(mask[..., None], a["teacher_hidden"], jnp.nan)
-    found = losses.fused_top_k(
-        spoilt, table, k, mask, temperature=1.3, softcap=softcap, chunk_size=9
-    )
+    options = {"temperature": 1.3, "softcap": softcap, "chunk_size": 9}
+    found = losses.fused_top_k(spoilt, a["teacher_table"], k, mask, **options)
     assert found.temperature == 1.3 and found.ids.dtype == jnp.int32
-    kept = np.asarray(mask)
-    np.testing.assert_array_equal(np.asarray(found.ids)[kept], np.asarray(expected.ids)[kept])
-    np.testing.assert_allclose(found.logprobs[kept], expected.logprobs[kept], rtol=1e-5)
-    if k < V:
-        np.testing.assert_allclose(
-            found.tail_logprob[kept], expected.tail_logprob[kept], rtol=1e-4, atol=1e-6
-        )
-    assert (np.asarray(found.logprobs)[~kept] == -np.inf).all()
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"chunk_size": 0}, "chunk_size must be a whole number of at least 1, got 0"),
-        ({"chunk_size": 12.5}, "chunk_size must be a whole number of at least 1, got 12.5"),
-        ({"mesh": MESHES[3]}, "4 rows cannot be shared by 3 devices of 'data'"),
-        ({"divergence": "kl"}, "divergence must be one of 'forward_kl', .*got 'kl'"),
-        ({"divergence": "generalized_jsd", "beta": 0.0}, "use forward_kl instead"),
-        ({"divergence": "generalized_jsd", "beta": 1}, "use reverse_kl instead"),
-        ({"divergence": "mixed", "beta": 1.5}, r"beta must be in \[0, 1\]"),
-        ({"temperature": 0.0}, "temperature must be positive"),
-    ],
-)
-@pytest.mark.parametrize("kind", ["topk", "dense"])
-def test_bad_options_are_refused(kind, changes, told):
-    a = arrays()
-    options = {"divergence": "forward_kl", **changes}
-    with pytest.raises(ValueError, match=told):
-        if kind == "topk":
-            teacher = top_k_of(a, 1.0)
-            losses.fused_topk_divergence(a["hidden"], a["table"], teacher, a["weights"], **options)
-        else:
-            dense = a["teacher_hidden"], a["teacher_table"]
-            losses.fused_dense_divergence(a["hidden"], a["table"], *dense, a["weights"], **options)
-
-
-def test_shapes_that_do_not_fit_are_refused():
-    a = arrays()
-    teacher = top_k_of(a, 1.0)
-    student = a["hidden"], a["table"]
-    with pytest.raises(AssertionError):
-        losses.fused_topk_divergence(
-            a["hidden"], a["table"][:, :3], teacher, a["weights"], divergence="forward_kl"
-        )
-    with pytest.raises(AssertionError):
-        losses.fused_topk_divergence(
-            *student, teacher, a["weights"][:, :3], divergence="forward_kl"
-        )
-    with pytest.raises(ValueError, match="leading axes"):
-        losses.fused_topk_divergence(
-            a["hidden"][:, :3], a["table"], teacher, a["weights"][:, :3], divergence="forward_kl"
-        )
-    with pytest.raises(ValueError, match="tail must be one of"):
-        losses.fused_topk_divergence(
-            *student, teacher, a["weights"], divergence="forward_kl", tail="rest"
-        )
-    with pytest.raises(AssertionError):
-        losses.fused_dense_divergence(
-            *student,
-            a["teacher_hidden"],
-            a["teacher_table"][:-1],
-            a["weights"],
-            divergence="forward_kl",
-        )
-    with pytest.raises(ValueError, match="k must be between 1 and"):
-        losses.fused_top_k(*student, V + 1)
+    np.testing.assert_array_equal(found.ids[mask], expected.ids[mask])
+    same(found.logprobs[mask], expected.logprobs[mask])
+    np.testing.assert_allclose(
+        found.tail_logprob[mask], expected.tail_logprob[mask], rtol=1e-4, atol=1e-6
+    )
+    assert (found.logprobs[~mask] == -np.inf).all()
