@@ -1,13 +1,13 @@
-"""A model directory's tokenizer, as its tokenizer.json has it.
+"""Loads a model directory's tokenizer, as its tokenizer.json has it.
 
-`AutoTokenizer` takes vocabulary and merges from tokenizer.json, and for most classes builds from
-the class what normalises and cuts the text. Where class and file do not mean the same, text gets
-other ids, without a word. So what it built is compared with the file.
+`AutoTokenizer` takes vocabulary and merges from tokenizer.json, but for most classes it builds the
+normaliser and the pre-tokeniser from the class. Where class and file differ, text silently gets
+other ids. So what transformers built is compared with the file.
 """
 
 import json
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import tokenizers
 import transformers
@@ -33,39 +33,38 @@ _PROBES = (
     "a day.\n\nThe sun, he said>\nx\n\n\nY",
     *(" ", "a", " a", "\n"),
 )
-_NEAR = 24  # characters shown on either side of a difference
-_SHOWN = 6  # tokens shown
+_NEAR = 24  # characters that are shown on either side of a difference
 _AT_ONCE = 64  # added tokens in one probe; some files have thousands
 _SETTINGS = ("unk_token", "fuse_unk", "byte_fallback", "ignore_merges", "dropout")
 
 
 def load_tokenizer(directory: str | pathlib.Path) -> transformers.PreTrainedTokenizerBase:
-    """What transformers builds, if it reads text as tokenizer.json does; else the file itself.
+    """Returns what transformers builds, if it reads text as tokenizer.json does; else the file.
 
-    The file is taken to be what the model was trained with: transformers 4 read it whole, whatever
-    the class, and whoever saves a tokenizer writes into it what was in use. That is not so where
-    tokenizer_config.json has `add_prefix_space`, by which transformers 4 changed what it had read.
+    The file counts as what the model was trained with: transformers 4 took it whole, whatever the
+    class, and whoever saves a tokenizer writes into it what was in use. The exception is
+    `add_prefix_space` in tokenizer_config.json, by which transformers 4 changed what it had read.
 
     Raises:
-      UserError: no such directory, no fast tokenizer in it, or one of which it cannot be known what
-        the model was trained with.
+      UserError: no such directory, no fast tokenizer in it, or one that does not tell what the
+        model was trained with.
     """
     root = pathlib.Path(directory)
     if not root.is_dir():
         raise UserError(f"{directory}: no such model directory")
-    built = _built(transformers.AutoTokenizer, root)
+    built = _build(transformers.AutoTokenizer, root)
     if not built.is_fast:
         raise UserError(f"{directory}: needs a tokenizer.json (a fast tokenizer, with offsets)")
     path = root / "tokenizer.json"
     if not path.is_file() or type(built) is transformers.PreTrainedTokenizerFast:
-        return built  # the class that takes the file as it is: it need not be parsed once more
+        return built  # this class takes the file as it is: it need not be parsed again
     file = tokenizers.Tokenizer.from_file(str(path))
     if not _difference(file, built.backend_tokenizer) and (
         _settings(file) == _settings(built.backend_tokenizer)
     ):
         return built
-    own = _built(transformers.PreTrainedTokenizerFast, root)
-    # A class names special tokens that no file names: those that this file has are the model's.
+    own = _build(transformers.PreTrainedTokenizerFast, root)
+    # A class may name special tokens that no file names: those that this file has are the model's.
     named = {k: t for k, t in built.special_tokens_map.items() if isinstance(t, str)}
     own.add_special_tokens(
         {k: t for k, t in named.items() if getattr(own, k) is None and file.token_to_id(t)}
@@ -82,21 +81,22 @@ def load_tokenizer(directory: str | pathlib.Path) -> transformers.PreTrainedToke
     return own
 
 
-def _built(how: type, root: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
+def _build(kind: type, root: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
     try:
-        return how.from_pretrained(str(root), local_files_only=True, trust_remote_code=False)
+        return kind.from_pretrained(str(root), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of transformers, of tokenizers, and KeyError for half a file
-        raise UserError(
-            f"{root}: holds no tokenizer that can be read: {_cause(root, error)}"
-        ) from error
+        cause, model = f"{type(error).__name__}: {one_line(error)}", root / "tokenizer.model"
+        # For tokenizer.model alone, transformers only says that tiktoken is missing.
+        if model.is_file() and not (root / "tokenizer.json").exists():
+            cause = _model_file_alone(model)
+        raise UserError(f"{root}: holds no tokenizer that can be read: {cause}") from error
 
 
-def _cause(root: pathlib.Path, error: Exception) -> str:
-    """What transformers says; of tokenizer.model alone it says that tiktoken is missing."""
-    model = root / "tokenizer.model"
-    if (root / "tokenizer.json").exists() or not model.is_file():
-        return f"{type(error).__name__}: {one_line(error)}"
-    kind = "tiktoken" if _is_tiktoken(model) else "sentencepiece"
+def _model_file_alone(path: pathlib.Path) -> str:
+    # tiktoken has lines of a token in base64 and its rank; sentencepiece a binary message.
+    with path.open("rb") as file:
+        token, _, rank = file.readline(4096).strip().partition(b" ")
+    kind = "tiktoken" if rank.isdigit() and token.isascii() else "sentencepiece"
     remedy = "put the tokenizer.json of the same model there"
     if kind == "sentencepiece":
         remedy += (
@@ -106,22 +106,15 @@ def _cause(root: pathlib.Path, error: Exception) -> str:
     return f"it has tokenizer.model, a {kind} file, and no tokenizer.json; {remedy}"
 
 
-def _is_tiktoken(path: pathlib.Path) -> bool:
-    """Lines of a token in base64 and its rank; sentencepiece's are a binary message."""
-    with path.open("rb") as file:
-        token, _, rank = file.readline(4096).strip().partition(b" ")
-    return rank.isdigit() and token.isascii()
-
-
 def text_difference(
-    a: tokenizers.Tokenizer, b: tokenizers.Tokenizer, of_a: str, of_b: str, more: Iterable[str] = ()
+    a: tokenizers.Tokenizer, b: tokenizers.Tokenizer, a_name: str, b_name: str, more: Iterable = ()
 ) -> str:
-    """The first text to which two tokenizers give other ids, for people; "": none was found.
+    """Describes the first text to which two tokenizers give other ids; "": none was found.
 
     Args:
-      a, b: both have the same vocabulary where the texts are.
-      of_a, of_b: what they are, as "the file".
-      more: texts beside those that are tried of all tokenizers.
+      a, b: with the same vocabulary where the texts are.
+      a_name, b_name: like "the file".
+      more: texts to be tried beside those that all tokenizers are tried with.
     """
     for each in (a, b):
         each.no_truncation()
@@ -133,14 +126,19 @@ def text_difference(
             i = next(i for i in range(longest) if x.ids[i : i + 1] != y.ids[i : i + 1])
             at = (x if i < len(x.ids) else y).offsets[i][0]
             text = probe[max(0, at - _NEAR) : at + _NEAR]
-            shown = [each.tokens[i : i + _SHOWN] for each in (x, y)]
-            return f"{text!r} goes on with {shown[0]} by {of_a} and {shown[1]} by {of_b}"
+            shown = [each.tokens[i : i + 6] for each in (x, y)]
+            return f"{text!r} goes on with {shown[0]} by {a_name} and {shown[1]} by {b_name}"
     return ""
 
 
 def _difference(file: tokenizers.Tokenizer, other: tokenizers.Tokenizer) -> str:
-    """The first text that the two give other ids, or else that they read back otherwise; ""."""
-    found = text_difference(file, other, "the file", "the class", _of_added_tokens(file))
+    """Describes the first text that gets other ids, or else that is decoded otherwise; or ""."""
+    added = [token.content for token in file.get_added_tokens_decoder().values()]
+    probes = (  # each token before a word, after one, between spaces, and at the end of a line
+        "".join(f"{t}1 {t} b{t}\n" for t in added[start : start + _AT_ONCE])
+        for start in range(0, len(added), _AT_ONCE)
+    )
+    found = text_difference(file, other, "the file", "the class", probes)
     if found:
         return found
     for probe in _PROBES:
@@ -151,51 +149,39 @@ def _difference(file: tokenizers.Tokenizer, other: tokenizers.Tokenizer) -> str:
     return ""
 
 
-def _of_added_tokens(file: tokenizers.Tokenizer) -> Iterator[str]:
-    """Each before a word, after one, between spaces, and at the end of a line."""
-    added = [token.content for token in file.get_added_tokens_decoder().values()]
-    for start in range(0, len(added), _AT_ONCE):
-        yield "".join(f"{t}1 {t} b{t}\n" for t in added[start : start + _AT_ONCE])
-
-
 def _settings(tokenizer: tokenizers.Tokenizer) -> list:
     """What no probe may show: a cut that the vocabulary hides, tokens that no merge reaches."""
     model = [type(tokenizer.model), *(getattr(tokenizer.model, k, None) for k in _SETTINGS)]
-    return [*model, _state(tokenizer.normalizer), _state(tokenizer.pre_tokenizer)]
+    parts = tokenizer.normalizer, tokenizer.pre_tokenizer
+    return model + [
+        part if part is None else _plain(json.loads(part.__getstate__())) for part in parts
+    ]
 
 
-def _state(part) -> object:
-    """How a part that normalises or cuts is set; None: there is none.
-
-    Not what only offsets depend on, and a list of one is the one.
-    """
-    if part is None:
-        return None
-
-    def plain(state: dict) -> object:
-        parts = [state[k] for k in ("normalizers", "pretokenizers") if k in state]
-        if parts:
-            inner = [plain(each) for each in parts[0]]
-            return (inner or [None])[0] if len(inner) < 2 else inner
+def _plain(state: dict) -> object:
+    """A part's settings without what only offsets depend on; a list of one part is that part."""
+    parts = [state[k] for k in ("normalizers", "pretokenizers") if k in state]
+    if not parts:
         return {key: value for key, value in state.items() if key != "trim_offsets"}
-
-    return plain(json.loads(part.__getstate__()))
+    inner = [_plain(each) for each in parts[0]]
+    return (inner or [None])[0] if len(inner) < 2 else inner
 
 
 def _refuse_doubtful(root: pathlib.Path, file: tokenizers.Tokenizer, found: str) -> None:
-    """Raises UserError where transformers 4 did not take the file as it is either."""
+    """Raises UserError where transformers 4 did not take the file unchanged either."""
     path = root / "tokenizer_config.json"
-    config = {"add_prefix_space": None, "tokenizer_class": None}
-    config |= json.loads(path.read_text()) if path.is_file() else {}
-    asked, name = config["add_prefix_space"], str(config["tokenizer_class"]).removesuffix("Fast")
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    wanted = config.get("add_prefix_space")
     cut = json.loads(file.pre_tokenizer.__getstate__()) if file.pre_tokenizer else {}
-    # It wrote add_prefix_space into what cuts the text, and made Llama's anew of tokenizer.model.
-    overrides = "add_prefix_space" in cut and cut["add_prefix_space"] != bool(asked)
-    converts = name == "LlamaTokenizer" and (root / "tokenizer.model").is_file()
-    if overrides:
-        said = json.dumps(cut["add_prefix_space"])
-        remedy = f"set add_prefix_space to {said}, as tokenizer.json has it, or change it there"
-    elif converts and asked is not None:
+    # It wrote add_prefix_space into the pre-tokeniser, and made Llama's from tokenizer.model.
+    if "add_prefix_space" in cut and cut["add_prefix_space"] != bool(wanted):
+        own = json.dumps(cut["add_prefix_space"])
+        remedy = f"set add_prefix_space to {own}, as tokenizer.json has it, or change it there"
+    elif (
+        str(config.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer"
+        and (root / "tokenizer.model").is_file()
+        and wanted is not None
+    ):
         remedy = (
             "remove add_prefix_space to read text by tokenizer.json, or save the tokenizer with the"
             " release of transformers that the model was trained with"
@@ -203,7 +189,7 @@ def _refuse_doubtful(root: pathlib.Path, file: tokenizers.Tokenizer, found: str)
     else:
         return
     raise UserError(
-        f"{path}: add_prefix_space is {json.dumps(asked)}, with which neither transformers 4 nor 5"
+        f"{path}: add_prefix_space is {json.dumps(wanted)}, with which neither transformers 4 nor 5"
         f" takes tokenizer.json as it is: {found}. How the model was trained cannot be known:"
         f" {remedy}"
     )

@@ -1,4 +1,4 @@
-"""Whether tokenizers fit each other, and the embedding whose rows their tokens name."""
+"""Checks that tokenizers fit each other, and the embedding whose rows their tokens name."""
 
 import dataclasses
 
@@ -11,15 +11,13 @@ from gkdjax.utils.errors import UserError
 
 
 def shared_ids(student: Chat, teacher: Chat) -> int | None:
-    """The first id at which two tokenizers part; None: nowhere.
+    """Returns the first id at which two tokenizers differ; None: they are the same.
 
-    One may have added tokens that the other lacks, or has under another name, as Qwen 3 over
-    Qwen 2.5 and R1-Distill over it have: then only the ids below are compared, and only they are
-    written. What both stop at is one token, whatever its name. All else has to be the same: the
-    ids of plain text, the token at which the teacher's text ends.
+    One may have added tokens that the other lacks or names otherwise, as Qwen 3 over Qwen 2.5 has:
+    then only the ids below are compared and written. A token at which both stop may have two names.
 
     Raises:
-      UserError: that is not so; with the first token or the first text that differs.
+      UserError: they differ in more than added tokens, or in the end of the teacher's text.
     """
     a, b = ({i: t for t, i in c.tokenizer.get_vocab().items()} for c in (student, teacher))
     stops = {*student.stop_ids} & {*teacher.stop_ids}
@@ -27,17 +25,20 @@ def shared_ids(student: Chat, teacher: Chat) -> int | None:
     differing = [i for i in a.keys() | b.keys() if a.get(i) != b.get(i) and i not in stops]
     cut = min(differing, default=None)
     backends = (chat.tokenizer.backend_tokenizer for chat in (teacher, student))
-    refused = text_difference(*backends, *names)
+    refused, first_differing = text_difference(*backends, *names), ""
+    if cut is not None:
+        texts = [f"{of[cut]!r} in" if cut in of else "no token of" for of in (b, a)]
+        first_differing = f"id {cut}, {texts[0]} {names[0]}, {texts[1]} {names[1]}"
     if cut is not None and not refused:
-        ends = teacher.stop_ids[0] >= cut
         added = all(
-            {*c.tokenizer.added_tokens_decoder} >= {i for i in of if i >= cut}
-            for c, of in ((student, a), (teacher, b))
+            {*chat.tokenizer.added_tokens_decoder} >= {i for i in vocab if i >= cut}
+            for chat, vocab in ((student, a), (teacher, b))
         )
-        if ends or not added:
-            refused = _named(cut, b, a, *names)
-            if ends:
-                refused += f", and the teacher ends its text with {b[teacher.stop_ids[0]]!r}"
+        end = teacher.stop_ids[0]
+        if end >= cut:
+            refused = f"{first_differing}, and the teacher ends its text with {b[end]!r}"
+        elif not added:
+            refused = first_differing
     if refused:
         raise UserError(
             f"the teacher's tokenizer is not the student's: {refused}. Distillation compares"
@@ -48,90 +49,72 @@ def shared_ids(student: Chat, teacher: Chat) -> int | None:
             "the tokenizers part at %s. Ids from there on are left out: nobody writes them, the"
             " student's probabilities are those of the others, and what the teacher gives them"
             " counts as outside its best (with teacher.top_k=None they are left out there, too)",
-            _named(cut, b, a, *names),
+            first_differing,
         )
     return cut
 
 
-def _named(i: int, a: dict[int, str], b: dict[int, str], of_a: str, of_b: str) -> str:
-    said = [f"{of[i]!r} in" if i in of else "no token of" for of in (a, b)]
-    return f"id {i}, {said[0]} {of_a}, {said[1]} {of_b}"
-
-
 def tokens_without_row(chat: Chat, vocab_size: int) -> list[tuple[int, str]]:
-    """(id, token) of the tokenizer's tokens for which an embedding of `vocab_size` has no row.
+    """Returns (id, token) of the tokens for which an embedding of `vocab_size` has no row.
 
-    Special ones may lack it, though no row of data may then use them: Gemma 3's smaller models,
-    which see no images, have the tokenizer of the larger ones.
+    Special tokens may lack one if no row of data uses them: Gemma 3's smaller models see no images
+    and have the tokenizer of the larger ones.
 
     Raises:
-      UserError: text, the chat template or padding can bring one of them.
+      UserError: text, the chat template or padding can bring such a token.
     """
-    ids = chat.tokenizer.get_vocab()
-    beyond = sorted((i, token) for token, i in ids.items() if i >= vocab_size)
-    if beyond and any(i in _needed(chat) for i, _ in beyond):
-        named = ", ".join(f"{token!r} ({i})" for i, token in beyond[:5])
-        raise UserError(
-            f"{chat.directory}: the embedding has {vocab_size} rows and none for {len(beyond)}"
-            f" tokens of the tokenizer, {named}; the two belong to different models"
-        )
+    vocab, added = chat.tokenizer.get_vocab(), chat.tokenizer.added_tokens_decoder
+    beyond = sorted((i, token) for token, i in vocab.items() if i >= vocab_size)
+    if beyond:
+        needed = {i for i in vocab.values() if i not in added or not added[i].special}
+        needed |= {*chat.stop_ids, chat.pad_id, *chat.prompt_ids([Message("user", "Hello")])}
+        if any(i in needed for i, _ in beyond):
+            named = ", ".join(f"{token!r} ({i})" for i, token in beyond[:5])
+            raise UserError(
+                f"{chat.directory}: the embedding has {vocab_size} rows and none for {len(beyond)}"
+                f" tokens of the tokenizer, {named}; the two belong to different models"
+            )
     return beyond
 
 
 def of_model(chat: Chat, vocab_size: int) -> Chat:
-    """`chat` for a model of so many rows; it refuses text with a token that has none.
-
-    Raises:
-      UserError: as `tokens_without_row`.
-    """
+    """Returns the chat of a model with so many rows, which refuses text that needs another row."""
     tokens_without_row(chat, vocab_size)
     return dataclasses.replace(chat, vocab_size=vocab_size)
 
 
 def stopping_with(student: Chat, teacher: Chat) -> Chat:
-    """The student's chat, which stops wherever the teacher's text ends.
+    """Returns the student's chat, which also stops wherever the teacher's text ends.
 
     The student learns to end as the teacher does: its evaluation and its exports stop there too.
 
-    Args:
-      student: its chat.
-      teacher: the chat of a teacher with the same ids for the same tokens.
-
     Raises:
-      UserError: the teacher ends a turn with a token that the student does not stop at.
+      UserError: the teacher ends a turn with a token at which the student does not stop.
     """
-    ends = student.stop_ids[0], teacher.stop_ids[0]
-    (own, id_own), (other, id_other) = (
-        (chat.end_of_turn, i) for chat, i in zip((student, teacher), ends, strict=True)
-    )
-    known = {*student.tokenizer.get_vocab().values()}
-    known = {i for i in known if teacher.shared is None or i < teacher.shared}
-    if id_other not in student.stop_ids:
-        as_the_teacher = (
-            f", or, for the student to end as the teacher does, add {id_other} to eos_token_id in"
-            " the student's generation_config.json"
+    own, other = (f"{chat.end_of_turn} ({chat.stop_ids[0]})" for chat in (student, teacher))
+    end = teacher.stop_ids[0]
+    known = {
+        i
+        for i in student.tokenizer.get_vocab().values()
+        if teacher.shared is None or i < teacher.shared
+    }
+    if end not in student.stop_ids:
+        remedy = (
+            f", or, for the student to end as the teacher does, add {end} to eos_token_id in the"
+            " student's generation_config.json"
         )
         raise UserError(
-            f"the chat template of the teacher ({teacher.directory}) ends a turn with {other}"
-            f" ({id_other}), and the student ({student.directory}), whose template ends it with"
-            f" {own} ({id_own}), does not stop there, so it would learn never to stop. Give both"
-            " directories the same chat_template.jinja, the one that the teacher was trained with"
-            + (as_the_teacher if id_other in known else "")
+            f"the chat template of the teacher ({teacher.directory}) ends a turn with {other}, and"
+            f" the student ({student.directory}), whose template ends it with {own}, does not stop"
+            " there, so it would learn never to stop. Give both directories the same"
+            " chat_template.jinja, the one that the teacher was trained with"
+            + (remedy if end in known else "")
         )
-    if id_own != id_other:
+    if end != student.stop_ids[0]:
         logging.warning(
-            "the teacher ends a turn with %s (%d), the student's chat template with %s (%d): the"
-            " student learns to end with the teacher's, at which it stops as well",
-            *(other, id_other, own, id_own),
+            "the teacher ends a turn with %s, the student's chat template with %s: the student"
+            " learns to end with the teacher's, at which it stops as well",
+            *(other, own),
         )
     more = [i for i in teacher.stop_ids if i not in student.stop_ids and i in known]
     return dataclasses.replace(student, stop_ids=(*student.stop_ids, *more)) if more else student
-
-
-def _needed(chat: Chat) -> set[int]:
-    """Ids that text, the chat template or padding can bring."""
-    added = chat.tokenizer.added_tokens_decoder
-    text = {
-        i for i in chat.tokenizer.get_vocab().values() if i not in added or not added[i].special
-    }
-    return text | {*chat.stop_ids, chat.pad_id, *chat.prompt_ids([Message("user", "Hello")])}

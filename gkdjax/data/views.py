@@ -1,4 +1,4 @@
-"""One example -> what the teacher reads and what the student reads, with the same targets.
+"""Makes of one example what the teacher reads and what the student reads, with the same targets.
 
 teacher = prefix + turns + response, student = last retained prefix messages + turns + response.
 The one-token shift is made here and nowhere else: position `at[n]` predicts target n, which stands
@@ -38,12 +38,11 @@ class ViewRules:
     Attributes:
       student_chat: renders the student's view.
       teacher_chat: renders the teacher's.
-      retained: this many messages at the end of the prefix are read by the student too; more than
-        there are keeps all.
+      retained: messages at the end of the prefix that the student reads too; more than there are:
+        all of them.
       targets: which messages are learnt, and how much of each.
       max_length: of the longer view.
-      too_long: as `data.too_long`; what is to lose its beginning, or some of its prefix, has lost
-        it before it comes here: see `truncation`.
+      too_long: as `data.too_long`; `truncation` has shortened beginnings and prefixes before.
     """
 
     student_chat: Chat
@@ -54,36 +53,21 @@ class ViewRules:
     too_long: str
 
     def prompts(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
-        """What (student, teacher) read before they write the response: int32 [S], int32 [T].
-
-        Raises:
-          UserError: a chat template refuses, drops or rewrites a message.
-        """
-        seen = _retained(example.prefix, self.retained) + example.turns
-        whole = example.prefix + example.turns
-        return (
-            self.student_chat.prompt_ids(seen, f"{example.name}, student's view", example.tools),
-            self.teacher_chat.prompt_ids(whole, f"{example.name}, teacher's view", example.tools),
+        """Returns what (student, teacher) read before the response: int32 [S], int32 [T]."""
+        student, teacher = (
+            chat.prompt_ids(prefix + example.turns, name, example.tools)
+            for name, chat, prefix in self._sides(example)
         )
+        return student, teacher
 
     def before_targets(self, example: Example) -> np.ndarray:
-        """The teacher's prompt up to where its first target is predicted: int32 [n].
-
-        All of the prompt if no turn is a target.
-        """
-        messages = example.prefix + example.turns
-        learnt = (False,) * len(example.prefix) + self.targets.of_turns(example)
-        name = f"{example.name}, teacher's view"
-        how = {"generation_prompt": True, "tools": example.tools}
-        ids, flags = self.teacher_chat.render(messages, learnt, name, **how)
+        """Returns the teacher's prompt up to where its first target is predicted: int32 [n]."""
+        _, teacher = self._sides(example)
+        ids, flags = self._rendered(example, *teacher, respond=True)
         return ids[: flags.argmax()] if flags.any() else ids
 
     def lengths(self, example: Example) -> tuple[int, int]:
-        """Tokens of (student's, teacher's) view, or of their prompts where there is no response.
-
-        Raises:
-          UserError: as `pair` for its own reasons, but for the target tokens.
-        """
+        """Returns the tokens of both views, or of the prompts where there is no response."""
         if example.answer is None:
             student, teacher = self.prompts(example)
             return len(student), len(teacher)
@@ -91,24 +75,21 @@ class ViewRules:
         return len(student.ids), len(teacher.ids)
 
     def learns_at_once(self, example: Example, parts: Sequence[Example]) -> bool:
-        """Whether a row's rendering teaches what its parts would, each with one answer at its end.
+        """Whether a row teaches what its parts would teach, each with one answer at its end.
 
-        Not if a template treats thoughts, tools or calls otherwise where more is said after them.
+        Some templates write thoughts, tools or calls differently where more follows them.
         """
-        whole, apart = self._own_targets([example]), self._own_targets(parts)
+        whole, apart = self._target_ids([example]), self._target_ids(parts)
         return whole is not None and apart in (None, whole)
 
-    def _own_targets(self, examples: Sequence[Example]) -> list[list[int]] | None:
-        """The target ids of rows, in the student's and the teacher's rendering; None: refused."""
+    def _target_ids(self, examples: Sequence[Example]) -> list[list[int]] | None:
+        """The target ids of rows in both views; None: a template refuses a row."""
         found: list[list[int]] = [[], []]
         try:
             for example in examples:
-                seen = _retained(example.prefix, self.retained)
-                both = (self.student_chat, seen), (self.teacher_chat, example.prefix)
-                for told, (chat, prefix) in zip(found, both, strict=True):
-                    asked = example.answer is None
-                    ids, flags = _rendered("a", chat, prefix, example, self.targets, asked)
-                    told += ids[flags].tolist()
+                for part, side in zip(found, self._sides(example), strict=True):
+                    ids, flags = self._rendered(example, *side, respond=example.answer is None)
+                    part += ids[flags].tolist()
         except UserError:
             return None
         return found
@@ -116,64 +97,104 @@ class ViewRules:
     def pair(
         self, example: Example, completion: Completion | None, *, too_long: str | None = None
     ) -> tuple[ViewPair | None, RowStatus]:
-        """Both views of a row, and what became of it.
+        """Makes both views of a row.
 
-        Targets are what `targets` says of the turns and of the response; nothing of the prefix ever
-        is, nor of the turns that are given. Tokens after the last target are left out: no
-        prediction depends on them. Of a row that is too long, unless it is dropped, both views lose
-        as many tokens at their end as the longer one has too many; a row that is left without a
-        target is dropped all the same.
+        Nothing of the prefix is a target, and no given turn. Tokens after the last target are left
+        out: no prediction depends on them. If a row is too long and not dropped, both views lose
+        as many tokens at their end as the longer one has too many; a row without a target after
+        that is dropped.
 
         Args:
           example: the row.
-          completion: the response as ids, put after the generation prompt as they are; it replaces
-            `example.answer`. If unfinished it has no end-of-turn token, and so no target for it.
+          completion: the response as ids, which follow the generation prompt unchanged instead of
+            `example.answer`. An unfinished one has no end-of-turn token, so no target for it.
           too_long: instead of the rules' own.
 
         Returns:
-          (pair, KEPT or TRUNCATED) or (None, DROPPED), or (None, UNMATCHED) if the pattern leaves
+          (pair, KEPT or TRUNCATED), (None, DROPPED), or (None, UNMATCHED) if the pattern leaves
           nothing to learn.
 
         Raises:
-          UserError: no target token, or not the same ones in both views; and all that
-            `Chat.render` raises. It names the row.
+          UserError: no target token, or not the same in both views; or as `Chat.render`.
         """
         student, teacher = self._views(example, completion)
-        target_ids = _target_ids(student)
-        if not np.array_equal(target_ids, _target_ids(teacher)):
-            told = self._first_differing(target_ids, _target_ids(teacher))
+        target_ids, others = student.ids[student.at + 1], teacher.ids[teacher.at + 1]
+        if not np.array_equal(target_ids, others):
             raise UserError(
-                f"{example.name}: the target tokens differ between the student's view and the "
-                "teacher's: their tokenizers or chat templates write the same messages differently"
-                f"{told}{self._ends_differ()}"
+                f"{example.name}: the target tokens differ between the student's view and the"
+                " teacher's: their tokenizers or chat templates write the same messages differently"
+                f"{self._difference(target_ids, others)}"
             )
         if len(target_ids) == 0:
-            _require_roles(example, self.targets, completion)
+            self._require_roles(example, completion)
             return None, RowStatus.UNMATCHED
-        kept = _kept(len(target_ids), self.targets, completion, self.student_chat)
+        kept = self._kept(len(target_ids), completion)
         pair = ViewPair(example.name, example.row_id, student, teacher, target_ids, kept)
-        return _fit(pair, self.max_length, too_long or self.too_long)
+        excess = max(len(student.ids), len(teacher.ids)) - self.max_length
+        if excess <= 0:
+            return pair, RowStatus.KEPT
+        left = min(int((v.at + 1 < len(v.ids) - excess).sum()) for v in (student, teacher))
+        if left == 0 or (too_long or self.too_long) == "drop":
+            return None, RowStatus.DROPPED
+        pair = dataclasses.replace(
+            pair,
+            student=View(student.ids[:-excess], student.at[:left]),
+            teacher=View(teacher.ids[:-excess], teacher.at[:left]),
+            target_ids=target_ids[:left],
+            kept=jax.tree.map(lambda x: x[:left], kept),
+        )
+        return pair, RowStatus.TRUNCATED
 
     def described(self, pair: ViewPair) -> str:
-        """What becomes of a row, for people: both views up to the first target, and all targets."""
-        told = []
-        for who, chat, view in (
-            ("student", self.student_chat, pair.student),
-            ("teacher", self.teacher_chat, pair.teacher),
-        ):
-            read = _shown(chat, view.ids[: view.at[0] + 1])
-            told.append(f"the {who} reads {view.at[0] + 1} tokens, {read}")
+        """Describes a row for people: both views up to the first target, and all targets."""
+        read = [
+            f"the {who} reads {view.at[0] + 1} tokens, {_shown(chat, view.ids[: view.at[0] + 1])}"
+            for who, chat, view in (
+                ("student", self.student_chat, pair.student),
+                ("teacher", self.teacher_chat, pair.teacher),
+            )
+        ]
         learnt = f"{len(pair.target_ids)} tokens, {_shown(self.student_chat, pair.target_ids)}"
-        return f"{pair.name}: {'; '.join(told)}; learnt are {learnt}"
+        return f"{pair.name}: {'; '.join(read)}; learnt are {learnt}"
 
     def with_whole_responses(self) -> "ViewRules":
-        """The same, whatever a completion says."""
-        return dataclasses.replace(
-            self, targets=dataclasses.replace(self.targets, whole_responses=True)
-        )
+        targets = dataclasses.replace(self.targets, whole_responses=True)
+        return dataclasses.replace(self, targets=targets)
 
-    def _first_differing(self, student: np.ndarray, teacher: np.ndarray) -> str:
-        """The end of a message: the first of two lists of targets' ids that is not the same."""
+    def _sides(self, example: Example) -> list[tuple[str, Chat, tuple[Message, ...]]]:
+        """(name for errors, chat, prefix that is read) of the student and of the teacher."""
+        seen = example.prefix[-self.retained :] if self.retained else ()
+        return [
+            (f"{example.name}, student's view", self.student_chat, seen),
+            (f"{example.name}, teacher's view", self.teacher_chat, example.prefix),
+        ]
+
+    def _rendered(self, example: Example, name: str, chat: Chat, prefix, *, respond: bool):
+        """(ids, flags) of a row with its own answer, or up to where a response has to begin."""
+        messages = prefix + example.turns
+        learnt = (False,) * len(prefix) + self.targets.of_turns(example)
+        if example.answer is not None and not respond:
+            messages += (example.answer,)
+            learnt += (self.targets.of_message(example.answer),)
+        return chat.render(messages, learnt, name, generation_prompt=respond, tools=example.tools)
+
+    def _views(self, example: Example, completion: Completion | None) -> list[View]:
+        views = []
+        for name, chat, prefix in self._sides(example):
+            respond = completion is not None
+            ids, flags = self._rendered(example, name, chat, prefix, respond=respond)
+            if completion is not None:
+                ids = np.concatenate([ids, np.asarray(completion.ids, np.int32)])
+                flags = np.concatenate([flags, self.targets.of_completion(completion, chat)])
+            places = np.flatnonzero(flags)
+            if places.size and places[0] == 0:
+                raise UserError(f"{name}: the first token of all is a target; nothing predicts it")
+            length = places[-1] + 1 if places.size else len(ids)
+            views.append(View(ids[:length], (places - 1).astype(np.int32)))
+        return views
+
+    def _difference(self, student: np.ndarray, teacher: np.ndarray) -> str:
+        """The end of an error: the first target that differs, and ends of turns if they do."""
         both = itertools.zip_longest(student.tolist(), teacher.tolist())
         number, pair = next((n, pair) for n, pair in enumerate(both) if pair[0] != pair[1])
         chats = self.student_chat, self.teacher_chat
@@ -181,120 +202,36 @@ class ViewRules:
             "nothing" if i is None else repr(chat.tokenizer.convert_ids_to_tokens(i))
             for chat, i in zip(chats, pair, strict=True)
         ]
-        return f"; target {number} is {tokens[0]} for the student and {tokens[1]} for the teacher"
+        found = f"; target {number} is {tokens[0]} for the student and {tokens[1]} for the teacher"
+        ends = [f"{chat.directory} ends a turn with {chat.end_of_turn}" for chat in chats]
+        if chats[0].end_of_turn != chats[1].end_of_turn:
+            found += f" ({', '.join(ends)}; give both the same chat_template.jinja)"
+        return found
 
-    def _ends_differ(self) -> str:
-        """The end of a message: how the templates end turns otherwise, and what to do."""
-        student, teacher = self.student_chat, self.teacher_chat
-        if student.end_of_turn == teacher.end_of_turn:
-            return ""
-        return (
-            f" ({student.directory} ends a turn with {student.end_of_turn}, {teacher.directory}"
-            f" with {teacher.end_of_turn}; give both the same chat_template.jinja)"
-        )
+    def _require_roles(self, example: Example, completion: Completion | None) -> None:
+        """Refuses a row that has no target because of its roles, and not of a pattern."""
+        answer = () if example.answer is None else (example.answer,)
+        messages = [*example.turns[example.given :], *answer]
+        roles = {message.role for message in messages if message.learn}
+        if completion is not None:
+            roles.add("assistant")
+        if self.targets.pattern is None or not roles & {*self.targets.roles}:
+            raise UserError(
+                f"{example.name}: no target tokens: it has no message of the roles "
+                f"{', '.join(self.targets.roles)} to train on, or only such with 'weight': 0"
+            )
 
-    def _views(self, example: Example, completion: Completion | None) -> tuple[View, View]:
-        seen = _retained(example.prefix, self.retained)
-        return (
-            _view("student", self.student_chat, seen, example, self.targets, completion),
-            _view("teacher", self.teacher_chat, example.prefix, example, self.targets, completion),
-        )
-
-
-def _require_roles(example: Example, targets: TargetRules, completion: Completion | None) -> None:
-    """Raises UserError if a row has no target because of its roles, and not of a pattern."""
-    answer = () if example.answer is None else (example.answer,)
-    said = [*example.turns[example.given :], *answer]
-    roles = {message.role for message in said if message.learn}
-    if completion is not None:
-        roles.add("assistant")
-    if targets.pattern is None or not roles & {*targets.roles}:
-        raise UserError(
-            f"{example.name}: no target tokens: it has no message of the roles "
-            f"{', '.join(targets.roles)} to train on, or only such with 'weight': 0"
-        )
-
-
-def _kept(
-    num_targets: int, targets: TargetRules, completion: Completion | None, chat: Chat
-) -> TokenTopK | None:
-    """What was kept of the targets; of use only where all of them are of the completion."""
-    if completion is None or not isinstance(completion.kept, TokenTopK):
-        return None
-    flags = targets.of_completion(completion, chat)
-    if flags.sum() < num_targets:
-        return None
-    return jax.tree.map(lambda x: x[flags], completion.kept)
-
-
-def _retained(prefix: tuple[Message, ...], count: int) -> tuple[Message, ...]:
-    return prefix[-count:] if count else ()  # prefix[-0:] would be all of it
-
-
-def _view(
-    whose: str,
-    chat: Chat,
-    prefix: tuple[Message, ...],
-    example: Example,
-    targets: TargetRules,
-    completion: Completion | None,
-) -> View:
-    ids, flags = _rendered(whose, chat, prefix, example, targets, completion is not None)
-    if completion is not None:
-        ids = np.concatenate([ids, np.asarray(completion.ids, np.int32)])
-        flags = np.concatenate([flags, targets.of_completion(completion, chat)])
-    places = np.flatnonzero(flags)
-    if places.size and places[0] == 0:
-        name = f"{example.name}, {whose}'s view"
-        raise UserError(f"{name}: the first token of all is a target, and nothing predicts it")
-    length = places[-1] + 1 if places.size else len(ids)
-    return View(ids[:length], (places - 1).astype(np.int32))
-
-
-def _rendered(
-    whose: str,
-    chat: Chat,
-    prefix: tuple[Message, ...],
-    example: Example,
-    targets: TargetRules,
-    to_be_answered: bool,
-) -> tuple[np.ndarray, np.ndarray]:
-    """What `Chat.render` makes of a row, with its own answer or up to where one is to stand."""
-    messages = prefix + example.turns
-    learnt = (False,) * len(prefix) + targets.of_turns(example)
-    if example.answer is not None and not to_be_answered:
-        messages += (example.answer,)
-        learnt += (targets.of_message(example.answer),)
-    return chat.render(
-        messages,
-        learnt,
-        f"{example.name}, {whose}'s view",
-        generation_prompt=to_be_answered,
-        tools=example.tools,
-    )
+    def _kept(self, num_targets: int, completion: Completion | None) -> TokenTopK | None:
+        """What the writer predicted, if all targets are of the completion."""
+        if completion is None or not isinstance(completion.kept, TokenTopK):
+            return None
+        flags = self.targets.of_completion(completion, self.student_chat)
+        if flags.sum() < num_targets:
+            return None
+        return jax.tree.map(lambda x: x[flags], completion.kept)
 
 
 def _shown(chat: Chat, ids: np.ndarray) -> str:
-    """The text of ids with its special tokens, in quotes; of a long one its ends."""
-    text = chat.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    """The quoted text of ids with its special tokens; only the ends of a long one."""
+    text = chat.decode(ids, special=True)
     return repr(text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}")
-
-
-def _target_ids(view: View) -> np.ndarray:
-    return view.ids[view.at + 1]
-
-
-def _fit(pair: ViewPair, max_length: int, too_long: str) -> tuple[ViewPair | None, RowStatus]:
-    excess = max(len(pair.student.ids), len(pair.teacher.ids)) - max_length
-    if excess <= 0:
-        return pair, RowStatus.KEPT
-    if too_long == "drop":
-        return None, RowStatus.DROPPED
-    views = (pair.student, pair.teacher)
-    kept = min(int((view.at + 1 < len(view.ids) - excess).sum()) for view in views)
-    if kept == 0:
-        return None, RowStatus.DROPPED
-    student, teacher = (View(view.ids[:-excess], view.at[:kept]) for view in views)
-    said = None if pair.kept is None else jax.tree.map(lambda x: x[:kept], pair.kept)
-    cut = ViewPair(pair.name, pair.row_id, student, teacher, pair.target_ids[:kept], said)
-    return cut, RowStatus.TRUNCATED

@@ -1,4 +1,4 @@
-"""Did it work: answers, and the distance to the prompted teacher, under each condition.
+"""Measures answers, and the distance to the prompted teacher, under each condition.
 
 | condition              | who answers        | what it reads                     |
 |------------------------|--------------------|-----------------------------------|
@@ -9,10 +9,12 @@
 | `reprompted_student`   | student, trained   | prefix and turns                  |
 | `student_other_prefix` | student, trained   | `eval.other_prefix` and the turns |
 
-Texts and answers are greedy: the same at every time, but for what the student has learnt.
+Texts and answers are greedy, so only what the student has learnt changes them.
 """
 
 import copy
+import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -21,27 +23,26 @@ from absl import logging
 from jax.sharding import Mesh
 
 from gkdjax.config import Config
+from gkdjax.data.answer_matching import is_right
 from gkdjax.data.dataset import DistillDataset
 from gkdjax.data.load import Examples
 from gkdjax.data.views import ViewRules
-from gkdjax.evaluation import prefix_cost, scoring
-from gkdjax.evaluation.answering import Answering
-from gkdjax.evaluation.heldout import SideEffects, Validation, unavailable
+from gkdjax.evaluation import heldout, prefix_cost, scoring
 from gkdjax.evaluation.scoring import EvalModel, ScoredText
-from gkdjax.evaluation.texts import Texts, check_fits
+from gkdjax.evaluation.texts import Texts, score_dataset
 from gkdjax.teachers.base import Teacher, hooks
 from gkdjax.teachers.local import LocalTeacher
 from gkdjax.types import Completion, Example, Message
 from gkdjax.utils import text as utils_text
+from gkdjax.utils.errors import UserError
 
 SAMPLES = 3  # answers that are shown side by side
 _ACCURACY = {"questions": "accuracy", "heldout": "heldout_accuracy"}
-_BY_DEFINITION = {"forward_kl": 0.0, "reverse_kl": 0.0}
-_BY_DEFINITION |= {"top1_agreement": 1.0, "acceptance_rate": 1.0}
+_TO_ITSELF = {"forward_kl": 0.0, "reverse_kl": 0.0, "top1_agreement": 1.0, "acceptance_rate": 1.0}
 
 
 class Evaluation:
-    """What is asked of the base before training, of the student on the way, and after it."""
+    """Asks the base before training, the student on the way, and the student after training."""
 
     def __init__(
         self,
@@ -58,48 +59,87 @@ class Evaluation:
         """Renders every prompt once.
 
         Args:
-          config: the run's.
-          rules: how a question becomes a teacher's and a student's view.
+          config: of the run.
+          rules: make a teacher's and a student's view of a question.
           teacher: reads the prefix.
-          examples: samples are answers to what is asked, or else to what is trained.
+          examples: samples are answers to the evaluation's prompts, or else to trained ones.
           validation: rows whose loss is measured; see `with_validation`.
           lengths: padded prompt lengths for sampling.
           mesh: of the run.
           shared_vocab: ids below it have a row in the student's embedding and in the teacher's.
-          untrained: the student as it was; None where no side effects are measured.
+          untrained: the student as it was; None: no side effects are measured.
         """
         self._config, self._chat, self._teacher = config, rules.student_chat, teacher
-        self._lengths, self._mesh, self._shared_vocab = lengths, mesh, shared_vocab
+        self._mesh = mesh
+        self._sampling = {"lengths": lengths, "mesh": mesh, "vocab_size": shared_vocab}
         self._sets = {"questions": examples.questions, "heldout": examples.heldout}
         self._sets = {name: rows for name, rows in self._sets.items() if rows}
-        self._abilities = examples.retention
+        self._retention = examples.retention
         self._other = tuple(Message(**message) for message in config.eval.other_prefix)
         self._texts = Texts(config, rules, teacher, examples.prompts, mesh)
-        greedy = self._texts.greedy
-        self._answering = Answering(config, self._chat, greedy, lengths, mesh, shared_vocab)
-        self._validation = None
-        if validation is not None:
-            self._validation = Validation(validation, config, teacher, mesh)
-        self._side_effects = SideEffects.of(untrained, config, rules, examples.side_effects, mesh)
+        self._set_validation(validation)
+        self._unrelated = None  # the untrained student's text; nobody reads a prefix there
+        if untrained is not None and examples.side_effects:
+            bare = dataclasses.replace(rules, teacher_chat=rules.student_chat, retained=0)
+            self._unrelated = Texts(config, bare, untrained, examples.side_effects, mesh)
         self._asked = list(dict.fromkeys(itertools.chain(examples.prompts, *self._sets.values())))
         views = map(self._texts.prompts, self._asked)
         self._baked = any(not np.array_equal(bare, whole) for bare, whole in views)
-        self._unavailable = unavailable(config, teacher, examples, self._baked, self._validation)
+        self._unavailable = heldout.unavailable(
+            config, teacher, examples, self._baked, validation is not None
+        )
         for measure, why in self._unavailable.items():
             logging.info("not measured: %s (%s)", measure, why)
         self._check_lengths()
-        shown = (*self._asked, *examples.train)
-        fitting = (e for e in shown if self._longest_view(e) < config.data.max_length)
+        fitting = (
+            example
+            for example in (*self._asked, *examples.train)
+            if self._longest_view(example) < config.data.max_length
+        )
         self._shown = list(itertools.islice(dict.fromkeys(fitting), SAMPLES))
 
+    def _set_validation(self, dataset: DistillDataset | None) -> None:
+        self._validation = None
+        if dataset is not None:
+            scored = score_dataset, dataset, self._config, self._teacher, self._mesh
+            self._validation = functools.cache(functools.partial(*scored))
+
     def with_validation(self, dataset: DistillDataset) -> "Evaluation":
-        """The same with the rows whose loss is measured as they are once they have their text."""
+        """Returns the same with the rows whose loss is measured, once they have their text."""
         new = copy.copy(self)
-        new._validation = Validation(dataset, self._config, self._teacher, self._mesh)
+        new._set_validation(dataset)
         return new
 
+    def _check_lengths(self) -> None:
+        sizes = [(example, self._longest_view(example)) for example in self._asked]
+        sizes += [(q, len(self._prompt(q, "bare"))) for q in self._retention_questions()]
+        if self._unrelated is not None:
+            texts = self._unrelated
+            sizes += [(example, len(texts.prompts(example)[0])) for example in texts.examples]
+        for example, length in sizes:
+            if length >= self._config.data.max_length:
+                raise UserError(
+                    f"{example.name}: the question has {length} tokens with its prefix and leaves"
+                    f" no room in data.max_length = {self._config.data.max_length}; raise it"
+                )
+
+    def _retention_questions(self) -> list[Example]:
+        return list(itertools.chain(*self._retention.values()))
+
+    def _longest_view(self, example: Example) -> int:
+        views = ("student", "teacher", "other") if self._other else ("student", "teacher")
+        return max(len(self._prompt(example, view)) for view in views)
+
+    def _prompt(self, example: Example, view: str) -> np.ndarray:
+        """The prompt as "student" or "teacher" read it, after the "other" prefix, or "bare"."""
+        if view in ("other", "bare"):
+            prefix = self._other if view == "other" else ()
+            name = example.name + (" under eval.other_prefix" if prefix else "")
+            return self._chat.prompt_ids(prefix + example.turns, name, example.tools)
+        return self._texts.prompts(example)[view == "teacher"]
+
     def ask_teacher(self) -> None:
-        """Has the teacher say all that it will be asked for, and forgets it."""
+        """Has the teacher write and score everything that it will be asked for."""
         asked = dict.fromkeys(self._asked)
         if self._teacher.capabilities.samples:
             asked |= dict.fromkeys(self._shown)
@@ -108,34 +148,33 @@ class Evaluation:
             for start in range(0, len(asked), rows):
                 bar.update(len(self._texts.written_by_teacher(asked[start : start + rows])))
         if self._validation is not None:
-            self._validation.ask_teacher()
+            self._validation()
 
     def before(self, base: EvalModel) -> dict:
-        """Asks base and teacher -> what RUN/before.json holds.
+        """Asks base and teacher -> the content of RUN/before.json.
 
-        That is {condition: measures}, and beside them "abilities", "samples", "answers", what is
-        "unavailable" and why, and how many questions there are ("counts").
+        It has {condition: measures}, "abilities", "samples", "answers", what is "unavailable" and
+        why, and how many questions there are ("counts").
         """
         found: dict = {"answers": []}
-        for name, view in {"base": "student", "prompted_base": "teacher"}.items():
-            self._condition(name, base, view, found)
+        self._condition("base", base, "student", found)
+        self._condition("prompted_base", base, "teacher", found)
         self._prompted_teacher(found)
         samples = {"question": [example.turns[-1].content for example in self._shown]}
-        samples["base"] = self.samples(base)
-        samples["prompted_base"] = self.samples(base, "teacher")
+        samples |= {"base": self.samples(base), "prompted_base": self.samples(base, "teacher")}
         if self._teacher.capabilities.samples:
             written = self._texts.written_by_teacher(self._shown)
-            samples["prompted_teacher"] = self._answering.texts(self._teacher, written)
-        sets = {**self._sets, **self._abilities}
+            samples["prompted_teacher"] = self._decoded(self._teacher, written)
+        sets = {**self._sets, **self._retention}
         return found | {
-            "abilities": self._ask_abilities(base, "base", found),
+            "abilities": self._retained(base, "base", found),
             "samples": samples,
             "counts": {name: len(questions) for name, questions in sets.items()},
             "unavailable": self._unavailable,
         }
 
     def after(self, student: EvalModel) -> dict:
-        """Asks the trained student -> as `before`, and "side_effects" and "prefix_cost"."""
+        """Asks the trained student -> like `before`, and "side_effects" and "prefix_cost"."""
         found: dict = {"answers": []}
         views = {"student": "student"}
         views |= {"reprompted_student": "teacher"} if self._baked else {}
@@ -143,18 +182,18 @@ class Evaluation:
         for name, view in views.items():
             self._condition(name, student, view, found)
         found["samples"] = {name: self.samples(student, view) for name, view in views.items()}
-        found["abilities"] = self._ask_abilities(student, "student", found)
-        if self._side_effects is not None:
-            found["side_effects"] = self._side_effects.of_student(student)
+        found["abilities"] = self._retained(student, "student", found)
+        if self._unrelated is not None:
+            found["side_effects"] = self._agreement(student, self._unrelated.teacher_text)
         if self._baked:
             found["prefix_cost"] = self._prefix_cost(student)
         return found
 
     def on_the_way(self, student: EvalModel) -> dict[str, float]:
-        """The same on the first `eval.rows` prompts -> a line of eval.jsonl; {} if none is asked.
+        """Asks the student the first `eval.rows` prompts -> a line of eval.jsonl; {} without any.
 
-        For the teacher's text and the student's own: divergences, masses and rates by name, as in
-        `losses.Agreement`, and perplexities; for the rows of data.validation the loss, too.
+        The names are those of `losses.Agreement` and "perplexity" after "teacher_text/",
+        "student_text/", "side_effects/" and "validation/", which has the "loss", too.
         """
         found, rows = {}, self._config.eval.rows
         prompts = self._texts.examples[:rows]
@@ -163,82 +202,66 @@ class Evaluation:
             questions = self._sets["questions"][:rows]
             same = self._texts.examples is self._sets["questions"]
             answers = own if same else self._ask(student, questions, "student", "questions")
-            judged = self._answering.judge("questions", "student", student, questions, answers)
-            found["accuracy"] = judged.accuracy
-        for text, scored in self._scored(own).items():
-            means = self._agreement(student, scored, "student")
-            found |= {f"{text}/{name}": value for name, value in means.items()}
+            found["accuracy"], _ = self._judged("questions", "student", student, questions, answers)
+        texts = {"teacher_text": self._texts.teacher_text.first(len(own))} if own else {}
+        if own and self._teacher.capabilities.on_policy:
+            texts["student_text"] = self._texts.score(own)
         if self._validation is not None:
-            means = self._validation.of_student(student)
-            found |= {f"validation/{name}": value for name, value in means.items()}
-        if self._side_effects is not None:
-            means = self._side_effects.of_student(student, rows)
-            found |= {f"side_effects/{name}": value for name, value in means.items()}
+            texts["validation"] = self._validation()
+            loss = heldout.loss(student, self._validation(), self._config.gkd, self._mesh)
+            found["validation/loss"] = loss
+        if self._unrelated is not None:
+            text = self._unrelated.teacher_text
+            texts["side_effects"] = text if rows is None else text.first(rows)
+        for name, text in texts.items():
+            means = self._agreement(student, text)
+            found |= {f"{name}/{measure}": value for measure, value in means.items()}
         return found
 
-    def samples(self, reader: EvalModel, view: str = "student") -> list[str]:
-        """Its answers to the questions that are shown."""
-        return self._answering.texts(reader, self._ask(reader, self._shown, view, "samples"))
+    def samples(self, model: EvalModel, view: str = "student") -> list[str]:
+        """Returns the model's answers to the questions that are shown."""
+        return self._decoded(model, self._ask(model, self._shown, view, "samples"))
 
-    def _scored(self, own: Sequence[Completion]) -> dict[str, ScoredText]:
-        """The teacher's text of the first prompts and the student's own, where it can be read."""
-        if not own:
-            return {}
-        found = {"teacher_text": self._texts.teacher_text.first(len(own))}
-        if self._teacher.capabilities.on_policy:
-            found["student_text"] = self._texts.score(own)
-        return found
-
-    def _condition(self, name: str, reader: EvalModel, view: str, found: dict) -> None:
-        """Adds its measures and answers to `found`; nothing if nothing is asked."""
+    def _condition(self, name: str, model: EvalModel, view: str, found: dict) -> None:
+        """Adds a condition's measures and answers to `found`, if anything is asked."""
         measures = {}
-        for of, questions in self._sets.items():
-            answers = self._ask(reader, questions, view, f"{name}, {of}")
-            measures |= self._judged(of, name, reader, questions, answers, found)
+        for key, questions in self._sets.items():
+            answers = self._ask(model, questions, view, f"{name}, {key}")
+            measures[_ACCURACY[key]], lines = self._judged(key, name, model, questions, answers)
+            found["answers"] += lines
         if self._texts.examples:
-            text, read = self._texts.teacher_text, view
+            text = self._texts.teacher_text
             if view == "other":
-                text, read = self._texts.under_prefix(self._other), "student"
-            measures |= self._agreement(reader, text, read)
+                text, view = self._texts.under_prefix(self._other), "student"
+            measures |= self._agreement(model, text, view)
         if measures:
             found[name] = measures
 
     def _prompted_teacher(self, found: dict) -> None:
-        measures, texts = {}, self._texts
-        for of, questions in self._sets.items():
+        measures, texts, teacher = {}, self._texts, self._teacher
+        for key, questions in self._sets.items():
             same = questions is texts.examples
             answers = texts.teachers if same else texts.written_by_teacher(questions)
-            who = of, "prompted_teacher", self._teacher
-            measures |= self._judged(*who, questions, answers, found)
-        if texts.examples:
-            measures |= self._teacher_to_itself()
+            name = "prompted_teacher"
+            measures[_ACCURACY[key]], lines = self._judged(key, name, teacher, questions, answers)
+            found["answers"] += lines
+        weights = hooks(teacher).weights
+        if texts.examples and weights is None:
+            # Only the answers of such a teacher are known; its distance to itself is 0.
+            measures |= _TO_ITSELF | scoring.own_perplexity(texts.teacher_text)
+        elif texts.examples:  # measured: it would not be 0 if a view or a shift were wrong
+            own = EvalModel(weights.decoder, weights.params, weights.chat, weights.prefixes)
+            measures |= self._agreement(own, texts.teacher_text, "teacher")
         if measures:
             found["prompted_teacher"] = measures
 
-    def _teacher_to_itself(self) -> dict[str, float]:
-        """Measured where the teacher is in this process: not 0 if a view or a shift were wrong.
-
-        Only the answers of another teacher are known, whose distance to itself is 0 by definition.
-        """
-        teacher = hooks(self._teacher).weights
-        if teacher is None:
-            return _BY_DEFINITION | scoring.own_perplexity(self._texts.teacher_text)
-        itself = EvalModel(teacher.decoder, teacher.params, teacher.chat, teacher.prefixes)
-        return self._agreement(itself, self._texts.teacher_text, "teacher")
-
-    def _judged(self, of: str, condition: str, who, questions, answers, found: dict) -> dict:
-        judged = self._answering.judge(of, condition, who, questions, answers)
-        found["answers"] += judged.lines
-        return {_ACCURACY[of]: judged.accuracy}
-
-    def _ask_abilities(self, reader: EvalModel, condition: str, found: dict) -> dict[str, float]:
+    def _retained(self, model: EvalModel, condition: str, found: dict) -> dict[str, float]:
+        """Accuracy on each retention set; adds the answers to `found`."""
         result = {}
-        for name, questions in self._abilities.items():
-            prompts = [self._chat.prompt_ids(q.turns, q.name, q.tools) for q in questions]
-            answers = self._answering.ask(reader, prompts, name)
-            judged = self._answering.judge(name, condition, reader, questions, answers)
-            found["answers"] += judged.lines
-            result[name] = judged.accuracy
+        for name, questions in self._retention.items():
+            answers = self._ask(model, questions, "bare", name)
+            result[name], lines = self._judged(name, condition, model, questions, answers)
+            found["answers"] += lines
         return result
 
     def _prefix_cost(self, student: EvalModel) -> dict:
@@ -248,39 +271,57 @@ class Evaluation:
         of_one = [p for p, e in zip(pairs, self._asked, strict=True) if e.prefix == first]
         found = prefix_cost.measure(
             student,
-            prefix_cost.Asked(*zip(*of_one, strict=True)),
+            *zip(*of_one, strict=True),
             new_tokens=self._config.eval.max_new_tokens,
-            batch_size=self._config.eval.batch_size,
-            lengths=self._lengths,
-            mesh=self._mesh,
-            vocab_size=self._shared_vocab,
             prefix_bytes=self._config.teacher.prefix_bytes,
+            batch_size=self._config.eval.batch_size,
+            **self._sampling,
         )
         return {"tokens_saved": float(saved), **found}
 
-    def _check_lengths(self) -> None:
-        longest = self._config.data.max_length
-        for example in self._asked:
-            check_fits(example, self._longest_view(example), longest)
-        for question in itertools.chain(*self._abilities.values()):
-            prompt = self._chat.prompt_ids(question.turns, question.name, question.tools)
-            check_fits(question, len(prompt), longest)
-
-    def _longest_view(self, example: Example) -> int:
-        views = ("student", "teacher", "other") if self._other else ("student", "teacher")
-        return max(len(self._prompt(example, view)) for view in views)
-
-    def _prompt(self, example: Example, view: str) -> np.ndarray:
-        if view == "other":
-            name = f"{example.name} under eval.other_prefix"
-            return self._chat.prompt_ids(self._other + example.turns, name, example.tools)
-        return self._texts.prompts(example)[view == "teacher"]
-
     def _ask(
-        self, reader: EvalModel, examples: Sequence[Example], view: str, what: str
+        self, model: EvalModel, examples: Sequence[Example], view: str, what: str
     ) -> list[Completion]:
+        """A model's answers to one view of each example; `what` stands at the progress bar."""
         prompts = [self._prompt(example, view) for example in examples]
-        return self._answering.ask(reader, prompts, what)
+        rows, written = self._config.eval.batch_size, []
+        how = {"stop_ids": model.chat.stop_ids, "batch_size": rows, **self._sampling}
+        with utils_text.bar(len(prompts), what, shown=self._config.log.progress_bar) as bar:
+            for start in range(0, len(prompts), rows):
+                part = prompts[start : start + rows]
+                seeds = [0] * len(part)
+                written += model.prefixes.sample(part, seeds, self._texts.greedy, **how)
+                bar.update(len(part))
+        return written
 
-    def _agreement(self, reader: EvalModel, scored: ScoredText, view: str) -> dict[str, float]:
-        return scoring.mean_agreement(reader, scored, view, self._config.gkd, self._mesh)
+    def _decoded(self, who: EvalModel | Teacher, answers: Sequence[Completion]) -> list[str]:
+        return [(who.chat or self._chat).decode(answer.ids) for answer in answers]
+
+    def _judged(
+        self,
+        key: str,
+        condition: str,
+        who: EvalModel | Teacher,
+        questions: Sequence[Example],
+        answers,
+    ) -> tuple[float, list[dict]]:
+        """(accuracy, lines of RUN/answers.jsonl) of answers to at least one question."""
+        lines = [
+            {
+                "set": key,
+                "condition": condition,
+                "name": question.name,
+                "question": question.turns[-1].content,
+                "expected": list(question.expected.any_of),
+                "match": question.expected.match,
+                "answer": text,
+                "right": is_right(text, question.expected),
+            }
+            for question, text in zip(questions, self._decoded(who, answers), strict=True)
+        ]
+        return sum(line["right"] for line in lines) / len(lines), lines
+
+    def _agreement(
+        self, model: EvalModel, scored: ScoredText, view: str = "student"
+    ) -> dict[str, float]:
+        return scoring.mean_agreement(model, scored, view, self._config.gkd, self._mesh)

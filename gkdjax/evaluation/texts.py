@@ -1,4 +1,4 @@
-"""Texts that are compared: prompts, responses to them, and what a teacher says of each token."""
+"""Makes the texts that are compared: responses to prompts, with a teacher's targets."""
 
 import dataclasses
 import functools
@@ -10,6 +10,8 @@ from jax.sharding import Mesh
 
 from gkdjax.config import Config
 from gkdjax.data import batching, buckets
+from gkdjax.data.batching import BatchShape
+from gkdjax.data.dataset import DistillDataset
 from gkdjax.data.loss_mask import TargetRules
 from gkdjax.data.views import ViewRules
 from gkdjax.evaluation.scoring import ScoredText
@@ -22,7 +24,7 @@ from gkdjax.utils.errors import UserError
 
 
 class Texts:
-    """Responses to one set of prompts, greedy ones by the teacher, or whoever writes them."""
+    """Responses to one set of prompts: greedy ones by the teacher, or those of another writer."""
 
     def __init__(
         self,
@@ -32,20 +34,10 @@ class Texts:
         examples: Sequence[Example],
         mesh: Mesh,
     ):
-        """Renders every prompt once.
-
-        Args:
-          config: the run's.
-          rules: how a prompt becomes a teacher's and a student's view.
-          teacher: reads the responses after its own view of the prompt.
-          examples: the prompts; of a conversation only the answer to its end is compared.
-          mesh: of the run.
-        """
-        # Text is compared from its beginning to its end, whatever part of it is learnt.
+        """Keeps the prompts; only the answer to the end of a conversation is compared."""
+        # A text is compared as a whole, whatever part of it is learnt.
         self._rules = dataclasses.replace(rules, targets=TargetRules(("assistant",)))
-        self.examples, self.teacher = examples, teacher
-        self._rows, self._mesh = config.eval.batch_size, mesh
-        self._allowed_lengths = config.data.bucket_lengths
+        self._config, self.examples, self.teacher, self._mesh = config, examples, teacher, mesh
         self.greedy = SamplingParams(config.eval.max_new_tokens, temperature=0.0, top_p=1.0)
         self.prompts = functools.cache(self._rules.prompts)  # (student's, teacher's) of an example
 
@@ -56,16 +48,15 @@ class Texts:
 
     @functools.cached_property
     def teacher_text(self) -> ScoredText:
-        """The same, with what the teacher says of them."""
         return self.score(self.teachers)
 
     def written_by_teacher(self, examples: Sequence[Example]) -> list[Completion]:
-        """The teacher's greedy responses, also to prompts that are not of this set."""
+        """Returns the teacher's greedy responses, also to prompts outside this set."""
         prompts = [
             Prompt(e.name, self.prompts(e)[1], e.prefix + e.turns, e.tools) for e in examples
         ]
         written = self.teacher.sample(prompts, [0] * len(prompts), self.greedy)
-        unread = [e.name for e, t in zip(examples, written, strict=True) if not len(t.ids)]
+        unread = [e.name for e, text in zip(examples, written, strict=True) if not len(text.ids)]
         if unread:
             logging.warning(
                 "evaluation: %d of the teacher's answers have no token, or one that is no id here;"
@@ -75,27 +66,28 @@ class Texts:
         return written
 
     def score(self, written: Sequence[Completion]) -> ScoredText:
-        """What the teacher says of responses to the first prompts of the set."""
+        """Scores responses to the first prompts of the set."""
         pairs = [self._pair(*both) for both in zip(self.examples, written, strict=False)]
         if not any(len(pair.target_ids) for pair in pairs):
             raise UserError("none of the responses for the evaluation has a token to compare")
-        return self._scored(pairs, self._shapes)
+        pad_id = self._rules.student_chat.pad_id
+        return _score(pairs, self._shapes, self.teacher, self._config, pad_id, self._mesh)
 
     def under_prefix(self, prefix: tuple[Message, ...]) -> ScoredText:
-        """`teacher_text`, but the student reads another prefix before each prompt."""
+        """Returns `teacher_text`, but the student reads another prefix before each prompt."""
         pairs = [
-            self._under(prefix, example, text)
+            self._pair_under(prefix, example, text)
             for example, text in zip(self.examples, self.teachers, strict=True)
         ]
-        longest = max(batching.shape_of(pair).student for pair in pairs)
-        longest = padding.round_up(longest, self._allowed_lengths)
+        longest = max(len(pair.student.ids) for pair in pairs)
+        longest = padding.round_up(longest, self._config.data.bucket_lengths)
+        rows, pad_id = self._config.eval.batch_size, self._rules.student_chat.pad_id
         batches, lost = [], 0
         for part, (batch, targets) in zip(
-            in_batches(pairs, self._rows), self.teacher_text.batches, strict=True
+            _in_batches(pairs, rows), self.teacher_text.batches, strict=True
         ):
             T, N = batch.teacher_tokens_BT.shape[1], batch.target_ids_BN.shape[1]
-            shape = batching.BatchShape(longest, T, N)
-            under = batching.pad(_filled(part, self._rows), shape, self._rules.student_chat.pad_id)
+            under = batching.pad(_filled(part, rows), BatchShape(longest, T, N), pad_id)
             mask_BN = batch.target_mask_BN & under.target_mask_BN
             lost += int(batch.target_mask_BN.sum() - mask_BN.sum())
             batches.append((dataclasses.replace(under, target_mask_BN=mask_BN), targets))
@@ -105,14 +97,15 @@ class Texts:
                 " data.max_length, and are not compared",
                 lost,
             )
-        return ScoredText(batches, self._rows)
+        return ScoredText(batches, rows)
 
-    def _under(self, prefix: tuple[Message, ...], example: Example, text: Completion) -> ViewPair:
-        """As `_pair`, with the student's view under the prefix; a longer one may hold less text."""
-        pair, rules = self._pair(example, text), self._rules
-        other = dataclasses.replace(example, prefix=prefix)
-        student = self._pair(other, text, dataclasses.replace(rules, retained=len(prefix))).student
-        n = min(len(student.at), len(pair.target_ids))
+    def _pair_under(
+        self, prefix: tuple[Message, ...], example: Example, text: Completion
+    ) -> ViewPair:
+        pair = self._pair(example, text)
+        rules = dataclasses.replace(self._rules, retained=len(prefix))
+        student = self._pair(dataclasses.replace(example, prefix=prefix), text, rules).student
+        n = min(len(student.at), len(pair.target_ids))  # a longer view may hold less text
         return dataclasses.replace(
             pair,
             student=View(student.ids, student.at[:n]),
@@ -121,58 +114,35 @@ class Texts:
         )
 
     @functools.cached_property
-    def _shapes(self) -> list[batching.BatchShape]:
-        """Of each batch of prompts, with room for the longest text that may be written.
-
-        So they are the same for every text at every time, and compile once.
-        """
+    def _shapes(self) -> list[BatchShape]:
+        """The shape of each batch, with room for the longest text, so that it compiles once."""
         longest = Completion(np.zeros(self.greedy.max_new_tokens, np.int32), finished=False)
-        pairs = [self._pair(example, longest) for example in self.examples]
-        return batch_shapes(pairs, self._rows, self._allowed_lengths)
-
-    def _scored(
-        self, pairs: Sequence[ViewPair], shapes_: Sequence[batching.BatchShape]
-    ) -> ScoredText:
-        pad_id = self._rules.student_chat.pad_id
-        return score(pairs, shapes_, self.teacher, self._rows, pad_id, self._mesh)
+        return _shapes_of([self._pair(example, longest) for example in self.examples], self._config)
 
     def _pair(
         self, example: Example, completion: Completion, rules: ViewRules | None = None
     ) -> ViewPair:
-        rules = rules or self._rules
-        if len(completion.ids) == 0:
-            return self._blank(example, completion)
+        if len(completion.ids) == 0:  # a server may have written no token that is an id here
+            none = np.zeros(0, np.int32)
+            student, teacher = (View(prompt, none) for prompt in self.prompts(example))
+            return ViewPair(example.name, example.row_id, student, teacher, none, completion.kept)
         example = dataclasses.replace(example, given=len(example.turns))
-        return rules.pair(example, completion, too_long="truncate-right")[0]
-
-    def _blank(self, example: Example, completion: Completion) -> ViewPair:
-        """Of a response that a server could not tell in tokens of ours: nothing is compared."""
-        none = np.zeros(0, np.int32)
-        student, teacher = (View(prompt, none) for prompt in self.prompts(example))
-        return ViewPair(example.name, example.row_id, student, teacher, none, completion.kept)
+        return (rules or self._rules).pair(example, completion, too_long="truncate-right")[0]
 
 
-def score(
-    pairs: Sequence[ViewPair],
-    shapes_: Sequence[batching.BatchShape],
-    teacher: Teacher,
-    rows: int,
-    pad_id: int,
-    mesh: Mesh,
+def score_dataset(
+    dataset: DistillDataset, config: Config, teacher: Teacher, mesh: Mesh
 ) -> ScoredText:
-    """What a teacher says of the targets of view pairs.
+    """Scores the first responses of all rows, those that they bring or that a teacher wrote."""
+    pairs = dataset.first_pairs
+    shapes, pad_id = _shapes_of(pairs, config), dataset.rules.student_chat.pad_id
+    return _score(pairs, shapes, teacher, config, pad_id, mesh)
 
-    Args:
-      pairs: in order.
-      shapes_: of each batch of them, from `batch_shapes`.
-      teacher: any; one that works elsewhere is asked for all batches before the first is waited
-        for.
-      rows: of a batch.
-      pad_id: of the tokenizer.
-      mesh: of the run.
-    """
-    batches = []
-    for part, shape in zip(in_batches(pairs, rows), shapes_, strict=False):
+
+def _score(pairs, shapes, teacher: Teacher, config: Config, pad_id: int, mesh: Mesh) -> ScoredText:
+    """Asks a teacher for the targets of all batches before it waits for the first."""
+    rows, batches = config.eval.batch_size, []
+    for part, shape in zip(_in_batches(pairs, rows), shapes, strict=False):
         filled = _filled(part, rows)
         batch = batching.pad(filled, shape, pad_id)
         real_B1 = np.arange(rows)[:, None] < len(part)
@@ -183,29 +153,16 @@ def score(
     return ScoredText([(batch, targets()) for batch, targets in batches], rows)
 
 
-def batch_shapes(
-    pairs: Sequence[ViewPair], rows: int, allowed_lengths: Sequence[int]
-) -> list[batching.BatchShape]:
-    """Of few different ones, that of each batch."""
-    needs = [
-        buckets.longest([batching.shape_of(pair) for pair in part])
-        for part in in_batches(pairs, rows)
-    ]
-    chain = buckets.choose(needs, allowed_lengths)
-    return [batching.BatchShape(*buckets.smallest(chain, need)) for need in needs]
+def _shapes_of(pairs: Sequence[ViewPair], config: Config) -> list[BatchShape]:
+    """The padded shape of each batch of pairs; there are few different ones."""
+    parts = _in_batches(pairs, config.eval.batch_size)
+    needs = [buckets.longest([batching.shape_of(pair) for pair in part]) for part in parts]
+    chosen = buckets.choose(needs, config.data.bucket_lengths)
+    return [BatchShape(*buckets.smallest(chosen, need)) for need in needs]
 
 
-def check_fits(question: Example, length: int, max_length: int) -> None:
-    """Raises UserError for a prompt that leaves no room for an answer."""
-    if length >= max_length:
-        raise UserError(
-            f"{question.name}: the question has {length} tokens with its prefix and leaves no room"
-            f" in data.max_length = {max_length}; raise it"
-        )
-
-
-def in_batches(rows: Sequence, size: int) -> list[Sequence]:
-    """In order; the last one may be smaller."""
+def _in_batches(rows: Sequence, size: int) -> list[Sequence]:
+    """Cuts rows into batches; the last one may be smaller."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 

@@ -1,4 +1,4 @@
-"""The responses that rows lack: taken over from files, or written, and written again if refused."""
+"""Gets the responses that rows lack: from a file, or from a writer that is asked until it fits."""
 
 import dataclasses
 import pathlib
@@ -12,14 +12,12 @@ from gkdjax.rollout.reuse import Source
 from gkdjax.types import Completion, Prompt
 from gkdjax.utils import seeds
 
-Writer = Callable[[Sequence[Prompt], Sequence[int]], list[Completion]]  # (prompts, seeds)
-
 
 class Generator(NamedTuple):
-    """Somebody who writes responses."""
+    """A model that writes responses."""
 
     name: str  # "student", or the teacher's description
-    write: Writer
+    write: Callable[[Sequence[Prompt], Sequence[int]], list[Completion]]  # (prompts, seeds)
 
 
 def generate(
@@ -33,15 +31,15 @@ def generate(
     chunk: int,
     show: bool,
 ) -> dict[int, Completion]:
-    """Row -> its response by the teacher: from the file, the source, or the teacher's hand.
+    """Returns row -> its response by the teacher, from the file, the source or the generator.
 
     Args:
-      dataset: whose rows are answered; without `dataset.unanswered` rows no file is made.
+      dataset: without `dataset.unanswered` rows no file is made.
       generator: the teacher.
-      path: of the file of the responses, see `files.write_once`.
+      path: the file of the responses, see `files.write_once`.
       steps: only rows of the batches of these steps; None: all rows.
-      step: keeps the seeds of one call apart from those of another.
-      source: of responses that are there already, or None.
+      step: for the file, and for other seeds than those of another call.
+      source: of responses from an earlier run.
       chunk: responses written at once.
       show: a progress bar.
 
@@ -52,19 +50,19 @@ def generate(
     if not rows:
         return {}
     chat = dataset.rules.teacher_chat
-    requests = [dataset.prompt(row, "teacher") for row in rows]
-    taken = {} if source is None else source.responses(requests, dataset.responses, chat)
-    # What is taken stands first in the file, so that the rest is written in whole chunks.
-    order = [*taken, *(place for place in range(len(rows)) if place not in taken)]
+    prompts = [dataset.prompt(row, "teacher") for row in rows]
+    reused = {} if source is None else source.responses(prompts, dataset.responses, chat)
+    # What is reused stands first in the file, so that the rest is written in whole chunks.
+    order = [*reused, *(place for place in range(len(rows)) if place not in reused)]
 
     def write_rest(lines: Sequence[int]) -> list[Completion]:
         places = [order[line] for line in lines]
-        rest = [place for place in places if place not in taken]
+        rest = [place for place in places if place not in reused]
         written = write(dataset, "teacher", [(step, rows[place]) for place in rest], generator)
-        found = taken | dict(zip(rest, written, strict=True))
+        found = reused | dict(zip(rest, written, strict=True))
         return [found[place] for place in places]
 
-    ordered = [requests[place] for place in order]
+    ordered = [prompts[place] for place in order]
     written = write_once(path, ordered, write_rest, chat, step=step, chunk=chunk, show=show)
     found = dict(zip(order, written, strict=True))
     return {row: found[place] for place, row in enumerate(rows)}
@@ -73,12 +71,12 @@ def generate(
 def write(
     dataset: DistillDataset, who: str, wanted: Sequence[tuple[int, int]], generator: Generator
 ) -> list[Completion]:
-    """A response to each row; one that is refused is written again, up to the dataset's bound.
+    """Has a response written to each row, again where it is refused, up to the dataset's bound.
 
     Args:
-      dataset: of the rows; says what is accepted.
+      dataset: of the rows; decides what is accepted.
       who: "teacher" or "student", whose view the generator reads.
-      wanted: (step, row) of each: the seeds of its attempts follow from them.
+      wanted: (step, row) of each; the seeds of its attempts follow from them.
       generator: of the responses.
     """
     purpose = f"{dataset.purpose}/{'on_policy' if who == 'student' else who}"
@@ -93,10 +91,8 @@ def write(
         written = generator.write([prompts[i] for i in places], keys)
         for i, completion in zip(places, written, strict=True):
             completions[i] = completion
-        fates = [dataset.responses.fate(completion, chat) for completion in written]
-        places = [i for i, f in zip(places, fates, strict=True) if f is not RowStatus.KEPT]
-        for i in places:
-            refused[i] += 1
+            refused[i] += dataset.responses.fate(completion, chat) is not RowStatus.KEPT
+        places = [i for i in places if refused[i] == attempt + 1]
     return [
         dataclasses.replace(completion, refused=count, author=generator.name)
         for completion, count in zip(completions, refused, strict=True)

@@ -1,4 +1,4 @@
-"""Who writes the text of a step, and with which divergence it is learnt: a function of the step."""
+"""Says who writes the text of a step, and which divergence it is learnt with."""
 
 import dataclasses
 
@@ -14,20 +14,14 @@ def needs_teacher_text(gkd: Gkd) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class OnPolicySchedule:
-    """Off-policy in the warm-up; after it each batch is the student's with some probability.
-
-    Attributes:
-      gkd: the config's.
-      seed: of the run.
-      steps: of the run, all of them.
-    """
+    """Off-policy in the warm-up; after it each batch is the student's with some probability."""
 
     gkd: Gkd
     seed: int
-    steps: int
+    steps: int  # of the whole run
 
     def probability(self, step: int) -> float:
-        """Of the student's writing the batch of a step."""
+        """The probability that the student writes the batch of a step."""
         after, fraction = step - self.gkd.on_policy_warmup_steps, self.gkd.on_policy_fraction
         if after < 0:
             return 0.0
@@ -37,14 +31,11 @@ class OnPolicySchedule:
         return fraction * after / last
 
     def student_writes(self, step: int) -> bool:
-        """Whether the batch of a step is on-policy; the draw is the step's own."""
-        if step < self.gkd.on_policy_warmup_steps:
-            return False
         draw = seeds.generator(self.seed, "on_policy", step).random()
         return bool(draw < self.probability(step))
 
     def steps_of_block(self, step: int, length: int, *, on_policy: bool) -> list[int]:
-        """Those steps of one kind among the `length` ones that `step` belongs to, cut at the end.
+        """The on- or off-policy steps of the block of `length` steps that `step` belongs to.
 
         Blocks begin at the multiples of `length`.
         """
@@ -53,6 +44,5 @@ class OnPolicySchedule:
         return [s for s in block if self.student_writes(s) is on_policy]
 
     def divergence(self, step: int) -> str:
-        """The warm-up's, or the one after it."""
         warm = step < self.gkd.on_policy_warmup_steps
         return self.gkd.warmup_divergence if warm else self.gkd.divergence

@@ -1,7 +1,4 @@
-"""The text that a run learns from: the teacher's, first and refreshed, and the student's.
-
-`rollout.schedule` says which, `data.dataset` and `rollout.student` make the batches.
-"""
+"""Has the teacher write the text that a run learns from: the first one, and refreshed text."""
 
 import functools
 import pathlib
@@ -12,6 +9,7 @@ from gkdjax.models import sampler
 from gkdjax.rollout.generate import Generator, generate
 from gkdjax.rollout.reuse import Source
 from gkdjax.teachers.base import Teacher
+from gkdjax.types import Completion
 
 
 def prepare(
@@ -22,7 +20,7 @@ def prepare(
     workdir: pathlib.Path,
     vocab_size: int,
 ) -> DistillDataset:
-    """One stream with its first text, which lies in RUN/trajectories_NAME.jsonl.
+    """Returns one stream with its first text, which is in RUN/trajectories_NAME.jsonl.
 
     Args:
       config: of the run.
@@ -30,12 +28,20 @@ def prepare(
       dataset: its rows.
       teacher: writes where they bring no response.
       workdir: of the run.
-      vocab_size: of the ids that student and teacher have in common.
+      vocab_size: ids that student and teacher have in common.
     """
-    path, generator = workdir / f"trajectories_{name}.jsonl", _generator(config, teacher)
-    source = _source(config, teacher, vocab_size) if name == "train" else None
-    rollouts = generate(dataset, generator, path, source=source, **_how(config))
-    return dataset.with_rollouts(rollouts)
+    source = None
+    if name == "train" and config.rollout.reuse:
+        source = Source(
+            pathlib.Path(config.rollout.reuse),
+            teacher.description,
+            config.teacher.top_k,
+            config.gkd.temperature if teacher.capabilities.temperature else 1.0,
+            vocab_size,
+            text_alone=teacher.capabilities.scores,
+        )
+    path = workdir / f"trajectories_{name}.jsonl"
+    return dataset.with_rollouts(_written(config, dataset, teacher, path, source=source))
 
 
 def refresh(
@@ -46,35 +52,16 @@ def refresh(
     steps: list[int],
     at: int,
 ) -> DistillDataset:
-    """New text for the rows of some steps, in RUN/trajectories_train_STEP.jsonl.
+    """Returns `prepare`'s dataset with new text for the rows of some steps.
 
-    Args:
-      config, dataset, teacher, workdir: as for `prepare`; the dataset has its first text.
-      steps: that it is for.
-      at: the first step of their block.
+    It is in RUN/trajectories_train_STEP.jsonl, STEP being `at`, the first step of their block.
     """
-    path, generator = workdir / f"trajectories_train_{at:06d}.jsonl", _generator(config, teacher)
-    rollouts = generate(dataset, generator, path, steps=steps, step=at, **_how(config))
+    path = workdir / f"trajectories_train_{at:06d}.jsonl"
+    rollouts = _written(config, dataset, teacher, path, steps=steps, step=at)
     return dataset.refreshed(rollouts, steps, at)
 
 
-def _generator(config: Config, teacher: Teacher) -> Generator:
-    how = sampler.sampling(config)
-    return Generator(teacher.description, functools.partial(teacher.sample, sampling=how))
-
-
-def _how(config: Config) -> dict:
-    return {"chunk": config.eval.batch_size, "show": config.log.progress_bar}
-
-
-def _source(config: Config, teacher: Teacher, vocab_size: int) -> Source | None:
-    if not config.rollout.reuse:
-        return None
-    return Source(
-        pathlib.Path(config.rollout.reuse),
-        teacher.description,
-        config.teacher.top_k,
-        config.gkd.temperature if teacher.capabilities.temperature else 1.0,
-        vocab_size,
-        text_alone=teacher.capabilities.scores,
-    )
+def _written(config: Config, dataset, teacher: Teacher, path, **how) -> dict[int, Completion]:
+    write = functools.partial(teacher.sample, sampling=sampler.sampling(config))
+    how |= {"chunk": config.eval.batch_size, "show": config.log.progress_bar}
+    return generate(dataset, Generator(teacher.description, write), path, **how)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gkdjax.data.chat_template import Sought
+from gkdjax.data.chat_template import PatternTarget
 from gkdjax.data.loss_mask import TargetRules
 from gkdjax.types import Completion, Example, Message
 
@@ -40,7 +40,7 @@ def test_results_of_tools_and_messages_of_no_weight_are_no_targets():
     # What a template may write otherwise than it stands is sought there.
     for odd in (_SAID._replace(fields='{"tool_calls":[]}'), Message("assistant", "</think>yes")):
         assert rules.of_message(odd) is True
-        assert _match("yes").of_message(odd) == Sought("yes", False)
+        assert _match("yes").of_message(odd) == PatternTarget("yes", False)
 
 
 def test_given_turns_are_no_targets():

@@ -3,9 +3,9 @@
 import dataclasses
 import json
 
+import chat_templates as templates
 import numpy as np
 import pytest
-import tool_templates
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -182,7 +182,7 @@ def _calling(name="look"):
 
 
 def test_tools_and_calls_are_in_both_views_and_in_prompts(chat_of):
-    chat = chat_of(tool_templates.PLAIN_CALLS)
+    chat = chat_of(templates.CALLS)
     turns = (Message("user", "?"), _calling(), Message("tool", "3"), Message("user", "so?"))
     example = dataclasses.replace(_row(turns, "It is 3."), tools=_LOOK)
     pair, fate = _view(example, chat, _PREFIX)
@@ -215,11 +215,11 @@ _THINKS = "<think>\nEasy.\n</think>\n\n"
 @pytest.mark.parametrize(
     ("template", "answers", "at_once"),
     [
-        (tool_templates.PLAIN_CALLS, ["yes", "no"], True),
-        (tool_templates.PLAIN_CALLS, [f"{_THINKS}yes", "no"], True),
-        (tool_templates.MAY_THINK, [f"{_THINKS}yes", f"{_THINKS}no"], False),
-        (tool_templates.STRIPS, [f"{_THINKS}yes", f"{_THINKS}no"], False),
-        (tool_templates.LATE, ["yes", "no"], False),  # its tools move to the last question
+        (templates.CALLS, ["yes", "no"], True),
+        (templates.CALLS, [f"{_THINKS}yes", "no"], True),
+        (templates.MAY_THINK, [f"{_THINKS}yes", f"{_THINKS}no"], False),
+        (templates.STRIPS, [f"{_THINKS}yes", f"{_THINKS}no"], False),
+        (templates.LATE, ["yes", "no"], False),  # its tools move to the last question
     ],
 )
 def test_a_row_is_divided_where_its_rendering_would_teach_something_else(
@@ -228,7 +228,7 @@ def test_a_row_is_divided_where_its_rendering_would_teach_something_else(
     chat = chat_of(template)
     first, last = (Message("assistant", answer) for answer in answers)
     turns = (Message("user", "?"), first, Message("user", "so?"))
-    tools = _LOOK if template == tool_templates.LATE else ""
+    tools = _LOOK if template == templates.LATE else ""
     row = dataclasses.replace(_row(turns, last.content), tools=tools)
     rules = _rules(chat)
     parts = answers_of(row, rules.targets)

@@ -25,10 +25,10 @@ def reader() -> EvalModel:
 
 
 def measure(reader, **changes):
-    asked = prefix_cost.Asked(PROMPTS, [np.concatenate([PREFIX, p]) for p in PROMPTS])
+    prompts = PROMPTS, [np.concatenate([PREFIX, p]) for p in PROMPTS]
     how = {"new_tokens": 3, "batch_size": 4, "lengths": (8, 32), "vocab_size": 32}
     how |= {"mesh": mesh.make_mesh(), "prefix_bytes": 2**20}
-    return prefix_cost.measure(reader, asked, **how | changes)
+    return prefix_cost.measure(reader, *prompts, **how | changes)
 
 
 @pytest.fixture

@@ -163,10 +163,10 @@ def test_a_line_is_for_people_too(tmp_path, whole):
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        ({"ids": [1, "2"]}, "'ids' are not all token ids"),
-        ({"ids": [-1]}, "'ids' are not all token ids"),
-        ({"number": None}, "no 'number', or not a int"),
-        ({"finished": 1}, "no 'finished'"),
+        ({"ids": [1, "2"]}, "has 'ids' that are not all token ids"),
+        ({"ids": [-1]}, "has 'ids' that are not all token ids"),
+        ({"number": None}, "has no 'number', or not a int"),
+        ({"finished": 1}, "has no 'finished'"),
     ],
 )
 def test_a_line_that_is_no_response_is_named(tmp_path, damage, told):
