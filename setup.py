@@ -30,7 +30,6 @@ setuptools.setup(
         "pyyaml",
         "requests",
         "safetensors",
-        "tenacity",
         "tensorboardX",
         "tokenizers",
         "tqdm",

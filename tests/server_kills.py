@@ -28,8 +28,8 @@ from resume_runs import ROOT
 from server_runs import rows_asked
 
 from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest
-from gkdjax.teachers.server.store.answers import AnswerStore, sample_key, score_key
-from gkdjax.teachers.server.store.fingerprint import TeacherIdentity
+from gkdjax.teachers.server.store.answers import AnswerStore
+from gkdjax.teachers.server.store.fingerprint import TeacherIdentity, sample_key, score_key
 from gkdjax.types import SamplingParams
 from gkdjax.utils.text import table
 

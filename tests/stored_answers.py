@@ -61,3 +61,7 @@ def assert_holds(opened: AnswerStore, *numbers: int) -> None:
     found = opened.get([key(number) for number in numbers])
     assert sorted(found) == sorted(map(key, numbers))
     assert all(same(found[key(number)], answer(number)) for number in numbers)
+
+
+def missing(opened: AnswerStore, keys: list[str]) -> set[str]:
+    return set(keys) - set(opened.get(keys))

@@ -198,11 +198,20 @@ def _teacher(base: str, directory: pathlib.Path, top_k: int) -> ServerTeacher:
     limits = Limits(timeout_s=60.0, deadline_s=60.0, max_retries=0)
     transport = Transport(base, "", limits, trust_env=False)
     dialect = PromptLogprobs(known.model, VOCAB, None)
-    how = {"concurrency": 1, "max_unreadable": 0.0}
-    pool = Pool(dialect, transport, store, known, Suspects(None), probe=lambda: probe, **how)
-    can = declared(config.Teacher(top_k=top_k))
-    sizes = {"top_k": top_k, "context": ServerTeacher.context}
-    return ServerTeacher(pool, None, "a benchmark", can, **sizes, template_kwargs={})
+    pool = Pool(
+        *(dialect, transport, store, known, Suspects(directory / "suspects.json")),
+        probe=lambda: probe,
+        concurrency=1,
+        max_unreadable=0.0,
+    )
+    return ServerTeacher(
+        pool=pool,
+        chat=None,
+        description="a benchmark",
+        capabilities=declared(config.Teacher(top_k=top_k)),
+        top_k=top_k,
+        template_kwargs={},
+    )
 
 
 @contextlib.contextmanager

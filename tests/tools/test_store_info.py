@@ -99,7 +99,7 @@ def test_an_empty_store_becomes_an_empty_file(tmp_path, capsys):
 
 def test_while_a_run_writes(path, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(store_info, "_ROWS", 2)
-    monkeypatch.setattr(answers, "_AT_ONCE", 2)
+    monkeypatch.setattr(answers, "_PAGE_ROWS", 2)
     late = teacher(102, model="late")
     columns = store_info._columns
     with AnswerStore(path) as writer:

@@ -17,7 +17,7 @@ from small_runs import losses_hex, metrics
 import gkdjax
 from gkdjax import config
 from gkdjax.rollout import teacher as rollout_teacher
-from gkdjax.teachers.server.transport import retries
+from gkdjax.teachers.server.transport import client
 from gkdjax.train import setup
 from gkdjax.utils.errors import GkdjaxError, TeacherRefused, TeacherUnreachable, WrongAnswer
 
@@ -27,7 +27,7 @@ KEY = "canary-4711-sesame-4711"
 @pytest.fixture(autouse=True)
 def pauses(monkeypatch):
     """Short ones between attempts."""
-    monkeypatch.setattr(retries, "pause", lambda closed, seconds: closed.wait(0.01))
+    monkeypatch.setattr(client, "pause", lambda closed, seconds: closed.wait(0.01))
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,14 @@
 """From the config to a teacher behind HTTP: tried first, or known from the store."""
 
 import base64
+import contextlib
 import dataclasses
 import datetime
 import functools
 import hashlib
 import json
 import pathlib
+from collections.abc import Sequence
 
 import jax
 from absl import logging
@@ -16,7 +18,6 @@ from gkdjax.data.chat_template import Chat
 from gkdjax.parallel import multihost
 from gkdjax.teachers.base import Capabilities
 from gkdjax.teachers.server.dialects import openai, sglang, vllm
-from gkdjax.teachers.server.dialects.base import Dialect
 from gkdjax.teachers.server.preflight import Findings, Server, examine, probe_again
 from gkdjax.teachers.server.scheduler import Pool
 from gkdjax.teachers.server.store import codec
@@ -31,8 +32,8 @@ from gkdjax.utils.errors import UserError
 from gkdjax.utils.files import write_json
 
 # In the run's directory:
-_BEGUN_WITH = "teacher.json"
-_ENDED_AT = "teacher_ended_at.json"
+_FIRST_TEACHER = "teacher.json"
+_SUSPECTS = "teacher_ended_at.json"
 
 # teacher.backend -> the dialects that are tried, in this order.
 DIALECTS = {
@@ -66,21 +67,21 @@ def connect(
 ) -> ServerTeacher:
     """Tries the server of a config, or, offline, finds it in the store.
 
-    Of several processes the leader is the first: what the server says differs a little from time to
-    time, and all have to know it by the same answer.
+    The leader of several processes is the first: answers to the probe differ a little each time,
+    and all processes have to know the server by the same one.
 
     Args:
-      c: of a `config.parse`d config, with a backend of `DIALECTS`.
-      chat: renders the teacher's view; its tokenizer is the server's, or it is refused.
-      vocab_size: the server may name ids below it, see `train.models.ids_of_server`.
+      c: of a parsed config, with a backend of `DIALECTS`.
+      chat: renders the teacher's view; a server with another tokenizer is refused.
+      vocab_size: limit of the ids that the server may name, see `train.models.ids_of_server`.
       workdir: of the run; its teacher.json says which weights it began with.
       shared: the run's directory, where the stores of all processes lie.
-      how: `sampling`, as the run is going to draw, and `template_kwargs`, `data.template_kwargs`
-        for a server that renders the prompt itself.
+      how: `sampling` of the run, and `template_kwargs`, `data.template_kwargs` for a server that
+        renders the prompt itself.
 
     Raises:
-      UserError: the server cannot be used, is another one than the run began with, or the store
-        does not know it.
+      UserError: the server cannot be used, has other weights than the run began with, or is not
+        in the store.
       TeacherUnreachable: it does not answer.
     """
     path = shared / "answers.sqlite" if c.store == "" else c.store
@@ -107,30 +108,34 @@ def _connect(
     sampling: SamplingParams,
     template_kwargs: dict,
 ) -> ServerTeacher:
-    store = AnswerStore(path) if path is not None else None
-    transport = server = None
-    try:
-        tokenizer = tokenizer_hash(chat)
+    first = workdir / _FIRST_TEACHER
+    vocabulary = sorted(chat.tokenizer.get_vocab().items())
+    tokenizer = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+    with contextlib.ExitStack() as after_error:
+        store = transport = probe = None
+        if path is not None:
+            store = after_error.enter_context(AnswerStore(path))
+        known = store.teachers() if store else []
         if c.offline:
-            known = _remembered(c, store, tokenizer, workdir / _BEGUN_WITH)
+            teacher = _stored_teacher(c, known, tokenizer, first)
         else:
             limits = Limits(c.timeout_s, c.deadline_s, c.max_retries)
             transport = Transport(c.api_base, c.api_key_env, limits, trust_env=c.trust_env)
-            begun = _dialect_of_run(store, workdir / _BEGUN_WITH)
-            server = try_server(c, transport, chat, vocab_size, sampling, only=begun)
-            known = _recognised(c, server, store, tokenizer)
-        _claim(workdir / _BEGUN_WITH, known)
-    except BaseException:
-        for opened in (transport, store):
-            if opened is not None:
-                opened.close()
-        raise
-    findings = Findings(**known.findings)
-    dialect = _dialect(c.backend, findings, chat, vocab_size)
-    probe = functools.partial(probe_again, transport, server, chat) if server else None
-    ended = Suspects(store_multihost.of_process(workdir / _ENDED_AT, jax.process_index()))
+            after_error.enter_context(contextlib.closing(transport))
+            # By another dialect, the answers to the probe would be others.
+            only = next((t.findings["dialect"] for t in _began_with(first, known)), None)
+            server = try_server(c, transport, chat, vocab_size, sampling, only)
+            probe = functools.partial(probe_again, transport, server, chat)
+            teacher = _identify(server, known, tokenizer)
+            if store:
+                store.add_teacher(teacher)
+        _require_first(first, teacher)
+        after_error.pop_all()
+    findings = Findings(**teacher.findings)
+    dialect = DIALECTS[c.backend][findings.dialect](findings.model, vocab_size, chat.tokenizer)
+    suspects = Suspects(store_multihost.of_process(workdir / _SUSPECTS, jax.process_index()))
     pool = Pool(
-        *(dialect, transport, store, known, ended),
+        *(dialect, transport, store, teacher, suspects),
         probe=probe,
         concurrency=c.concurrency,
         max_unreadable=c.max_unreadable,
@@ -138,26 +143,17 @@ def _connect(
     can = declared(c)
     if not findings.scores:
         can = dataclasses.replace(can, scores=False, on_policy=False, limits=findings.limits)
+    source = findings.context_source or "as its server said"  # when an older store was filled
+    source = f"{source}, {c.api_base}"
     return ServerTeacher(
-        pool,
-        chat,
-        f"{findings.model} ({c.backend}, {known.fingerprint[:12]})",
-        can,
+        pool=pool,
+        chat=chat,
+        description=f"{findings.model} ({c.backend}, {teacher.fingerprint[:12]})",
+        capabilities=can,
         top_k=c.top_k,
-        context=_context(findings, c.api_base),
+        context=ContextLimit(findings.context_length, source, findings.context_written),
         template_kwargs=template_kwargs,
     )
-
-
-def _context(findings: Findings, api_base: str) -> ContextLimit:
-    source = findings.context_source or "as its server said"  # when an older store was filled
-    return ContextLimit(findings.context_length, f"{source}, {api_base}", findings.context_written)
-
-
-def tokenizer_hash(chat: Chat) -> str:
-    """SHA-256 in hex of which id each token has."""
-    vocabulary = sorted(chat.tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
 def try_server(
@@ -168,65 +164,53 @@ def try_server(
     sampling: SamplingParams,
     only: str | None = None,
 ) -> Server:
-    """The preflight as this config needs it, see `preflight.examine`; of `only` one dialect."""
+    """The preflight of a config, see `preflight.examine`; `only`: by this dialect, if it is one."""
     dialects = DIALECTS[c.backend]
-    return examine(
-        transport,
-        c.api_model,
-        {only: dialects[only]} if only in dialects else dialects,
-        chat,
-        vocab_size,
-        c.top_k,
-        sampling,
-        must_score=c.backend != "openai",
-    )
+    dialects = {only: dialects[only]} if only in dialects else dialects
+    how = chat, vocab_size, c.top_k, sampling
+    must_score = c.backend != "openai"
+    return examine(transport, c.api_model, dialects, *how, must_score=must_score)
 
 
-def _recognised(
-    c: Teacher, server: Server, store: AnswerStore | None, tokenizer: str
-) -> TeacherIdentity:
-    """As the store knows it, or new to it."""
+def _identify(server: Server, known: Sequence[TeacherIdentity], tokenizer: str) -> TeacherIdentity:
+    """The teacher, with fingerprint and probe as it is known, or new ones."""
     model, probe = server.findings.model, server.probe
-    known = None if store is None else store.recognise(model, tokenizer, probe)
-    if known is None:
+    same_names = [t for t in known if (t.model, t.tokenizer) == (model, tokenizer)]
+    # Always the first: two processes may have added the same new teacher at the same time.
+    for found in same_names:
+        if same_teacher(found.probe, probe):
+            fingerprint, probe = found.fingerprint, found.probe
+            break
+    else:
         fingerprint = fingerprint_of(model, tokenizer, probe)
-        others = [] if store is None else store.others(model, tokenizer)
-        others = [other for other in others if other.probe.top_ids.shape[1] == c.top_k]
+        others = [t for t in same_names if t.probe.top_ids.shape[1] == probe.top_ids.shape[1]]
         if others:
             logging.warning(
                 "%s answers otherwise than when the store was filled: it has other weights now, and"
                 " the answers of %d earlier ones are not used",
                 *(model, len(others)),
             )
-    else:
-        fingerprint, probe = known.fingerprint, known.probe
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     findings = dataclasses.asdict(server.findings)
-    known = TeacherIdentity(fingerprint, model, tokenizer, probe, findings, now)
-    if store is not None:
-        store.add_teacher(known)
-    return known
+    return TeacherIdentity(fingerprint, model, tokenizer, probe, findings, now)
 
 
-def _remembered(
-    c: Teacher, store: AnswerStore, tokenizer: str, begun_with: pathlib.Path
+def _stored_teacher(
+    c: Teacher, known: Sequence[TeacherIdentity], tokenizer: str, first: pathlib.Path
 ) -> TeacherIdentity:
     """The teacher that the run began with, or else the one of this name that was checked last."""
-    every = store.teachers()
     fitting = [
-        known
-        for known in every
-        if c.api_model in ("", known.model)
-        and known.tokenizer == tokenizer
-        and known.findings["dialect"] in DIALECTS[c.backend]
-        and known.probe.top_ids.shape[1] == c.top_k
+        teacher
+        for teacher in known
+        if c.api_model in ("", teacher.model)
+        and teacher.tokenizer == tokenizer
+        and teacher.findings["dialect"] in DIALECTS[c.backend]
+        and teacher.probe.top_ids.shape[1] == c.top_k
     ]
-    if begun_with.exists():
-        same = [known for known in fitting if _is_begun_with(begun_with, known)]
-        fitting = same or fitting
-    if len({known.model for known in fitting}) == 1:
-        return max(fitting, key=lambda known: known.checked)
-    names = sorted({known.model for known in every})
+    fitting = _began_with(first, fitting) or fitting
+    if len({teacher.model for teacher in fitting}) == 1:
+        return max(fitting, key=lambda teacher: teacher.checked)
+    names = sorted({teacher.model for teacher in known})
     raise UserError(
         f"config.teacher.offline: the store has the teachers {names}, of which"
         f" {len(fitting)} fit config.teacher.backend = {c.backend!r}, .top_k = {c.top_k},"
@@ -235,33 +219,23 @@ def _remembered(
     )
 
 
-def _dialect(backend: str, findings: Findings, chat: Chat, vocab_size: int) -> Dialect:
-    return DIALECTS[backend][findings.dialect](findings.model, vocab_size, chat.tokenizer)
+def _began_with(path: pathlib.Path, teachers: Sequence[TeacherIdentity]) -> list[TeacherIdentity]:
+    """Those of the teachers with which a run began; none if it has not begun."""
+    if not path.exists():
+        return []
+    first = json.loads(path.read_text())
+    probe = codec.decode(base64.b64decode(first["probe"]))
+    return [t for t in teachers if t.model == first["model"] and same_teacher(probe, t.probe)]
 
 
-def _dialect_of_run(store: AnswerStore | None, begun_with: pathlib.Path) -> str | None:
-    """By which a run has asked so far: another one would find other answers to the probe."""
-    if store is None or not begun_with.exists():
-        return None
-    same = (known for known in store.teachers() if _is_begun_with(begun_with, known))
-    return next((known.findings["dialect"] for known in same), None)
-
-
-def _is_begun_with(path: pathlib.Path, known: TeacherIdentity) -> bool:
-    begun_with = json.loads(path.read_text())
-    probe = codec.decode(base64.b64decode(begun_with["probe"]))
-    return begun_with["model"] == known.model and same_teacher(probe, known.probe)
-
-
-def _claim(path: pathlib.Path, known: TeacherIdentity) -> None:
-    """Writes whose answers a run learns from, or checks that they are the same weights'."""
-    if path.exists():
-        if _is_begun_with(path, known):
-            return
+def _require_first(path: pathlib.Path, teacher: TeacherIdentity) -> None:
+    """Raises UserError if a run began with other weights; else writes with which it begins."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = base64.b64encode(codec.encode(teacher.probe)).decode()
+        write_json(path, {"model": teacher.model, "probe": probe})
+    elif not _began_with(path, [teacher]):
         raise UserError(
-            f"the run in {path.parent} began with other weights than {known.model} has now; serve"
+            f"the run in {path.parent} began with other weights than {teacher.model} has now; serve"
             " those again, or give --workdir another directory"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    probe = base64.b64encode(codec.encode(known.probe)).decode()
-    write_json(path, {"model": known.model, "probe": probe})

@@ -1,34 +1,30 @@
-"""Are tokens drawn from the distributions that their server reports? Told with exact odds.
+"""A test with exact odds that tokens were sampled from the distributions that came with them.
 
-A token drawn at temperature 1 has a mean negative logprob equal to the entropy. How far the mean of
-some dozens may be from it is not left to a variance, which has tails: for a few ways in which
-servers go wrong the probability of what was drawn is divided by what the server reports. If the
-report is true, each such ratio, multiplied over tokens that follow each other, has the mean 1,
-whatever the model, and so has the mean of them all: it exceeds a million in less than one of a
-million servers, however long one goes on (Ville's inequality).
+A token sampled at temperature 1 has a mean negative logprob equal to the entropy. How far the mean
+of some dozens may be from it is not decided by a variance, as the tails are long: for a few ways in
+which servers go wrong, the probability of a token is divided by the one that the server reports.
+If the report is true, the product of such ratios over successive tokens has the mean 1, whatever
+the model, and so has the mean over all ways: it exceeds a million for less than one server in a
+million, however many tokens are sampled (Ville's inequality).
 
 Letters: C categories: the best K - 1 ids without the stop ids, and all others as one. The K-th may
-be there only because it was drawn, and a stop id is not shown by every server.
+be listed only because it was sampled, and not every server shows stop ids. A ways to go wrong.
 """
 
-import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from gkdjax.teachers.server.answers import SampleRequest, TeacherAnswer
 
 ODDS = 1e6
-
-_DOUBT = (
-    100.0  # odds from which on more tokens are asked for; that may be done as often as one likes
-)
-_LEAST = 1e-9  # of a category's probability
-
+_DOUBT = 100.0  # odds above which more tokens are sampled; that may be repeated
+_MIN_PROBABILITY = 1e-9  # of a category
 _POWERS = (5.0, 2.0, 1.25, 0.8, 0.5)  # of the probabilities: 1 / temperature
-_TOLD_APART = (1 / 0.7, 1 / 1.3)  # powers that so many tokens are to show: temperatures in use
-_AVOIDED = (0.5, 0.15)  # factors for tokens that were read or written before
-_NUCLEUS, _CUT = 0.9, 0.02  # a cut, and the factor for what is beyond
+_USUAL_POWERS = (1 / 0.7, 1 / 1.3)  # by temperatures in use, which `enough` tokens show
+_PENALTIES = (0.5, 0.15)  # factors for tokens that stand in the text before
+_NUCLEUS, _CUT = 0.9, 0.02  # a cut, and the factor for what is beyond it
 _COLD = (
     "it draws greedily, at a lower temperature, or only from the best (top_p, top_k, min_p),"
     " whatever it is asked for"
@@ -41,9 +37,8 @@ _PENALTY = "it avoids tokens that it has read or written: a repetition penalty"
 _KINDS = (*[_COLD if power > 1 else _HOT for power in _POWERS], *[_PENALTY] * 2, _HOT, _COLD, _COLD)
 
 
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    """One token, and what it was drawn from."""
+class SampledToken(NamedTuple):
+    """A token and the distribution that it should be from."""
 
     p_C: np.ndarray  # float64, sums to 1
     own: int  # the category of the token
@@ -51,107 +46,77 @@ class Drawn:
 
     @property
     def each_C(self) -> np.ndarray:
-        """The probability of one token; of others half the last one's."""
+        """The probability of one token of a category; half the last one's for all others."""
         return np.append(self.p_C[:-1], self.p_C[:-1].min(initial=1.0) / 2)
 
-    def at_power(self, power: float) -> np.ndarray:
-        """[C], what a server draws from at temperature 1 / power."""
-        weights_C = self.p_C * self.each_C ** (power - 1.0)
-        return weights_C / weights_C.sum()
+
+class Verdict(NamedTuple):
+    """What some tokens show."""
+
+    caught: bool  # an honest server has such tokens once in a million times
+    fine: bool  # nothing is odd, and so many tokens would show a greedy server
+    enough: bool  # and on average temperatures of 0.7 and 1.3
+    surprise: float  # mean negative logprob, nats; an estimate for tokens not among the best
+    entropy: float  # its expectation, nats
+    kind: str  # the way to go wrong that fits best, for people
 
 
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """Of some tokens.
-
-    Attributes:
-      caught: an honest server has this once in a million times.
-      fine: nothing speaks against them, and a greedy server would have been caught by as many.
-      enough: so would be, on the average, one that draws at temperature 0.7 or 1.3.
-      surprise: mean negative logprob, nats; of tokens that are none of the best K, about.
-      entropy: the mean that it should have, nats.
-      kind: what explains it best, for people.
-    """
-
-    caught: bool
-    fine: bool
-    enough: bool
-    surprise: float
-    entropy: float
-    kind: str
-
-
-def tokens_of(request: SampleRequest, answer: TeacherAnswer) -> list[Drawn]:
-    """The tokens of an answer that was asked for at temperature 1 without cuts; stop ids have none.
-
-    Args:
-      request: that it answers.
-      answer: not lost.
-    """
-    found, before = [], set(request.ids.tolist())
+def tokens_of(request: SampleRequest, answer: TeacherAnswer) -> list[SampledToken]:
+    """The tokens but stop ids of an answer that is not lost, sampled at temperature 1 uncut."""
     if request.top_k == 1:
-        return found  # there is one category
-    rows = zip(answer.target_ids.tolist(), answer.top_ids, answer.top_logprobs, strict=True)
-    for target, ids, logprobs in rows:
+        return []  # there is one category
+    found, before = [], set(request.ids.tolist())
+    for target, ids, logprobs in zip(
+        answer.target_ids.tolist(), answer.top_ids, answer.top_logprobs, strict=True
+    ):
         if target not in request.stop_ids:
-            found.append(_drawn(target, ids, logprobs, before, request.stop_ids))
+            listed = np.flatnonzero(logprobs > -np.inf)[: len(ids) - 1]
+            p = np.exp(logprobs[listed].astype(np.float64))
+            is_text = ~np.isin(ids[listed], request.stop_ids)
+            names = ids[listed][is_text].tolist()
+            p_C = np.maximum(np.append(p[is_text], 1.0 - p.sum()), _MIN_PROBABILITY)
+            own = names.index(target) if target in names else len(names)
+            seen_C = np.asarray([i in before for i in names] + [False])
+            found.append(SampledToken(p_C / p_C.sum(), own, seen_C))
         before.add(target)
     return found
 
 
-def judge(drawn: Sequence[Drawn]) -> Verdict:
-    """Whether the tokens are from what was reported.
-
-    Args:
-      drawn: one at least; of several texts if they were drawn independently.
-    """
-    tables = [(_log_ratios(one), one) for one in drawn]
-    logs_A = np.sum([log_AC[:, one.own] for log_AC, one in tables], axis=0)
-    greedy_A = np.sum([log_AC[:, one.p_C[:-1].argmax()] for log_AC, one in tables], axis=0)
+def judge(tokens: Sequence[SampledToken]) -> Verdict:
+    """Judges tokens, one at least; those of several texts if they were sampled independently."""
+    tables = [(_log_ratios(token), token) for token in tokens]
+    logs_A = np.sum([log_AC[:, token.own] for log_AC, token in tables], axis=0)
+    greedy_A = np.sum([log_AC[:, token.p_C[:-1].argmax()] for log_AC, token in tables], axis=0)
     evidence = _log_mean(logs_A)
     fine = evidence < np.log(_DOUBT) and _log_mean(greedy_A) >= np.log(ODDS)
-    expected = [
-        _log_mean(np.sum([log_AC @ one.at_power(power) for log_AC, one in tables], axis=0))
-        for power in _TOLD_APART
-    ]
+    expected = []
+    for power in _USUAL_POWERS:
+        weights = [token.p_C * token.each_C ** (power - 1.0) for token in tokens]
+        logs = [log_AC @ (w / w.sum()) for (log_AC, _), w in zip(tables, weights, strict=True)]
+        expected.append(_log_mean(np.sum(logs, axis=0)))
     return Verdict(
         caught=evidence >= np.log(ODDS),
         fine=fine,
         enough=fine and min(expected) >= np.log(ODDS),
-        surprise=float(np.mean([-np.log(one.each_C[one.own]) for one in drawn])),
-        entropy=float(np.mean([-one.p_C @ np.log(one.each_C) for one in drawn])),
+        surprise=float(np.mean([-np.log(token.each_C[token.own]) for token in tokens])),
+        entropy=float(np.mean([-token.p_C @ np.log(token.each_C) for token in tokens])),
         kind=_KINDS[int(logs_A.argmax())],
     )
 
 
-def _drawn(
-    target: int, ids: np.ndarray, logprobs: np.ndarray, before: set[int], stop_ids: Sequence[int]
-) -> Drawn:
-    there = np.flatnonzero(logprobs > -np.inf)[: len(ids) - 1]
-    kept = [j for j in there if ids[j] not in stop_ids]
-    p = np.exp(logprobs[there].astype(np.float64))
-    rest = max(1.0 - p.sum(), 0.0)
-    p_C = np.maximum([*np.exp(logprobs[kept].astype(np.float64)), rest], _LEAST)
-    names = ids[kept].tolist()
-    own = names.index(target) if target in names else len(names)
-    seen_C = np.asarray([i in before for i in names] + [False])
-    return Drawn(p_C / p_C.sum(), own, seen_C)
-
-
-def _log_ratios(drawn: Drawn) -> np.ndarray:
-    """log q / p [A,C] for every q that is no honest server's; the mean ratio under p is 1."""
-    p_C, seen_C = drawn.p_C, drawn.seen_C
-    others = np.append(np.full(len(p_C) - 1, 0.5 / max(len(p_C) - 1, 1)), 0.5)
-    others_C = others / others.sum()
-    before_C = np.cumsum(p_C) - p_C
-    rows = [
-        *[drawn.each_C ** (power - 1.0) for power in _POWERS],
-        *[np.where(seen_C, factor, 1.0) for factor in _AVOIDED],
-        0.5 + 0.5 * others_C / p_C,  # half of the time from the others
-        np.where(before_C < _NUCLEUS, 1.0, _CUT),
-        np.append(np.ones(len(p_C) - 1), _CUT),
-    ]
-    weights_AC = np.asarray(rows)
+def _log_ratios(token: SampledToken) -> np.ndarray:
+    """log q / p [A,C] of each way q to go wrong; the mean ratio under p is 1."""
+    p_C, others = token.p_C, len(token.p_C) - 1
+    uniform_C = np.append(np.full(others, 0.5 / max(others, 1)), 0.5)
+    weights_AC = np.asarray(
+        [
+            *[token.each_C ** (power - 1.0) for power in _POWERS],
+            *[np.where(token.seen_C, factor, 1.0) for factor in _PENALTIES],
+            0.5 + 0.5 * uniform_C / uniform_C.sum() / p_C,  # half of the time uniformly
+            np.where(np.cumsum(p_C) - p_C < _NUCLEUS, 1.0, _CUT),
+            np.append(np.ones(others), _CUT),
+        ]
+    )
     return np.log(weights_AC) - np.log(weights_AC @ p_C)[:, None]
 
 

@@ -1,8 +1,8 @@
-"""A server is trusted only after it has been tried: what it can do, and whether its numbers fit.
+"""A server is tried before it is trusted: what it can do, and whether its numbers are right.
 
-Short texts are written, greedily and drawn at temperature 1, and then scored again. A server that
+It writes short texts, greedily and at temperature 1, and scores them afterwards. A server that
 inserts a token, shifts its answer by one position, ignores `echo` or `logprobs`, has another
-tokenizer, or draws otherwise than it reports does not get past it.
+tokenizer, or does not sample from what it reports is refused.
 """
 
 import dataclasses
@@ -14,71 +14,63 @@ from absl import logging
 
 from gkdjax.data.chat_template import Chat
 from gkdjax.teachers.server import agreement, draws, served
-from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest, TeacherAnswer
+from gkdjax.teachers.server.answers import Request, SampleRequest, ScoreRequest, TeacherAnswer
 from gkdjax.teachers.server.dialects.base import Dialect, exchange
-from gkdjax.teachers.server.store.fingerprint import MOST_DRIFT, drift
+from gkdjax.teachers.server.store.fingerprint import MAX_DRIFT, drift
 from gkdjax.teachers.server.transport.client import RepeatedServerError, Transport
-from gkdjax.types import Message, SamplingParams
+from gkdjax.types import ContextLimit, Message, SamplingParams
 from gkdjax.utils.errors import TeacherRefused, UserError, WrongAnswer
 
 PROBE = (
     "The quick brown fox reads 1,234 books in the café on 5th Street; naïve readers ask: why?\n"
     "Der Fuchs liest weiter. Лиса читает дальше. 狐狸继续读书。\n\n\tdef f(x):\n        return x**2"
 )
-_PROBE_TOKENS = 64  # at most, of the text above
+NAME = "the preflight"
+_PROBE_TOKENS = 64  # at most, of that text
 _WRITTEN_TOKENS = 8
+_MAX_SAME = 3  # 5xx responses to one dialect in a row
+_MAX_EMPTY = 3  # samples without a token
+_TEXTS = 6  # sampled at temperature 1, each after another part of the probe,
+_TEXT_TOKENS = 16  # with so many tokens,
+_ROUNDS = 4  # and at most so often, until they are enough to judge the server
+_MAX_BEHIND = 1e-2  # nats, of a token of a greedy answer behind the best one there
 _SHIFTED = "the logprobs are those of another position, or it does not draw by them"
 _PENALTY = (
     "that one stands in the text before, so the server draws with a repetition penalty, which its"
     " logprobs do not have (llama-cpp-python's repeat_penalty is 1.1 unless it is told; vLLM takes"
     " repetition_penalty from the model's generation_config.json); switch it off where it is served"
 )
-_REFUSALS = 3  # the same 5xx answer to one dialect, in a row
-_DRAWS = 3  # at most, until one is a text
-_TEXTS = 6  # that are drawn at temperature 1, each after another part of the probe,
-_DRAWN_TOKENS = 16  # of so many tokens,
-_ROUNDS = 4  # and at most so often, until they tell an honest server from others
-NAME = "the preflight"
-
-_BEHIND = 1e-2  # nats, of a greedy answer's token behind the best one there
 
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What a server turned out to be.
+    """What is known about a server after the preflight; the store keeps it as JSON."""
 
-    Attributes:
-      model: its name there.
-      dialect: the name of the dialect that it speaks, see `connect.DIALECTS`.
-      scores: it scores given ids.
-      limits: why not.
-      context_length: most tokens of a view, or None where it does not tell.
-      top_k: as many logprobs of a token were asked for and came.
-      tokenizer: how the vocabulary was compared.
-      difference: median in nats between a token drawn and the same token scored; None: not scored.
-      context_source: what says how long a view may be, for people; "" where nothing does.
-      context_written: most tokens of a prompt and its answer; None: as `context_length`.
-    """
-
-    model: str
-    dialect: str
-    scores: bool
-    limits: str
-    context_length: int | None
-    top_k: int
-    tokenizer: str
-    difference: float | None
-    context_source: str = ""  # of what older stores keep
-    context_written: int | None = None
+    model: str  # its name there
+    dialect: str  # a name of `connect.DIALECTS`
+    scores: bool  # it scores given ids
+    limits: str  # why it does not
+    context_length: int | None  # of a view in tokens; None: unknown
+    top_k: int  # so many logprobs of a token were asked for, and came
+    tokenizer: str  # how the vocabulary was compared
+    difference: float | None  # of sampled and scored logprobs, median in nats; None: not scored
+    context_source: str = ""  # the source of `context_length`, for people; absent in older stores
+    context_written: int | None = None  # of a prompt and its answer; None: as `context_length`
 
 
-@dataclasses.dataclass(frozen=True)
-class Server:
-    """One that passed."""
+class Server(NamedTuple):
+    """A server that passed."""
 
     dialect: Dialect
     findings: Findings
-    probe: TeacherAnswer  # by which its weights are known
+    probe: TeacherAnswer  # by which its weights are recognised
+
+
+class Text(NamedTuple):
+    """A text that a server wrote."""
+
+    request: SampleRequest
+    answer: TeacherAnswer
 
 
 def examine(
@@ -97,116 +89,59 @@ def examine(
     Args:
       transport: to the server.
       api_model: its name for the model, or "" for the only one.
-      dialects: name -> dialect; those are tried in this order.
-      chat: the tokenizer that the teacher is said to have.
-      vocab_size: the server may name ids below it, see `train.models.ids_of_server`.
+      dialects: by name, in the order in which they are tried.
+      chat: the tokenizer that the teacher should have.
+      vocab_size: limit of the ids that the server may name, see `train.models.ids_of_server`.
       top_k: K of every request.
-      sampling: as the run is going to draw.
-      must_score: a server that does not score given ids is refused.
+      sampling: of the run.
+      must_score: refuse a server that does not score given ids.
 
     Raises:
       UserError: it cannot be used, or not for this; with the reasons.
       TeacherUnreachable: it does not answer.
     """
     model, listed = served.model_of(transport, api_model)
-    compared, told = served.compare_tokenizers(transport, model, chat, PROBE)
-    window = listed or told or served.proxied(transport, model)
-    read, written, source = window or (None, None, "")
-    ids = probe_ids(chat)
-    trials: dict[str, _Trial] = {}
+    compared, by_tokenizer = served.compare_tokenizers(transport, model, chat, PROBE)
+    limit = listed or by_tokenizer or served.proxied(transport, model) or ContextLimit(None, "")
+    trials: dict[str, Trial] = {}
 
-    def attempt(name: str, asked: "Transport | _Impatient") -> bool:
-        """Whether it scores, so that no other has to be tried."""
+    def scores(name: str, most_same: int) -> bool:
         dialect = dialects[name](model, vocab_size, chat.tokenizer)
-        found = Findings(
-            *(model, name, False, "", read, top_k, compared, None),
-            context_source=source,
-            context_written=written,
+        found = Findings(model, name, False, "", limit.tokens, top_k, compared, None)
+        found = dataclasses.replace(
+            found, context_source=limit.source, context_written=limit.written
         )
-        trials[name] = _try(asked, dialect, found, chat, ids, sampling)
+        trials[name] = Trial(transport, dialect, chat, top_k, most_same)
+        trials[name].run(found, sampling)
         return trials[name].scores
 
-    any(attempt(name, _Impatient(transport, _REFUSALS)) for name in dialects)
-    broken = [name for name in trials if trials[name].broken]
-    # Whatever is asked, it fails: the server is away, and is waited for. Else it may have come back
-    # just after the better ways to ask it were given up.
-    away = all(trial.broken and trial.server is None for trial in trials.values())
-    any(attempt(name, transport if away else _Impatient(transport, 1)) for name in broken)
+    any(scores(name, _MAX_SAME) for name in dialects)
+    broken = [name for name, trial in trials.items() if trial.is_broken]
+    # If all dialects fail the server is down, and is waited for. If only some do, it may have come
+    # back just after the better ones were given up.
+    is_down = all(trial.is_broken and trial.server is None for trial in trials.values())
+    any(scores(name, 0 if is_down else 1) for name in broken)
     usable = [trials[name].server for name in dialects if name in trials and trials[name].server]
-    reasons = "; ".join(trial.reason for trial in trials.values() if trial.reason)
     for server in usable:
         if server.findings.scores:
             return server
+    reasons = "; ".join(trial.reason for trial in trials.values() if trial.reason)
     if must_score or not usable:
         raise UserError(f"{transport.root} cannot be used: {reasons}")
     logging.warning("%s: only its own text can be learnt: %s", transport.root, reasons)
     return usable[0]
 
 
-class _Trial(NamedTuple):
-    """How one dialect did."""
-
-    server: Server | None  # None: it does not even write
-    reason: str  # why it does not write or score; "" if it does both
-    broken: bool  # and that was the same 5xx answer again and again
-
-    @property
-    def scores(self) -> bool:
-        return self.server is not None and self.server.findings.scores
-
-
-class _Impatient:
-    """A transport to which the same 5xx answer, so many times in a row, is a refusal."""
-
-    def __init__(self, transport: Transport, most_same: int):
-        self._transport, self._most_same, self.root = transport, most_same, transport.root
-
-    def post(self, path: str, body: dict, *, max_bytes: int, most_same: int) -> dict | list:
-        """See `Transport.post`."""
-        del most_same
-        return self._transport.post(path, body, max_bytes=max_bytes, most_same=self._most_same)
-
-
-def _try(
-    transport: Transport | _Impatient,
-    dialect: Dialect,
-    found: Findings,
-    chat: Chat,
-    ids: np.ndarray,
-    sampling: SamplingParams,
-) -> _Trial:
-    name, top_k = found.dialect, found.top_k
-    try:
-        written = _write(transport, dialect, chat, ids, top_k)
-        _check_drawn(transport, dialect, chat, ids, written, sampling)
-        drawn = _draw(transport, dialect, chat, ids, top_k, judged=sampling.temperature > 0)
-    except (WrongAnswer, TeacherRefused, RepeatedServerError) as error:
-        reason = f"{name} writes nothing that can be used: {error}"
-        return _Trial(None, reason, isinstance(error, RepeatedServerError))
-    try:
-        # The others were drawn to judge the draws; so many tell whether scores agree.
-        texts = [Text(sample_request(chat, ids, top_k, _WRITTEN_TOKENS), written), *drawn[:_TEXTS]]
-        scored, difference = _score_again(transport, dialect, texts)
-    except (WrongAnswer, TeacherRefused, RepeatedServerError, NotImplementedError) as error:
-        found = dataclasses.replace(found, limits=str(error))
-        reason = f"{name} does not score given ids: {error}"
-        server = Server(dialect, found, written.rows(slice(None)))
-        return _Trial(server, reason, isinstance(error, RepeatedServerError))
-    found = dataclasses.replace(found, scores=True, difference=difference)
-    return _Trial(Server(dialect, found, scored.rows(slice(len(ids) - 1))), "", False)
-
-
 def probe_again(transport: Transport, server: Server, chat: Chat) -> TeacherAnswer:
-    """What the server says now where it said `server.probe`."""
-    ids, top_k = probe_ids(chat), server.findings.top_k
+    """Asks the server again for `server.probe`."""
+    trial = Trial(transport, server.dialect, chat, server.findings.top_k)
     if not server.findings.scores:
-        return _write(transport, server.dialect, chat, ids, top_k)
-    (scored,) = exchange(transport, server.dialect, [score_request(ids, top_k)])
-    return scored
+        return trial.write()
+    return trial.ask(score_request(probe_ids(chat), server.findings.top_k))[0]
 
 
 def probe_ids(chat: Chat) -> np.ndarray:
-    """What every server is probed with: int32 [n]."""
+    """The ids that every server is asked about: int32 [n]."""
     return np.asarray(chat.tokenizer(PROBE)["input_ids"][:_PROBE_TOKENS], np.int32)
 
 
@@ -218,202 +153,208 @@ def sample_request(chat: Chat, ids: np.ndarray, top_k: int, tokens: int) -> Samp
 
 
 def score_request(ids: np.ndarray, top_k: int) -> ScoreRequest:
-    """Every token of `ids` that any other stands before."""
+    """All tokens but the first."""
     return ScoreRequest(NAME, ids, np.arange(len(ids) - 1, dtype=np.int32), top_k)
 
 
-def _write(
-    transport: Transport, dialect: Dialect, chat: Chat, ids: np.ndarray, top_k: int
-) -> TeacherAnswer:
-    """A greedy answer; every token of it must be the most probable one where it stands."""
-    request = sample_request(chat, ids, top_k, _WRITTEN_TOKENS)
-    (answer,) = exchange(transport, dialect, [request])
-    if answer.lost:
-        raise WrongAnswer(
-            f"{NAME}: {answer.unreadable}: if the tokenizer is not that of"
-            f" {chat.directory}, name the teacher's own in config.teacher.tokenizer; else it names"
-            " tokens by their text, and text does not tell which part of a character a token is:"
-            " use teacher.backend='vllm' or 'sglang', which name tokens by id"
-            if answer.unreadable
-            else f"{NAME}: it wrote nothing"
-        )
-    _check_count(answer, top_k)
-    behind = answer.top_logprobs[:, 0] - answer.target_logprob
-    if behind.max() > _BEHIND:
-        worst = int(behind.argmax())
-        before = {*ids.tolist(), *answer.target_ids[:worst].tolist()}
-        penalised = answer.top_ids[worst, 0] in before and answer.target_ids[worst] not in before
-        raise WrongAnswer(
-            f"{NAME}: token {worst} of a greedy answer is {behind[worst]:.3f} nats less probable"
-            f" than the best there: {_PENALTY if penalised else _SHIFTED}"
-        )
-    return answer
+class Trial:
+    """One dialect tried at a server.
 
+    Attributes:
+      server: None if it writes nothing that can be used.
+      reason: why it does not write or score; "" if it does both.
+      is_broken: the reason is the same 5xx response again and again.
+    """
 
-def _check_drawn(
-    transport: Transport,
-    dialect: Dialect,
-    chat: Chat,
-    ids: np.ndarray,
-    greedy: TeacherAnswer,
-    sampling: SamplingParams,
-) -> None:
-    """Raises WrongAnswer if the logprobs of what is drawn are those after temperature and top p."""
-    request = sample_request(chat, ids, greedy.top_ids.shape[1], _WRITTEN_TOKENS)
-    sampling = dataclasses.replace(sampling, max_new_tokens=_WRITTEN_TOKENS)
-    for seed in range(_DRAWS):
-        request = dataclasses.replace(request, sampling=sampling, seed=seed)
-        (drawn,) = exchange(transport, dialect, [request])
-        if drawn.lost:  # or it ended at once, without a word
-            continue
-        # The first token of both follows the same text.
-        apart = drift(drawn.rows(slice(1)), greedy.rows(slice(1)))
-        if apart > MOST_DRIFT:
-            raise WrongAnswer(
-                f"{NAME}: with rollout.temperature={sampling.temperature}, .top_p="
-                f"{sampling.top_p} and .top_k={sampling.top_k} the same token has logprobs"
-                f" {apart:.3f} nats apart from those at temperature 0: they are taken after"
-                " sampling's changes. Have the server give raw ones (vLLM: --logprobs-mode"
-                " raw_logprobs), or draw at temperature 1 with top_p=1 and top_k=None"
-            )
-        return
-    logging.warning(
-        "%s: none of %d answers, drawn as the run is going to draw, has a token; whether their"
-        " logprobs are raw is not known",
-        *(transport.root, _DRAWS),
-    )
-
-
-def _check_count(answer: TeacherAnswer, top_k: int) -> None:
-    counts = (answer.top_logprobs > -np.inf).sum(axis=-1)
-    if answer.unmapped == 0 and counts.max() < top_k:
-        raise WrongAnswer(
-            f"{NAME}: {top_k} logprobs a token were asked for, and {counts.max()} came; set"
-            f" config.teacher.top_k={counts.max()}"
-        )
-
-
-class Text(NamedTuple):
-    """What a server wrote, and after what."""
-
-    request: SampleRequest
-    answer: TeacherAnswer
+    def __init__(
+        self, transport: Transport, dialect: Dialect, chat: Chat, top_k: int, most_same: int = 0
+    ):
+        """Args: see `examine`; `most_same` is that of `Transport.post`."""
+        self._transport, self._dialect, self._chat = transport, dialect, chat
+        self._top_k, self._most_same = top_k, most_same
+        self._ids = probe_ids(chat)
+        self._greedy = sample_request(chat, self._ids, top_k, _WRITTEN_TOKENS)
+        self.server, self.reason, self.is_broken = None, "", False
 
     @property
-    def whole(self) -> np.ndarray:
-        """int32 [T], the prompt and the answer."""
-        return np.concatenate([self.request.ids, self.answer.target_ids])
+    def scores(self) -> bool:
+        """Whether it writes and scores."""
+        return self.server is not None and self.server.findings.scores
 
+    def ask(self, *requests: Request) -> list[TeacherAnswer]:
+        """The answers to one request, or to several that the dialect takes together."""
+        return exchange(self._transport, self._dialect, requests, most_same=self._most_same)
 
-def _draw(
-    transport: Transport,
-    dialect: Dialect,
-    chat: Chat,
-    ids: np.ndarray,
-    top_k: int,
-    *,
-    judged: bool,
-) -> list[Text]:
-    """Texts drawn at temperature 1.
+    def run(self, found: Findings, sampling: SamplingParams) -> None:
+        """Tries everything, and adds the results to `found`."""
+        try:
+            written = self.write()
+            self._check_temperature(written, sampling)
+            texts = self._sample(judge=sampling.temperature > 0)[:_TEXTS]
+            self.server = Server(self._dialect, found, written.rows(slice(None)))
+            scored, difference = self.score([Text(self._greedy, written), *texts])
+        except (WrongAnswer, TeacherRefused, RepeatedServerError, NotImplementedError) as error:
+            self.is_broken = isinstance(error, RepeatedServerError)
+            fault = "does not score given ids" if self.server else "writes nothing that can be used"
+            self.reason = f"{found.dialect} {fault}: {error}"
+            if self.server:
+                found = dataclasses.replace(found, limits=str(error))
+                self.server = self.server._replace(findings=found)
+        else:
+            found = dataclasses.replace(found, scores=True, difference=difference)
+            self.server = Server(self._dialect, found, scored.rows(slice(len(self._ids) - 1)))
 
-    Raises:
-      WrongAnswer: if `judged`: they are not from the distributions that came with them.
-    """
-    texts: list[Text] = []
-    for number in range(_ROUNDS):
-        for k in range(_TEXTS):
-            part = ids[: len(ids) - k * (len(ids) // (2 * _TEXTS))]
-            request = dataclasses.replace(
-                sample_request(chat, part, top_k, _DRAWN_TOKENS),
-                sampling=SamplingParams(_DRAWN_TOKENS, temperature=1.0, top_p=1.0),
-                seed=number * _TEXTS + k,
+    def write(self) -> TeacherAnswer:
+        """A greedy answer, each token of which must be the most probable one."""
+        (answer,) = self.ask(self._greedy)
+        if answer.unreadable:
+            raise WrongAnswer(
+                f"{NAME}: {answer.unreadable}: if the tokenizer is not that of"
+                f" {self._chat.directory}, name the teacher's own in config.teacher.tokenizer; else"
+                " it names tokens by their text, and text does not tell which part of a character a"
+                " token is: use teacher.backend='vllm' or 'sglang', which name tokens by id"
             )
-            (answer,) = exchange(transport, dialect, [request])
+        if answer.lost:
+            raise WrongAnswer(f"{NAME}: it wrote nothing")
+        self._check_count(answer)
+        behind = answer.top_logprobs[:, 0] - answer.target_logprob
+        worst = int(behind.argmax())
+        if behind[worst] > _MAX_BEHIND:
+            before = {*self._ids.tolist(), *answer.target_ids[:worst].tolist()}
+            best, own = answer.top_ids[worst, 0], answer.target_ids[worst]
+            reason = _PENALTY if best in before and own not in before else _SHIFTED
+            raise WrongAnswer(
+                f"{NAME}: token {worst} of a greedy answer is {behind[worst]:.3f} nats less"
+                f" probable than the best there: {reason}"
+            )
+        return answer
+
+    def _check_count(self, answer: TeacherAnswer) -> None:
+        most = (answer.top_logprobs > -np.inf).sum(axis=-1).max()
+        if answer.unmapped == 0 and most < self._top_k:
+            raise WrongAnswer(
+                f"{NAME}: {self._top_k} logprobs a token were asked for, and {most} came; set"
+                f" config.teacher.top_k={most}"
+            )
+
+    def _check_temperature(self, greedy: TeacherAnswer, sampling: SamplingParams) -> None:
+        """Raises WrongAnswer if logprobs change with the temperature or top p of the run."""
+        sampling = dataclasses.replace(sampling, max_new_tokens=_WRITTEN_TOKENS)
+        for seed in range(_MAX_EMPTY):
+            request = dataclasses.replace(self._greedy, sampling=sampling, seed=seed)
+            (sampled,) = self.ask(request)
+            if sampled.lost:  # or it ended at once, without a token
+                continue
+            # The first token of both follows the same text.
+            distance = drift(sampled.rows(slice(1)), greedy.rows(slice(1)))
+            if distance > MAX_DRIFT:
+                raise WrongAnswer(
+                    f"{NAME}: with rollout.temperature={sampling.temperature}, .top_p="
+                    f"{sampling.top_p} and .top_k={sampling.top_k} the same token has logprobs"
+                    f" {distance:.3f} nats apart from those at temperature 0: they are taken after"
+                    " sampling's changes. Have the server give raw ones (vLLM: --logprobs-mode"
+                    " raw_logprobs), or draw at temperature 1 with top_p=1 and top_k=None"
+                )
+            return
+        logging.warning(
+            "%s: none of %d answers, sampled as in the run, has a token; whether their logprobs are"
+            " raw is not known",
+            *(self._transport.root, _MAX_EMPTY),
+        )
+
+    def _sample(self, *, judge: bool) -> list[Text]:
+        """Texts at temperature 1.
+
+        Raises:
+          WrongAnswer: if `judge`: they are not from the distributions that came with them.
+        """
+        sampling = SamplingParams(_TEXT_TOKENS, temperature=1.0, top_p=1.0)
+        texts, tokens, verdict = [], [], None
+        for seed in range(_ROUNDS * _TEXTS):
+            end = len(self._ids) - seed % _TEXTS * (len(self._ids) // (2 * _TEXTS))
+            request = dataclasses.replace(
+                self._greedy, ids=self._ids[:end], sampling=sampling, seed=seed
+            )
+            (answer,) = self.ask(request)
             if not answer.lost:
                 texts.append(Text(request, answer))
-        tokens = [token for text in texts for token in draws.tokens_of(*text)]
-        if not judged:
-            return texts
-        if tokens:
-            verdict = draws.judge(tokens)
-            if verdict.caught:
-                raise _not_its_own(len(tokens), verdict)
-            if verdict.enough:
+                tokens += draws.tokens_of(request, answer)
+            if (seed + 1) % _TEXTS:
+                continue
+            if not judge:
                 return texts
-    if tokens and verdict.fine:
-        logging.info(
-            "%s: %d drawn tokens tell no temperature between 0.7 and 1.3 from 1: few are open",
-            *(transport.root, len(tokens)),
-        )
+            verdict = draws.judge(tokens) if tokens else None
+            if verdict and verdict.caught:
+                raise WrongAnswer(
+                    f"{NAME}: {len(tokens)} tokens that it drew at temperature 1 are not from the"
+                    " distributions that it reports: their mean negative logprob is"
+                    f" {verdict.surprise:.2f} nats and should be {verdict.entropy:.2f}, and chance"
+                    " makes that of an honest server less than once in a million times. Most likely"
+                    f" {verdict.kind}. Switch that off where the model is served, or use another"
+                    " server"
+                )
+            if verdict and verdict.enough:
+                return texts
+        if verdict and verdict.fine:
+            level = logging.INFO
+            known = "tokens cannot tell temperatures between 0.7 and 1.3 from 1: few are uncertain"
+        else:
+            level = logging.WARNING
+            known = "tokens do not show whether they are from what it reports"
+        logging.log(level, "%s: %d sampled %s", self._transport.root, len(tokens), known)
         return texts
-    logging.warning(
-        "%s: whether it draws as it reports is not known from %d drawn tokens: they are nearly"
-        " certain, lost, or odd but not enough",
-        *(transport.root, len(tokens)),
-    )
-    return texts
 
+    def score(self, texts: Sequence[Text]) -> tuple[TeacherAnswer, float]:
+        """Scores texts that the server wrote.
 
-def _not_its_own(tokens: int, verdict: draws.Verdict) -> WrongAnswer:
-    return WrongAnswer(
-        f"{NAME}: {tokens} tokens that it drew at temperature 1 are not from the distributions that"
-        f" it reports: their mean negative logprob is {verdict.surprise:.2f} nats and should be"
-        f" {verdict.entropy:.2f}, and chance makes that of an honest server less than once in a"
-        f" million times. Most likely {verdict.kind}. Switch that off where the model is served,"
-        " or use another server"
-    )
+        Returns:
+          (all positions of the first text, median difference to the sampled logprobs in nats).
 
-
-def _score_again(
-    transport: Transport, dialect: Dialect, texts: Sequence[Text]
-) -> tuple[TeacherAnswer, float]:
-    """(every position of the first text, median difference of drawn and scored tokens in nats).
-
-    Raises:
-      WrongAnswer: they differ by more than the server's own noise explains.
-    """
-    requests = [score_request(text.whole, text.request.top_k) for text in texts]
-    (first,) = exchange(transport, dialect, requests[:1])
-    _check_count(first, texts[0].request.top_k)
-    rest = [requests[1:]] if dialect.rows_per_request else [[one] for one in requests[1:]]
-    answers = [first, *[a for part in rest if part for a in exchange(transport, dialect, part)]]
-    scored = [
-        answer.rows(slice(len(text.request.ids) - 1, None))
-        for text, answer in zip(texts, answers, strict=True)
-    ]
-    found = agreement.apart([text.answer for text in texts], scored)
-    if found.within(agreement.FLOOR):
-        return first, found.median
-    noise = _noise(transport, dialect, texts[1:])
-    if not found.within(agreement.most(noise)):
-        drawn, again = found.worst
-        raise WrongAnswer(
-            f"{NAME}: tokens that it drew have other logprobs when they are scored, one of them"
-            f" {drawn:.3f} and then {again:.3f}: {found.median:.3f} nats apart (median of"
-            f" {found.tokens}; its own noise of {noise:.4f} allows {agreement.most(noise):.3f}),"
-            f" and a scored logprob moves by {found.slope:.2f} where a drawn one moves by 1 (from"
-            " 0.95 to 1.05 is right): it shifts positions, adds a token, or does not compute at"
-            " temperature 1"
+        Raises:
+          WrongAnswer: they differ by more than the server's own noise explains.
+        """
+        wholes = [np.concatenate([text.request.ids, text.answer.target_ids]) for text in texts]
+        first, *rest = [score_request(ids, self._top_k) for ids in wholes]
+        answers = self.ask(first)
+        self._check_count(answers[0])
+        together = self._dialect.rows_per_request and len(rest) > 0
+        for requests in [rest] if together else [[request] for request in rest]:
+            answers += self.ask(*requests)
+        scored = [
+            answer.rows(slice(len(text.request.ids) - 1, None))
+            for text, answer in zip(texts, answers, strict=True)
+        ]
+        found = agreement.compare([text.answer for text in texts], scored)
+        if found.within(agreement.FLOOR):
+            return answers[0], found.median
+        noise = self._noise(texts[1:])
+        most = agreement.max_median(noise)
+        if not found.within(most):
+            sampled, again = found.worst
+            raise WrongAnswer(
+                f"{NAME}: tokens that it drew have other logprobs when they are scored, one of them"
+                f" {sampled:.3f} and then {again:.3f}: {found.median:.3f} nats apart (median of"
+                f" {found.tokens}; its own noise of {noise:.4f} allows {most:.3f}), and a scored"
+                f" logprob moves by {found.slope:.2f} where a drawn one moves by 1 (from 0.95 to"
+                " 1.05 is right): it shifts positions, adds a token, or does not compute at"
+                " temperature 1"
+            )
+        logging.warning(
+            "sampled and scored logprobs of the same tokens differ by %.3f nats (median), those of"
+            " the server with itself by %.3f (mean): it computes in a low precision",
+            *(found.median, noise),
         )
-    logging.warning(
-        "drawn and scored logprobs of the same tokens differ by %.3f nats (median), the server's"
-        " own by %.3f (mean): it computes in a low precision",
-        *(found.median, noise),
-    )
-    return first, found.median
+        return answers[0], found.median
 
-
-def _noise(transport: Transport, dialect: Dialect, texts: Sequence[Text]) -> float:
-    """How far a server is from itself: what it says of a place after it wrote or read the text."""
-    written, read = [], []
-    for request, answer in texts:
-        half = len(answer.target_ids) // 2
-        if not half:
-            continue
-        ids = np.concatenate([request.ids, answer.target_ids[:half]])
-        once = dataclasses.replace(request, ids=ids, sampling=SamplingParams(1, 0.0, 1.0))
-        (again,) = exchange(transport, dialect, [once])
-        if not again.lost:
-            written.append(answer.rows(slice(half, half + 1)))
-            read.append(again.rows(slice(1)))
-    return agreement.noise(written, read)
+    def _noise(self, texts: Sequence[Text]) -> float:
+        """How the server's answers at one place differ after it wrote, and after it read a text."""
+        written, read = [], []
+        for request, answer in texts:
+            if half := len(answer.target_ids) // 2:
+                ids = np.concatenate([request.ids, answer.target_ids[:half]])
+                greedy = SamplingParams(1, 0.0, 1.0)
+                (again,) = self.ask(dataclasses.replace(request, ids=ids, sampling=greedy))
+                if not again.lost:
+                    written.append(answer.rows(slice(half, half + 1)))
+                    read.append(again.rows(slice(1)))
+        return agreement.noise(written, read)

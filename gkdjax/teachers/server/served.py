@@ -1,29 +1,21 @@
-"""What a server says that it serves: the model's name and context, and its tokenizer."""
+"""What a server says about itself: the model's name and context length, and its tokenizer."""
 
 import difflib
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import logging
 
 from gkdjax.data.chat_template import Chat
 from gkdjax.teachers.server.transport.client import Transport
+from gkdjax.types import ContextLimit
 from gkdjax.utils.errors import TeacherRefused, TeacherUnreachable, UserError, WrongAnswer
 
 
-class Window(NamedTuple):
-    """How much a server reads."""
-
-    tokens: int  # of a view, at most
-    written: int | None  # with what it writes; None: that does not count
-    source: str  # what says so, for people
-
-
-def model_of(transport: Transport, api_model: str) -> tuple[str, Window | None]:
-    """(the model's name, and what its list says that it reads, or None).
+def model_of(transport: Transport, api_model: str) -> tuple[str, ContextLimit | None]:
+    """(the model's name, its context length by the server's list of models).
 
     Raises:
-      UserError: there is no such model, or several and none is named; those there are, are told.
+      UserError: there is no such model, or several and none is named; the message lists them.
     """
     try:
         listed = transport.get("/v1/models")
@@ -35,27 +27,30 @@ def model_of(transport: Transport, api_model: str) -> tuple[str, Window | None]:
         raise UserError(
             f"{error}; is that a server of this API? See config.teacher.api_base"
         ) from None
-    entries = listed.get("data") if isinstance(listed, dict) else None
-    entries = [e for e in entries or () if isinstance(e, dict) and isinstance(e.get("id"), str)]
-    names = [entry["id"] for entry in entries]
-    if not api_model and len(names) != 1:
+    entries = {e["id"]: e for e in _entries(listed) if isinstance(e.get("id"), str)}
+    if not api_model and len(entries) != 1:
         raise UserError(
-            f"{transport.root} has the models {names}; name one in config.teacher.api_model"
+            f"{transport.root} has the models {[*entries]}; name one in config.teacher.api_model"
         )
-    name = api_model or names[0]
-    if names and name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    name = api_model or next(iter(entries))
+    if entries and name not in entries:
+        near = difflib.get_close_matches(name, entries, n=1, cutoff=0.0)
         raise UserError(
             f"config.teacher.api_model = {name!r}: {transport.root} does not have it; did you mean"
             f" {near[0]!r}?"
         )
-    return name, _listed(entries, name)
+    known_by, limit, seen = name, None, set()
+    while isinstance(known_by, str) and known_by in entries and known_by not in seen and not limit:
+        seen.add(known_by)
+        limit = _limit(entries[known_by], f"{known_by} in /v1/models")
+        known_by = entries[known_by].get("parent")  # an adapter's entry may leave it to that one
+    return name, limit
 
 
 def compare_tokenizers(
     transport: Transport, model: str, chat: Chat, text: str
-) -> tuple[str, Window | None]:
-    """(how it was done, for people; and what the same answer says that the server reads, or None).
+) -> tuple[str, ContextLimit | None]:
+    """(how the tokenizers were compared, the context length by the same response).
 
     Raises:
       UserError: the server writes other ids for the same text.
@@ -65,77 +60,58 @@ def compare_tokenizers(
         {"model": model, "prompt": text, "add_special_tokens": False},
         {"content": text, "add_special": False},
     ):
-        try:
-            said = transport.post("/tokenize", body, max_bytes=2**20, once=True)
-        except (TeacherRefused, TeacherUnreachable, WrongAnswer):
-            continue
-        theirs = said.get("tokens") if isinstance(said, dict) else None
-        # An empty list: the text stood in a field that this server does not read.
+        response = _optional(transport.post, "/tokenize", body, max_bytes=2**20)
+        theirs = response.get("tokens") if isinstance(response, dict) else None
+        # An empty list: the server does not read the text from this field.
         if not theirs or not isinstance(theirs, list) or not all(type(i) is int for i in theirs):
             continue
         if theirs != ours:
-            at = next(
-                (i for i, pair in enumerate(zip(ours, theirs, strict=False)) if len({*pair}) > 1),
-                min(len(ours), len(theirs)),
-            )
+            pairs = enumerate(zip(ours, theirs, strict=False))
+            shorter = min(len(ours), len(theirs))
+            at = next((i for i, (our, their) in pairs if our != their), shorter)
             raise UserError(
                 f"the tokenizer of {model} is not that of {chat.directory}: of one text the token"
                 f" {at} is {theirs[at : at + 1]} there and {ours[at : at + 1]} here. Name the"
                 " teacher's own in config.teacher.tokenizer; it has to be the student's as well,"
                 " but for added tokens"
             )
-        window = _window(said.get("max_model_len"), f"{model} in /tokenize")
-        return f"the same {len(ours)} ids for a text", window
+        return f"the same {len(ours)} ids for a text", _limit(response, f"{model} in /tokenize")
     logging.warning(
         "%s has no /tokenize: its tokenizer is taken to be that of %s",
-        transport.root,
-        chat.directory,
+        *(transport.root, chat.directory),
     )
     return "not compared: the server has no /tokenize", None
 
 
-def proxied(transport: Transport, model: str) -> Window | None:
-    """What LiteLLM's proxy knows of the model behind it; None where there is no such route."""
+def proxied(transport: Transport, model: str) -> ContextLimit | None:
+    """The context length by LiteLLM's proxy; None where there is no such route."""
+    entries = _entries(_optional(transport.get, "/model/info"))
+    infos = [entry.get("model_info") for entry in entries if entry.get("model_name") == model]
+    where = f"{model} in /model/info"
+    limits = [_limit(info, where) for info in infos if isinstance(info, dict)]
+    # Several servers of one name take turns.
+    return min(filter(None, limits), key=lambda limit: limit.tokens, default=None)
+
+
+def _optional(ask, *args, **kwargs) -> Any:
+    """The response of a route that a server need not have; None if it fails."""
     try:
-        said = transport.get("/model/info", once=True)
+        return ask(*args, once=True, **kwargs)
     except (TeacherRefused, TeacherUnreachable, WrongAnswer):
         return None
-    entries = said.get("data") if isinstance(said, dict) else None
-    windows = [
-        _input(info.get("max_input_tokens"), f"{model} in /model/info")
-        for entry in entries or ()
-        if isinstance(entry, dict) and entry.get("model_name") == model
-        for info in [entry.get("model_info")]
-        if isinstance(info, dict)
-    ]
-    # Several servers of one name take turns.
-    found = [window for window in windows if window is not None]
-    return min(found, key=lambda window: window.tokens, default=None)
 
 
-def _listed(entries: Sequence[dict], name: str) -> Window | None:
-    """From /v1/models; an adapter's entry may leave it to that of the model that it is for."""
-    by_name = {entry["id"]: entry for entry in entries}
-    seen: list[str] = []
-    while isinstance(name, str) and name in by_name and name not in seen:
-        seen.append(name)
-        entry, where = by_name[name], f"{name} in /v1/models"
-        window = _window(entry.get("max_model_len"), where)
-        window = window or _input(entry.get("max_input_tokens"), where)  # LiteLLM's name
-        if window is not None:
-            return window
-        name = by_name[name].get("parent")
+def _entries(response: Any) -> list[dict]:
+    listed = response.get("data") if isinstance(response, dict) else None
+    return [entry for entry in listed or () if isinstance(entry, dict)]
+
+
+def _limit(entry: dict, where: str) -> ContextLimit | None:
+    """By vLLM's field or LiteLLM's."""
+    both = entry.get("max_model_len")
+    if type(both) is int and both >= 2:  # one token is always written
+        return ContextLimit(both - 1, f"max_model_len={both} of {where}", both)
+    read = entry.get("max_input_tokens")
+    if type(read) is int and read >= 1:
+        return ContextLimit(read, f"max_input_tokens={read} of {where}")
     return None
-
-
-def _window(max_model_len: Any, where: str) -> Window | None:
-    """One token is always written, and has to find room."""
-    if type(max_model_len) is not int or max_model_len < 2:
-        return None
-    return Window(max_model_len - 1, max_model_len, f"max_model_len={max_model_len} of {where}")
-
-
-def _input(max_input_tokens: Any, where: str) -> Window | None:
-    if type(max_input_tokens) is not int or max_input_tokens < 1:
-        return None
-    return Window(max_input_tokens, None, f"max_input_tokens={max_input_tokens} of {where}")

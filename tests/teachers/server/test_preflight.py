@@ -12,7 +12,7 @@ from gkdjax.data.chat_template import load_chat
 from gkdjax.teachers.server import preflight
 from gkdjax.teachers.server.connect import DIALECTS
 from gkdjax.teachers.server.preflight import examine
-from gkdjax.teachers.server.transport import retries
+from gkdjax.teachers.server.transport import client
 from gkdjax.teachers.server.transport.client import Limits, Transport
 from gkdjax.types import SamplingParams
 from gkdjax.utils.errors import TeacherRefused, TeacherUnreachable, UserError
@@ -139,7 +139,7 @@ def test_scores_that_are_off_by_one_are_not_used(chat):
 @pytest.fixture
 def quickly(monkeypatch):
     """No pauses between attempts."""
-    monkeypatch.setattr(retries, "pause", lambda closed, seconds: None)
+    monkeypatch.setattr(client, "pause", lambda closed, seconds: None)
 
 
 class Broken(FakeTeacher):

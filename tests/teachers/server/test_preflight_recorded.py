@@ -89,8 +89,9 @@ def test_llama_cpp_pythons_scores_are_off_by_one():
     rows[:, 0] = -1.0
     tops = np.zeros((4, 20), np.int32)
     drawn = TeacherAnswer(ids[-4:], rows[:, 0], tops, rows, np.full(4, -0.5, np.float32))
+    trial = preflight.Trial(Replay(answer, {}), dialect, RecordedChat(ids.tolist()), 20)
     with pytest.raises(WrongAnswer, match=r"and then -1[01]\.\d+: .*: it shifts positions"):
-        preflight._score_again(Replay(answer, {}), dialect, [text(ids[:-4], drawn)])
+        trial.score([text(ids[:-4], drawn)])
 
 
 def test_the_same_scores_pass_if_they_are_those_it_drew_with():
@@ -105,9 +106,10 @@ def test_the_same_scores_pass_if_they_are_those_it_drew_with():
         ids[-4:], rows[:, 0], np.zeros((4, 3), np.int32), rows, np.zeros(4, np.float32)
     )
     replay = Replay({}, recorded["response"])
-    scored, apart = preflight._score_again(replay, dialect, [text(ids[:-4], drawn)])
+    trial = preflight.Trial(replay, dialect, RecordedChat(ids.tolist()), 3)
+    scored, apart = trial.score([text(ids[:-4], drawn)])
     assert apart < 1e-6
     assert len(scored.target_ids) == len(ids) - 1
     shifted = dataclasses.replace(drawn, target_logprob=np.roll(drawn.target_logprob, 1))
     with pytest.raises(WrongAnswer, match="shifts positions"):
-        preflight._score_again(replay, dialect, [text(ids[:-4], shifted)])
+        trial.score([text(ids[:-4], shifted)])

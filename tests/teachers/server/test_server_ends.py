@@ -14,7 +14,7 @@ from gkdjax.teachers.server.dialects.vllm import PromptLogprobs
 from gkdjax.teachers.server.scheduler import Pool
 from gkdjax.teachers.server.store.answers import AnswerStore
 from gkdjax.teachers.server.store.suspects import Suspects
-from gkdjax.teachers.server.transport import retries
+from gkdjax.teachers.server.transport import client
 from gkdjax.teachers.server.transport.client import Limits, Transport
 from gkdjax.types import SamplingParams
 from gkdjax.utils.errors import TeacherUnreachable
@@ -77,7 +77,7 @@ class Ending(FakeTeacher):
 def ending(monkeypatch):
     teacher = Ending()
     with FakeServer(teacher) as teacher.server:
-        monkeypatch.setattr(retries, "pause", teacher.pause)
+        monkeypatch.setattr(client, "pause", teacher.pause)
         yield teacher
 
 

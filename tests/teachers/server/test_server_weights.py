@@ -12,14 +12,14 @@ import gkdjax
 from gkdjax import config
 from gkdjax.teachers.server import connect, scheduler
 from gkdjax.teachers.server.dialects.openai import Chat, CompletionsById
-from gkdjax.teachers.server.transport import retries
+from gkdjax.teachers.server.transport import client
 from gkdjax.train import setup
 from gkdjax.utils.errors import TeacherRefused, UserError
 
 
 @pytest.fixture(autouse=True)
 def pauses(monkeypatch):
-    monkeypatch.setattr(retries, "pause", lambda closed, seconds: closed.wait(0.01))
+    monkeypatch.setattr(client, "pause", lambda closed, seconds: closed.wait(0.01))
 
 
 class Replaced(FakeTeacher):
@@ -85,7 +85,7 @@ def test_a_run_is_asked_the_way_that_it_began_with(student, tmp_path, monkeypatc
         workdir.mkdir(exist_ok=True)
         with contextlib.ExitStack() as stack:
             read = setup.read(config.parse(c), workdir, None, stack)
-            return type(read.teacher.pool._dialect)
+            return type(read.teacher.pool.dialect)
 
     with FakeServer(FakeTeacher(by_text=True, extensions=True)) as server:
         rows = [{"prompt": "ask"}] * 4

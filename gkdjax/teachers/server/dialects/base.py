@@ -78,9 +78,11 @@ class Dialect(LogprobsReader, abc.ABC):
 
 
 def exchange(
-    transport: Transport, dialect: Dialect, requests: Sequence[Request]
+    transport: Transport, dialect: Dialect, requests: Sequence[Request], *, most_same: int = 0
 ) -> list[TeacherAnswer]:
     """Asks one request, or several to score if the dialect takes them together -> the answers.
+
+    `most_same` is that of `Transport.post`; 0: what suits the number of requests.
 
     Raises:
       NotImplementedError: the dialect scores nothing.
@@ -90,7 +92,7 @@ def exchange(
     score = isinstance(requests[0], ScoreRequest)
     call = dialect.score(*requests) if score else dialect.sample(*requests)
     # Of several rows one may be what the server trips over: they can be asked for one by one.
-    most_same = 2 if len(requests) > 1 else 0
+    most_same = most_same or (2 if len(requests) > 1 else 0)
     answer = transport.post(call.path, call.body, max_bytes=call.max_bytes, most_same=most_same)
     root = opened(answer, requests[0].name)
     return dialect.read_scores(root, *requests) if score else [dialect.read_sample(root, *requests)]

@@ -1,91 +1,96 @@
-"""Questions to one server and its answers, as JSON over HTTP, until they come or it is hopeless."""
+"""JSON over HTTP to one server: a request is repeated until it succeeds or cannot succeed."""
 
 import dataclasses
+import email.utils
+import itertools
 import json
+import random
+import re
 import socket
 import ssl
 import sys
 import threading
 import time
 import urllib.parse
+from typing import NamedTuple
 
 import requests
 import urllib3
 from absl import logging
 
-from gkdjax.teachers.server.transport import retries, session, strict_json
-from gkdjax.teachers.server.transport.retries import Failed
+from gkdjax.teachers.server.transport import session, strict_json
 from gkdjax.utils.errors import GkdjaxError, TeacherRefused, TeacherUnreachable, WrongAnswer
 
-_GET_BYTES = 2**24  # the list of a hosted server's models is long
-_ERROR_BYTES = 2**16  # of an error's body; more is not read
-# Also ValueError: of a chunk with a negative size.
+_GET_BYTES = 2**24  # a hosted server lists many models
+_ERROR_BYTES = 2**16  # that are read of the body of an error
+_LONGEST_WAIT_S = 60.0  # between two attempts; a Retry-After may ask for hours
+_MOST_OUTAGES = 2  # of the server during one request
+_RETRIED = (408, 409, 429)  # and those from 500 on, except:
+_NOT_RETRIED = (501, 505)
+# ValueError: a chunk with a negative size.
 _BROKEN = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
-_AGAIN = (408, 409, 429)  # beside those from 500 on
-_MOST_ENDED = 2  # times that a server goes away while it is asked one thing
-_NEVER = (501, 505)  # of those: what the server does not have it will not have later
-_HINTS = {
-    401: "; see config.teacher.api_key_env",
-    403: "; see config.teacher.api_key_env",
-    404: "; see config.teacher.api_base and config.teacher.api_model",
-}
+# Times and numbers of requests, by which two responses to the same fault differ.
+_VARIABLE = re.compile(rb"\w*\d\w*|\b[a-fA-F]{4,}\b")
+_KEY_HINT = "; see config.teacher.api_key_env"
+_ROUTE_HINT = "; see config.teacher.api_base and config.teacher.api_model"
+_HINTS = {401: _KEY_HINT, 403: _KEY_HINT, 404: _ROUTE_HINT}
 
 
 class RepeatedServerError(TeacherUnreachable):
-    """The same 5xx answer again and again: it may be the request that the server trips over.
+    """The same 5xx response came `most_same` times: the request itself may be the reason."""
 
-    Only of requests whose caller said how often is enough.
+
+class ServerCrashed(TeacherUnreachable):
+    """The server went away during this request, and again after it was back, or for good.
+
+    The request may be the reason, or another one that was under way at the same time.
     """
 
-
-class ServerEnded(TeacherUnreachable):
-    """The server went away while it was asked this, and again when it was back; or stayed away.
-
-    It may be the request that it does not survive, or another that was under way beside it.
-
-    Attributes:
-      is_back: it went away as often as it may, so it comes back; else it stayed away to the end.
-    """
-
-    is_back = False
+    came_back = False  # it went away as often as it may, so it was back in between
 
 
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """How long a server is waited for.
+class Limits(NamedTuple):
+    """How long a server is waited for."""
 
-    Attributes:
-      timeout_s: of one attempt with all that belongs to it; connecting has at most 10 s of it.
-      deadline_s: of a request with all its attempts.
-      max_retries: attempts after the first.
-    """
-
-    timeout_s: float
-    deadline_s: float
+    timeout_s: float  # of one attempt in total; connecting has at most 10 s of it
+    deadline_s: float  # of a request with all its attempts
     max_retries: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Reply:
-    """Of whatever status, as far as it was read."""
+class _Request(NamedTuple):
+    method: str
+    path: str
+    data: bytes | None
+    max_bytes: int  # of the response
 
+
+class _Response(NamedTuple):
     status: int
     headers: requests.structures.CaseInsensitiveDict
-    body: bytes  # perhaps a little more than was wanted, if there was more
+    body: bytes  # in full, or a little more than was wanted of it
 
     @property
-    def is_success(self) -> bool:
-        return 200 <= self.status < 300
+    def encoding(self) -> str:
+        """The content encoding, "" for none; nothing is unpacked, as it may be huge."""
+        encoding = (self.headers.get("Content-Encoding") or "").strip()
+        return "" if encoding.lower() == "identity" else encoding
 
     @property
     def text(self) -> str:
-        return f"<{self.packed}>" if self.packed else self.body.decode(errors="replace")
+        return f"<{self.encoding}>" if self.encoding else self.body.decode(errors="replace")
 
-    @property
-    def packed(self) -> str:
-        """The content encoding; "" if there is none. What is packed stays so: it may be huge."""
-        encoding = (self.headers.get("Content-Encoding") or "").strip()
-        return "" if encoding.lower() == "identity" else encoding
+
+@dataclasses.dataclass
+class _Failure:
+    """An attempt that may succeed another time."""
+
+    reason: str
+    error: type[GkdjaxError] = TeacherUnreachable  # raised if no other attempt is made
+    has_response: bool = False
+    retry_after_s: float = 0.0
+    server_error: tuple[int, bytes] | None = None  # status and body of 5xx, without `_VARIABLE`
+    is_down: bool = False  # nobody listens at the address
+    times_down: int = 0  # that any request has found so until now
 
 
 class Transport:
@@ -93,8 +98,8 @@ class Transport:
 
     Attributes:
       root: the address without "/v1", to which paths are appended.
-      retries: attempts so far that were not the first of their request.
-      outages: of the failed ones, those after which another server may answer.
+      retries: all attempts so far that were not the first of their request.
+      outages: failures so far after which another server may answer.
     """
 
     def __init__(self, api_base: str, api_key_env: str, limits: Limits, *, trust_env: bool):
@@ -102,252 +107,241 @@ class Transport:
 
         Args:
           api_base: http or https address, with or without "/v1" at its end.
-          api_key_env: name of the environment variable with the key; "": there is none.
+          api_key_env: name of the environment variable with the key; "" for no key.
           limits: of time and attempts.
           trust_env: take proxies, certificates and ~/.netrc from the environment.
 
         Raises:
-          UserError: an address or a key that cannot be.
+          UserError: the address or the key is malformed.
         """
         self.root = session.root_of(api_base)
-        self.retries = 0
-        self.outages = 0
-        self._refusals = 0
+        self.retries = self.outages = self._times_down = 0
         self._limits = limits
         self._key = session.read_key(api_key_env)
         self._session = session.open_session(self._key, trust_env=trust_env)
-        self._lock = threading.Lock()
-        self._closed = threading.Event()
-        if (
-            self._key
-            and self.root.lower().startswith("http:")
-            and not session.is_loopback(self.root)
-        ):
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        is_plain = self.root.lower().startswith("http:") and not session.is_loopback(self.root)
+        if self._key and is_plain:
             logging.warning(
                 "the key in %s goes to %s over plain http: everyone in between can read it",
-                api_key_env,
-                self.root,
+                *(api_key_env, self.root),
             )
 
     def get(self, path: str, *, once: bool = False) -> dict | list:
-        """As `post`, without a body."""
-        return self._ask(_Question("GET", path, None, _GET_BYTES), once=once)
+        """Like `post`, without a body."""
+        return self._ask(_Request("GET", path, None, _GET_BYTES), once=once)
 
     def post(
-        self,
-        path: str,
-        body: dict,
-        *,
-        max_bytes: int,
-        most_same: int = 0,
-        once: bool = False,
+        self, path: str, body: dict, *, max_bytes: int, most_same: int = 0, once: bool = False
     ) -> dict | list:
-        """Asks until there is an answer, waiting longer each time.
+        """Asks until there is an answer, with longer and longer waits.
 
-        Asked again: no connection, a broken or late answer, one that is no JSON, and the statuses
-        408, 409, 429 and 5xx.
+        No connection, a broken or late response, one that is no JSON, and the statuses 408, 409,
+        429 and 5xx lead to another attempt.
 
         Args:
-          path: as "/v1/completions".
-          body: anything JSON can hold.
-          max_bytes: of the answer.
-          most_same: so many times the same 5xx answer are the end of it; 0: the limits alone are.
-          once: a single attempt, of a route that the server need not have.
+          path: such as "/v1/completions".
+          body: a JSON object.
+          max_bytes: of the response.
+          most_same: give up when the same 5xx response came so often in a row; 0: never.
+          once: make a single attempt, for a route that the server need not have.
 
         Raises:
-          TeacherRefused: any other status, which would come again.
-          WrongAnswer: too long, no JSON to the end, or none as its standard has it.
+          TeacherRefused: any other status, a redirect, or an unknown certificate.
+          WrongAnswer: the response is too long, no JSON at any attempt, or non-standard JSON.
           TeacherUnreachable: no answer within the limits, or the transport is closed.
-          RepeatedServerError: the same 5xx answer `most_same` times in a row.
-          ServerEnded: the server went away twice while it was asked this, or once and for good.
+          RepeatedServerError: see `most_same`.
+          ServerCrashed: the server went away twice during this request, or once and for good.
         """
         data = json.dumps(body, allow_nan=False).encode()
-        question = _Question("POST", path, data, max_bytes)
-        return self._ask(question, most_same=most_same, once=once)
+        return self._ask(_Request("POST", path, data, max_bytes), most_same=most_same, once=once)
 
     def close(self) -> None:
-        """Closes the connections; whoever still waits to ask again gives up."""
+        """Closes the connections; requests that wait for another attempt give up."""
         self._closed.set()
         self._session.close()
 
-    def _ask(self, question: "_Question", *, most_same: int = 0, once: bool = False) -> dict | list:
-        deadline = time.monotonic() + self._limits.deadline_s
-        result = retries.persist(
-            lambda: self._attempt(question, deadline),
-            max_retries=0 if once else self._limits.max_retries,
-            deadline_s=self._limits.deadline_s,
-            most_same=most_same,
-            most_ended=_MOST_ENDED,
-            closed=self._closed,
-            before_sleep=self._count,
+    def _ask(self, request: _Request, *, most_same: int = 0, once: bool = False) -> dict | list:
+        start = time.monotonic()
+        most_attempts = 1 if once else 1 + self._limits.max_retries
+        same = outages = 0
+        last = _Failure("", is_down=True)
+        for attempt in itertools.count(1):
+            outcome = self._attempt(request, start + self._limits.deadline_s)
+            if not isinstance(outcome, _Failure):
+                return outcome
+            if outcome.server_error is None:
+                same = 0
+            else:
+                same = same + 1 if last.server_error == outcome.server_error else 1
+            if not last.is_down:  # another request may have seen that it went away meanwhile
+                outages += outcome.times_down > last.times_down
+            last = outcome
+            longest_s = max(0.25, min(2.0 ** min(attempt - 1, 10), _LONGEST_WAIT_S))
+            wait_s = max(random.uniform(0.25, longest_s), last.retry_after_s)
+            seconds = time.monotonic() - start
+            is_repeated = 0 < most_same <= same
+            is_late = attempt >= most_attempts or seconds + wait_s >= self._limits.deadline_s
+            if is_repeated or is_late or outages >= _MOST_OUTAGES or self._closed.is_set():
+                break
+            with self._lock:
+                self.retries += 1
+                self.outages += last.server_error is not None or not last.has_response
+            text = "%s: %s; trying again in %.1f s"
+            logging.log_every_n_seconds(logging.WARNING, text, 60, self.root, last.reason, wait_s)
+            pause(self._closed, wait_s)
+        message = (
+            f"{self._where(request)} got no usable answer in {seconds:.1f} s; attempts: {attempt};"
+            f" the last one: {last.reason}"
         )
-        if isinstance(result, retries.GaveUp):
-            raise self._given_up(self._where(question), result)
-        return result
+        if is_repeated:
+            raise RepeatedServerError(message)
+        if outages:
+            error = ServerCrashed(f"{message}; times that the server went away: {outages}")
+            error.came_back = outages == _MOST_OUTAGES
+            raise error
+        raise last.error(message)
 
-    def _given_up(self, where: str, last: retries.GaveUp) -> GkdjaxError:
-        told = (
-            f"{where} got no usable answer in {last.seconds:.1f} s; attempts: {last.attempts}; the"
-            f" last one: {last.failed.reason}"
-        )
-        if last.repeated:
-            return RepeatedServerError(told)
-        if last.ended:
-            error = ServerEnded(f"{told}; so often the server went away meanwhile: {last.ended}")
-            error.is_back = last.ended == _MOST_ENDED
-            return error
-        return last.failed.error(told)
-
-    def _count(self, failed: Failed, seconds: float) -> None:
-        with self._lock:
-            self.retries += 1
-            self.outages += failed.server_error is not None or not failed.answered
-        logging.log_every_n_seconds(
-            logging.WARNING, "%s: %s; trying again in %.1f s", 60, self.root, failed.reason, seconds
-        )
-
-    def _attempt(self, question: "_Question", deadline: float) -> dict | list | Failed:
+    def _attempt(self, request: _Request, deadline: float) -> dict | list | _Failure:
         if self._closed.is_set():
-            return Failed("not made, the transport is closed")
+            return _Failure("not made, the transport is closed")
         seconds = min(self._limits.timeout_s, max(deadline - time.monotonic(), 1e-3))
-        outer = sys.exception()
+        handled_outside = sys.exception()
         try:
-            outcome = self._exchange(question, seconds)
+            outcome = self._send(request, seconds)
         except _BROKEN as error:
-            outcome = self._broken(question, _innermost(error, outer), seconds)
-        # Not raised above, where it would have those as context that hold the request's headers.
-        if isinstance(outcome, TeacherRefused):
-            raise outcome
-        if isinstance(outcome, Reply):
-            outcome = self._judged(question, outcome)
-        if isinstance(outcome, Failed):
-            return dataclasses.replace(outcome, refusals=self._refusals)
+            outcome = _first_cause(error, handled_outside)
+        # Errors are raised outside of the handler: the library's hold the request's headers, with
+        # the key, and must not become the context of ours.
+        if isinstance(outcome, _Response):
+            outcome = self._read(request, outcome)
+        else:
+            outcome = self._explain(request, outcome, seconds)
+        if isinstance(outcome, _Failure):
+            outcome.times_down = self._times_down
         return outcome
 
-    def _exchange(self, question: "_Question", seconds: float) -> Reply:
+    def _send(self, request: _Request, seconds: float) -> _Response:
         with self._session.request(
-            question.method,
-            self.root + question.path,
-            data=question.data,
-            headers={"Content-Type": "application/json"} if question.data else None,
+            request.method,
+            self.root + request.path,
+            data=request.data,
+            headers={"Content-Type": "application/json"} if request.data else None,
             timeout=session.attempt_timeout(seconds),
             stream=True,
         ) as response:
-            most = question.max_bytes if response.status_code < 300 else _ERROR_BYTES
-            body = read_body(response.raw, most)
-            return Reply(response.status_code, response.headers, body)
+            most = request.max_bytes if response.status_code < 300 else _ERROR_BYTES
+            body = bytearray()
+            for part in response.raw.stream(2**16, decode_content=False):
+                body += part
+                if len(body) > most:
+                    break
+            return _Response(response.status_code, response.headers, bytes(body))
 
-    def _broken(
-        self, question: "_Question", error: BaseException, seconds: float
-    ) -> Failed | TeacherRefused:
-        """Of an attempt without a whole answer."""
+    def _explain(self, request: _Request, error: BaseException, seconds: float) -> _Failure:
+        """Why there is no whole response."""
         if isinstance(error, ssl.SSLCertVerificationError):
-            return TeacherRefused(
-                f"{self._where(question)}: the server's certificate does not hold:"
+            raise TeacherRefused(
+                f"{self._where(request)}: the server's certificate does not hold:"
                 f" {self._quoted(error.verify_message, 300)}"
             )
         if isinstance(error, TimeoutError):
-            return Failed(f"no whole answer within {seconds:.3g} s")
-        away = isinstance(error, ConnectionRefusedError | socket.gaierror)
+            return _Failure(f"no whole answer within {seconds:.3g} s")
+        is_down = isinstance(error, ConnectionRefusedError | socket.gaierror)
         with self._lock:
-            self._refusals += away
-        return Failed(self._quoted(f"{type(error).__name__}: {error}", 300), away=away)
+            self._times_down += is_down
+        return _Failure(self._quoted(f"{type(error).__name__}: {error}", 300), is_down=is_down)
 
-    def _judged(self, question: "_Question", reply: Reply) -> dict | list | Failed:
-        if reply.is_success:
-            return self._parsed(question, reply)
-        where = self._where(question)
-        if reply.status in _AGAIN or (reply.status >= 500 and reply.status not in _NEVER):
-            return Failed(
-                f"status {reply.status}: {self._quoted(reply.text, 300)}",
-                answered=True,
-                least_wait_s=retries.retry_after(reply.headers.get("Retry-After")),
-                server_error=(reply.status, reply.body) if reply.status >= 500 else None,
+    def _read(self, request: _Request, response: _Response) -> dict | list | _Failure:
+        status, where = response.status, self._where(request)
+        if 200 <= status < 300:
+            return self._parse(request, response)
+        if status in _RETRIED or (status >= 500 and status not in _NOT_RETRIED):
+            body = _VARIABLE.sub(b"", response.body)
+            return _Failure(
+                f"status {status}: {self._quoted(response.text, 300)}",
+                has_response=True,
+                retry_after_s=retry_after(response.headers.get("Retry-After")),
+                server_error=(status, body) if status >= 500 else None,
             )
-        if 300 <= reply.status < 400:
-            target = redirected_to(self.root + question.path, reply.headers.get("Location"))
+        if 300 <= status < 400:
+            target = _redirect_target(self.root + request.path, response.headers.get("Location"))
             raise TeacherRefused(
                 f"{where} is redirected to {self._quoted(target, 300)}, and redirects are not"
                 " followed; if that is the server, change config.teacher.api_base"
             )
-        raise TeacherRefused(
-            f"{where} was refused with status {reply.status}:"
-            f" {self._quoted(message_of(reply.text), 500)}{_HINTS.get(reply.status) or ''}"
-        )
+        message = self._quoted(_error_message(response.text), 500)
+        hint = _HINTS.get(status) or ""
+        raise TeacherRefused(f"{where} was refused with status {status}: {message}{hint}")
 
-    def _parsed(self, question: "_Question", reply: Reply) -> dict | list | Failed:
+    def _parse(self, request: _Request, response: _Response) -> dict | list | _Failure:
         def wrong(what: str) -> WrongAnswer:
-            return WrongAnswer(f"{self._where(question)}: the answer {self._quoted(what, 200)}")
+            return WrongAnswer(f"{self._where(request)}: the answer {self._quoted(what, 200)}")
 
-        if reply.packed:
-            raise wrong(f"has the Content-Encoding {reply.packed}, which was not asked for")
-        if len(reply.body) > question.max_bytes:
-            raise wrong(f"has more than {question.max_bytes} bytes")
+        if response.encoding:
+            raise wrong(f"has the Content-Encoding {response.encoding}, which was not asked for")
+        if len(response.body) > request.max_bytes:
+            raise wrong(f"has more than {request.max_bytes} bytes")
         try:
-            return strict_json.parse(reply.body, wrong)
+            return strict_json.parse(response.body, wrong)
         except strict_json.NotJson:
-            if question.data is None:  # it is no server of this API: another time it is none either
-                raise wrong(f"is no JSON: {reply.text}") from None
-            return Failed(f"no JSON: {self._quoted(reply.text, 200)}", WrongAnswer)
+            if request.data is None:  # no server of this API, at any time
+                raise wrong(f"is no JSON: {response.text}") from None
+        return _Failure(f"no JSON: {self._quoted(response.text, 200)}", WrongAnswer)
 
-    def _where(self, question: "_Question") -> str:
-        return f"{self.root}: {question.method} {question.path}"
+    def _where(self, request: _Request) -> str:
+        return f"{self.root}: {request.method} {request.path}"
 
     def _quoted(self, text: str, most: int) -> str:
-        """One line of at most so many printable characters, without the key or parts of it."""
-        if self._key:
-            text = without_key(text, self._key)
+        """The text in one line of at most so many printable characters, without the key.
+
+        Servers like to quote a wrong key, or its first or last characters.
+        """
+        if key := self._key:
+            for n in range(len(key), min(8, len(key)) - 1, -1):
+                text = text.replace(key[:n], "***").replace(key[-n:], "***")
         text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
         return text if len(text) <= most else text[:most] + "..."
 
 
-@dataclasses.dataclass(frozen=True)
-class _Question:
-    method: str
-    path: str
-    data: bytes | None
-    max_bytes: int  # of the answer
+def pause(closed: threading.Event, seconds: float) -> None:
+    """Waits between two attempts; all waiting is done here."""
+    closed.wait(seconds)
 
 
-def _innermost(error: BaseException, outer: BaseException | None) -> BaseException:
-    """What went wrong at first: the later ones quote addresses of objects.
+def retry_after(header: str | None) -> float:
+    """Seconds to wait by a Retry-After header, a number or a date; 0 if it is neither."""
+    if re.fullmatch(r"\s*[0-9]+(\.[0-9]+)?\s*", header or ""):
+        seconds = float(header)
+    else:
+        try:
+            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+        except (TypeError, ValueError, IndexError, OverflowError):
+            return 0.0
+    return min(max(seconds, 0.0), _LONGEST_WAIT_S)
 
-    `outer` is what the caller was handling already; it is the context of all of them.
+
+def _first_cause(error: BaseException, handled_outside: BaseException | None) -> BaseException:
+    """The error that led to the others, whose messages hold addresses of objects.
+
+    `handled_outside`, which the caller was handling already, is the context of all of them.
     """
-    while (inner := error.__cause__ or error.__context__) not in (None, outer):
+    while (inner := error.__cause__ or error.__context__) not in (None, handled_outside):
         error = inner
     return error
 
 
-def read_body(raw: urllib3.HTTPResponse, most: int) -> bytes:
-    """The body as it was sent, or a little more than `most` bytes of it."""
-    parts, size = [], 0
-    for part in raw.stream(2**16, decode_content=False):
-        parts.append(part)
-        size += len(part)
-        if size > most:
-            break
-    return b"".join(parts)
-
-
-def without_key(text: str, key: str) -> str:
-    """Servers like to quote a wrong key, or its head and tail."""
-    for n in range(len(key), min(8, len(key)) - 1, -1):
-        text = text.replace(key[:n], "***").replace(key[-n:], "***")
-    return text
-
-
-def redirected_to(url: str, location: str | None) -> str:
-    """Where a redirect points to, without what could be a secret."""
+def _redirect_target(url: str, location: str | None) -> str:
+    """Where a redirect leads, without parts that may be secret."""
     try:
         parts = urllib.parse.urlsplit(urllib.parse.urljoin(url, location or ""))
     except ValueError:
-        return "what is no address"
+        return "a malformed address"
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-def message_of(text: str) -> str:
-    """Of an error's body: the sentence for people, or all of it."""
+def _error_message(text: str) -> str:
+    """The message in the body of an error, or all of it."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):

@@ -1,32 +1,31 @@
-"""How to reach a server: its address, the key, and a session that keeps to the clock."""
+"""How a server is reached: its address, the key, and a session whose timeouts are total ones."""
 
 import http.client
 import io
 import ipaddress
 import os
 import re
-import socket
 import time
 import urllib.parse
 from http import cookiejar
 
 import requests
 import urllib3
-from requests import adapters, auth
+from requests import adapters
 
 from gkdjax.utils.errors import UserError
 
-_MOST_CONNECTIONS = 256  # that are kept open; no run asks so many things at once
+_MOST_CONNECTIONS = 256  # in the pool; no run has so many requests under way
 
 
 def root_of(api_base: str) -> str:
-    """The address without a trailing "/v1", to which paths like "/v1/models" are appended.
+    """The address without a trailing "/v1", to which paths such as "/v1/models" are appended.
 
     Raises:
-      UserError: it is no http or https address, or has a place where a key could hide.
+      UserError: it is no http or https address, or has a part in which a key could stand.
     """
     key = "config.teacher.api_base"
-    if "@" in api_base or "?" in api_base or "#" in api_base:
+    if re.search("[@?#]", api_base):
         raise UserError(
             f"{key} must not have a user, password, query or fragment; a key is read from the"
             " environment variable that config.teacher.api_key_env names"
@@ -35,10 +34,10 @@ def root_of(api_base: str) -> str:
     try:
         requests.Request("GET", root).prepare()
         parts = urllib.parse.urlsplit(root)
-        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # requests' own errors of this kind are ValueErrors, too
-        sound = False
-    if not sound or re.search(r"[\s\\\x00-\x1f\x7f]", root):
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # the base class of requests' errors about addresses, too
+        valid = False
+    if not valid or re.search(r"[\s\\\x00-\x1f\x7f]", root):
         raise UserError(f"{key}={api_base!r} must look like http://host:8000/v1")
     return root
 
@@ -47,30 +46,32 @@ def read_key(api_key_env: str) -> str | None:
     """The value of the environment variable of this name; None if the name is "".
 
     Raises:
-      UserError: no such variable, or no such name or key can be. The key is not in the message,
-        nor is the name where it could be the key itself.
+      UserError: there is no such variable, or its name or value is malformed. The message never
+        holds the key, nor a name that looks like one.
     """
     setting = "config.teacher.api_key_env"
     if not api_key_env:
         return None
-    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", api_key_env) or _may_be_a_key(api_key_env):
+    # A key can be a valid name, but names are short or have no lower-case letters.
+    like_key = len(api_key_env) >= 20 and re.search("[a-z].*[0-9]|[0-9].*[a-z]", api_key_env)
+    if like_key or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", api_key_env):
         raise UserError(
-            f"{setting} must be the name of an environment variable that holds the key, as"
-            " TEACHER_API_KEY; what is there looks like a key itself"
+            f"{setting} must be the name of an environment variable that holds the key, such as"
+            " TEACHER_API_KEY; its value looks like a key itself"
         )
     key = os.environ.get(api_key_env)
     if not key:
         raise UserError(f"{setting}={api_key_env!r}: that environment variable is not set")
     if not re.fullmatch("[!-~]+", key):
         raise UserError(
-            f"the environment variable {api_key_env} holds a line break, a space or something else"
-            " that no key has"
+            f"the environment variable {api_key_env} holds a line break, a space or another"
+            " character that no key has"
         )
     return key
 
 
 def is_loopback(root: str) -> bool:
-    """Whether what is sent to this address stays on this machine."""
+    """Whether this address is on this machine."""
     host = urllib.parse.urlsplit(root).hostname
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -79,11 +80,17 @@ def is_loopback(root: str) -> bool:
 
 
 def open_session(key: str | None, *, trust_env: bool) -> requests.Session:
-    """For any number of threads: its connections are pooled, and it has no other state."""
+    """Returns a thread-safe session that keeps no cookies, follows and unpacks nothing."""
     session = _Session()
     session.trust_env = trust_env
-    session.auth = None if key is None else _Bearer(key)
-    session.headers["Accept-Encoding"] = "identity"  # what is not packed need not be unpacked
+    if key is not None:
+
+        def authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
+            request.headers["Authorization"] = f"Bearer {key}"
+            return request
+
+        session.auth = authorize  # takes precedence over ~/.netrc, and its repr hides the key
+    session.headers["Accept-Encoding"] = "identity"
     session.cookies.set_policy(cookiejar.DefaultCookiePolicy(allowed_domains=()))
     for scheme in ("http://", "https://"):
         session.mount(scheme, _Adapter(pool_maxsize=_MOST_CONNECTIONS))
@@ -91,40 +98,24 @@ def open_session(key: str | None, *, trust_env: bool) -> requests.Session:
 
 
 def attempt_timeout(seconds: float) -> urllib3.Timeout:
-    """Of one request on such a session: with all of connecting, sending and reading."""
+    """The timeout of a whole request on such a session: connecting, sending and reading."""
     return urllib3.Timeout(total=seconds, connect=min(10.0, seconds))
-
-
-def _may_be_a_key(name: str) -> bool:
-    """Tokens with underscores are valid names; names are short, or have no lower-case letters."""
-    return len(name) >= 20 and bool(re.search("[a-z]", name) and re.search("[0-9]", name))
 
 
 class _Session(requests.Session):
     def get_redirect_target(self, resp):
-        """None: a redirect is an answer like any other; even its body is not read here."""
+        """Returns None: a redirect is a response like any other, whose body is not read here."""
         return None
 
 
-class _Bearer(auth.AuthBase):
-    """As an auth object the key takes precedence over ~/.netrc, and has no telling repr."""
+class _TimedReader(io.RawIOBase):
+    """The bytes of a socket, which has its timeout in total.
 
-    def __init__(self, key: str):
-        self._key = key
-
-    def __call__(self, r):
-        r.headers["Authorization"] = f"Bearer {self._key}"
-        return r
-
-
-class _Clocked(io.RawIOBase):
-    """A socket's bytes, for as long as its timeout was when the answer was first waited for.
-
-    A socket's own timeout starts again with each byte, so a server that sends one now and then
-    would hold us for good.
+    A socket's own timeout starts again at each byte: a server that sends one now and then would
+    never be given up.
     """
 
-    def __init__(self, sock: socket.socket, raw: io.RawIOBase):
+    def __init__(self, sock, raw: io.RawIOBase):
         self._sock, self._raw = sock, raw
         self._end = time.monotonic() + sock.gettimeout()
 
@@ -144,23 +135,16 @@ class _Clocked(io.RawIOBase):
 
 
 class _Response(http.client.HTTPResponse):
-    """All of an answer is read through `fp`: status line, headers, chunk sizes and body."""
-
     def __init__(self, sock, *args, **kwargs):
         super().__init__(sock, *args, **kwargs)
-        self.fp = io.BufferedReader(_Clocked(sock, self.fp.detach()))
-
-
-class _HTTPConnection(urllib3.connection.HTTPConnection):
-    response_class = _Response
-
-
-class _HTTPSConnection(urllib3.connection.HTTPSConnection):
-    response_class = _Response
+        # The status line, headers, chunk sizes and body are all read from `fp`.
+        self.fp = io.BufferedReader(_TimedReader(sock, self.fp.detach()))
 
 
 class _Adapter(adapters.HTTPAdapter):
     def get_connection_with_tls_context(self, *args, **kwargs):
         pool = super().get_connection_with_tls_context(*args, **kwargs)
-        pool.ConnectionCls = _HTTPSConnection if pool.scheme == "https" else _HTTPConnection
+        if pool.ConnectionCls.response_class is not _Response:
+            members = {"response_class": _Response}
+            pool.ConnectionCls = type("_Connection", (pool.ConnectionCls,), members)
         return pool

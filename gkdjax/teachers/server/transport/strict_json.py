@@ -1,4 +1,4 @@
-"""JSON as its standard has it: what Python's parser lets pass beyond that is refused."""
+"""A parser for standard JSON, which refuses what Python's own accepts beyond that."""
 
 import json
 import math
@@ -8,23 +8,20 @@ from gkdjax.utils.errors import WrongAnswer
 
 
 class NotJson(ValueError):
-    """Cut short, or something else, as a proxy's error page."""
+    """It is cut short, or something else, such as a proxy's error page."""
 
 
 def parse(body: bytes, wrong: Callable[[str], WrongAnswer]) -> dict | list:
-    """The object or list that `body` holds.
-
-    Args:
-      body: UTF-8.
-      wrong: makes the error from what is wrong, as "has the number NaN"; it may quote `body`.
+    """The object or list in `body`, which is UTF-8.
 
     Raises:
       NotJson: it does not parse.
-      WrongAnswer: it parses, but a number is not finite, an object has a key twice (Python keeps
-        the last in silence), or it is neither object nor list, or nested too deeply.
+      WrongAnswer: a number is not finite, an object has a key twice (Python silently takes the
+        last one), it is nested too deeply, or neither object nor list. `wrong` makes the error
+        from a description such as "has the number NaN".
     """
 
-    def no_constant(name: str) -> float:
+    def refuse_constant(name: str) -> float:
         raise wrong(f"has the number {name}, which is no JSON")
 
     def finite(digits: str) -> float:
@@ -34,19 +31,20 @@ def parse(body: bytes, wrong: Callable[[str], WrongAnswer]) -> dict | list:
         return number
 
     def distinct(pairs: list[tuple]) -> dict:
-        made = dict(pairs)
-        if len(made) != len(pairs):
-            twice = next(key for key in made if sum(key == other for other, _ in pairs) > 1)
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
             raise wrong(f"has an object with the key {twice[:80]!r} twice")
-        return made
+        return result
 
+    hooks = {
+        "parse_constant": refuse_constant,
+        "parse_float": finite,
+        "object_pairs_hook": distinct,
+    }
     try:
-        parsed = json.loads(
-            body.decode(),
-            parse_constant=no_constant,
-            parse_float=finite,
-            object_pairs_hook=distinct,
-        )
+        parsed = json.loads(body.decode(), **hooks)
     except RecursionError:
         raise wrong("is nested too deeply") from None
     except ValueError as error:

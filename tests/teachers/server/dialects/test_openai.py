@@ -31,8 +31,7 @@ from recorded_answers import (
 )
 
 from gkdjax.teachers.server.dialects import openai
-from gkdjax.teachers.server.store.answers import sample_key
-from gkdjax.teachers.server.store.fingerprint import TeacherIdentity
+from gkdjax.teachers.server.store.fingerprint import TeacherIdentity, sample_key
 from gkdjax.types import Message, SamplingParams
 from gkdjax.utils.errors import WrongAnswer
 

@@ -16,6 +16,7 @@ from stored_answers import (
     filled,
     items,
     key,
+    missing,
     noisy,
     same,
     teacher,
@@ -32,7 +33,7 @@ def test_what_was_put_is_there_when_it_is_opened_again(tmp_path):
         assert_holds(made, 1, 2)
     with AnswerStore(path) as again:
         assert_holds(again, 1, 2)
-        assert again.missing([key(3), key(1), key(4)]) == {key(3), key(4)}
+        assert missing(again, [key(3), key(1), key(4)]) == {key(3), key(4)}
         assert list(again.get([key(3), key(1), key(1)])) == [key(1)]
         assert again.get([]) == {}
     assert [file.name for file in path.parent.iterdir()] == [path.name]
@@ -41,7 +42,7 @@ def test_what_was_put_is_there_when_it_is_opened_again(tmp_path):
 def test_it_is_on_the_disk_when_put_returns(tmp_path):
     """A killed process cannot show it; only a power cut would."""
     with filled(tmp_path / "store", 1) as made:
-        settings = [made._file.rows(f"PRAGMA {name}") for name in ("journal_mode", "synchronous")]
+        settings = [made._rows(f"PRAGMA {name}") for name in ("journal_mode", "synchronous")]
     assert settings == [[("wal",)], [(2,)]]  # 2 is FULL
 
 
@@ -56,13 +57,13 @@ def test_all_or_nothing_is_put(tmp_path):
         for fingerprint, kind in (("unknown", "score"), (BIG.fingerprint, "other")):
             with pytest.raises(sqlite3.IntegrityError):
                 made.put(fingerprint, [*items(2), (key(3), kind, answer(3))])
-        assert made.missing([key(2), key(3)]) == {key(2), key(3)}
+        assert missing(made, [key(2), key(3)]) == {key(2), key(3)}
         made.put(BIG.fingerprint, items(2))
         assert_holds(made, 1, 2)
 
 
 def test_it_tells_what_it_holds(tmp_path, monkeypatch):
-    monkeypatch.setattr(answers, "_AT_ONCE", 2)
+    monkeypatch.setattr(answers, "_PAGE_ROWS", 2)
     monkeypatch.setattr(answers.time, "time", iter([1000.9, 2000.0, 3000.0]).__next__)
     other = teacher(101)
     with filled(tmp_path / "store", 1, 2, 3) as made:
@@ -113,8 +114,8 @@ def test_threads(tmp_path):
             for i in range(6):
                 made.put(BIG.fingerprint, items(i, 100 + 10 * thread + i))
                 assert_holds(made, i, 100 + 10 * thread + i)
-                made.missing([key(i)])
-                made.recognise(BIG.model, BIG.tokenizer, BIG.probe)
+                missing(made, [key(i)])
+                made.teachers()
 
         for done in [pool.submit(work, thread) for thread in range(8)]:
             done.result()
@@ -175,13 +176,10 @@ def test_teachers_are_recognised(tmp_path):
         made.add_teacher(teacher(100, model="small"))
     with AnswerStore(tmp_path / "store") as again:
         assert len(again.teachers()) == 4
-        others = again.others(BIG.model, BIG.tokenizer)
-        assert [known.fingerprint for known in others] == [BIG.fingerprint, newer.fingerprint]
-        found = again.recognise(BIG.model, BIG.tokenizer, noisy(BIG.probe, 0.01))
+        found, other, *_ = again.teachers()
+        assert other.fingerprint == newer.fingerprint
         assert dataclasses.replace(found, probe=BIG.probe) == BIG
         assert same(found.probe, BIG.probe)
-        assert again.recognise(BIG.model, BIG.tokenizer, answer(102)) is None
-        assert again.recognise("tiny", BIG.tokenizer, BIG.probe) is None
 
 
 def test_a_teacher_checked_again_keeps_its_first_probe(tmp_path):

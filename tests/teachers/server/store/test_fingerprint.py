@@ -8,8 +8,13 @@ from stored_answers import answer, noisy
 
 from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest, TeacherAnswer
 from gkdjax.teachers.server.store import codec
-from gkdjax.teachers.server.store.answers import sample_key, score_key
-from gkdjax.teachers.server.store.fingerprint import TeacherIdentity, fingerprint_of, same_teacher
+from gkdjax.teachers.server.store.fingerprint import (
+    TeacherIdentity,
+    fingerprint_of,
+    same_teacher,
+    sample_key,
+    score_key,
+)
 from gkdjax.types import Message, SamplingParams
 
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 from fake_server import FakeServer, Reply, script
 
-from gkdjax.teachers.server.transport import retries
+from gkdjax.teachers.server.transport import client
 from gkdjax.teachers.server.transport.client import Limits, RepeatedServerError, Transport
 from gkdjax.utils.errors import TeacherRefused, TeacherUnreachable, WrongAnswer
 
@@ -22,7 +22,7 @@ STUBBORN = Limits(timeout_s=0.2, deadline_s=1000.0, max_retries=50)
 def sleeps(monkeypatch) -> list[float]:
     """The waits between attempts, none of which is made."""
     waits = []
-    monkeypatch.setattr(retries, "pause", lambda closed, seconds: waits.append(seconds))
+    monkeypatch.setattr(client, "pause", lambda closed, seconds: waits.append(seconds))
     return waits
 
 
@@ -113,7 +113,7 @@ def test_a_server_that_is_away_is_waited_for(connect, monkeypatch):
         transport = connect(server.base)
         with pytest.raises(TeacherUnreachable, match="Connection refused"):
             ask(connect(server.base, Limits(10.0, 0.1, 3)))
-        monkeypatch.setattr(retries, "pause", lambda closed, seconds: server.start())
+        monkeypatch.setattr(client, "pause", lambda closed, seconds: server.start())
         assert ask(transport) == {"fine": True}
         assert transport.retries == 1
 
@@ -153,10 +153,10 @@ def test_retry_after_may_be_a_date_or_nonsense():
         email.utils.format_datetime(now + datetime.timedelta(seconds=s), usegmt=True)
         for s in (50, 36_000, -50)
     )
-    assert 30 < retries.retry_after(soon) <= 50
-    assert retries.retry_after(later) == 60.0
+    assert 30 < client.retry_after(soon) <= 50
+    assert client.retry_after(later) == 60.0
     for header in (past, None, "", "soon", "-5", "nan", "inf", "Mon, 99 Abc 2026 99:99:99 GMT"):
-        assert retries.retry_after(header) == 0.0
+        assert client.retry_after(header) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -247,13 +247,13 @@ def test_eight_threads_each_get_their_own_answers(connect, sleeps):
 
 
 def test_closing_wakes_whoever_waits(connect, monkeypatch):
-    waiting, really_pause = threading.Event(), retries.pause
+    waiting, really_pause = threading.Event(), client.pause
 
     def pause(closed, seconds):
         waiting.set()
         really_pause(closed, seconds)
 
-    monkeypatch.setattr(retries, "pause", pause)
+    monkeypatch.setattr(client, "pause", pause)
     busy = Reply(status=429, headers={"Retry-After": "60"})
     with FakeServer(script(busy)) as server, concurrent.futures.ThreadPoolExecutor(1) as threads:
         transport = connect(server.base)

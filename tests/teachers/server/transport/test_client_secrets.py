@@ -9,7 +9,7 @@ import traceback
 import pytest
 from fake_server import FakeServer, Reply, script
 
-from gkdjax.teachers.server.transport import retries
+from gkdjax.teachers.server.transport import client
 from gkdjax.teachers.server.transport.client import Limits, Transport
 from gkdjax.utils.errors import GkdjaxError, TeacherRefused, TeacherUnreachable, UserError
 
@@ -21,7 +21,7 @@ GOOD = Reply({"fine": True})
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    monkeypatch.setattr(retries, "pause", lambda closed, seconds: None)
+    monkeypatch.setattr(client, "pause", lambda closed, seconds: None)
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
