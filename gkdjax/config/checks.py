@@ -188,7 +188,7 @@ def _check_training(config) -> None:
     require(0 <= optim.warmup_ratio < 1, "optim.warmup_ratio", optim.warmup_ratio, "is in [0, 1)")
     require(optim.max_grad_norm > 0, "optim.max_grad_norm", optim.max_grad_norm, "must be > 0")
     at_least(config, 0, "optim.weight_decay", "train.seed")
-    at_least(config, 1, "train.batch_size", "train.grad_accum_steps")
+    at_least(config, 1, "train.batch_size", "train.grad_accum_steps", "train.max_bad_steps")
     at_least(config, 1, "checkpoint.every_steps", "checkpoint.max_to_keep")
     one_given = (train.epochs is None) != (train.steps is None)
     require(one_given, "train.steps", train.steps, "give train.epochs or train.steps, one as None")

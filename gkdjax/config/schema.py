@@ -241,6 +241,8 @@ class Train:
     steps: int | None = None  # optimizer steps; set it and epochs to None, or the other way
     batch_size: int = 8  # rows of one whole optimizer step
     grad_accum_steps: int = 1  # micro-batches that such a batch is computed in
+    # A step changes nothing if its loss or gradient is not finite; so many in a row end the run.
+    max_bad_steps: int = 3
     remat: bool = False  # a layer's activations are computed again for its backward pass
     # Of float32 products: "default", "high" or "highest", as `jax.default_matmul_precision`.
     matmul_precision: str = "default"

@@ -39,6 +39,7 @@ class TrainBatch(NamedTuple):
     targets: TeacherTargets
     anchors: dict[str, tuple[Batch, TeacherTargets]]  # by name
     drawn: SourcedBatch  # on the host
+    anchor_names: dict[str, list[str]]  # of the anchors' rows
 
 
 class BatchSource:
@@ -154,10 +155,11 @@ class BatchPrefetcher:
     def _ask(self, step: int) -> Callable[[], TrainBatch]:
         parts, drawn, devices = self._parts, self._text.batch(step), self._parts.inputs.mesh
         targets = request_targets(parts.teacher, drawn.batch, drawn.names, drawn.kept, devices)
-        anchors = {}
+        anchors, names = {}, {}
         for name, feed in parts.inputs.anchor_feeds.items():
             batch, kept = feed.batch(step)
-            wait = request_targets(parts.anchor_teacher, batch, feed.names(step), kept, devices)
+            names[name] = feed.names(step)
+            wait = request_targets(parts.anchor_teacher, batch, names[name], kept, devices)
             anchors[name] = batch, wait
 
         def ready() -> TrainBatch:
@@ -165,7 +167,8 @@ class BatchPrefetcher:
                 name: (mesh.shard_rows(devices, batch), wait())
                 for name, (batch, wait) in anchors.items()
             }
-            return TrainBatch(mesh.shard_rows(devices, drawn.batch), targets(), scored, drawn)
+            batch = mesh.shard_rows(devices, drawn.batch)
+            return TrainBatch(batch, targets(), scored, drawn, names)
 
         return ready
 

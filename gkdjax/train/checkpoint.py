@@ -139,8 +139,7 @@ def read_trainable(workdir: pathlib.Path, like: Any, step: int | None = None) ->
       UserError: there is no such step (those there are, are named), or it cannot be read.
     """
     directory = (workdir / "checkpoints").absolute()
-    names = [path.name for path in directory.glob("*")]
-    steps = sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+    steps = saved_steps(workdir)[::-1]
     if not steps:
         raise UserError(f"{directory} holds no checkpoint")
     if step is not None and step not in steps:
@@ -152,6 +151,12 @@ def read_trainable(workdir: pathlib.Path, like: Any, step: int | None = None) ->
             logging.error("checkpoint %d of %s is damaged: %s", tried, directory, error)
             reason = str(error)[:300]  # tensorstore's go on for pages
     raise UserError(f"no checkpoint in {directory} can be read; step {tried}: {reason}")
+
+
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+    """Steps with a checkpoint, whole or not, in order."""
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def _read_trainable(directory: pathlib.Path, like: Any) -> Any:

@@ -1,10 +1,12 @@
 """The steps of a run, from the newest checkpoint to the last one."""
 
 import contextlib
+import math
 import pathlib
 import signal
 import threading
 import zlib
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -13,17 +15,24 @@ from absl import logging
 from gkdjax.parallel import multihost
 from gkdjax.report import results
 from gkdjax.teachers.base import hooks
+from gkdjax.train import bad_steps, setup
 from gkdjax.train import batches as train_batches
 from gkdjax.train import optimizer as train_optimizer
-from gkdjax.train import setup
-from gkdjax.train.batches import BatchPrefetcher
+from gkdjax.train.batches import BatchPrefetcher, TrainBatch
 from gkdjax.train.checkpoint import Checkpoints
 from gkdjax.train.evals import EvalSchedule, measured_steps
 from gkdjax.train.metrics import MetricsRecorder
 from gkdjax.train.setup import Run, initial_state
-from gkdjax.train.step import make_train_step
+from gkdjax.train.step import make_loss, make_train_step
 from gkdjax.types import Batch, TrainState
-from gkdjax.utils.errors import GkdjaxError, Preempted, TeacherUnreachable, UserError, WrongAnswer
+from gkdjax.utils.errors import (
+    GkdjaxError,
+    Preempted,
+    TeacherUnreachable,
+    TrainingFailure,
+    UserError,
+    WrongAnswer,
+)
 from gkdjax.utils.files import read_lines
 
 # While the teacher is asked; a store on a full disk is a UserError.
@@ -37,6 +46,7 @@ def train(parts: Run, workdir: pathlib.Path, shared: pathlib.Path) -> tuple[Trai
     optimizer = train_optimizer.optimizer(config.optim, steps)
     schedule = train_optimizer.schedule(config.optim, steps)
     step_function = make_train_step(parts.decoder, optimizer, schedule, config, parts.inputs.mesh)
+    require_good = _require_good(parts)
     measured = measured_steps(config.eval, steps)
     kept = measured if config.checkpoint.keep_evaluated else set()
     checkpoints = Checkpoints(shared, config.checkpoint.max_to_keep, sorted(kept))
@@ -53,7 +63,7 @@ def train(parts: Run, workdir: pathlib.Path, shared: pathlib.Path) -> tuple[Trai
 
     with (
         contextlib.closing(checkpoints),
-        contextlib.closing(MetricsRecorder(workdir, first, steps, config.log)) as record,
+        contextlib.closing(MetricsRecorder(workdir, first, steps, config)) as record,
         contextlib.closing(EvalSchedule(parts, workdir, first, measured)) as evaluate,
         _stop_signal() as stop,
     ):
@@ -61,18 +71,22 @@ def train(parts: Run, workdir: pathlib.Path, shared: pathlib.Path) -> tuple[Trai
         for step in range(first, steps):
             with _saved_if_the_teacher_fails(step, first, steps, state, record, checkpoints):
                 evaluate.if_due(step, state, record)
-                batch, targets, anchors, drawn = batches.take(step, state)
+                ready = batches.take(step, state)
+            drawn = ready.drawn
             state, sums = step_function(
-                state, parts.frozen, batch, targets, anchors, divergence=drawn.divergence
+                state, parts.frozen, *ready[:3], divergence=drawn.divergence
             )
             tokens = int(drawn.batch.student_mask_BS.sum())
             counts = drawn.counts | {"tokens": tokens, "batch_crc32": _crc32(drawn.batch)}
-            record.record(step, sums, drawn.divergence, counts)
+            record.record(step, sums, ready, counts)
             last = step + 1 == steps
             due = (step + 1) % config.checkpoint.every_steps == 0 or step + 1 in kept
             stopped = stopping.asked(stop.is_set())
             if last or due or stopped:
-                record.read()  # a state is saved only once its own numbers are known to be finite
+                record.read()
+                if last:
+                    record.require_some_good(steps)
+                require_good(state, record.good)
                 checkpoints.save(state)
             if stopped and not last:
                 checkpoints.wait()
@@ -80,7 +94,31 @@ def train(parts: Run, workdir: pathlib.Path, shared: pathlib.Path) -> tuple[Trai
         checkpoints.wait()
         with told_if_the_teacher_fails("All steps are made and saved"):
             evaluate.if_due(steps, state, record)
-    return state, results.training(read_lines(workdir / "metrics.jsonl"))
+    found = results.training(read_lines(workdir / "metrics.jsonl")) | {"steps": steps}
+    if bad := [line["step"] for line in read_lines(workdir / bad_steps.LINES)]:
+        found["bad_steps"] = bad
+    return state, found
+
+
+def _require_good(parts: Run) -> Callable[[TrainState, TrainBatch | None], None]:
+    """Makes a function that raises TrainingFailure where the loss of a state is not finite.
+
+    The numbers of a step are those of the state before it; what is saved is the state after it.
+    """
+    loss = make_loss(parts.decoder, parts.inputs.config, parts.inputs.mesh)
+
+    def require(state: TrainState, ready: TrainBatch | None) -> None:
+        if ready is None:  # no step has changed it since it was checked
+            return
+        found = float(
+            loss(state.trainable, parts.frozen, *ready[:3], divergence=ready.drawn.divergence)
+        )
+        if not math.isfinite(found):
+            raise TrainingFailure(
+                f"after step {int(state.step) - 1} the loss is {found}, so the state is not saved"
+            )
+
+    return require
 
 
 def _crc32(batch: Batch) -> int:

@@ -5,15 +5,17 @@ way, with the number of steps done before it.
 """
 
 import json
-import math
 import pathlib
 import time
 
 import jax
 import jax.monitoring
+from absl import logging
 from tensorboardX import SummaryWriter
 
-from gkdjax.config import Log
+from gkdjax.config import Config
+from gkdjax.train import bad_steps
+from gkdjax.train.batches import TrainBatch
 from gkdjax.utils import files, text
 from gkdjax.utils.errors import TrainingFailure
 
@@ -71,68 +73,83 @@ def _drop_from(path: pathlib.Path, step: int) -> None:
 class MetricsRecorder:
     """Reads a step's numbers after the next one was dispatched, so that the device never waits."""
 
-    def __init__(self, workdir: pathlib.Path, first_step: int, steps: int, log: Log):
-        self._workdir = workdir
+    def __init__(self, workdir: pathlib.Path, first_step: int, steps: int, config: Config):
+        log = config.log
+        self._workdir, self._max_bad_steps = workdir, config.train.max_bad_steps
         self._writer = MetricsWriter(workdir / "metrics.jsonl", first_step, log.tensorboard)
         self._bar = text.bar(steps, "train", start=first_step, shown=log.progress_bar)
         self._pending = None
+        self._bad = bad_steps.in_a_row(workdir, first_step)
+        self.good: TrainBatch | None = None  # of the last step here that changed something
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """What came before belongs to no step: neither its time nor its compilations."""
         self._clock, self._compiled = time.monotonic(), compilations()
 
-    def record(self, step: int, sums: dict, divergence: str, counts: dict) -> None:
+    def record(self, step: int, sums: dict, ready: TrainBatch, counts: dict) -> None:
         """Takes the step's sums, unread, and reads those of the step before."""
         compiled = compilations()
         counts = counts | {"compilations": compiled - self._compiled}
         self._compiled = compiled
         self.read()
-        self._pending = (step, sums, divergence, counts)
+        self._pending = (step, sums, ready, counts)
 
     def read(self) -> None:
         """Waits for the pending step, checks and writes its numbers.
 
         Raises:
-          TrainingFailure: one of them is not finite.
+          TrainingFailure: too many steps in a row were bad.
         """
         if self._pending is None:
             return
-        (step, sums, divergence, counts), self._pending = self._pending, None
+        (step, sums, ready, counts), self._pending = self._pending, None
         sums = {name: float(value) for name, value in jax.device_get(sums).items()}
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
-        if sums["targets"] == 0:
-            raise TrainingFailure(
-                f"the batch of step {step} has no target token: of {counts['dropped_rows']} rows no"
-                " response was accepted (see context.target_content_pattern). Raise"
-                " train.batch_size or rollout.max_retries, or let the student learn off-policy"
-                " first (gkd.on_policy_warmup_steps)"
-            )
+        self._bar.update(1)
+        if not sums["good"]:
+            self._read_bad(step, sums, ready, counts)
+            return
+        self._bad, self.good = 0, ready
         values = {
             "loss": sums["loss_sum"] / sums["loss_weight"],
-            "divergence": divergence,
+            "divergence": ready.drawn.divergence,
             "targets": int(sums["targets"]),
             **counts,
             "tokens_per_second": counts["tokens"] / seconds,
-            "grad_norm": sums["grad_norm"],
-            "learning_rate": sums["learning_rate"],
+            **{name: sums[name] for name in ("grad_norm", "update_rms", "learning_rate")},
         }
-        for name in (key.removesuffix("_sum") for key in sums if key.endswith("_sum")):
-            if name != "loss":
-                values[f"{name}_loss"] = sums[f"{name}_sum"] / sums[f"{name}_weight"]
-        for name, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise TrainingFailure(
-                    f"{name} is {value} at step {step}; nothing after the last checkpoint in"
-                    f" {self._workdir / 'checkpoints'} is kept. Lower optim.learning_rate or"
-                    " max_grad_norm, or look at the batch's rows"
-                )
+        for name in ready.anchors:
+            values[f"{name}_loss"] = sums[f"{name}_sum"] / sums[f"{name}_weight"]
         self._writer.write(step, values)
         self._bar.set_postfix(
             loss=f"{values['loss']:.4f}", tokens_s=f"{values['tokens_per_second']:.0f}"
         )
-        self._bar.update(1)
+
+    def _read_bad(self, step: int, sums: dict, ready: TrainBatch, counts: dict) -> None:
+        why = bad_steps.reason(sums)
+        bad_steps.write(self._workdir, step, why, ready)
+        dropped = counts["dropped_rows"]
+        rows = f"{len(ready.drawn.names)} rows ({text.some(ready.drawn.names)})"
+        if dropped:
+            rows += f", of {dropped} of which no response was accepted"
+        replay = f"python -m gkdjax.tools.replay_batch {self._workdir} --step={step}"
+        self._bad += 1
+        logging.warning("step %d changed nothing: %s; %s. %s", step, why, rows, replay)
+        if self._bad >= self._max_bad_steps:
+            raise TrainingFailure(
+                f"{self._bad} steps in a row, up to step {step}, changed nothing"
+                f" (train.max_bad_steps = {self._max_bad_steps}): {why}; {rows}. {replay} computes"
+                " the batch again, row by row"
+            )
+
+    def require_some_good(self, steps: int) -> None:
+        """Raises TrainingFailure if none of the run's steps has changed anything."""
+        if self._bad >= steps:
+            raise TrainingFailure(
+                f"none of the {steps} steps changed anything, see {bad_steps.LINES}"
+            )
 
     def close(self) -> None:
         self._writer.close()

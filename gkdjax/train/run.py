@@ -46,8 +46,8 @@ def run(
 
     Raises:
       UserError: config, data or models are not right (exit code 2).
-      TrainingFailure: a loss is not finite, or a server's answer is wrong (3); the last good
-        checkpoint stays.
+      TrainingFailure: too many steps in a row were not finite, or a server's answer is wrong (3);
+        the last good checkpoint stays.
       TeacherUnreachable: a server stays away (4); the state is saved.
       Preempted: SIGTERM came; the state is saved (75).
     """
@@ -108,7 +108,8 @@ def _run(parts: Run, workdir: pathlib.Path, shared: pathlib.Path, began: float) 
     streams = parts.inputs.streams().items()
     workdirs.claim_rows(workdir, {name: dataset.fingerprint() for name, dataset in streams})
     before = _before(parts, workdir)
-    state, training = train(parts, workdir, shared)
+    with workdirs.failure_kept(workdir):
+        state, training = train(parts, workdir, shared)
     after = _after(parts, state)
     write_lines(workdir / "answers.jsonl", before["answers"] + after["answers"])
     training["exports"] = _export(parts, state, workdir, ending)

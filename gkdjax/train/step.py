@@ -5,6 +5,7 @@ the whole batch: accumulation and many devices therefore average as one would, e
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -22,6 +23,8 @@ from gkdjax.parallel.mesh import head_axes
 from gkdjax.types import Batch, TrainState
 
 Part = tuple[Batch, TeacherTargets]
+# The root mean square of an update's numbers; AdamW's is about the learning rate.
+LARGEST_UPDATE = 1.0
 
 
 def init_state(trainable, optimizer: optax.GradientTransformation) -> TrainState:
@@ -43,13 +46,83 @@ def make_train_step(
       donated; `frozen` is the base's parameters, or None when all are trained; `anchors` are
       (batch, targets) pairs by the names of `config.anchor_sets`. The sums are float32 scalars:
       `loss_sum` and `loss_weight`, whose quotient is the loss, and so `<name>_sum` and
-      `<name>_weight` of each anchor; the number of `targets`, `grad_norm` and `learning_rate`.
+      `<name>_weight` of each anchor; the number of `targets`, `grad_norm`, `update_rms` (the root
+      mean square of the update's numbers), `learning_rate`, and `good`: 0 where a loss or the
+      gradient is not finite or the update larger than `LARGEST_UPDATE`. Such a step counts, and
+      changes neither parameters nor optimizer.
     """
-    accumulation, gkd, anchor_config = config.train.grad_accum_steps, config.gkd, config.anchor
-    factors = {each.name: each.weight for each in anchor_sets(anchor_config)} | {"loss": 1.0}
-    spec, whole = decoder.spec, NamedSharding(mesh, parallel_mesh.WHOLE)
+    accumulation, whole = config.train.grad_accum_steps, NamedSharding(mesh, parallel_mesh.WHOLE)
     layout = dataclasses.replace(decoder.layout, mesh=mesh)
     seed_key = jax.random.key(config.train.seed)
+    objective_of = _objective(decoder, config, mesh)
+
+    def step(state: TrainState, frozen, batch, targets, anchors, *, divergence: str):
+        parts, weight, objective = objective_of(batch, targets, anchors, divergence)
+        step_key = jax.random.fold_in(seed_key, state.step)
+
+        def loss(trainable, micro):
+            key = jax.random.fold_in(step_key, micro)
+            return objective(student_params(frozen, trainable, key), micro)
+
+        def add_micro_batch(carry, micro):
+            gradient = jax.grad(loss, has_aux=True)(state.trainable, micro)
+            added = jax.tree.map(jnp.add, carry, gradient)
+            return jax.lax.with_sharding_constraint(added, carried), None
+
+        nothing = jax.tree.map(jnp.zeros_like, state.trainable), dict.fromkeys(parts, 0.0)
+        carried = layout.shardings_of(state.trainable), dict.fromkeys(parts, whole)
+        (grads, totals), _ = jax.lax.scan(add_micro_batch, nothing, jnp.arange(accumulation))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        grad_norm = optax.tree.norm(grads)
+        numbers = sum(leaf.size for leaf in jax.tree.leaves(updates))
+        update_rms = optax.tree.norm(updates) / math.sqrt(numbers)
+        total = sum(totals[name] / weight[name] for name in parts)
+        good = jnp.isfinite(total) & jnp.isfinite(grad_norm) & (update_rms <= LARGEST_UPDATE)
+        sums = {
+            "targets": losses.masked_count(batch.target_mask_BN),
+            "grad_norm": grad_norm,
+            "update_rms": update_rms,
+            "good": good.astype(jnp.float32),
+            "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
+        }
+        for name in parts:
+            sums |= {f"{name}_sum": totals[name], f"{name}_weight": weight[name]}
+        made = optax.apply_updates(state.trainable, updates), opt_state
+        before = state.trainable, state.opt_state
+        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), made, before)
+        return TrainState(state.step + 1, *kept), sums
+
+    def placed_step(state: TrainState, *args, **kwargs):
+        state, sums = step(state, *args, **kwargs)
+        places = layout.shardings_of(state), dict.fromkeys(sums, whole)
+        return jax.lax.with_sharding_constraint((state, sums), places)
+
+    return jax.jit(placed_step, donate_argnums=0, static_argnames="divergence")
+
+
+def make_loss(decoder: Decoder, config: Config, mesh: Mesh) -> Callable:
+    """Builds the jitted loss of a state, without its gradient and without dropout.
+
+    Returns:
+      loss(trainable, frozen, batch, targets, anchors, *, divergence) -> float32 scalar in nats: the
+      loss of the batch and those of the anchors, weighted as the step weights them.
+    """
+    objective_of = _objective(decoder, config, mesh)
+
+    def loss(trainable, frozen, batch, targets, anchors, *, divergence: str):
+        *_, objective = objective_of(batch, targets, anchors, divergence)
+        params = student_params(frozen, trainable)
+        micro = jnp.arange(config.train.grad_accum_steps)
+        return jnp.sum(jax.lax.map(lambda i: objective(params, i)[0], micro))
+
+    return jax.jit(loss, static_argnames="divergence")
+
+
+def _objective(decoder: Decoder, config: Config, mesh: Mesh) -> Callable:
+    """(batch, targets, anchors, divergence) -> the parts by name, the weight of each, and
+    objective(params, micro) -> (a micro-batch's share of the loss, the sum of each part)."""
+    gkd, anchor_config = config.gkd, config.anchor
+    factors = {each.name: each.weight for each in anchor_sets(anchor_config)} | {"loss": 1.0}
 
     def part_loss(params, part: Part, divergence: str) -> jax.Array:
         batch, targets = part
@@ -59,8 +132,8 @@ def make_train_step(
         hidden_BND = jnp.take_along_axis(hidden_BSD, batch.student_at_BN[:, :, None], axis=1)
         summed, _ = weighted_divergence(
             hidden_BND,
-            unembedding_table(spec, params),
-            spec.final_softcap,
+            unembedding_table(decoder.spec, params),
+            decoder.spec.final_softcap,
             targets,
             token_weights(batch.target_mask_BN, gkd.reduction),
             divergence,
@@ -69,49 +142,25 @@ def make_train_step(
         )
         return summed
 
-    def step(state: TrainState, frozen, batch, targets, anchors, *, divergence: str):
+    def objective_of(batch, targets, anchors, divergence: str):
         parts = {"loss": (batch, targets)} | anchors
         kinds = dict.fromkeys(parts, anchor_config.divergence) | {"loss": divergence}
         weight = {
             name: losses.masked_count(token_weights(of.target_mask_BN, gkd.reduction))
             for name, (of, _) in parts.items()
         }
-        step_key = jax.random.fold_in(seed_key, state.step)
 
-        def objective(trainable, micro):
-            params = student_params(frozen, trainable, jax.random.fold_in(step_key, micro))
+        def objective(params, micro):
             total, sums = 0.0, {}
             for name, part in parts.items():
-                rows = _micro_batch(part, micro, accumulation)
+                rows = _micro_batch(part, micro, config.train.grad_accum_steps)
                 sums[name] = part_loss(params, rows, kinds[name])
                 total += sums[name] * (factors[name] / weight[name])
             return total, sums
 
-        def add_micro_batch(carry, micro):
-            gradient = jax.grad(objective, has_aux=True)(state.trainable, micro)
-            added = jax.tree.map(jnp.add, carry, gradient)
-            return jax.lax.with_sharding_constraint(added, carried), None
+        return parts, weight, objective
 
-        nothing = jax.tree.map(jnp.zeros_like, state.trainable), dict.fromkeys(parts, 0.0)
-        carried = layout.shardings_of(state.trainable), dict.fromkeys(parts, whole)
-        (grads, totals), _ = jax.lax.scan(add_micro_batch, nothing, jnp.arange(accumulation))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        sums = {
-            "targets": losses.masked_count(batch.target_mask_BN),
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
-        }
-        for name in parts:
-            sums |= {f"{name}_sum": totals[name], f"{name}_weight": weight[name]}
-        trainable = optax.apply_updates(state.trainable, updates)
-        return TrainState(state.step + 1, trainable, opt_state), sums
-
-    def placed_step(state: TrainState, *args, **kwargs):
-        state, sums = step(state, *args, **kwargs)
-        places = layout.shardings_of(state), dict.fromkeys(sums, whole)
-        return jax.lax.with_sharding_constraint((state, sums), places)
-
-    return jax.jit(placed_step, donate_argnums=0, static_argnames="divergence")
+    return objective_of
 
 
 def _micro_batch(part: Part, micro: jax.Array, accumulation: int) -> Part:

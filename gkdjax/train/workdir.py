@@ -1,6 +1,7 @@
 """A run's directory: which config it belongs to, and whether the run is finished."""
 
 import contextlib
+import copy
 import datetime
 import fcntl
 import json
@@ -17,14 +18,18 @@ from gkdjax.config.checks import REACH_KEYS
 from gkdjax.models.hf import hub
 from gkdjax.parallel import multihost
 from gkdjax.utils import files
-from gkdjax.utils.errors import UserError
+from gkdjax.utils.errors import TrainingFailure, UserError, WrongAnswer
 from gkdjax.utils.files import read_json, write_json
 
 _LOCK = ".gkdjax-lock"
+FAILURE = "failure.json"  # why the numbers of a run ended it
+# What may then be changed, to go on from the newest checkpoint.
+MENDABLE = (("optim", "learning_rate"), ("optim", "max_grad_norm"), ("train", "max_bad_steps"))
 # What a run writes down before it computes anything, beside its config.
 _BEGUN_WITH = ("models.json", "clock.json", "teacher.json", "ending.json", "rows.json")
 # What it measures before its first step; cheap enough to be measured once more.
 _MEASURED = ("before.json", "answers.jsonl", "eval.jsonl", "samples.jsonl", "tensorboard")
+_MEASURED += ("bad_steps.jsonl", "bad_steps", "failure.json", "history.jsonl")
 _MEASURED += ("report.html", "report.png")  # of an unfinished run, if somebody asked for them
 # Written text, steps, and what a run hands over: these make the directory the run's own.
 _COMPUTED = ("trajectories_*.jsonl", "metrics.jsonl", "checkpoints/[!.]*", "results.json")
@@ -66,8 +71,9 @@ def claim(workdir: pathlib.Path, config: config_lib.Config) -> None:
     """Writes the config into a new directory, or checks that it is the one written there.
 
     How a teacher's server is reached may change (not what it is, see `teachers.server.connect`),
-    and so may the mesh. A directory without a saved step and without text belongs to nobody: the
-    first start may have been refused, and its advice followed, or the server changed.
+    and so may the mesh; after a failure of the numbers also what is `MENDABLE`, and
+    RUN/history.jsonl has it. A directory without a saved step and without text belongs to nobody:
+    the first start may have been refused, and its advice followed, or the server changed.
 
     Raises:
       UserError: the directory belongs to another config, every key that differs is named; or its
@@ -76,15 +82,22 @@ def claim(workdir: pathlib.Path, config: config_lib.Config) -> None:
     path = workdir / "config.json"
     mine = json.loads(json.dumps(config_lib.to_dict(config)))
     theirs = _config_of_run(path)
+    failure = read_json(workdir / FAILURE)
     # The leader's is the one directory that has all files.
     (computed, *_) = multihost.exchange(_computed(workdir))
     if theirs is not None and computed:
-        differing = sorted(_differences(_lasting(mine), _lasting(theirs), "config"))
+        old = _lasting(theirs) if failure is None else _mended(_lasting(theirs), mine)
+        differing = sorted(_differences(_lasting(mine), old, "config"))
         if differing:
             raise UserError(
                 f"{workdir} holds a run of another config; it differs in {'; '.join(differing)}."
                 " Give --workdir another directory, or the old values"
             )
+        if failure is not None and (changed := sorted(_differences(mine, theirs, "config"))):
+            with (workdir / "history.jsonl").open("a") as file:
+                file.write(json.dumps(failure | {"changed": changed}) + "\n")
+            write_json(path, mine)
+            (workdir / FAILURE).unlink()
         return
     if not computed:
         _forget(workdir)
@@ -93,6 +106,30 @@ def claim(workdir: pathlib.Path, config: config_lib.Config) -> None:
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be made: {error}") from None
     write_json(path, mine)
+
+
+@contextlib.contextmanager
+def failure_kept(workdir: pathlib.Path) -> Iterator[None]:
+    """Writes down a failure of the numbers, so that `claim` allows what mends it."""
+    try:
+        yield
+    except WrongAnswer:
+        raise
+    except TrainingFailure as error:
+        write_json(workdir / FAILURE, {"failure": str(error)})
+        flags = ", ".join(f"--config.{section}.{name}" for section, name in MENDABLE)
+        raise TrainingFailure(
+            f"{error}. The same command goes on from the newest checkpoint, or from the start"
+            f" without one; with it may be changed: {flags}"
+        ) from None
+
+
+def _mended(theirs: dict, mine: dict) -> dict:
+    """With what may be changed after a failure of the numbers."""
+    new = copy.deepcopy(theirs)
+    for section, name in MENDABLE:
+        new[section][name] = mine[section][name]
+    return new
 
 
 def _config_of_run(path: pathlib.Path) -> dict | None:

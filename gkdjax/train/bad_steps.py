@@ -1,0 +1,129 @@
+"""Steps that changed nothing, as a loss or the gradient was not finite: what they had to learn.
+
+RUN/bad_steps.jsonl has a line for each of them, and RUN/bad_steps/STEP.safetensors its batches with
+the top k of a teacher, from which `gkdjax.tools.replay_batch` finds the rows.
+"""
+
+import json
+import math
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from gkdjax.losses.objective import TopKTargets
+from gkdjax.losses.topk import TopKLogprobs
+from gkdjax.parallel import mesh
+from gkdjax.parallel.multihost import leads
+from gkdjax.train.batches import TrainBatch
+from gkdjax.train.step import LARGEST_UPDATE
+from gkdjax.types import Batch
+from gkdjax.utils import files, tree
+from gkdjax.utils.errors import UserError
+
+LINES = "bad_steps.jsonl"
+
+
+class BadPart(NamedTuple):
+    """A batch of a bad step, in NumPy."""
+
+    names: list[str]  # of its rows
+    batch: Batch
+    targets: TopKTargets | None  # None: the teacher's whole vocabulary, which is computed again
+
+
+def reason(sums: dict[str, float]) -> str:
+    """Why the step with these sums was bad, for people."""
+    if sums["targets"] == 0:
+        return "the batch has no target token"
+    for name in (key.removesuffix("_sum") for key in sums if key.endswith("_sum")):
+        loss = sums[f"{name}_sum"] / sums[f"{name}_weight"] if sums[f"{name}_weight"] else math.nan
+        if not math.isfinite(loss):
+            return f"{'the loss' if name == 'loss' else f'the loss of {name}'} is {loss}"
+    for name in ("grad_norm", "update_rms"):
+        if not math.isfinite(sums[name]):
+            return f"{name} is {sums[name]}"
+    return f"update_rms is {sums['update_rms']:.3g}, and may be {LARGEST_UPDATE:g} at most"
+
+
+def write(workdir: pathlib.Path, step: int, why: str, ready: TrainBatch) -> dict:
+    """Writes the step's file and line -> the line. All processes call it."""
+    parts = {"loss": (ready.batch, ready.targets)} | ready.anchors
+    names = {"loss": ready.drawn.names} | ready.anchor_names
+    leaves = {}
+    for name, (batch, targets) in parts.items():
+        leaves |= _leaves(f"{name}/batch/", batch)
+        if isinstance(targets, TopKTargets):
+            leaves |= _leaves(f"{name}/targets/", targets)
+    line = {"step": step, "reason": why, "divergence": ready.drawn.divergence, "rows": names}
+    if leads():
+        path = _path(workdir, step)
+        path.parent.mkdir(exist_ok=True)
+        with files.replacing(path) as part:
+            safetensors.numpy.save_file(leaves, part, {"line": json.dumps(line)})
+        with (workdir / LINES).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    return line
+
+
+def read(workdir: pathlib.Path, step: int) -> tuple[dict, dict[str, BadPart]]:
+    """The line of a bad step, and its batches by name: "loss" and those of the anchors.
+
+    Raises:
+      UserError: the run has no such step, or its file cannot be read.
+    """
+    path = _path(workdir, step)
+    if not path.is_file():
+        steps = sorted(int(file.stem) for file in path.parent.glob("*.safetensors"))
+        raise UserError(f"{workdir} has no bad step {step}; there are {steps}")
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            line = json.loads(file.metadata()["line"])
+            leaves = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    parts = {}
+    for name, rows in line["rows"].items():
+        batch = Batch(**_under(leaves, f"{name}/batch/"))
+        found = _under(leaves, f"{name}/targets/")
+        parts[name] = BadPart(rows, batch, _topk(found) if found else None)
+    return line, parts
+
+
+def in_a_row(workdir: pathlib.Path, step: int) -> int:
+    """How many steps just before `step` were bad; a resumed run takes back what came later."""
+    path = workdir / LINES
+    lines = [line for line in files.read_lines(path) if line["step"] < step]
+    if path.exists() and leads():
+        files.write_lines(path, lines)
+    bad = {line["step"] for line in lines}
+    return next(n for n in range(step + 1) if step - 1 - n not in bad)
+
+
+def _path(workdir: pathlib.Path, step: int) -> pathlib.Path:
+    return workdir / "bad_steps" / f"{step}.safetensors"
+
+
+def _leaves(prefix: str, of: Batch | TopKTargets) -> dict[str, np.ndarray]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(mesh.fetch(of))
+    found = {prefix + tree.path_str(path): np.ascontiguousarray(leaf) for path, leaf in flat}
+    if isinstance(of, TopKTargets):
+        found[f"{prefix}temperature"] = np.asarray(of.topk.temperature, np.float64)
+        found[f"{prefix}shared"] = np.asarray(-1 if of.shared is None else of.shared, np.int64)
+    return found
+
+
+def _under(leaves: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {k.removeprefix(prefix): leaf for k, leaf in leaves.items() if k.startswith(prefix)}
+
+
+def _topk(found: dict[str, Any]) -> TopKTargets:
+    names = "ids", "logprobs", "tail_logprob"
+    topk = TopKLogprobs(
+        *(found.get(f"topk/{name}") for name in names), temperature=float(found["temperature"])
+    )
+    shared = int(found["shared"])
+    return TopKTargets(topk, found["target_logprob_BN"], None if shared < 0 else shared)
