@@ -14,12 +14,14 @@ from gkdjax.types import Completion, Message, Prompt, TokenHidden, TokenTopK
 from gkdjax.utils.errors import UserError
 
 MESSAGES = (Message("system", "be brief"), Message("user", "ask"))
-PROMPTS = [np.arange(n + 1, dtype=np.int32) for n in range(7)]
-ASKED = [
-    Prompt(f"data.jsonl:{n // 2}", prompt, MESSAGES, prefix=1, number=n % 2)
-    for n, prompt in enumerate(PROMPTS)
+PROMPTS = [
+    Prompt(
+        *(f"data.jsonl:{n // 2}", np.arange(n + 1, dtype=np.int32), MESSAGES),
+        prefix=1,
+        number=n % 2,
+    )
+    for n in range(7)
 ]
-SEEDS = list(range(100, 107))
 CHAT = types.SimpleNamespace(decode=lambda ids: "é\u2028" + " ".join(map(str, ids)))
 
 
@@ -30,153 +32,111 @@ class Writer:
         self.chunks, self._fails_at = [], fails_at
 
     def __call__(self, places):
-        prompts, seeds = [PROMPTS[i] for i in places], [SEEDS[i] for i in places]
         if len(self.chunks) == self._fails_at:
             raise KeyboardInterrupt
-        self.chunks.append([len(prompt) for prompt in prompts])
+        self.chunks.append([*places])
         return [
             Completion(
-                np.array([len(p), seed, len(prompts)], np.int32),
-                finished=seed % 2 == 0,
-                refused=seed % 3,
-                author="somebody",
+                np.array([i + 1, 100 + i, len(places)], np.int32), i % 2 == 0, None, i % 3, "a"
             )
-            for p, seed in zip(prompts, seeds, strict=True)
+            for i in places
         ]
 
 
-def write(path, writer) -> list[tuple[list[int], bool, int]]:
-    written = write_once(path, ASKED, writer, CHAT, step=4, chunk=3, show=False)
-    assert all((one.ids.dtype, one.author) == (np.int32, "somebody") for one in written)
+def write(path, writer, prompts=PROMPTS):
+    written = write_once(path, prompts, writer, CHAT, step=4, chunk=3, show=False)
+    assert all((one.ids.dtype, one.author) == (np.int32, "a") for one in written)
     return [(one.ids.tolist(), one.finished, one.refused) for one in written]
 
 
 @pytest.fixture
 def whole(tmp_path):
-    """(completions, file content) of a run that nothing interrupts."""
-    path = tmp_path / "whole.jsonl"
-    return write(path, Writer()), path.read_bytes()
-
-
-def test_chunks_in_order(tmp_path, whole):
-    writer = Writer()
-    write(tmp_path / "file.jsonl", writer)
-    assert writer.chunks == [[1, 2, 3], [4, 5, 6], [7]]
-    assert whole[0][4] == ([5, 104, 3], True, 2)
-    assert whole[1].count(b"\n") == 7
-
-
-def test_tools_are_told_and_reach_the_writer(tmp_path):
-    plain, path = ASKED[0], tmp_path / "file.jsonl"
-    asked = plain._replace(tools='[{"name":"look"}]')
-    assert asked.key() == plain.key()
-    for given, there in ((asked, [{"name": "look"}]), (plain, None)):
-        path.unlink(missing_ok=True)
-        write_once(path, [given], Writer(), CHAT, step=0, chunk=1, show=False)
-        (line,) = path.read_text().splitlines()
-        assert json.loads(line).get("tools") == there
-
-
-def test_a_complete_file_is_read_and_nothing_is_written(tmp_path, whole):
+    """(path, completions, file content) of a run that nothing interrupts."""
     path = tmp_path / "whole.jsonl"
     writer = Writer()
-    assert write(path, writer) == whole[0]
-    assert writer.chunks == []
-    assert path.read_bytes() == whole[1]
+    completions = write(path, writer)
+    assert writer.chunks == [[0, 1, 2], [3, 4, 5], [6]]
+    assert completions[4] == ([5, 104, 3], True, 1) and len(completions) == 7
+    return path, completions, path.read_bytes()
+
+
+def test_a_complete_file_is_read_and_nothing_is_written(whole):
+    path, completions, content = whole
+    writer = Writer()
+    assert write(path, writer) == completions
+    assert writer.chunks == [] and path.read_bytes() == content
 
 
 def test_stopped_between_chunks(tmp_path, whole):
-    path = tmp_path / "file.jsonl"
+    path, writer = tmp_path / "file.jsonl", Writer()
     with pytest.raises(KeyboardInterrupt):
         write(path, Writer(fails_at=2))
     assert path.read_bytes().count(b"\n") == 6  # what was paid for is kept
-    writer = Writer()
-    assert write(path, writer) == whole[0]
-    assert writer.chunks == [[7]]
-    assert path.read_bytes() == whole[1]
+    assert write(path, writer) == whole[1]
+    assert writer.chunks == [[6]] and path.read_bytes() == whole[2]
 
 
 @pytest.mark.parametrize("lines", range(7))
 @pytest.mark.parametrize("torn", ["", '{"row": "data.js', "all but the newline"])
 def test_stopped_in_the_middle_of_a_chunk_or_a_line(tmp_path, whole, lines, torn):
-    path = tmp_path / "file.jsonl"
-    all_lines = whole[1].decode().splitlines(keepends=True)
+    path, writer = tmp_path / "file.jsonl", Writer()
+    all_lines = whole[2].decode().splitlines(keepends=True)
     tail = all_lines[lines][:-1] if torn.startswith("all") else torn
     path.write_text("".join(all_lines[:lines]) + tail)
-    writer = Writer()
-    assert write(path, writer) == whole[0]
-    assert [n for chunk in writer.chunks for n in chunk] == list(range(lines // 3 * 3 + 1, 8))
-    assert path.read_bytes() == whole[1]
+    assert write(path, writer) == whole[1]
+    assert [n for chunk in writer.chunks for n in chunk] == list(range(lines // 3 * 3, 7))
+    assert path.read_bytes() == whole[2]
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_text_of_other_rows_is_refused(tmp_path):
-    path = tmp_path / "file.jsonl"
-    write(path, Writer())
-    for line, change in ((2, {"ids": PROMPTS[0]}), (2, {"name": "x"}), (2, {"number": 9})):
-        asked = [ASKED[0], ASKED[1]._replace(**change), *ASKED[2:]]
-        with pytest.raises(UserError, match=rf"file\.jsonl:{line} was written for other rows"):
-            write_once(path, asked, Writer(), CHAT, step=0, chunk=3, show=False)
-    with pytest.raises(UserError, match=r"file\.jsonl:6 was written for other rows"):
-        write_once(path, ASKED[:5], Writer(), CHAT, step=0, chunk=3, show=False)
-
-
-def test_a_line_that_does_not_parse_is_named(tmp_path):
-    path = tmp_path / "file.jsonl"
-    write(path, Writer())
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], lines[1][:9], *lines[2:]]) + "\n")
-    with pytest.raises(UserError, match=r"file\.jsonl:2 does not parse"):
-        write(path, Writer())
-
-
-def test_prompts_of_one_checksum_are_told_apart():
-    rng, seen = np.random.default_rng(0), {}
-    for prompt in rng.integers(0, 2**18, (400_000, 2)).astype(np.int32):
-        other = seen.setdefault(zlib.crc32(prompt.tobytes()), prompt)
-        if not np.array_equal(other, prompt):
-            break
-    else:
-        pytest.fail("no two prompts of one CRC-32 were found")
-    keys = {Prompt("data.jsonl:1", ids, MESSAGES).key() for ids in (prompt, other)}
-    assert len(keys) == 2
-
-
-def test_a_line_is_for_people_too(tmp_path, whole):
-    assert "é".encode() in whole[1]
-    first, *others = map(json.loads, whole[1].splitlines())
-    prefix = [{"role": "system", "content": "be brief"}]
-    assert [line["prefix_messages"] for line in (first, *others)] == [prefix, *[None] * 6]
-    assert {line["prefix_digest"] for line in others} == {first["prefix_digest"]}
-    line = others[2]
-    assert (
-        line.items()
-        >= {
-            **{"row": "data.jsonl:1", "number": 1, "writer": "somebody", "step": 4, "kept": False},
-            **{"prefix_messages": None, "refused": 1},
-            **{"messages": [{"role": "user", "content": "ask"}], "text": "é\u20284 103 3"},
-            **{"finished": False, "ids": [4, 103, 3]},
-        }.items()
+@pytest.mark.parametrize("change", [{"ids": PROMPTS[0].ids}, {"name": "x"}, {"number": 9}, None])
+def test_text_of_other_rows_is_refused(whole, change):
+    asked = (
+        [PROMPTS[0], PROMPTS[1]._replace(**change or {}), *PROMPTS[2:]] if change else PROMPTS[:5]
     )
+    line = 2 if change else 6
+    with pytest.raises(UserError, match=rf"whole\.jsonl:{line} was written for other rows"):
+        write(whole[0], Writer(), asked)
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
+        (None, "does not parse"),
         ({"ids": [1, "2"]}, "has 'ids' that are not all token ids"),
         ({"ids": [-1]}, "has 'ids' that are not all token ids"),
         ({"number": None}, "has no 'number', or not a int"),
         ({"finished": 1}, "has no 'finished'"),
     ],
 )
-def test_a_line_that_is_no_response_is_named(tmp_path, damage, told):
-    path = tmp_path / "file.jsonl"
-    write(path, Writer())
-    lines = path.read_text().splitlines()
-    lines[2] = json.dumps(json.loads(lines[2]) | damage)
-    path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(UserError, match=rf"file\.jsonl:3.* {told}"):
-        write(path, Writer())
+def test_a_line_that_is_no_response_is_named(whole, damage, message):
+    lines = whole[0].read_text().splitlines()
+    lines[2] = lines[2][:9] if damage is None else json.dumps(json.loads(lines[2]) | damage)
+    whole[0].write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=rf"whole\.jsonl:3 {message}"):
+        write(whole[0], Writer())
+
+
+def test_prompts_of_one_checksum_are_told_apart():
+    prompts = [np.array(ids, np.int32) for ids in ([58917, 45441], [173622, 42674])]
+    assert len({zlib.crc32(ids.tobytes()) for ids in prompts}) == 1
+    assert len({Prompt("data.jsonl:1", ids, MESSAGES).key() for ids in prompts}) == 2
+
+
+def test_a_line_is_for_people_too(tmp_path, whole):
+    assert "é".encode() in whole[2]
+    first, *others = map(json.loads, whole[2].splitlines())
+    prefix = [{"role": "system", "content": "be brief"}]
+    assert [line["prefix_messages"] for line in (first, *others)] == [prefix, *[None] * 6]
+    assert {line["prefix_digest"] for line in others} == {first["prefix_digest"]}
+    expected = {"row": "data.jsonl:1", "number": 1, "writer": "a", "step": 4, "kept": False}
+    expected |= {"messages": [{"role": "user", "content": "ask"}], "text": "é\u20284 103 3"}
+    expected |= {"prefix_messages": None, "refused": 0, "finished": False, "ids": [4, 103, 3]}
+    assert others[2].items() >= expected.items() and "tools" not in first
+    path, asked = tmp_path / "file.jsonl", PROMPTS[0]._replace(tools='[{"name":"look"}]')
+    assert asked.key() == PROMPTS[0].key()
+    write(path, Writer(), [asked])
+    assert json.loads(path.read_text())["tools"] == [{"name": "look"}]
 
 
 class Keeping(Writer):
@@ -185,8 +145,7 @@ class Keeping(Writer):
     def __call__(self, places):
         kept = []
         for i, one in zip(places, super().__call__(places), strict=True):
-            n = len(one.ids)
-            values = np.full((n, 2), i, np.float32)
+            values = np.full((len(one.ids), 2), i, np.float32)
             topk = TopKLogprobs(values.astype(np.int32), values, values[:, 0], 0.5)
             what = TokenHidden(values) if i % 2 else TokenTopK(topk, values[:, 1])
             kept.append(dataclasses.replace(one, kept=what))
@@ -195,12 +154,9 @@ class Keeping(Writer):
 
 def test_what_some_of_a_chunk_kept_is_read_back_and_nothing_else_is_used(tmp_path):
     path = tmp_path / "file.jsonl"
-    runs = [
-        write_once(path, ASKED, writer, CHAT, step=0, chunk=3, show=False)
-        for writer in (Keeping(), None)  # the second one reads
-    ]
-    for written in runs:
-        assert [w.kept is not None for w in written] == [True, False] * 3 + [True]
+    for writer in (Keeping(), None):  # the second time it reads
+        written = write_once(path, PROMPTS, writer, CHAT, step=0, chunk=3, show=False)
+        assert [one.kept is not None for one in written] == [True, False] * 3 + [True]
         for i in (0, 2, 4, 6):
             kept = written[i].kept
             assert kept.topk.ids.tolist() == [[i, i]] * 3 and kept.topk.temperature == 0.5

@@ -16,26 +16,25 @@ def made(steps: int = STEPS, **changes) -> OnPolicySchedule:
     return OnPolicySchedule(dataclasses.replace(Gkd(), **changes), 3, steps)
 
 
-def test_a_constant_schedule_compares_each_steps_own_draw_with_the_fraction():
-    for warmup in (0, 5):
-        plan = made(on_policy_fraction=0.4, on_policy_warmup_steps=warmup)
-        drawn = [seeds.generator(3, "on_policy", step).random() < 0.4 for step in range(50)]
-        wanted = [step >= warmup and drawn[step] for step in range(50)]
-        assert [plan.student_writes(step) for step in range(50)] == wanted
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_a_constant_schedule_compares_each_steps_own_draw_with_the_fraction(warmup):
+    plan = made(on_policy_fraction=0.4, on_policy_warmup_steps=warmup)
+    for step in range(50):
+        drawn = seeds.generator(3, "on_policy", step).random() < 0.4
+        assert plan.student_writes(step) == (step >= warmup and drawn)
 
 
 def test_a_linear_schedule_grows_from_nothing_after_the_warm_up_to_the_fraction():
-    plan = made(on_policy_fraction=0.8, on_policy_schedule="linear", on_policy_warmup_steps=1000)
+    linear = {"on_policy_schedule": "linear"}
+    plan = made(on_policy_fraction=0.8, on_policy_warmup_steps=1000, **linear)
     found = [plan.probability(step) for step in (0, 999, 1000, 2499, 2500, STEPS - 1)]
     np.testing.assert_allclose(found, [0, 0, 0, 0.8 * 1499 / 2999, 0.8 * 1500 / 2999, 0.8])
     writes = np.array([plan.student_writes(step) for step in range(STEPS)])
     shares = writes.reshape(8, -1).mean(axis=1)
     assert not writes[:1001].any()
     np.testing.assert_allclose(shares[2:], 0.8 * (np.arange(6) + 0.5) / 6, atol=0.06)
-
-
-def test_the_last_step_of_a_linear_schedule_may_be_the_first_after_the_warm_up():
-    plan = made(4, on_policy_fraction=1.0, on_policy_schedule="linear", on_policy_warmup_steps=3)
+    # The last step may be the first after the warm-up.
+    plan = made(4, on_policy_fraction=1.0, on_policy_warmup_steps=3, **linear)
     assert [plan.student_writes(step) for step in range(4)] == [False] * 3 + [True]
 
 
@@ -46,23 +45,28 @@ def test_the_divergence_changes_after_the_warm_up():
 
 def test_blocks_begin_at_multiples_and_end_with_the_run():
     plan = made(11, on_policy_fraction=0.5)
-    both = {s: [plan.steps_of_block(s, 4, on_policy=on) for on in (True, False)] for s in range(11)}
-    assert all(on and off for on, off in (both[0], both[4]))
-    for step, (on, off) in both.items():
+    for step in range(11):
+        on, off = (plan.steps_of_block(step, 4, on_policy=on) for on in (True, False))
         first = step // 4 * 4
         assert sorted(on + off) == list(range(first, min(first + 4, 11)))
         assert all(plan.student_writes(s) for s in on) and not any(map(plan.student_writes, off))
+        assert step >= 8 or (on and off)
 
 
 @pytest.mark.parametrize(
-    ("changes", "needed"),
+    ("fraction", "schedule", "warmup", "needed"),
     [
-        ({}, True),
-        ({"on_policy_fraction": 0.99}, True),
-        ({"on_policy_fraction": 1.0}, False),
-        ({"on_policy_fraction": 1.0, "on_policy_warmup_steps": 1}, True),
-        ({"on_policy_fraction": 1.0, "on_policy_schedule": "linear"}, True),
+        (0.0, "constant", 0, True),
+        (0.99, "constant", 0, True),
+        (1.0, "constant", 0, False),
+        (1.0, "constant", 1, True),
+        (1.0, "linear", 0, True),
     ],
 )
-def test_only_a_run_that_is_on_policy_throughout_needs_no_teachers_text(changes, needed):
-    assert needs_teacher_text(dataclasses.replace(Gkd(), **changes)) is needed
+def test_only_a_run_that_is_on_policy_throughout_needs_no_teachers_text(
+    fraction, schedule, warmup, needed
+):
+    gkd = made(
+        on_policy_fraction=fraction, on_policy_schedule=schedule, on_policy_warmup_steps=warmup
+    ).gkd
+    assert needs_teacher_text(gkd) is needed
