@@ -13,6 +13,7 @@ from gkdjax.utils.errors import UserError
 
 TEXT = "in 2023 there were\n\n  two of 12345 things </s>\nitems 1  2 caf\u00e9 cafe\u0301 Why</s>So"
 SPECIAL = ("<unk>", "<s>", "</s>")
+FAST = "PreTrainedTokenizerFast"
 
 
 def byte_level(*cuts, regex: bool = True, add_prefix_space: bool = False) -> Tokenizer:
@@ -23,13 +24,16 @@ def byte_level(*cuts, regex: bool = True, add_prefix_space: bool = False) -> Tok
     return trained(made, list(SPECIAL), pre_tokenizers.ByteLevel.alphabet())
 
 
-def own_regex() -> Tokenizer:
-    cut = pre_tokenizers.Split(Regex(r"\p{N}{1,3}|\s+|[^\s\p{N}]+"), "isolated")
-    return byte_level(cut, regex=False)
+def own_regex(cut: str = r"\p{N}{1,3}|\s+|[^\s\p{N}]+") -> Tokenizer:
+    return byte_level(pre_tokenizers.Split(Regex(cut), "isolated"), regex=False)
 
 
 def digits() -> Tokenizer:
     return byte_level(pre_tokenizers.Digits(individual_digits=True))
+
+
+def prefix_space() -> Tokenizer:
+    return byte_level(add_prefix_space=True)
 
 
 def llama2(first_only: bool = False) -> Tokenizer:
@@ -44,6 +48,10 @@ def llama2(first_only: bool = False) -> Tokenizer:
     return trained(made, [*SPECIAL, *(f"<0x{i:02X}>" for i in range(256))], [])
 
 
+def llama2_first() -> Tokenizer:
+    return llama2(first_only=True)
+
+
 def trained(made: Tokenizer, special: list[str], alphabet: list[str]) -> Tokenizer:
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
@@ -52,98 +60,89 @@ def trained(made: Tokenizer, special: list[str], alphabet: list[str]) -> Tokeniz
     return made
 
 
-def saved(path, model_type: str, name: str | None, made: Tokenizer, **settings):
-    """A model directory's tokenizer, of the class `name`."""
+def save(path, name: str | None, made: Tokenizer, model_type: str = "llama", **settings) -> None:
+    """Writes a model directory's tokenizer, of the class `name`."""
     made.save(str(path / "tokenizer.json"))
     (path / "config.json").write_text(json.dumps({"model_type": model_type}))
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     settings = {"tokenizer_class": name} | named | settings
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
-    return made.encode(TEXT, add_special_tokens=False).ids
 
 
-def ids_of(tokenizer) -> list[int]:
-    return tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+def check(path, made: Tokenizer, text: str = TEXT):
+    """The tokenizer that is loaded, which reads text as the file does."""
+    tokenizer = load_tokenizer(path)
+    expected = made.encode(text, add_special_tokens=False).ids
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected
+    return tokenizer
 
 
 @pytest.mark.parametrize(
-    ("model_type", "name", "make", "settings"),
+    ("name", "model_type", "make", "settings", "warns"),
     [
-        ("llama", "GPT2Tokenizer", digits, {"add_prefix_space": False}),
-        ("llama", "GPT2Tokenizer", own_regex, {}),
-        ("qwen2", "PreTrainedTokenizerFast", own_regex, {}),
-        ("qwen3", None, own_regex, {}),
-        ("gemma3_text", "GPT2Tokenizer", own_regex, {}),
-        ("llama", "LlamaTokenizer", llama2, {"legacy": False}),
+        ("GPT2Tokenizer", "llama", digits, {"add_prefix_space": False}, True),
+        ("GPT2Tokenizer", "llama", own_regex, {}, True),
+        (FAST, "qwen2", own_regex, {}, True),
+        (None, "qwen3", own_regex, {}, True),
+        ("GPT2Tokenizer", "gemma3_text", own_regex, {}, True),
+        ("LlamaTokenizer", "llama", llama2, {"legacy": False}, True),
+        (FAST, "llama", own_regex, {}, False),
+        ("GPT2Tokenizer", "llama", byte_level, {}, False),
+        ("LlamaTokenizer", "llama", llama2_first, {"legacy": False}, False),
+        ("GPT2Tokenizer", "llama", prefix_space, {"add_prefix_space": True}, False),
+        # Without the file that transformers 4 made it of anew.
+        ("LlamaTokenizer", "llama", llama2, {"legacy": False, "add_prefix_space": True}, None),
     ],
 )
-def test_the_file_is_taken_where_the_class_means_something_else(
-    tmp_path, caplog, model_type, name, make, settings
+def test_the_file_is_taken_and_a_class_that_means_something_else_is_named(
+    tmp_path, caplog, name, model_type, make, settings, warns
 ):
     made = make()
-    right = saved(tmp_path, model_type, name, made, **settings)
+    save(tmp_path, name, made, model_type, **settings)
     with caplog.at_level(logging.WARNING, "absl"):
-        tokenizer = load_tokenizer(tmp_path)
-    assert ids_of(tokenizer) == right
-    # Nor does a class bring special tokens of its own, for which no embedding has rows.
-    assert tokenizer.get_vocab() == made.get_vocab()
-    assert (tokenizer.bos_token, tokenizer.eos_token_id) == ("<s>", 2)
-    (said,) = (record.getMessage() for record in caplog.records)
-    assert said.startswith(f"{tmp_path}: transformers builds ") and "by the file and " in said
-
-
-@pytest.mark.parametrize(
-    ("model_type", "name", "make", "settings"),
-    [
-        ("llama", "PreTrainedTokenizerFast", own_regex, {}),
-        ("llama", "GPT2Tokenizer", byte_level, {}),
-        ("llama", "LlamaTokenizer", lambda: llama2(first_only=True), {"legacy": False}),
-    ],
-)
-def test_nothing_is_said_where_both_are_the_same(
-    tmp_path, caplog, model_type, name, make, settings
-):
-    right = saved(tmp_path, model_type, name, make(), **settings)
-    with caplog.at_level(logging.WARNING, "absl"):
-        assert ids_of(load_tokenizer(tmp_path)) == right
-    assert not [record for record in caplog.records if record.name == "absl"]
+        tokenizer = check(tmp_path, made)
+    messages = [record.getMessage() for record in caplog.records if record.name == "absl"]
+    if warns is not None:
+        assert len(messages) == warns
+    for message in messages:
+        assert message.startswith(f"{tmp_path}: transformers builds ") and "by the file" in message
+        # Nor does a class bring special tokens of its own, for which no embedding has rows.
+        assert tokenizer.get_vocab() == made.get_vocab()
+        assert (tokenizer.bos_token, tokenizer.eos_token_id) == ("<s>", 2)
 
 
 def test_a_file_that_its_class_takes_as_it_is_is_parsed_once(tmp_path, monkeypatch):
     """A second time takes a second, for a large vocabulary."""
-    right = saved(tmp_path, "llama", "PreTrainedTokenizerFast", own_regex())
+    made = own_regex()
+    save(tmp_path, FAST, made)
     monkeypatch.setattr(tokenizers, "Tokenizer", None)  # transformers has taken it already
-    assert ids_of(load_tokenizer(tmp_path)) == right
+    check(tmp_path, made)
 
 
 def test_a_cut_that_a_small_vocabulary_hides_is_the_files(tmp_path, monkeypatch):
     cut = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
-    made = byte_level(pre_tokenizers.Split(Regex(cut), "isolated"), regex=False)
+    made = own_regex(cut)
     corpus = ["It was a day.\n\nThe sun shone.\n\nAnd so on, he said.\n\n"] * 50
     made.train_from_iterator(corpus, tokenizers.trainers.BpeTrainer(show_progress=False))
-    saved(tmp_path, "llama", "GPT2Tokenizer", made)
-    text = "It was a day.\n\nThe sun"
-    assert load_tokenizer(tmp_path).tokenize(text) == made.encode(text).tokens
+    save(tmp_path, "GPT2Tokenizer", made)
+    check(tmp_path, made, "It was a day.\n\nThe sun")
     monkeypatch.setattr(tokenizer_files, "_PROBES", ("a",))  # nor does it need the right probe
-    assert load_tokenizer(tmp_path).tokenize(text) == made.encode(text).tokens
+    check(tmp_path, made, "It was a day.\n\nThe sun")
 
 
 def test_every_added_token_is_tried(tmp_path):
     made = byte_level()
     made.add_tokens([AddedToken(f"<extra_{i}>", rstrip=i == 150) for i in range(200)])
-    saved(tmp_path, "llama", "GPT2Tokenizer", made)
     # So transformers is told of no token but this one, and its class knows no file's.
-    path = tmp_path / "tokenizer_config.json"
     one = {str(made.token_to_id("<extra_0>")): {"content": "<extra_0>", "special": True}}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": one}))
-    text = "a <extra_150>  b <extra_199>"
-    assert load_tokenizer(tmp_path).tokenize(text) == made.encode(text).tokens
+    save(tmp_path, "GPT2Tokenizer", made, added_tokens_decoder=one)
+    check(tmp_path, made, "a <extra_150>  b <extra_199>")
 
 
 def test_special_tokens_that_a_class_names_are_those_that_the_file_has(tmp_path):
     made = own_regex()
     made.add_special_tokens(["<|endoftext|>"])
-    saved(tmp_path, "qwen2", "Qwen2Tokenizer", made)
+    save(tmp_path, "Qwen2Tokenizer", made, "qwen2")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>",) * 2
@@ -151,57 +150,46 @@ def test_special_tokens_that_a_class_names_are_those_that_the_file_has(tmp_path)
 
 
 def test_a_model_setting_that_no_probe_shows_is_the_files(tmp_path, caplog):
-    made = byte_level()
-    state = json.loads(made.to_str())
+    state = json.loads(byte_level().to_str())
     state["model"] |= {"ignore_merges": True}
     state["model"]["vocab"]["zqzq"] = len(state["model"]["vocab"])  # which no merge reaches
-    made = Tokenizer.from_str(json.dumps(state))
-    saved(tmp_path, "llama", "GPT2Tokenizer", made)
+    save(tmp_path, "GPT2Tokenizer", Tokenizer.from_str(json.dumps(state)))
     assert load_tokenizer(tmp_path).tokenize("zqzq") == ["zqzq"]
     assert not [record for record in caplog.records if record.name == "absl"]
 
 
-def test_what_was_trained_with_is_not_guessed_where_transformers_4_changed_the_file(tmp_path):
-    saved(tmp_path, "llama", "GPT2Tokenizer", byte_level(add_prefix_space=True))
-    with pytest.raises(
-        UserError, match=r"add_prefix_space is null.*: set add_prefix_space to true"
-    ):
-        load_tokenizer(tmp_path)
-    right = saved(
-        tmp_path, "llama", "GPT2Tokenizer", byte_level(add_prefix_space=True), add_prefix_space=True
-    )
-    assert ids_of(load_tokenizer(tmp_path)) == right
-    right = saved(
-        tmp_path, "llama", "LlamaTokenizer", llama2(), legacy=False, add_prefix_space=True
-    )
-    assert ids_of(load_tokenizer(tmp_path)) == right  # without the file that it is made of anew
-    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>")
-    with pytest.raises(UserError, match=r"add_prefix_space is true.*: remove add_prefix_space"):
-        load_tokenizer(tmp_path)
+SENTENCEPIECE = b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00"
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("name", "make", "settings", "model", "message"),
     [
+        # How it was trained cannot be known where transformers 4 changed what it had read.
+        ("GPT2Tokenizer", prefix_space, {}, None, "is null.*: set add_prefix_space to true"),
         (
-            b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00",
-            "a sentencepiece file.*pip install sentence",
+            *("LlamaTokenizer", llama2, {"legacy": False, "add_prefix_space": True}),
+            *(SENTENCEPIECE, "add_prefix_space is true.*: remove add_prefix_space"),
         ),
-        (b"AA== 0\nAQ== 1\n", "a tiktoken file, and no tokenizer.json; put the tokenizer.json of"),
+        ("LlamaTokenizer", None, {}, SENTENCEPIECE, "a sentencepiece file.*pip install sentence"),
+        (
+            "LlamaTokenizer",
+            None,
+            {},
+            b"AA== 0\nAQ== 1\n",
+            "tiktoken file, and no .*; put the token",
+        ),
+        (FAST, None, {}, None, "holds no tokenizer that can be read: "),
     ],
 )
-def test_a_model_file_alone_is_named_for_what_it_is(tmp_path, content, said):
-    saved(tmp_path, "llama", "LlamaTokenizer", llama2())
-    (tmp_path / "tokenizer.json").unlink()
-    (tmp_path / "tokenizer.model").write_bytes(content)
-    with pytest.raises(UserError, match=said) as error:
+def test_what_cannot_be_read_or_known_is_refused_in_one_line(
+    tmp_path, name, make, settings, model, message
+):
+    save(tmp_path, name, (make or llama2)(), **settings)
+    if make is None:
+        (tmp_path / "tokenizer.json").unlink()
+    if model is not None:
+        (tmp_path / "tokenizer.model").write_bytes(model)
+    with pytest.raises(UserError, match=message) as error:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
-
-
-def test_what_transformers_says_in_many_lines_is_said_in_one(tmp_path):
-    saved(tmp_path, "llama", "PreTrainedTokenizerFast", llama2())
-    (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match="holds no tokenizer that can be read: ") as error:
-        load_tokenizer(tmp_path)
-    assert "\n" not in str(error.value) and "\\n" not in str(error.value)
+    assert make is not None or "\\n" not in str(error.value)
