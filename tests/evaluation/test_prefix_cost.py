@@ -1,6 +1,7 @@
-"""What is timed, in which order, and what is left out; not how long it takes."""
+"""Which ways are timed, in which order, and which are left out; not how long they take."""
 
 import time
+import types
 
 import builders
 import numpy as np
@@ -14,51 +15,37 @@ PREFIX = np.arange(3, 27, dtype=np.int32)
 PROMPTS = [np.asarray([5, 6 + i], np.int32) for i in range(3)]
 
 
-class _Chat:
-    stop_ids = (1, 2)
-
-
 @pytest.fixture(scope="module")
-def reader() -> EvalModel:
+def model() -> EvalModel:
     decoder, params = builders.small_model()
-    return EvalModel.of(decoder, params, _Chat(), prefix_bytes=0)
+    return EvalModel.of(decoder, params, types.SimpleNamespace(stop_ids=(1, 2)), prefix_bytes=0)
 
 
-def measure(reader, **changes):
-    prompts = PROMPTS, [np.concatenate([PREFIX, p]) for p in PROMPTS]
-    how = {"new_tokens": 3, "batch_size": 4, "lengths": (8, 32), "vocab_size": 32}
-    how |= {"mesh": mesh.make_mesh(), "prefix_bytes": 2**20}
-    return prefix_cost.measure(reader, *prompts, **how | changes)
-
-
-@pytest.fixture
-def short_prefixes_count(monkeypatch):
-    monkeypatch.setattr("gkdjax.models.prefix_cache.LEAST_TOKENS", 16)
-
-
-def test_three_ways_are_timed_where_the_prefix_is_worth_keeping(reader, short_prefixes_count):
-    found = measure(reader)
-    assert (found["rows"], found["new_tokens"]) == (4, 3)
-    assert list(found["seconds"]) == ["without", "with", "with_kept"]
-    assert all(0 < seconds < 60 for seconds in found["seconds"].values())
-
-
-def test_a_short_prefix_is_read_each_time(reader):
-    assert list(measure(reader)["seconds"]) == ["without", "with"]
-
-
-def test_a_prefix_that_finds_no_room_is_not_called_kept(reader, short_prefixes_count):
-    assert list(measure(reader, prefix_bytes=0)["seconds"]) == ["without", "with"]
-
-
-def test_every_row_writes_all_of_its_tokens(reader, monkeypatch):
+@pytest.mark.parametrize(
+    ("least", "prefix_bytes", "ways"),
+    [
+        (16, 2**20, ["without", "with", "with_kept"]),
+        (None, 2**20, ["without", "with"]),  # a short prefix is read each time
+        (16, 0, ["without", "with"]),  # one that finds no room is not called kept
+    ],
+)
+def test_the_ways_that_are_timed_and_every_row_writes_all_of_its_tokens(
+    model, monkeypatch, least, prefix_bytes, ways
+):
+    if least is not None:
+        monkeypatch.setattr("gkdjax.models.prefix_cache.LEAST_TOKENS", least)
     written, sample = [], prefix_cost.sample
     monkeypatch.setattr(
         prefix_cost, "sample", lambda *a, **k: written.append(sample(*a, **k)) or written[-1]
     )
-    measure(reader)
-    lengths = {len(completion.ids) for batch in written for completion in batch}
-    assert lengths == {3} and not any(t.finished for batch in written for t in batch)
+    how = {"new_tokens": 3, "batch_size": 4, "lengths": (8, 32), "vocab_size": 32}
+    how |= {"mesh": mesh.make_mesh(), "prefix_bytes": prefix_bytes}
+    whole = [np.concatenate([PREFIX, prompt]) for prompt in PROMPTS]
+    found = prefix_cost.measure(model, PROMPTS, whole, **how)
+    assert (found["rows"], found["new_tokens"], list(found["seconds"])) == (4, 3, ways)
+    assert all(0 < seconds < 60 for seconds in found["seconds"].values())
+    completions = [completion for batch in written for completion in batch]
+    assert all(len(one.ids) == 3 and not one.finished for one in completions)
 
 
 def test_rounds_are_interleaved_and_the_first_of_each_is_not_counted(monkeypatch):
