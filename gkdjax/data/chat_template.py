@@ -70,13 +70,16 @@ class Chat:
         self, messages: Sequence[Message], name: str = "a prompt", tools: str = ""
     ) -> np.ndarray:
         """Returns what a model reads before it answers: int32 [T], see `render`."""
-        none = (False,) * len(messages)
-        return self.render(messages, none, name, generation_prompt=True, tools=tools)[0]
+        none, how = (False,) * len(messages), {"generation_prompt": True, "tools": tools}
+        return self.render(tuple(messages), none, name, **how)[0]
 
+    # Rows come back every epoch and with each of their completions; a rendering takes 0.3 ms. The
+    # cache keeps its chats alive: a process has few.
+    @functools.lru_cache(maxsize=16384)  # noqa: B019
     def render(
         self,
-        messages: Sequence[Message],
-        targets: Sequence[Target],
+        messages: tuple[Message, ...],
+        targets: tuple[Target, ...],
         name: str,
         *,
         generation_prompt: bool = False,
@@ -103,7 +106,20 @@ class Chat:
           UserError: the template refuses the roles, drops or rewrites a message, does not write a
             tool, a call or a thought, or does not continue its generation prompt with a target.
         """
-        return _render(self, tuple(messages), tuple(targets), name, generation_prompt, tools)
+        rendering = _Rendering(self, messages, name, generation_prompt, tools)
+        for i, target in enumerate(targets):
+            if target and messages[i].role != "assistant":
+                rendering.flag_content(i, target)
+            elif target:
+                prompt = self.template.text(messages[:i], name, tools, True)
+                if rendering.drops_thought(i, target, prompt):
+                    how = {"generation_prompt": True, "tools": tools}
+                    before = self.render(messages[:-1], targets[:-1], name, **how)
+                    rendering.write_unchanged(target, prompt, *before)
+                else:
+                    rendering.flag_answer(i, target, len(prompt))
+        rendering.ids.flags.writeable = rendering.flags.flags.writeable = False
+        return rendering.ids, rendering.flags
 
     @functools.cached_property
     def template(self) -> Template:
@@ -159,10 +175,7 @@ def load_chat(
 ) -> Chat:
     """Reads the tokenizer, its chat template and the stop tokens of a Hugging Face directory.
 
-    Args:
-      directory: of the model.
-      template_kwargs: for the template, like {"enable_thinking": False}.
-      clock: the time that `strftime_now` gives the template; None: the time of each rendering.
+    `template_kwargs` are for the template, like {"enable_thinking": False}.
 
     Raises:
       UserError: no such directory, no fast tokenizer in it, no chat template, or one that ends no
@@ -222,35 +235,6 @@ def _declared_stops(path: pathlib.Path, num_tokens: int) -> list[int | None]:
     return stops
 
 
-# Rows come back every epoch and with each of their completions; a rendering takes 0.3 ms.
-@functools.lru_cache(maxsize=16384)
-def _render(
-    chat: Chat,
-    messages: tuple[Message, ...],
-    targets: tuple[Target, ...],
-    name: str,
-    generation_prompt: bool,
-    tools: str,
-) -> tuple[np.ndarray, np.ndarray]:
-    rendering = _Rendering(chat, messages, name, generation_prompt, tools)
-    ids, flags = rendering.ids, rendering.flags
-    for i, target in enumerate(targets):
-        if not target:
-            continue
-        rendering.check_stops(i, target)
-        if messages[i].role != "assistant":
-            rendering.flag_content(i, target)
-            continue
-        prompt = chat.template.text(messages[:i], name, tools, True)
-        if rendering.drops_thought(i, prompt):
-            before = _render(chat, messages[:-1], targets[:-1], name, True, tools)
-            ids, flags = rendering.last_unchanged(target, prompt, *before)
-        else:
-            rendering.flag_answer(i, target, len(prompt))
-    ids.flags.writeable = flags.flags.writeable = False
-    return ids, flags
-
-
 class _Rendering:
     """One conversation: its text and tokens, and where its messages stand in them."""
 
@@ -300,8 +284,8 @@ class _Rendering:
             advice = f"; rename the role {TOOL_ROLES[0]!r} if it is the result of a tool"
         return self._refusal(f"drops message {dropped} ({role}) without a word{advice}")
 
-    def check_stops(self, i: int, target: Target) -> None:
-        """Refuses a target message that has a stop token in what is to be learnt."""
+    def _check_stops(self, i: int, target: Target) -> None:
+        """Refuses a stop token in what is to be learnt of a message."""
         message = self.messages[i]
         content = [message.content]
         if isinstance(target, tuple):
@@ -315,13 +299,14 @@ class _Rendering:
                     " from the text (the template ends a turn by itself)"
                 )
 
-    def drops_thought(self, i: int, prompt: str) -> bool:
+    def drops_thought(self, i: int, target: Target, prompt: str) -> bool:
         """Whether the last answer is written without its thought, so not as a model writes it.
 
         Raises:
           UserError: message i is not the last, does not follow the generation prompt, or brings an
             empty thought for which the user did not ask.
         """
+        self._check_stops(i, target)
         message, at = self.messages[i], self.spans.at[i]
         prompt_ids, _ = self.chat.tokenize(prompt)
         follows = self.text.startswith(prompt) and self._begins_with(prompt_ids)
@@ -397,12 +382,13 @@ class _Rendering:
             raise self._refusal(f"does not end an assistant's message with {chat.end_of_turn} here")
         tokens = self._tokens_of(begin, stop + space + len(token))
         if exact and not message.fields:
-            self._flag(target, tokens, at, message.content)
+            self._flag(target, tokens, *at, message.content)
         else:
-            self._flag(target, tokens, (begin, stop + space), None)
+            self._flag(target, tokens, begin, stop + space)
 
     def flag_content(self, i: int, target: Target) -> None:
         """Flags the content of another role's message, and its end of turn if it has one."""
+        self._check_stops(i, target)
         start, stop = self.spans.at[i] or (0, 0)
         if not self.spans.exact[i]:
             role = self.messages[i].role
@@ -410,10 +396,11 @@ class _Rendering:
         rest, end_of_turn = self.text[stop:].lstrip(), self.chat.end_of_turn
         ends = rest.startswith(end_of_turn)
         end = len(self.text) - len(rest) + len(end_of_turn) if ends else stop
-        self._flag(target, self._tokens_of(start, end), (start, stop), self.messages[i].content)
+        tokens = self._tokens_of(start, end)
+        self._flag(target, tokens, start, stop, self.messages[i].content)
 
-    def last_unchanged(self, target: Target, prompt: str, prompt_ids, prompt_flags):
-        """(ids, flags) with the last answer unchanged after the generation prompt."""
+    def write_unchanged(self, target: Target, prompt: str, prompt_ids, prompt_flags) -> None:
+        """Writes the last answer unchanged after the generation prompt."""
         content = self.messages[-1].content
         if prompt.rstrip().endswith(_THINK):  # the prompt has begun the answer already
             space = prompt[len(prompt.rstrip()) :]
@@ -429,29 +416,22 @@ class _Rendering:
             *(1, self.name, self.chat.directory),
         )
         self.flags[: len(prompt_ids)] = prompt_flags
-        place = len(prompt), len(self.text) - len(self.chat.end_of_turn)
-        self._flag(target, slice(len(prompt_ids), None), place, None)
-        return self.ids, self.flags
+        tokens = self._tokens_of(len(prompt), len(self.text))
+        self._flag(target, tokens, len(prompt), len(prompt + content))
 
-    def _flag(
-        self, target: Target, tokens: slice, place: tuple[int, int], content: str | None
-    ) -> None:
+    def _flag(self, target: Target, tokens: slice, start: int, stop: int, content=None) -> None:
         """Flags the targets among the tokens of a message.
 
-        Args:
-          target: not False.
-          tokens: of the message, with its end of turn.
-          place: its characters in the text.
-          content: to which spans refer; what stands at `place` may be trimmed. None: just that.
+        Spans refer to `content`, which may stand trimmed at text[start:stop]; None: to this text.
         """
-        start, stop = place
-        content = self.text[start:stop] if content is None else content
+        text = self.text[start:stop]
+        content = text if content is None else content
         if isinstance(target, PatternTarget):
             target = target.resolve(content)
         if isinstance(target, bool):
             self.flags[tokens] |= target
             return
-        shift = start - content.index(self.text[start:stop])
+        shift = start - content.index(text)
         first, last = self._offsets[tokens].T
         for a, b in target:
             a, b = max(shift + a, start), min(shift + b, stop)

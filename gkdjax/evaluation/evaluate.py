@@ -250,8 +250,7 @@ class Evaluation:
             # Only the answers of such a teacher are known; its distance to itself is 0.
             measures |= _TO_ITSELF | scoring.own_perplexity(texts.teacher_text)
         elif texts.examples:  # measured: it would not be 0 if a view or a shift were wrong
-            own = EvalModel(weights.decoder, weights.params, weights.chat, weights.prefixes)
-            measures |= self._agreement(own, texts.teacher_text, "teacher")
+            measures |= self._agreement(weights, texts.teacher_text, "teacher")
         if measures:
             found["prompted_teacher"] = measures
 

@@ -53,6 +53,10 @@ def _apply(chat, messages, tools="", **kwargs):
     )
 
 
+def _render(chat, messages, targets, name="row", **how):
+    return chat.render(tuple(messages), tuple(targets), name, **how)
+
+
 def _runs(chat, ids, flags):
     """(start, text) of each run of targets."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]))).reshape(-1, 2)
@@ -61,7 +65,7 @@ def _runs(chat, ids, flags):
 
 def _learnt(chat, messages, targets, tools="", as_applied=True):
     """The text of each run of targets; the ids are transformers' own."""
-    ids, flags = chat.render(messages, targets, "row", tools=tools)
+    ids, flags = _render(chat, messages, targets, tools=tools)
     if as_applied:
         assert ids.tolist() == _apply(chat, messages, tools)["input_ids"]
     return [text for _, text in _runs(chat, ids, flags)]
@@ -73,7 +77,7 @@ def test_answers_are_learnt_after_the_prompt_that_a_model_would_be_given(chat, m
     """Contents and ends of turn and nothing else, in ids that are apply_chat_template's."""
     first = 0 if chat.earlier_answers else len(messages) - 1
     targets = [m.role == "assistant" and i >= first for i, m in enumerate(messages)]
-    ids, flags = chat.render(messages, targets, "row")
+    ids, flags = _render(chat, messages, targets)
     assert ids.tolist() == _apply(chat, messages)["input_ids"]
     assert (ids.dtype, flags.dtype) == (np.int32, bool)
     runs = _runs(chat, ids, flags)
@@ -88,7 +92,7 @@ def test_answers_are_learnt_after_the_prompt_that_a_model_would_be_given(chat, m
         # Beside the content there is at most the blank that Llama 2's template puts around it.
         body = text.removesuffix(chat.end_of_turn)
         assert body in (answer, answer.strip(), f" {answer.strip()} ")
-    assert not chat.render(messages, [False] * len(messages), "row")[1].any()
+    assert not _render(chat, messages, [False] * len(messages))[1].any()
 
 
 @settings(max_examples=100, deadline=None)
@@ -103,7 +107,7 @@ def test_any_message_is_a_target_as_a_whole_or_in_spans(chat, messages, data):
     ]
     i = data.draw(st.sampled_from(places))
     trimmed = [m._replace(content=m.content.strip()) for m in messages]
-    ids, whole = chat.render(trimmed, [j == i for j in range(len(messages))], "row")
+    ids, whole = _render(chat, trimmed, [j == i for j in range(len(messages))])
     ((_, text),) = _runs(chat, ids, whole)
     assert text.removesuffix(chat.end_of_turn).strip() == trimmed[i].content
     if messages[i].role != "assistant":
@@ -112,9 +116,9 @@ def test_any_message_is_a_target_as_a_whole_or_in_spans(chat, messages, data):
     start = data.draw(st.integers(0, len(content) - 1))
     end = data.draw(st.integers(start + 1, len(content)))
     wanted = content[start:end]
-    _, whole = chat.render(messages, [j == i for j in range(len(messages))], "row")
+    _, whole = _render(chat, messages, [j == i for j in range(len(messages))])
     targets = [((start, end),) if j == i else False for j in range(len(messages))]
-    ids, flags = chat.render(messages, targets, "row")
+    ids, flags = _render(chat, messages, targets)
     assert not (flags & ~whole).any()
     if not wanted.strip():
         return  # it may have been trimmed, and stand beside the template's own white space
@@ -155,7 +159,7 @@ def test_a_chat_knows_whether_earlier_answers_can_be_targets(chat_of):
 
 def test_decode_skips_special_tokens_and_keeps_white_space(chat_of):
     chat = chat_of("chatml")
-    ids, flags = chat.render([_HI[0], Message("assistant", "a .\n 🙂 ")], [False, True], "row")
+    ids, flags = _render(chat, [_HI[0], Message("assistant", "a .\n 🙂 ")], [False, True])
     assert chat.decode(ids[flags]) == "a .\n 🙂 "
 
 
@@ -286,7 +290,7 @@ _ANSWERS = tuple(m.role == "assistant" for m in _TALK)
 def test_calls_are_learnt_as_the_template_writes_them_and_results_never(chat_of, template):
     chat = chat_of(template)
     said = _learnt(chat, _TALK, _ANSWERS, TOOLS)
-    ids, flags = chat.render(_TALK, _ANSWERS, "row", tools=TOOLS)
+    ids, flags = _render(chat, _TALK, _ANSWERS, tools=TOOLS)
     for (start, _), i in zip(_runs(chat, ids, flags), np.flatnonzero(_ANSWERS), strict=True):
         expected = _apply(chat, _TALK[:i], TOOLS, add_generation_prompt=True)["input_ids"]
         assert chat.prompt_ids(_TALK[:i], tools=TOOLS).tolist() == expected == ids[:start].tolist()
@@ -349,7 +353,7 @@ def test_what_a_template_leaves_out_is_named(chat_of, template, messages, tools,
     for learnt in (True, False):
         targets = [m.role == "assistant" and learnt for m in messages]
         with pytest.raises(UserError, match=f"^rows:3: .*{expected}"):
-            chat_of(template).render(messages, targets, "rows:3", tools=tools)
+            _render(chat_of(template), messages, targets, "rows:3", tools=tools)
     if messages is _ASKED:
         with pytest.raises(UserError, match=r"^rows:3: "):
             chat_of(template).prompt_ids(_ASKED, "rows:3")
@@ -382,9 +386,9 @@ def test_what_cannot_be_learnt_is_refused_where_it_is_to_be(
 ):
     chat = load_chat(chat_dir(template), kwargs)
     tools = TOOLS if any(m.fields for m in messages) else ""
-    chat.render(messages, [False] * len(messages), "rows:3", tools=tools)
+    _render(chat, messages, [False] * len(messages), "rows:3", tools=tools)
     with pytest.raises(UserError, match=f"^rows:3: .*{expected}"):
-        chat.render(messages, [m.role == "assistant" for m in messages], "rows:3", tools=tools)
+        _render(chat, messages, [m.role == "assistant" for m in messages], "rows:3", tools=tools)
 
 
 _REST = _THOUGHT.removeprefix("<think>\n")
@@ -422,11 +426,11 @@ def test_the_last_answer_is_learnt_after_the_generation_prompt(
     chat_dir, template, messages, kwargs, target, expected
 ):
     chat = load_chat(chat_dir(template), kwargs)
-    targets = (*(False,) * (len(messages) - 1), target)
+    targets = (*[False] * (len(messages) - 1), target)
     strips = template in (templates.STRIPS_OPENS, templates.STRIPS)
     (said,) = _learnt(chat, messages, targets, as_applied=not strips)
     assert said == expected + (chat.end_of_turn if target is True else "")
-    ids, flags = chat.render(messages, targets, "row")
+    ids, flags = _render(chat, messages, targets)
     assert ids[: flags.argmax()].tolist() == chat.prompt_ids(messages[:-1]).tolist()
     # A history is what the template makes of it, and so is an answer that is not learnt.
     history = (*messages, _USER)
@@ -446,7 +450,7 @@ def test_a_pattern_is_searched_for_in_the_thought_as_it_is_written(
     chat_of, template, pattern, span, begin
 ):
     target = TargetRules(("assistant",), pattern, span).of_message(_INLINE)
-    ids, flags = chat_of(template).render((_USER, _INLINE), (False, target), "row")
+    ids, flags = _render(chat_of(template), (_USER, _INLINE), (False, target))
     text = chat_of(template).decode(ids[flags]).replace("\n", "")
     assert begin in text and bool(begin) == bool(text)
     assert span == "message" or text == begin

@@ -105,10 +105,10 @@ def test_every_message_of_the_assistant_is_a_target_once_and_the_student_reads_w
             rules = views.ViewRules(chat, chat, retained, TargetRules(("assistant",)), 1000, "drop")
             pair, fate = rules.pair(example, None)
             assert fate is views.RowStatus.KEPT
-            whole, _ = chat.render(_said(words), [False] * len(words.split()), "all")
+            whole, _ = chat.render(_said(words), (False,) * len(words.split()), "all")
             assert list(pair.student.ids) == list(whole[: len(pair.student.ids)])
             all_before = (*example.prefix, *example.turns, Message("assistant", example.response))
-            whole, _ = chat.render(all_before, [False] * len(all_before), "all")
+            whole, _ = chat.render(all_before, (False,) * len(all_before), "all")
             assert list(pair.teacher.ids) == list(whole[: len(pair.teacher.ids)])
             targets.append(chat.decode(pair.target_ids))
         assert targets == ["a1", "a2a3", "a4"]
