@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from gkdjax.config import Config
 from gkdjax.teachers.local import LocalTeacher
-from gkdjax.train import models, setup, teacher
+from gkdjax.train import models, setup
 from gkdjax.train.setup import RunInputs
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "launch" / "start_vllm.sh"
@@ -103,8 +103,8 @@ def connected(
         # Of a server's config it would be exact, and not the server's K tokens.
         here = dataclasses.replace(c.teacher, adapter=adapter, backend="local-toggle")
         c = dataclasses.replace(c, teacher=here)
-        in_process = teacher.LocalTeacherFactory(
+        in_process = models.LocalTeacherFactory(
             c, workdir, rows.lengths, rows.mesh, rows.vocab_size
         )
-        own = models.load_student(c, rows.sources.student, rows.mesh)
+        own = models.load(c, rows.sources.student, c.student.dtype, rows.mesh, ())
         yield rows, in_process.config_teacher(rows.sources, own)

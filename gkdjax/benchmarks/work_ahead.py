@@ -43,9 +43,9 @@ from gkdjax.teachers.server.store.suspects import Suspects
 from gkdjax.teachers.server.teacher import ServerTeacher
 from gkdjax.teachers.server.transport.client import Limits, Transport
 from gkdjax.train import optimizer as train_optimizer
-from gkdjax.train.batches import BatchPrefetcher, SourcedBatch
+from gkdjax.train.batches import BatchPrefetcher
 from gkdjax.train.step import init_state, make_train_step
-from gkdjax.types import Batch, TrainState
+from gkdjax.types import Batch
 from gkdjax.utils.text import table
 
 _DIVERGENCE = "forward_kl"
@@ -69,7 +69,7 @@ def main() -> None:
         tempfile.TemporaryDirectory() as directory,
         contextlib.closing(_teacher(base, pathlib.Path(directory), a.top_k)) as teacher,
     ):
-        bench = _Bench(a, mesh, teacher)
+        bench = _Bench(a, mesh, teacher, pathlib.Path(directory))
         rounds = [bench.round() for _ in range(a.rounds)]
     shown = [[p, f"{1000 * statistics.median(r[p] for r in rounds):.1f}"] for p in _PARTS]
     print(table([f"{bench.rows} rows of {a.length} tokens", "ms a step"], shown))
@@ -81,11 +81,17 @@ def main() -> None:
 class _Bench:
     """Student, step and batches."""
 
-    def __init__(self, a: argparse.Namespace, mesh: Mesh, teacher: ServerTeacher):
-        self._a, self._mesh, self._teacher = a, mesh, teacher
+    def __init__(
+        self,
+        a: argparse.Namespace,
+        mesh: Mesh,
+        teacher: ServerTeacher,
+        directory: pathlib.Path,
+    ):
+        self._a, self._mesh, self._teacher, self._directory = a, mesh, teacher, directory
         self._rng, self._made = np.random.default_rng(0), 0
         decoder, params = model(STUDENTS[a.shape], jnp.dtype("float32"))
-        c = config.Config(gkd=config.Gkd(divergence=_DIVERGENCE))
+        self._config = c = config.Config(gkd=config.Gkd(divergence=_DIVERGENCE))
         optimizer, schedule = (
             train_optimizer.optimizer(c.optim, 1000),
             train_optimizer.schedule(c.optim, 1000),
@@ -124,9 +130,12 @@ class _Bench:
         return self._timed(step)
 
     def _ahead(self) -> BatchPrefetcher:
-        inputs = types.SimpleNamespace(mesh=self._mesh, anchor_feeds={})
-        parts = types.SimpleNamespace(teacher=self._teacher, inputs=inputs)
-        return BatchPrefetcher(parts, _Text(self._batches()), self._a.steps)
+        dataset = _Dataset([self._batch() for _ in range(self._a.steps)])
+        inputs = types.SimpleNamespace(
+            config=self._config, mesh=self._mesh, dataset=dataset, anchors={}
+        )
+        run = types.SimpleNamespace(teacher=self._teacher, inputs=inputs)
+        return BatchPrefetcher(run, self._directory, 0, self._a.steps)
 
     def _take_step(self, batch: Batch, targets) -> dict:
         self._state, sums = self._step(
@@ -143,9 +152,6 @@ class _Bench:
             before = made
         jax.block_until_ready(before)
         return (time.perf_counter() - start) / self._a.steps
-
-    def _batches(self) -> list[Batch]:
-        return [self._batch() for _ in range(self._a.steps)]
 
     def _batch(self) -> Batch:
         """Random tokens that both read; the second half of each row is predicted."""
@@ -167,20 +173,16 @@ class _Bench:
 
 
 @dataclasses.dataclass
-class _Text:
-    """Batches as `train.batches.BatchSource` has them, none of which the student writes."""
+class _Dataset:
+    """Batches as `data.dataset.DistillDataset` has them."""
 
     batches: Sequence[Batch]
 
-    def begin(self, step: int, state: TrainState) -> None:
-        pass
+    def batch(self, step: int) -> tuple[Batch, None]:
+        return self.batches[step], None
 
-    def is_there(self, step: int) -> bool:
-        return True
-
-    def batch(self, step: int) -> SourcedBatch:
-        batch = self.batches[step]
-        return SourcedBatch(batch, _names(batch), None, _DIVERGENCE, {})
+    def names(self, step: int) -> list[str]:
+        return _names(self.batches[step])
 
 
 def _names(batch: Batch) -> list[str]:

@@ -61,10 +61,10 @@ def cache(
     workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as connections:
         if buy:
-            connections.enter_context(workdirs.held(workdir))
+            connections.enter_context(workdirs.locked(workdir))
             workdirs.claim(workdir, config)
         rows = setup.read(config, workdir, None, connections)
-        steps = setup.total_steps(config, len(rows.feed))
+        steps = setup.total_steps(config, len(rows.dataset))
         missing = offline.missing(config, workdir, rows.teacher, steps)
         print(estimate(missing, input_price, output_price))
         if not buy:

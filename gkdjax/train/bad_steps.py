@@ -1,13 +1,13 @@
-"""Steps that changed nothing, as a loss or the gradient was not finite: what they had to learn.
+"""Records steps that changed nothing, because a loss or the gradient was not finite.
 
-RUN/bad_steps.jsonl has a line for each of them, and RUN/bad_steps/STEP.safetensors its batches with
-the top k of a teacher, from which `gkdjax.tools.replay_batch` finds the rows.
+RUN/bad_steps.jsonl has a line for each, and RUN/bad_steps/STEP.safetensors its batches with the top
+k of a teacher, from which `gkdjax.tools.replay_batch` finds the rows.
 """
 
 import json
 import math
 import pathlib
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -18,8 +18,7 @@ from gkdjax.losses.objective import TopKTargets
 from gkdjax.losses.topk import TopKLogprobs
 from gkdjax.parallel import mesh
 from gkdjax.parallel.multihost import leads
-from gkdjax.train.batches import TrainBatch
-from gkdjax.train.step import LARGEST_UPDATE
+from gkdjax.train.step import LARGEST_UPDATE, TrainBatch
 from gkdjax.types import Batch
 from gkdjax.utils import files, tree
 from gkdjax.utils.errors import UserError
@@ -36,7 +35,7 @@ class BadPart(NamedTuple):
 
 
 def reason(sums: dict[str, float]) -> str:
-    """Why the step with these sums was bad, for people."""
+    """Says why the step with these sums was bad."""
     if sums["targets"] == 0:
         return "the batch has no target token"
     for name in (key.removesuffix("_sum") for key in sums if key.endswith("_sum")):
@@ -49,16 +48,18 @@ def reason(sums: dict[str, float]) -> str:
     return f"update_rms is {sums['update_rms']:.3g}, and may be {LARGEST_UPDATE:g} at most"
 
 
-def write(workdir: pathlib.Path, step: int, why: str, ready: TrainBatch) -> dict:
-    """Writes the step's file and line -> the line. All processes call it."""
-    parts = {"loss": (ready.batch, ready.targets)} | ready.anchors
-    names = {"loss": ready.drawn.names} | ready.anchor_names
+def write(workdir: pathlib.Path, step: int, why: str, batch: TrainBatch) -> None:
+    """Writes the step's file and line. All processes call it."""
     leaves = {}
-    for name, (batch, targets) in parts.items():
-        leaves |= _leaves(f"{name}/batch/", batch)
+    for name, (rows, targets) in ({"loss": (batch.batch, batch.targets)} | batch.anchors).items():
+        leaves |= _leaves(f"{name}/batch/", rows)
         if isinstance(targets, TopKTargets):
             leaves |= _leaves(f"{name}/targets/", targets)
-    line = {"step": step, "reason": why, "divergence": ready.drawn.divergence, "rows": names}
+            shared = -1 if targets.shared is None else targets.shared
+            leaves[f"{name}/targets/shared"] = np.asarray(shared, np.int64)
+            temperature = np.asarray(targets.topk.temperature, np.float64)
+            leaves[f"{name}/targets/temperature"] = temperature
+    line = {"step": step, "reason": why, "divergence": batch.divergence, "rows": batch.names}
     if leads():
         path = _path(workdir, step)
         path.parent.mkdir(exist_ok=True)
@@ -66,11 +67,10 @@ def write(workdir: pathlib.Path, step: int, why: str, ready: TrainBatch) -> dict
             safetensors.numpy.save_file(leaves, part, {"line": json.dumps(line)})
         with (workdir / LINES).open("a") as file:
             file.write(json.dumps(line) + "\n")
-    return line
 
 
 def read(workdir: pathlib.Path, step: int) -> tuple[dict, dict[str, BadPart]]:
-    """The line of a bad step, and its batches by name: "loss" and those of the anchors.
+    """Reads the line of a bad step, and its batches by name: "loss" and those of the anchors.
 
     Raises:
       UserError: the run has no such step, or its file cannot be read.
@@ -87,14 +87,13 @@ def read(workdir: pathlib.Path, step: int) -> tuple[dict, dict[str, BadPart]]:
         raise UserError(f"{path} cannot be read: {error}") from None
     parts = {}
     for name, rows in line["rows"].items():
-        batch = Batch(**_under(leaves, f"{name}/batch/"))
-        found = _under(leaves, f"{name}/targets/")
-        parts[name] = BadPart(rows, batch, _topk(found) if found else None)
+        batch, found = (_under(leaves, f"{name}/{what}/") for what in ("batch", "targets"))
+        parts[name] = BadPart(rows, Batch(**batch), _topk(found) if found else None)
     return line, parts
 
 
 def in_a_row(workdir: pathlib.Path, step: int) -> int:
-    """How many steps just before `step` were bad; a resumed run takes back what came later."""
+    """Counts the bad steps just before `step`; a resumed run drops the lines of later ones."""
     path = workdir / LINES
     lines = [line for line in files.read_lines(path) if line["step"] < step]
     if path.exists() and leads():
@@ -109,21 +108,15 @@ def _path(workdir: pathlib.Path, step: int) -> pathlib.Path:
 
 def _leaves(prefix: str, of: Batch | TopKTargets) -> dict[str, np.ndarray]:
     flat, _ = jax.tree_util.tree_flatten_with_path(mesh.fetch(of))
-    found = {prefix + tree.path_str(path): np.ascontiguousarray(leaf) for path, leaf in flat}
-    if isinstance(of, TopKTargets):
-        found[f"{prefix}temperature"] = np.asarray(of.topk.temperature, np.float64)
-        found[f"{prefix}shared"] = np.asarray(-1 if of.shared is None else of.shared, np.int64)
-    return found
+    return {prefix + tree.path_str(path): np.ascontiguousarray(leaf) for path, leaf in flat}
 
 
 def _under(leaves: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     return {k.removeprefix(prefix): leaf for k, leaf in leaves.items() if k.startswith(prefix)}
 
 
-def _topk(found: dict[str, Any]) -> TopKTargets:
-    names = "ids", "logprobs", "tail_logprob"
-    topk = TopKLogprobs(
-        *(found.get(f"topk/{name}") for name in names), temperature=float(found["temperature"])
-    )
+def _topk(found: dict[str, np.ndarray]) -> TopKTargets:
+    arrays = (found.get(f"topk/{name}") for name in ("ids", "logprobs", "tail_logprob"))
+    topk = TopKLogprobs(*arrays, temperature=float(found["temperature"]))
     shared = int(found["shared"])
     return TopKTargets(topk, found["target_logprob_BN"], None if shared < 0 else shared)

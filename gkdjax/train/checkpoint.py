@@ -18,23 +18,17 @@ from gkdjax.utils.errors import UserError
 
 
 class Checkpoints:
-    """Saves and restores under `workdir`/checkpoints; one directory a step.
+    """Saves and restores under `workdir`/checkpoints, one directory for each step.
 
     A checkpoint is {"state": the leaves by path, "meta": JSON}. The JSON holds the step, which is
     also the position in the data (`data.batching.RowOrder` is a function of it), and a fingerprint
-    of every leaf: Orbax restores a flipped bit without a word. Both know nothing of the mesh.
+    of every leaf: Orbax restores a flipped bit without an error. Neither depends on the mesh.
 
     All processes of a run have the same directory, and call every method.
     """
 
     def __init__(self, workdir: pathlib.Path, keep: int, forever: Sequence[int] = ()):
-        """Opens the directory.
-
-        Args:
-          workdir: of the run.
-          keep: so many of the newest.
-          forever: steps that are never removed.
-        """
+        """Opens the directory; keeps the `keep` newest steps, and the steps `forever`."""
         policies = ocp.checkpoint_managers
         policy = policies.AnyPreservationPolicy(
             [policies.LatestN(keep), policies.CustomSteps(list(forever))]
@@ -55,22 +49,18 @@ class Checkpoints:
         """Begins to save; the write goes on in the background. Errors surface at the next call."""
         leaves = _by_path(state)
         step = int(leaves["step"])
-        if step in self._manager.all_steps():
-            return
-        meta = {"step": step, "fingerprints": _fingerprints(leaves)}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(leaves), meta=ocp.args.JsonSave(meta)
-            ),
-        )
+        if step not in self._manager.all_steps():
+            meta = {"step": step, "fingerprints": _fingerprints(leaves)}
+            saved = ocp.args.StandardSave(leaves)
+            args = ocp.args.Composite(state=saved, meta=ocp.args.JsonSave(meta))
+            self._manager.save(step, args=args)
 
     def restore(self, like: TrainState) -> TrainState | None:
-        """The newest checkpoint that is whole, with the structure of `like`; None without any.
+        """Restores the newest checkpoint that is whole, in the structure of `like`; None if none.
 
-        Its leaves lie as those of `like` do, on whatever mesh they were saved. A damaged one is
-        named in the log and passed over for the one before it; it is put aside as "<step>.damaged",
-        because Orbax saves nothing at or before a step that it has.
+        Its leaves are placed as those of `like`, on whatever mesh they were saved. A damaged
+        checkpoint is named in the log, and the one before it is tried; it is renamed to
+        "<step>.damaged", because Orbax saves nothing at or before a step that it has.
 
         Raises:
           UserError: there are checkpoints, and none of them can be read.
@@ -113,20 +103,16 @@ class Checkpoints:
             path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             for path, leaf in _by_path(like).items()
         }
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(expected), meta=ocp.args.JsonRestore()
-            ),
-        )
+        wanted = ocp.args.StandardRestore(expected)
+        args = ocp.args.Composite(state=wanted, meta=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=args)
         leaves = restored["state"]
         _check(leaves, restored["meta"]["fingerprints"])
-        treedef = jax.tree.structure(like)
-        return jax.tree.unflatten(treedef, [leaves[path] for path in _by_path(like)])
+        return jax.tree.unflatten(jax.tree.structure(like), [leaves[path] for path in expected])
 
 
 def read_trainable(workdir: pathlib.Path, like: Any, step: int | None = None) -> tuple[int, Any]:
-    """A saved step's trainable leaves alone -> (step, NumPy arrays in the structure of `like`).
+    """Reads the trainable leaves of a saved step -> (step, NumPy arrays, structured as `like`).
 
     Nothing is changed, so the run may be going on.
 
@@ -136,7 +122,7 @@ def read_trainable(workdir: pathlib.Path, like: Any, step: int | None = None) ->
       step: None takes the newest checkpoint that is whole; damaged ones are named in the log.
 
     Raises:
-      UserError: there is no such step (those there are, are named), or it cannot be read.
+      UserError: there is no such step (the error names those there are), or it cannot be read.
     """
     directory = (workdir / "checkpoints").absolute()
     steps = saved_steps(workdir)[::-1]
@@ -161,30 +147,24 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
 
 def _read_trainable(directory: pathlib.Path, like: Any) -> Any:
     expected = _by_path(like, "trainable/")
+    wanted = ocp.args.PyTreeRestore(
+        expected,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(expected),
+        partial_restore=True,
+    )
+    args = ocp.args.Composite(state=wanted, meta=ocp.args.JsonRestore())
     reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler("state", "meta"))
     with contextlib.closing(reader):
-        restored = reader.restore(
-            directory,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(
-                    expected,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(expected),
-                    partial_restore=True,
-                ),
-                meta=ocp.args.JsonRestore(),
-            ),
-        )
-    fingerprints = restored["meta"]["fingerprints"]
+        restored = reader.restore(directory, args=args)
+    leaves, fingerprints = restored["state"], restored["meta"]["fingerprints"]
     saved = {path for path in fingerprints if path.startswith("trainable/")}
     if saved != expected.keys():
         raise ValueError(f"its leaves are not the config's: {sorted(saved ^ expected.keys())}")
-    for path, leaf in restored["state"].items():
+    for path, leaf in leaves.items():
         if leaf.shape != expected[path].shape:
             raise ValueError(f"leaf {path} is {leaf.shape}, the config's {expected[path].shape}")
-    _check(restored["state"], {path: fingerprints[path] for path in expected})
-    return jax.tree.unflatten(
-        jax.tree.structure(like), [restored["state"][path] for path in expected]
-    )
+    _check(leaves, {path: fingerprints[path] for path in expected})
+    return jax.tree.unflatten(jax.tree.structure(like), [leaves[path] for path in expected])
 
 
 def _check(leaves: dict[str, Any], fingerprints: dict[str, int]) -> None:
@@ -194,26 +174,26 @@ def _check(leaves: dict[str, Any], fingerprints: dict[str, int]) -> None:
 
 
 def _by_path(state: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves by path: plain names that outlive a change of our own classes."""
+    """Names the leaves by path: plain names that outlive a change of our own classes."""
     flat, _ = jax.tree_util.tree_flatten_with_path(state)
     return {prefix + tree.path_str(path): leaf for path, leaf in flat}
 
 
 def _fingerprints(leaves: dict[str, Any]) -> dict[str, int]:
-    """32 bits of each leaf, the same however it is cut over devices; none is brought to a host."""
-    return {path: int(found) for path, found in mesh.fetch(_of_devices(leaves)).items()}
+    """Computes 32 bits of each leaf on the devices, the same whatever its sharding."""
+    return {path: int(found) for path, found in mesh.fetch(_on_devices(leaves)).items()}
 
 
 @jax.jit
-def _of_devices(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def _on_devices(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {path: _fingerprint(leaf) for path, leaf in leaves.items()}
 
 
 def _fingerprint(leaf: jax.Array) -> jax.Array:
-    """The sum, modulo 2**32, of each number's bits mixed with its place.
+    """Sums, modulo 2**32, each number's bits mixed with its place.
 
-    For a place the mix (MurmurHash3's last steps) maps different bits to different numbers, so that
-    one damaged number is always seen; more of them hide each other once in 2**32.
+    For one place the mix (MurmurHash3's last steps) maps different bits to different numbers, so
+    that one damaged number is always seen; several hide each other once in 2**32.
     """
     width = leaf.dtype.itemsize * 8
     bits = jax.lax.bitcast_convert_type(leaf, f"uint{width}").astype(jnp.uint32)

@@ -1,7 +1,7 @@
-"""A run's numbers, step by step: JSON lines for programs, TensorBoard for eyes.
+"""Writes a run's numbers, step by step: JSON lines for programs, TensorBoard for people.
 
-metrics.jsonl has a line for each optimizer step (from 0), eval.jsonl one for each evaluation on the
-way, with the number of steps done before it.
+metrics.jsonl has a line for each optimizer step (from 0), eval.jsonl a line for each evaluation,
+with the number of steps done before it.
 """
 
 import json
@@ -15,28 +15,22 @@ from tensorboardX import SummaryWriter
 
 from gkdjax.config import Config
 from gkdjax.train import bad_steps
-from gkdjax.train.batches import TrainBatch
+from gkdjax.train.step import TrainBatch
 from gkdjax.utils import files, text
 from gkdjax.utils.errors import TrainingFailure
 
-_COMPILED = "/jax/core/compile/backend_compile_duration"  # one event a program, from jax itself
-_seen = 0
-
 
 class MetricsWriter:
-    """Appends one line a step; a resumed run first takes back the lines past its checkpoint."""
+    """Appends a line for each step; a resumed run first drops the lines past its checkpoint."""
 
     def __init__(self, path: pathlib.Path, first_step: int, tensorboard: bool, group: str = ""):
-        """Opens `path`, and its directory's TensorBoard files, for steps from `first_step` on.
+        """Opens `path`, and TensorBoard files beside it, for steps from `first_step` on.
 
-        Args:
-          group: put before the names in TensorBoard, as "eval/".
+        `group` is put before the names in TensorBoard, as "eval/".
         """
         if path.exists():
             _drop_from(path, first_step)
-        self._file = path.open("a")
-        self._group = group
-        self._tensorboard = None
+        self._file, self._group, self._tensorboard = path.open("a"), group, None
         if tensorboard:
             self._tensorboard = SummaryWriter(
                 str(path.parent / "tensorboard"),
@@ -46,7 +40,7 @@ class MetricsWriter:
             )
 
     def write(self, step: int, values: dict) -> None:
-        """Writes the numbers of step `step`; a name holds one type for good."""
+        """Writes the numbers of a step; the values of a name have one type."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
@@ -71,11 +65,11 @@ def _drop_from(path: pathlib.Path, step: int) -> None:
 
 
 class MetricsRecorder:
-    """Reads a step's numbers after the next one was dispatched, so that the device never waits."""
+    """Reads a step's numbers after the next step was dispatched, so that the device never waits."""
 
     def __init__(self, workdir: pathlib.Path, first_step: int, steps: int, config: Config):
-        log = config.log
-        self._workdir, self._max_bad_steps = workdir, config.train.max_bad_steps
+        log, self._max_bad_steps = config.log, config.train.max_bad_steps
+        self._workdir = workdir
         self._writer = MetricsWriter(workdir / "metrics.jsonl", first_step, log.tensorboard)
         self._bar = text.bar(steps, "train", start=first_step, shown=log.progress_bar)
         self._pending = None
@@ -84,16 +78,15 @@ class MetricsRecorder:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """What came before belongs to no step: neither its time nor its compilations."""
-        self._clock, self._compiled = time.monotonic(), compilations()
+        """Leaves time and compilations until now out of the next step's."""
+        self._clock, self._compiled = time.monotonic(), _compilations
 
-    def record(self, step: int, sums: dict, ready: TrainBatch, counts: dict) -> None:
+    def record(self, step: int, sums: dict, batch: TrainBatch) -> None:
         """Takes the step's sums, unread, and reads those of the step before."""
-        compiled = compilations()
-        counts = counts | {"compilations": compiled - self._compiled}
-        self._compiled = compiled
+        counts = batch.counts() | {"compilations": _compilations - self._compiled}
+        self._compiled = _compilations
         self.read()
-        self._pending = (step, sums, ready, counts)
+        self._pending = (step, sums, batch, counts)
 
     def read(self) -> None:
         """Waits for the pending step, checks and writes its numbers.
@@ -103,45 +96,44 @@ class MetricsRecorder:
         """
         if self._pending is None:
             return
-        (step, sums, ready, counts), self._pending = self._pending, None
+        (step, sums, batch, counts), self._pending = self._pending, None
         sums = {name: float(value) for name, value in jax.device_get(sums).items()}
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
         self._bar.update(1)
         if not sums["good"]:
-            self._read_bad(step, sums, ready, counts)
+            self._read_bad(step, sums, batch, counts)
             return
-        self._bad, self.good = 0, ready
+        self._bad, self.good = 0, batch
         values = {
             "loss": sums["loss_sum"] / sums["loss_weight"],
-            "divergence": ready.drawn.divergence,
+            "divergence": batch.divergence,
             "targets": int(sums["targets"]),
             **counts,
             "tokens_per_second": counts["tokens"] / seconds,
             **{name: sums[name] for name in ("grad_norm", "update_rms", "learning_rate")},
         }
-        for name in ready.anchors:
+        for name in batch.anchors:
             values[f"{name}_loss"] = sums[f"{name}_sum"] / sums[f"{name}_weight"]
         self._writer.write(step, values)
-        self._bar.set_postfix(
-            loss=f"{values['loss']:.4f}", tokens_s=f"{values['tokens_per_second']:.0f}"
-        )
+        speed = f"{values['tokens_per_second']:.0f}"
+        self._bar.set_postfix(loss=f"{values['loss']:.4f}", tokens_s=speed)
 
-    def _read_bad(self, step: int, sums: dict, ready: TrainBatch, counts: dict) -> None:
-        why = bad_steps.reason(sums)
-        bad_steps.write(self._workdir, step, why, ready)
-        dropped = counts["dropped_rows"]
-        rows = f"{len(ready.drawn.names)} rows ({text.some(ready.drawn.names)})"
-        if dropped:
-            rows += f", of {dropped} of which no response was accepted"
+    def _read_bad(self, step: int, sums: dict, batch: TrainBatch, counts: dict) -> None:
+        reason = bad_steps.reason(sums)
+        bad_steps.write(self._workdir, step, reason, batch)
+        names = batch.names["loss"]
+        rows = f"{len(names)} rows ({text.some(names)})"
+        if counts["dropped_rows"]:
+            rows += f", of {counts['dropped_rows']} of which no response was accepted"
         replay = f"python -m gkdjax.tools.replay_batch {self._workdir} --step={step}"
         self._bad += 1
-        logging.warning("step %d changed nothing: %s; %s. %s", step, why, rows, replay)
+        logging.warning("step %d changed nothing: %s; %s. %s", step, reason, rows, replay)
         if self._bad >= self._max_bad_steps:
             raise TrainingFailure(
                 f"{self._bad} steps in a row, up to step {step}, changed nothing"
-                f" (train.max_bad_steps = {self._max_bad_steps}): {why}; {rows}. {replay} computes"
-                " the batch again, row by row"
+                f" (train.max_bad_steps = {self._max_bad_steps}): {reason}; {rows}. {replay}"
+                " computes the batch again, row by row"
             )
 
     def require_some_good(self, steps: int) -> None:
@@ -156,15 +148,13 @@ class MetricsRecorder:
         self._bar.close()
 
 
-def compilations() -> int:
-    """Programs compiled (or read from the persistent cache) since this module was imported."""
-    return _seen
+_compilations = 0  # programs compiled (or read from the persistent cache) since the import
 
 
-def _listen(event: str, duration: float, **details) -> None:
+def _count_compilation(event: str, duration: float, **details) -> None:
     del duration, details
-    global _seen
-    _seen += event == _COMPILED
+    global _compilations
+    _compilations += event == "/jax/core/compile/backend_compile_duration"
 
 
-jax.monitoring.register_event_duration_secs_listener(_listen)
+jax.monitoring.register_event_duration_secs_listener(_count_compilation)

@@ -1,11 +1,11 @@
-"""All that a run is going to ask its teacher at a server, asked ahead of it."""
+"""Asks a teacher at a server, ahead of a run, for all that the run is going to ask."""
 
 import collections
 import contextlib
 import dataclasses
 import pathlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from gkdjax.config import Config
 from gkdjax.data.dataset import DistillDataset
@@ -23,53 +23,47 @@ _BATCHES = 4  # that are under way
 
 
 def prefill_answers(
-    rows: RunInputs, teacher: ServerTeacher, workdir: pathlib.Path, steps: int
+    inputs: RunInputs, teacher: ServerTeacher, workdir: pathlib.Path, steps: int
 ) -> None:
     """Buys what the store of `teacher` lacks; what is there costs nothing.
 
-    That is the teacher's text, of each refresh too, what it says of other text that the steps of
-    the run learn from, and what the evaluation asks it. What the student is going to write nobody
-    knows, so it is not there.
+    These are the teacher's text, of each refresh too, its targets for other text that the run
+    learns from, and its answers in the evaluation. What the student will write is unknown yet.
 
     Args:
-      rows: of the run.
-      teacher: whose store is filled.
       workdir: of the run, for the text.
       steps: of the run, all of them.
     """
-    config = rows.config
-    vocab_size = rows.sources.teacher_chat.shared or rows.vocab_size
-    curriculum = OnPolicySchedule(config.gkd, config.train.seed, steps)
+    config = inputs.config
+    vocab_size = inputs.sources.teacher_chat.shared or inputs.vocab_size
+    schedule = OnPolicySchedule(config.gkd, config.train.seed, steps)
 
     def prepared(name: str, dataset: DistillDataset) -> DistillDataset:
         return rollout_teacher.prepare(config, name, dataset, teacher, workdir, vocab_size)
 
     if needs_teacher_text(config.gkd):
-        first = dataset = prepared("train", rows.feed)
+        first = dataset = prepared("train", inputs.dataset)
         every = config.rollout.refresh_every_steps or steps
         for at in range(0, steps, every):
-            block = curriculum.steps_of_block(at, every, on_policy=False)
+            block = schedule.steps_of_block(at, every, on_policy=False)
             if block and at > 0:
                 dataset = rollout_teacher.refresh(config, first, teacher, workdir, block, at)
-            _score(dataset, "train", block, teacher, rows)
+            _score(dataset, "train", block, teacher, inputs)
     if config.anchor.reference == "teacher":
-        for name, dataset in rows.anchor_feeds.items():
-            _score(prepared(name, dataset), name, range(steps), teacher, rows)
-    if rows.validation is not None:
-        rows = dataclasses.replace(rows, validation=prepared("validation", rows.validation))
-    rows.evaluation(teacher, vocab_size, untrained=None).ask_teacher()
+        for name, dataset in inputs.anchors.items():
+            _score(prepared(name, dataset), name, range(steps), teacher, inputs)
+    if inputs.validation is not None:
+        validation = prepared("validation", inputs.validation)
+        inputs = dataclasses.replace(inputs, validation=validation)
+    inputs.evaluation(teacher, vocab_size, untrained=None).ask_teacher()
 
 
 def missing(
     config: Config, workdir: pathlib.Path, teacher: ServerTeacher, steps: int
 ) -> list[Request]:
-    """What the store lacks of that; requests that depend on missing answers are not among it.
+    """Returns what the store lacks of that, without requests that depend on missing answers.
 
-    Args:
-      config: of the run.
-      workdir: of the run; nothing is written there.
-      teacher: with the store.
-      steps: of the run, all of them.
+    Nothing is written in `workdir`.
     """
     log = dataclasses.replace(config.log, progress_bar=False)
     config = dataclasses.replace(config, log=log)
@@ -78,8 +72,8 @@ def missing(
         tempfile.TemporaryDirectory() as aside,
         teacher.pool.collect_missing() as found,
     ):
-        rows = setup.read(config, workdir, teacher, nothing)
-        prefill_answers(rows, teacher, pathlib.Path(aside), steps)
+        inputs = setup.read(config, workdir, teacher, nothing)
+        prefill_answers(inputs, teacher, pathlib.Path(aside), steps)
     return found
 
 
@@ -87,29 +81,33 @@ def require_filled(
     config: Config, workdir: pathlib.Path, teacher: ServerTeacher, steps: int
 ) -> None:
     """Raises UserError that counts and names what an offline run would miss later."""
-    lacking = missing(config, workdir, teacher, steps)
-    if lacking:
+    if lacking := missing(config, workdir, teacher, steps):
         raise missing_error(lacking)
 
 
 def _score(
-    feed: DistillDataset, name: str, steps: Sequence[int], teacher: ServerTeacher, rows: RunInputs
+    dataset: DistillDataset,
+    name: str,
+    steps: Sequence[int],
+    teacher: ServerTeacher,
+    inputs: RunInputs,
 ) -> None:
-    """What the teacher says of text that it did not write, in the batches that ask for it."""
+    """Requests targets for text that the teacher did not write, in the batches of the run."""
     seen: set[int] = set()
     wanted = []
     for step in steps:
-        here = set(feed.batch_rows(step).tolist())
-        if not here <= seen:
+        rows = set(dataset.batch_rows(step).tolist())
+        if not rows <= seen:
             wanted.append(step)
-            seen |= here
-    waiting: collections.deque[Callable] = collections.deque()
-    with text.bar(len(wanted), f"{name} read", shown=rows.config.log.progress_bar) as bar:
+            seen |= rows
+    waiting = collections.deque()
+    with text.bar(len(wanted), f"{name} read", shown=inputs.config.log.progress_bar) as bar:
         for step in wanted:
-            batch, kept = feed.batch(step)
-            waiting.append(request_targets(teacher, batch, feed.names(step), kept, rows.mesh))
+            batch, cached = dataset.batch(step)
+            names = dataset.names(step)
+            waiting.append(request_targets(teacher, batch, names, cached, inputs.mesh))
             if len(waiting) > _BATCHES:
                 waiting.popleft()()
             bar.update()
-        while waiting:
-            waiting.popleft()()
+        for wait in waiting:
+            wait()

@@ -6,7 +6,7 @@ from gkdjax.config import Optim
 
 
 def schedule(config: Optim, total_steps: int) -> optax.Schedule:
-    """Learning rate of each optimizer step: linear warm-up from 0, then the configured decay."""
+    """Builds the learning rate by step: linear warm-up from 0, then the configured decay."""
     warmup = round(config.warmup_ratio * total_steps)
     rest = max(total_steps - warmup, 1)
     peak = config.learning_rate
@@ -23,7 +23,7 @@ def schedule(config: Optim, total_steps: int) -> optax.Schedule:
 
 
 def optimizer(config: Optim, total_steps: int) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with b1 0.9, b2 0.999, eps 1e-8."""
+    """Builds AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101): b1 0.9, b2 0.999, eps 1e-8."""
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(schedule(config, total_steps), weight_decay=config.weight_decay),

@@ -1,6 +1,7 @@
-"""The rows of a run, ready to be taught, and who is asked about them: all but the weights.
+"""Sets a run up: first rows, tokenizers and the teacher's server, then the weights.
 
-A teacher at a server is tried here, so that what does not work is said before anything is loaded.
+A teacher at a server is tried here, so that what does not work is reported before anything is
+loaded.
 """
 
 import contextlib
@@ -18,7 +19,6 @@ from jax.sharding import Mesh
 from gkdjax.config import Config, rows_at_once
 from gkdjax.data import load, truncation
 from gkdjax.data.bad_rows import BadRows
-from gkdjax.data.chat_template import Chat
 from gkdjax.data.dataset import DistillDataset
 from gkdjax.data.load import Examples
 from gkdjax.data.loss_mask import TargetRules
@@ -34,9 +34,8 @@ from gkdjax.teachers.base import Capabilities, Needs, Teacher, hooks, refusals, 
 from gkdjax.teachers.local import LocalTeacher
 from gkdjax.teachers.server import connect
 from gkdjax.train import datasets, models
-from gkdjax.train.models import Sources
+from gkdjax.train.models import LocalTeacherFactory, Sources
 from gkdjax.train.step import init_state
-from gkdjax.train.teacher import LocalTeacherFactory
 from gkdjax.types import Example, Message, TrainState
 from gkdjax.utils import seeds
 from gkdjax.utils.errors import UserError
@@ -52,34 +51,24 @@ class RunInputs:
     sources: Sources
     rules: ViewRules
     examples: Examples
-    feed: DistillDataset
-    anchor_feeds: dict[str, DistillDataset]  # by name, see `config.anchor_sets`
+    dataset: DistillDataset  # of data.train
+    anchors: dict[str, DistillDataset]  # by name, see `config.anchor_sets`
     validation: DistillDataset | None  # rows whose loss is measured
     teacher: Teacher | None  # None: its weights are to be loaded
     vocab_size: int  # of the student
-    toggles: bool  # it is the student's own base
+    toggles: bool  # the teacher is the student's own base
     prompts_by_prefix: list[list[np.ndarray]]  # see `DistillDataset.prompts_by_prefix`
 
-    def streams(self) -> dict[str, DistillDataset]:
-        """All streams of rows, by name."""
+    def datasets(self) -> dict[str, DistillDataset]:
+        """Returns all datasets by name."""
         own = {} if self.validation is None else {"validation": self.validation}
-        return {"train": self.feed, **own, **self.anchor_feeds}
+        return {"train": self.dataset, **own, **self.anchors}
 
     def evaluation(
         self, teacher: Teacher, shared_vocab: int, untrained: LocalTeacher | None
     ) -> Evaluation:
-        """With this teacher, of these ids; see `Evaluation` for the student as it was."""
-        return Evaluation(
-            self.config,
-            self.rules,
-            teacher,
-            self.examples,
-            self.validation,
-            self.lengths,
-            self.mesh,
-            shared_vocab,
-            untrained,
-        )
+        how = self.lengths, self.mesh, shared_vocab, untrained
+        return Evaluation(self.config, self.rules, teacher, self.examples, self.validation, *how)
 
 
 def read(
@@ -92,7 +81,6 @@ def read(
     """Reads data and tokenizers, and tries the server of a teacher that has one.
 
     Args:
-      config: checked by itself.
       workdir: the run's directory, of this process.
       teacher: instead of the config's, or None.
       connections: closes what is open to the server.
@@ -108,10 +96,9 @@ def read(
     mesh = parallel_mesh.make_mesh(c.data, c.fsdp, c.tensor, c.dcn_data)
     for key, rows in rows_at_once(config).items():
         parallel_mesh.check_rows(mesh, key, rows)
-    lengths = _ladder(config)
+    lengths = _prompt_lengths(config)
     bad_rows = BadRows(config.data.bad_rows)
     examples = load.load_examples(config, bad_rows)
-
     sources = models.resolve_models(config, workdir, teacher)
     vocab_size = model_config.load_spec(sources.student).vocab_size
     if teacher is None and config.teacher.is_server:
@@ -126,25 +113,29 @@ def read(
         )
         connections.enter_context(contextlib.closing(teacher))
     toggles = teacher is None and config.teacher.is_base
-    rules = _view_rules(config, sources.chat, sources.teacher_chat)
+    c = config.context
+    targets = TargetRules(c.target_roles, c.target_content_pattern, c.target_span)
+    max_length, too_long, retained = (
+        *(config.data.max_length, config.data.too_long),
+        c.student_retained_turns,
+    )
+    rules = ViewRules(sources.chat, sources.teacher_chat, retained, targets, max_length, too_long)
     contexts = datasets.contexts_of(config, sources, teacher)
-    examples = _askable(config, examples, rules, bad_rows)
-    room = "eval.max_new_tokens", config.eval.max_new_tokens
-    for asked, by_teacher in ((_asked(config, examples), True), (_beside(examples), False)):
-        truncation.require_contexts(asked, rules, room, contexts, teacher_writes=by_teacher)
+    examples = _renderable(config, examples, rules, bad_rows)
+    _check_questions(config, examples, rules, contexts)
     rows = config.train.batch_size
-    feed = datasets.one_feed(config, "data.train", examples.train, rules, rows, contexts, bad_rows)
+    dataset = datasets.build(config, "data.train", examples.train, rules, rows, contexts, bad_rows)
     if config.gkd.on_policy_fraction > 0:  # the student writes to rows with a response, too
-        unanswered = [dataclasses.replace(row, answer=None) for row in feed.rows()]
         room = "rollout.max_new_tokens", config.rollout.max_new_tokens
-        truncation.require_contexts(unanswered, rules, room, contexts, teacher_writes=False)
+        prompts = _without_answers(dataset.rows())
+        truncation.require_contexts(prompts, rules, room, contexts, teacher_writes=False)
     if toggles and not (config.teacher.adapter or config.student.lora.init_from):
-        local.require_longer_view(feed.views_differ())
-    anchor_feeds = datasets.anchor_feeds(config, examples, rules, sources, contexts, bad_rows)
-    name = teacher.description if teacher is not None else config.teacher.backend
+        local.require_longer_view(dataset.views_differ())
+    anchors = datasets.build_anchors(config, examples.anchors, rules, sources, contexts, bad_rows)
     can = teacher.capabilities if teacher is not None else LocalTeacher.capabilities
-    validation = datasets.validation_feed(config, examples, rules, contexts, can, bad_rows)
-    _check_capabilities(config, can, name, _needs(config, feed, anchor_feeds, validation))
+    validation = datasets.build_validation(config, examples, rules, contexts, can, bad_rows)
+    name = teacher.description if teacher is not None else config.teacher.backend
+    _check_capabilities(config, can, name, _needs(config, dataset, anchors, validation))
     asked = dict.fromkeys((*examples.questions, *examples.heldout, *examples.prompts))
     return RunInputs(
         config=config,
@@ -152,25 +143,25 @@ def read(
         lengths=lengths,
         sources=sources,
         rules=rules,
-        examples=examples._replace(train=feed.rows(), dropped=bad_rows.dropped),
-        feed=feed,
-        anchor_feeds=anchor_feeds,
+        examples=examples._replace(train=dataset.rows(), dropped=bad_rows.dropped),
+        dataset=dataset,
+        anchors=anchors,
         validation=validation,
         teacher=teacher,
         vocab_size=vocab_size,
         toggles=toggles,
-        prompts_by_prefix=feed.prompts_by_prefix(list(asked)),
+        prompts_by_prefix=dataset.prompts_by_prefix(list(asked)),
     )
 
 
 def total_steps(config: Config, rows: int) -> int:
-    """Optimizer steps of the run; an epoch that is not whole is rounded up."""
+    """Returns the optimizer steps of the run; an epoch that is not whole is rounded up."""
     if config.train.steps is not None:
         return config.train.steps
     return math.ceil(config.train.epochs * rows / config.train.batch_size)
 
 
-def _ladder(config: Config) -> tuple[int, ...]:
+def _prompt_lengths(config: Config) -> tuple[int, ...]:
     given, longest = config.data.bucket_lengths, config.data.max_length
     if given and max(given) < longest:
         raise UserError(
@@ -180,20 +171,10 @@ def _ladder(config: Config) -> tuple[int, ...]:
     return padding.ladder(longest, given)
 
 
-def _view_rules(config: Config, chat: Chat, teacher_chat: Chat) -> ViewRules:
-    c = config.context
-    return ViewRules(
-        student_chat=chat,
-        teacher_chat=teacher_chat,
-        retained=c.student_retained_turns,
-        targets=TargetRules(c.target_roles, c.target_content_pattern, c.target_span),
-        max_length=config.data.max_length,
-        too_long=config.data.too_long,
-    )
-
-
-def _askable(config: Config, examples: Examples, rules: ViewRules, bad_rows: BadRows) -> Examples:
-    """Without questions and prompts that the chat templates do not take, if they are dropped."""
+def _renderable(
+    config: Config, examples: Examples, rules: ViewRules, bad_rows: BadRows
+) -> Examples:
+    """Leaves out questions and prompts that the chat templates refuse, if `bad_rows` drops them."""
 
     def kept(key: str, rows: list[Example]) -> list[Example]:
         left = []
@@ -206,70 +187,66 @@ def _askable(config: Config, examples: Examples, rules: ViewRules, bad_rows: Bad
 
     questions = kept("eval.questions", examples.questions)
     same = examples.prompts is examples.questions
-    abilities = {
-        name: kept(f"eval.retention.{name}", rows) for name, rows in examples.retention.items()
-    }
+    heldout = kept("eval.heldout", examples.heldout)
+    prompts = questions if same else kept("eval.prompts", examples.prompts)
+    sets = {n: kept(f"eval.retention.{n}", rows) for n, rows in examples.retention.items()}
     own = config.eval.side_effects is not None
+    unrelated = kept("eval.side_effects", examples.side_effects) if own else load.in_turn(sets)
     return examples._replace(
         questions=questions,
-        heldout=kept("eval.heldout", examples.heldout),
-        prompts=questions if same else kept("eval.prompts", examples.prompts),
-        retention=abilities,
-        side_effects=kept("eval.side_effects", examples.side_effects)
-        if own
-        else load.in_turn(abilities),
+        heldout=heldout,
+        prompts=prompts,
+        retention=sets,
+        side_effects=unrelated,
     )
 
 
-def _asked(config: Config, examples: Examples) -> list[Example]:
-    """The questions of the evaluation that teacher and student answer, as they are asked."""
+def _check_questions(config: Config, examples: Examples, rules: ViewRules, contexts) -> None:
+    """Raises UserError for questions that do not fit the models' contexts with their answers."""
+    room = "eval.max_new_tokens", config.eval.max_new_tokens
     asked = [*dict.fromkeys((*examples.questions, *examples.heldout, *examples.prompts))]
     other = tuple(Message(**message) for message in config.eval.other_prefix)
     asked += [dataclasses.replace(e, prefix=(), turns=other + e.turns) for e in asked if other]
-    return [dataclasses.replace(example, answer=None) for example in asked]
+    alone = [*itertools.chain(*examples.retention.values()), *examples.side_effects]
+    for rows, by_teacher in ((asked, True), (alone, False)):
+        rows = _without_answers(rows)
+        truncation.require_contexts(rows, rules, room, contexts, teacher_writes=by_teacher)
 
 
-def _beside(examples: Examples) -> list[Example]:
-    """Those that the student alone answers."""
-    beside = itertools.chain(*examples.retention.values(), examples.side_effects)
-    return [dataclasses.replace(example, answer=None) for example in beside]
+def _without_answers(rows: list[Example]) -> list[Example]:
+    return [dataclasses.replace(row, answer=None) for row in rows]
 
 
 def _check_capabilities(config: Config, can: Capabilities, name: str, needs: Needs) -> None:
-    reasons = refusals(
-        can,
-        top_k=config.teacher.top_k,
-        temperature=config.gkd.temperature,
-        tail=config.gkd.tail,
-        needs=needs,
-    )
-    if reasons:
+    c = config.gkd
+    how = {"top_k": config.teacher.top_k, "temperature": c.temperature, "tail": c.tail}
+    if reasons := refusals(can, **how, needs=needs):
         raise UserError(f"this teacher ({name}) cannot do it: {'; '.join(reasons)}")
 
 
 def _needs(
     config: Config,
-    feed: DistillDataset,
-    anchor_feeds: dict[str, DistillDataset],
+    dataset: DistillDataset,
+    anchors: dict[str, DistillDataset],
     validation: DistillDataset | None,
 ) -> Needs:
     sets = config.eval.questions, config.eval.heldout, config.eval.prompts
     asked = sets != (None,) * 3 or (validation is not None and validation.needs_responses())
     writes, on_policy = needs_teacher_text(config.gkd), config.gkd.on_policy_fraction > 0
     texts = ["what the student writes"] if on_policy else []
-    if writes and feed.needs_scores():
+    if writes and dataset.needs_scores():
         texts.append("rows of data.train")
-    towards_it = config.anchor.reference == "teacher"
-    if towards_it and any(anchor.needs_scores() for anchor in anchor_feeds.values()):
+    to_teacher = config.anchor.reference == "teacher"
+    if to_teacher and any(anchor.needs_scores() for anchor in anchors.values()):
         texts.append("rows of anchor.data")
-    return Needs(asked or (writes and feed.needs_responses()), texts, on_policy)
+    return Needs(asked or (writes and dataset.needs_responses()), texts, on_policy)
 
 
 @dataclasses.dataclass
 class Run:
     """A run with its models; `train.run` puts it in motion."""
 
-    inputs: RunInputs  # with the text that is there by now
+    inputs: RunInputs  # with the responses that are there by now
     decoder: Decoder
     base: dict | None  # the untrained student; None once a full fine-tuning needs it no more
     frozen: dict | None  # what adapters stand on; None in a full fine-tuning
@@ -277,22 +254,19 @@ class Run:
     teacher: Teacher
     anchor_teacher: Teacher | None
     evaluation: Evaluation
-    keeps_base: bool  # somebody reads the base during training
+    keeps_base: bool  # the base is read during training
     shared_vocab: int  # ids below it have a row in the student's embedding and in the teacher's
 
 
 def assemble(inputs: RunInputs, workdir: pathlib.Path) -> Run:
-    """Reads the weights, and the teacher's if they are in this process.
-
-    Args:
-      inputs: of the run.
-      workdir: the run's directory.
+    """Loads the weights, and the teacher's if they are in this process.
 
     Raises:
       UserError: whatever does not fit, named.
     """
     config, sources, mesh, teacher = inputs.config, inputs.sources, inputs.mesh, inputs.teacher
-    decoder, frozen = models.load_student(config, sources.student, mesh)
+    rules = config.mesh.student_rules
+    decoder, frozen = models.load(config, sources.student, config.student.dtype, mesh, rules)
     start = models.starting_adapters(config, workdir, decoder.spec, frozen)
     if start is not None:
         start = jax.device_put(start, decoder.layout.shardings_of(start))
@@ -301,16 +275,16 @@ def assemble(inputs: RunInputs, workdir: pathlib.Path) -> Run:
     if teacher is None:
         teacher = make.config_teacher(sources, (decoder, frozen) if inputs.toggles else None)
     hooks(teacher).register(inputs.prompts_by_prefix)
-    anchor_teacher = teacher if inputs.anchor_feeds else None
-    towards_base = bool(inputs.anchor_feeds) and config.anchor.reference == "base"
-    if towards_base:
+    anchor_teacher, untrained = (teacher if inputs.anchors else None), None
+    anchored_to_base = bool(inputs.anchors) and config.anchor.reference == "base"
+    if anchored_to_base:
         anchor_teacher = make.teacher(decoder, base, sources.chat, "the student's base")
-    untrained = None
     if inputs.examples.side_effects:
-        untrained = make.exact_teacher(decoder, base, sources.chat, "the untrained student")
+        who = "the untrained student"
+        untrained = make.teacher(decoder, base, sources.chat, who, exact=True)
     readers = {
         "the teacher": inputs.toggles,
-        "the anchor": towards_base,
+        "the anchor": anchored_to_base,
         "the evaluation of side effects": untrained is not None,
     }
     full, reader = config.student.adapter == "none", next(filter(readers.get, readers), None)
@@ -333,7 +307,7 @@ def assemble(inputs: RunInputs, workdir: pathlib.Path) -> Run:
 
 
 def initial_state(run: Run, optimizer: optax.GradientTransformation) -> TrainState:
-    """Adapters, or float32 masters of every parameter (copies: the step donates them)."""
+    """Makes adapters, or float32 masters of every parameter (copies: the step donates them)."""
 
     def make(base, start):
         if run.frozen is None:

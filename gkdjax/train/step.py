@@ -1,34 +1,56 @@
 """One optimizer step: (state, frozen, batch, targets) -> (state, sums).
 
-Losses are sums of weighted tokens, with weights that a row has by itself, divided by the weight of
-the whole batch: accumulation and many devices therefore average as one would, exactly.
+Losses are sums of weighted tokens, with weights that each row has by itself, divided by the weight
+of the whole batch: so accumulation and many devices average exactly as one would.
 """
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from gkdjax import losses
 from gkdjax.config import Config, anchor_sets
+from gkdjax.losses.masking import masked_count
 from gkdjax.losses.objective import DenseTargets, TeacherTargets, token_weights, weighted_divergence
 from gkdjax.models.decoder import Decoder, unembedding_table
 from gkdjax.models.lora import student_params
-from gkdjax.parallel import mesh as parallel_mesh
-from gkdjax.parallel.mesh import head_axes
+from gkdjax.parallel.mesh import WHOLE, head_axes
 from gkdjax.types import Batch, TrainState
 
 Part = tuple[Batch, TeacherTargets]
-# The root mean square of an update's numbers; AdamW's is about the learning rate.
+# Root mean square of an update's numbers; AdamW's is about the learning rate.
 LARGEST_UPDATE = 1.0
 
 
+class TrainBatch(NamedTuple):
+    """What a step computes with, on the devices, and how the batch came about."""
+
+    batch: Batch
+    targets: TeacherTargets
+    anchors: dict[str, Part]  # by name
+    divergence: str
+    names: dict[str, list[str]]  # of the rows of the batch ("loss") and of each anchor
+    host: Batch  # the batch in NumPy
+    on_policy: dict[str, int]  # counts of rows that the student wrote
+
+    def counts(self) -> dict[str, int]:
+        """Counts for metrics.jsonl; `batch_crc32` shows where the data of two runs part."""
+        crc32 = 0
+        for leaf in jax.tree.leaves(self.host):
+            crc32 = zlib.crc32(np.ascontiguousarray(leaf), crc32)
+        tokens = int(self.host.student_mask_BS.sum())
+        return self.on_policy | {"tokens": tokens, "batch_crc32": crc32}
+
+
 def init_state(trainable, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
+    """Makes the state before the first step."""
     return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
 
 
@@ -51,7 +73,7 @@ def make_train_step(
       gradient is not finite or the update larger than `LARGEST_UPDATE`. Such a step counts, and
       changes neither parameters nor optimizer.
     """
-    accumulation, whole = config.train.grad_accum_steps, NamedSharding(mesh, parallel_mesh.WHOLE)
+    micro_batches, replicated = config.train.grad_accum_steps, NamedSharding(mesh, WHOLE)
     layout = dataclasses.replace(decoder.layout, mesh=mesh)
     seed_key = jax.random.key(config.train.seed)
     objective_of = _objective(decoder, config, mesh)
@@ -70,8 +92,8 @@ def make_train_step(
             return jax.lax.with_sharding_constraint(added, carried), None
 
         nothing = jax.tree.map(jnp.zeros_like, state.trainable), dict.fromkeys(parts, 0.0)
-        carried = layout.shardings_of(state.trainable), dict.fromkeys(parts, whole)
-        (grads, totals), _ = jax.lax.scan(add_micro_batch, nothing, jnp.arange(accumulation))
+        carried = layout.shardings_of(state.trainable), dict.fromkeys(parts, replicated)
+        (grads, totals), _ = jax.lax.scan(add_micro_batch, nothing, jnp.arange(micro_batches))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         grad_norm = optax.tree.norm(grads)
         numbers = sum(leaf.size for leaf in jax.tree.leaves(updates))
@@ -79,7 +101,7 @@ def make_train_step(
         total = sum(totals[name] / weight[name] for name in parts)
         good = jnp.isfinite(total) & jnp.isfinite(grad_norm) & (update_rms <= LARGEST_UPDATE)
         sums = {
-            "targets": losses.masked_count(batch.target_mask_BN),
+            "targets": masked_count(batch.target_mask_BN),
             "grad_norm": grad_norm,
             "update_rms": update_rms,
             "good": good.astype(jnp.float32),
@@ -90,14 +112,11 @@ def make_train_step(
         made = optax.apply_updates(state.trainable, updates), opt_state
         before = state.trainable, state.opt_state
         kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), made, before)
-        return TrainState(state.step + 1, *kept), sums
+        new = TrainState(state.step + 1, *kept)
+        places = layout.shardings_of(new), dict.fromkeys(sums, replicated)
+        return jax.lax.with_sharding_constraint((new, sums), places)
 
-    def placed_step(state: TrainState, *args, **kwargs):
-        state, sums = step(state, *args, **kwargs)
-        places = layout.shardings_of(state), dict.fromkeys(sums, whole)
-        return jax.lax.with_sharding_constraint((state, sums), places)
-
-    return jax.jit(placed_step, donate_argnums=0, static_argnames="divergence")
+    return jax.jit(step, donate_argnums=0, static_argnames="divergence")
 
 
 def make_loss(decoder: Decoder, config: Config, mesh: Mesh) -> Callable:
@@ -119,16 +138,15 @@ def make_loss(decoder: Decoder, config: Config, mesh: Mesh) -> Callable:
 
 
 def _objective(decoder: Decoder, config: Config, mesh: Mesh) -> Callable:
-    """(batch, targets, anchors, divergence) -> the parts by name, the weight of each, and
+    """Makes (batch, targets, anchors, divergence) -> the parts by name, the weight of each, and
     objective(params, micro) -> (a micro-batch's share of the loss, the sum of each part)."""
     gkd, anchor_config = config.gkd, config.anchor
     factors = {each.name: each.weight for each in anchor_sets(anchor_config)} | {"loss": 1.0}
 
     def part_loss(params, part: Part, divergence: str) -> jax.Array:
         batch, targets = part
-        hidden_BSD = decoder.apply(
-            {"params": params}, batch.student_tokens_BS, batch.student_mask_BS
-        )
+        tokens_BS, mask_BS = batch.student_tokens_BS, batch.student_mask_BS
+        hidden_BSD = decoder.apply({"params": params}, tokens_BS, mask_BS)
         hidden_BND = jnp.take_along_axis(hidden_BSD, batch.student_at_BN[:, :, None], axis=1)
         summed, _ = weighted_divergence(
             hidden_BND,
@@ -146,7 +164,7 @@ def _objective(decoder: Decoder, config: Config, mesh: Mesh) -> Callable:
         parts = {"loss": (batch, targets)} | anchors
         kinds = dict.fromkeys(parts, anchor_config.divergence) | {"loss": divergence}
         weight = {
-            name: losses.masked_count(token_weights(of.target_mask_BN, gkd.reduction))
+            name: masked_count(token_weights(of.target_mask_BN, gkd.reduction))
             for name, (of, _) in parts.items()
         }
 
@@ -163,16 +181,16 @@ def _objective(decoder: Decoder, config: Config, mesh: Mesh) -> Callable:
     return objective_of
 
 
-def _micro_batch(part: Part, micro: jax.Array, accumulation: int) -> Part:
-    """Every `accumulation`-th row from `micro` on: so each device keeps its share of the rows."""
+def _micro_batch(part: Part, micro: jax.Array, micro_batches: int) -> Part:
+    """Takes every `micro_batches`-th row from `micro` on, so that each device keeps its share."""
 
     def take(x):
-        x = x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:])
+        x = x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:])
         return jax.lax.dynamic_index_in_dim(x, micro, axis=1, keepdims=False)
 
     batch, targets = part
     if isinstance(targets, DenseTargets):  # its unembedding has no rows
-        return jax.tree.map(take, batch), dataclasses.replace(
-            targets, hidden_BNE=take(targets.hidden_BNE)
-        )
-    return jax.tree.map(take, batch), jax.tree.map(take, targets)
+        targets = dataclasses.replace(targets, hidden_BNE=take(targets.hidden_BNE))
+    else:
+        targets = jax.tree.map(take, targets)
+    return jax.tree.map(take, batch), targets

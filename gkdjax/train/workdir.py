@@ -22,22 +22,23 @@ from gkdjax.utils.errors import TrainingFailure, UserError, WrongAnswer
 from gkdjax.utils.files import read_json, write_json
 
 _LOCK = ".gkdjax-lock"
-FAILURE = "failure.json"  # why the numbers of a run ended it
-# What may then be changed, to go on from the newest checkpoint.
+_FAILURE = "failure.json"  # why the numbers of a run ended it
+# What may be changed after such a failure, to continue from the newest checkpoint.
 MENDABLE = (("optim", "learning_rate"), ("optim", "max_grad_norm"), ("train", "max_bad_steps"))
 # What a run writes down before it computes anything, beside its config.
 _BEGUN_WITH = ("models.json", "clock.json", "teacher.json", "ending.json", "rows.json")
 # What it measures before its first step; cheap enough to be measured once more.
 _MEASURED = ("before.json", "answers.jsonl", "eval.jsonl", "samples.jsonl", "tensorboard")
-_MEASURED += ("bad_steps.jsonl", "bad_steps", "failure.json", "history.jsonl")
+_MEASURED += ("bad_steps.jsonl", "bad_steps", _FAILURE, "history.jsonl")
 _MEASURED += ("report.html", "report.png")  # of an unfinished run, if somebody asked for them
-# Written text, steps, and what a run hands over: these make the directory the run's own.
+# Rollouts, steps, and what a run hands over: these make the directory the run's own.
 _COMPUTED = ("trajectories_*.jsonl", "metrics.jsonl", "checkpoints/[!.]*", "results.json")
 _COMPUTED += ("merged/*", "adapter/*")
+_OLD_ASSETS = str(ASSETS.parents[1] / "assets")  # where runs of 0.1.0 found them
 
 
 @contextlib.contextmanager
-def held(workdir: pathlib.Path) -> Iterator[None]:
+def locked(workdir: pathlib.Path) -> Iterator[None]:
     """Keeps other processes out of the directory of a run that is not finished.
 
     Raises:
@@ -51,7 +52,7 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
         lock = (workdir / _LOCK).open("w")
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be made: {error}") from None
-    with lock:  # closing it, as a killed process does, gives the lock back
+    with lock:  # closed, or its process killed, it is free again
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -64,29 +65,27 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
         yield
 
 
-_OLD_ASSETS = str(ASSETS.parents[1] / "assets")  # where runs of 0.1.0 found them
-
-
 def claim(workdir: pathlib.Path, config: config_lib.Config) -> None:
     """Writes the config into a new directory, or checks that it is the one written there.
 
     How a teacher's server is reached may change (not what it is, see `teachers.server.connect`),
-    and so may the mesh; after a failure of the numbers also what is `MENDABLE`, and
-    RUN/history.jsonl has it. A directory without a saved step and without text belongs to nobody:
-    the first start may have been refused, and its advice followed, or the server changed.
+    and so may the mesh; after a failure of the numbers also what is `MENDABLE`, which
+    RUN/history.jsonl records. A directory without a saved step and without rollouts belongs to no
+    run: the first start may have been refused, and its advice followed, or the server changed.
 
     Raises:
       UserError: the directory belongs to another config, every key that differs is named; or its
-        config.json is none of a run's.
+        config.json is not a run's.
     """
     path = workdir / "config.json"
     mine = json.loads(json.dumps(config_lib.to_dict(config)))
-    theirs = _config_of_run(path)
-    failure = read_json(workdir / FAILURE)
-    # The leader's is the one directory that has all files.
+    theirs, failure = _config_of_run(path), read_json(workdir / _FAILURE)
+    # Only the leader's directory has all files.
     (computed, *_) = multihost.exchange(_computed(workdir))
     if theirs is not None and computed:
-        old = _lasting(theirs) if failure is None else _mended(_lasting(theirs), mine)
+        old = _lasting(theirs)
+        for section, name in MENDABLE if failure is not None else ():
+            old[section][name] = mine[section][name]
         differing = sorted(_differences(_lasting(mine), old, "config"))
         if differing:
             raise UserError(
@@ -97,14 +96,12 @@ def claim(workdir: pathlib.Path, config: config_lib.Config) -> None:
             with (workdir / "history.jsonl").open("a") as file:
                 file.write(json.dumps(failure | {"changed": changed}) + "\n")
             write_json(path, mine)
-            (workdir / FAILURE).unlink()
+            (workdir / _FAILURE).unlink()
         return
-    if not computed:
-        _forget(workdir)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be made: {error}") from None
+    if not computed:  # what an earlier start began with may have been mended since
+        for begun in (workdir / name for name in (*_BEGUN_WITH, *_MEASURED)):
+            shutil.rmtree(begun) if begun.is_dir() else begun.unlink(missing_ok=True)
+    workdir.mkdir(parents=True, exist_ok=True)
     write_json(path, mine)
 
 
@@ -116,7 +113,7 @@ def failure_kept(workdir: pathlib.Path) -> Iterator[None]:
     except WrongAnswer:
         raise
     except TrainingFailure as error:
-        write_json(workdir / FAILURE, {"failure": str(error)})
+        write_json(workdir / _FAILURE, {"failure": str(error)})
         flags = ", ".join(f"--config.{section}.{name}" for section, name in MENDABLE)
         raise TrainingFailure(
             f"{error}. The same command goes on from the newest checkpoint, or from the start"
@@ -124,16 +121,8 @@ def failure_kept(workdir: pathlib.Path) -> Iterator[None]:
         ) from None
 
 
-def _mended(theirs: dict, mine: dict) -> dict:
-    """With what may be changed after a failure of the numbers."""
-    new = copy.deepcopy(theirs)
-    for section, name in MENDABLE:
-        new[section][name] = mine[section][name]
-    return new
-
-
 def _config_of_run(path: pathlib.Path) -> dict | None:
-    """The config that the directory's run has, keys that are new since included; None without any.
+    """Reads the config of the directory's run, completed with keys that are new; None without any.
 
     A model's directory has a config.json, too, and other programs write one.
     """
@@ -156,34 +145,23 @@ def _config_of_run(path: pathlib.Path) -> dict | None:
 
 
 def _computed(workdir: pathlib.Path) -> bool:
-    """Whether text was written there, a step made, or a model handed over.
+    """Whether rollouts were written there, a step made, or a model exported.
 
-    A server's answers are no reason to keep another config out: their store finds them by what was
-    asked, and stays. What the untrained student said is none either: it is asked once more.
+    A server's answers do not keep another config out: their store finds them by what was asked,
+    and stays. Nor do the untrained student's: it is asked again.
     """
     found = [path for pattern in _COMPUTED for path in workdir.glob(pattern)]
     if any(path.is_dir() or path.stat().st_size for path in found):
         return True
-    on_the_way = [workdir / name for name in ("eval.jsonl", "samples.jsonl")]
-    lines = [path.read_text() for path in on_the_way if path.exists()]
-    return any(re.search(r'"step": [1-9]', text) for text in lines)
-
-
-def _forget(workdir: pathlib.Path) -> None:
-    """Nothing has come of an earlier start; what it began with may have been mended since."""
-    for name in (*_BEGUN_WITH, *_MEASURED):
-        path = workdir / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    evals = [workdir / name for name in ("eval.jsonl", "samples.jsonl")]
+    return any(p.exists() and re.search(r'"step": [1-9]', p.read_text()) for p in evals)
 
 
 def claim_rows(workdir: pathlib.Path, fingerprints: dict[str, int]) -> None:
-    """Writes what the rows of each stream are known by, or checks that they are those of the run.
+    """Writes the fingerprints of the datasets, or checks that they are those of the run.
 
     Raises:
-      UserError: rows are not what they were when the run began.
+      UserError: rows changed since the run began.
     """
     path = workdir / "rows.json"
     begun_with = read_json(path)
@@ -200,30 +178,31 @@ def claim_rows(workdir: pathlib.Path, fingerprints: dict[str, int]) -> None:
 
 
 def clock(workdir: pathlib.Path) -> datetime.datetime | None:
-    """The local time that chat templates see: when the run began, at every start of it.
+    """Returns the local time that chat templates see: when the run began, at every start of it.
 
-    Several processes see the leader's. None in a run that began before there was a clock.json: its
-    templates see the time, as they did.
+    All processes see the leader's. None in a run that began before there was a clock.json: its
+    templates see the present time, as they did.
     """
     path = workdir / "clock.json"
-    kept = read_json(path)
-    if kept is None and not (workdir / "rows.json").exists():
-        kept = {"began": datetime.datetime.now().isoformat(timespec="seconds")}
-    (kept, *_) = multihost.exchange(kept)
-    if kept is None:
+    saved = read_json(path)
+    if saved is None and not (workdir / "rows.json").exists():
+        saved = {"began": datetime.datetime.now().isoformat(timespec="seconds")}
+    (saved, *_) = multihost.exchange(saved)
+    if saved is None:
         return None
     if not path.exists():
-        write_json(path, kept)
-    return datetime.datetime.fromisoformat(kept["began"])
+        write_json(path, saved)
+    return datetime.datetime.fromisoformat(saved["began"])
 
 
 def _lasting(raw: dict) -> dict:
-    """What makes a run another one; on other devices it is the same."""
+    """Copies a config without what a run may change; on other devices it is the same run."""
+    raw = copy.deepcopy(raw)
     teacher = {key: v for key, v in raw["teacher"].items() if key not in REACH_KEYS}
     return raw | {"teacher": teacher, "mesh": None}
 
 
-def _differences(mine, theirs, key: str):
+def _differences(mine, theirs, key: str) -> Iterator[str]:
     if isinstance(mine, dict) and isinstance(theirs, dict):
         for name in sorted({*mine, *theirs}):
             if name not in mine or name not in theirs:
@@ -231,18 +210,17 @@ def _differences(mine, theirs, key: str):
             else:
                 yield from _differences(mine[name], theirs[name], f"{key}.{name}")
     elif mine != theirs:
-        yield f"{key} (now {_short(mine)}, was {_short(theirs)})"
-
-
-def _short(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        now, was = (
+            text if len(text) <= 60 else text[:57] + "..." for text in map(repr, (mine, theirs))
+        )
+        yield f"{key} (now {now}, was {was})"
 
 
 def local_directory(name: str, workdir: pathlib.Path, weights: bool = True) -> pathlib.Path:
-    """As `hub.local_directory`, and what the run began with: a hub id may move on, and so may we.
+    """Finds a model as `hub.local_directory`, or where the run began with it.
 
-    RUN/models.json has the absolute path of each directory and the commit of each hub id.
+    RUN/models.json has the absolute path of each directory and the commit of each hub id, which
+    may get newer ones.
     """
     path = workdir / "models.json"
     begun_with = read_json(path) or {}
@@ -251,20 +229,18 @@ def local_directory(name: str, workdir: pathlib.Path, weights: bool = True) -> p
         here = str(directory.absolute()) if pathlib.Path(name).is_dir() else directory.name
         write_json(path, begun_with | {name: here})
         return directory
-    place = begun_with[name]
-    if not pathlib.Path(place).is_absolute():
-        return hub.local_directory(name, weights, place)
-    if not pathlib.Path(place).is_dir():
+    place = pathlib.Path(begun_with[name])
+    if not place.is_absolute():
+        return hub.local_directory(name, weights, begun_with[name])
+    if not place.is_dir():
         raise UserError(f"{place} is gone, with which the run in {workdir} began; put it back")
-    return pathlib.Path(place)
+    return place
 
 
 def base_name(name: str, workdir: pathlib.Path) -> str:
-    """What an adapter calls its base: a hub id as it is, a directory by its absolute path.
+    """Names an adapter's base: a hub id as it is, a directory by its absolute path.
 
-    Args:
-      name: that `local_directory` has found for this run, wherever the process may stand now.
-      workdir: the run's directory.
+    `name` was found by `local_directory` for this run.
     """
     place = read_json(workdir / "models.json")[name]
     return place if pathlib.Path(place).is_absolute() else name

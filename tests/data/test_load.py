@@ -227,7 +227,7 @@ def test_rows_that_cannot_be_rendered_are_told_before_anything_is_written(render
     assert "data.train:4: no target tokens: it has no message of" in told and "'weight': 0" in told
     found = rendered(data__bad_rows="drop", **sets)
     dropped = [f"data.train:{i}" for i in (0, 2, 3, 4)]
-    assert found.feed.report()["unusable"] == dropped
+    assert found.dataset.report()["unusable"] == dropped
     assert found.examples.dropped == {
         "data.train": dropped,
         **{key: [f"{key}:1"] for key in ("eval.questions", "eval.retention.sort", "anchor.data")},

@@ -51,7 +51,7 @@ def of_targets(targets, mask_BN):
 def test_scores_are_those_of_our_own_forward_pass(server, dialect, tmp_path, monkeypatch):
     monkeypatch.setitem(connect.DIALECTS, "vllm", {dialect: connect.DIALECTS["vllm"][dialect]})
     with connected(asking(server), tmp_path) as (rows, local):
-        batch, _ = rows.feed.with_rollouts({}).batch(0)
+        batch, _ = rows.dataset.with_rollouts({}).batch(0)
         wanted = local.targets(batch)
         got = rows.teacher.targets(batch)
     lengths = batch.teacher_mask_BT.sum(axis=1)

@@ -102,7 +102,7 @@ def check_targets(c, workdir, table, shared=None) -> list[np.ndarray]:
     with contextlib.ExitStack() as connections:
         rows = setup.read(parsed, workdir, None, connections)
         vocab_size = shared or rows.vocab_size
-        feed = teacher.prepare(parsed, "train", rows.feed, rows.teacher, workdir, vocab_size)
+        feed = teacher.prepare(parsed, "train", rows.dataset, rows.teacher, workdir, vocab_size)
         for step in range(2):  # all eight rows: those the teacher wrote, and those it reads
             batch, kept = feed.batch(step)
             assert batch.target_ids_BN.max() < vocab_size

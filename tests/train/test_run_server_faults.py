@@ -181,7 +181,7 @@ def test_a_wrong_answer_is_neither_used_nor_kept(student, undisturbed, tmp_path,
         c = config.parse(config_for(student, server.base, **READ_IN_TURN))
         rows = setup.read(c, tmp_path, None, connections)
         how = rows.teacher, tmp_path, rows.vocab_size
-        feed = rollout_teacher.prepare(c, "train", rows.feed, *how)
+        feed = rollout_teacher.prepare(c, "train", rows.dataset, *how)
         rows.teacher.targets(feed.batch(0)[0])
         teacher.faults = {1: spoiled(teacher, spoil)}
         with pytest.raises(WrongAnswer) as caught:

@@ -6,10 +6,7 @@ from small_runs import ConstantTeacher, metrics, small
 
 import gkdjax
 from gkdjax import config
-from gkdjax.data.chat_template import load_chat
 from gkdjax.data.load import load_examples
-from gkdjax.data.loss_mask import TargetRules
-from gkdjax.data.views import ViewRules
 from gkdjax.models.prefix_cache import PrefixCache
 from gkdjax.train import datasets
 from gkdjax.utils.errors import UserError
@@ -59,14 +56,11 @@ def test_a_prefix_is_read_once_though_the_question_after_it_is_a_target(
     ("tokens", "roles"), [("response", {"assistant"}), ("all", {"assistant", "user"})]
 )
 def test_an_anchor_has_targets_of_its_own(student, tokens, roles):
-    chat = load_chat(student)
     talk = [{"role": "user", "content": "2 x 21?"}, {"role": "tool", "content": "42"}]
     c = small(student, context__target_roles=["user"], anchor__tokens=tokens)
     c.anchor.data = [{"messages": [*talk, {"role": "assistant", "content": "42"}]}]
     c = config.parse(c)
-    rules = ViewRules(chat, chat, 0, TargetRules(("user",)), 64, "drop")
-    made = datasets._anchor_rules(c, rules, chat, load_examples(c).anchors)
-    assert {*made.targets.roles} == roles
+    assert {*datasets.anchor_targets(c, load_examples(c).anchors).roles} == roles
 
 
 def test_rows_that_change_on_the_way_are_noticed(student, tmp_path):

@@ -133,7 +133,7 @@ def test_what_has_to_be_mended_does_not_go_on_by_itself(student, tmp_path):
 _HOLDS = """
 import pathlib, sys
 from gkdjax.train import workdir
-with workdir.held(pathlib.Path(sys.argv[1])):
+with workdir.locked(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -149,10 +149,10 @@ def test_two_processes_are_never_at_work_in_one_directory(student, tmp_path):
             gkdjax.run(small(student), run)
         assert not (run / "config.json").exists()
         other.kill()
-    with workdir.held(run):  # a killed process leaves no lock behind
+    with workdir.locked(run):  # a killed process leaves no lock behind
         pass
     (tmp_path / "results.json").touch()
-    with workdir.held(tmp_path):  # a finished run is only shown, also where nobody may write
+    with workdir.locked(tmp_path):  # a finished run is only shown, also where nobody may write
         assert {path.name for path in tmp_path.iterdir()} == {"run", "results.json"}
 
 

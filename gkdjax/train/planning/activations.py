@@ -1,8 +1,8 @@
-"""Counts what the student's forward pass leaves for its backward pass, off the traced program.
+"""Counts what the student's forward pass keeps for its backward pass, from the traced program.
 
-Nothing is computed and no weights are needed: `jax.vjp` is traced with shapes alone, and what comes
-out of it that did not go in is what lies in memory between the two passes. That follows the decoder
-whatever becomes of it; XLA may keep less (it drops what it can make again for nothing), not more.
+Nothing is computed and no weights are needed: `jax.vjp` is traced with shapes alone, and its
+outputs that are not its inputs lie in memory between the two passes. XLA may keep less (it
+recomputes what is cheap), not more.
 """
 
 import functools
@@ -23,7 +23,7 @@ class Kept(NamedTuple):
     """Bytes on one device, between the forward and the backward pass of some rows."""
 
     all_layers: int
-    one_layer: int  # what recomputing one layer brings back; 0 if none is recomputed
+    one_layer: int  # what recomputing one layer brings back; 0 without remat
     largest: int  # one layer's largest array, which has a gradient in the backward pass
 
 
@@ -39,11 +39,7 @@ class Pass(NamedTuple):
 
 
 def adapters(spec: DecoderConfig, dtype: str, rules: Lora) -> dict:
-    """Fresh adapters as `jax.ShapeDtypeStruct`.
-
-    Raises:
-      UserError: a target that matches no kernel.
-    """
+    """Returns fresh adapters as `jax.ShapeDtypeStruct`; UserError for unknown targets."""
     base = abstract_params(spec, jnp.dtype(dtype))
     try:
         return jax.eval_shape(lambda: lora.init(jax.random.key(0), base, rules))
@@ -53,22 +49,22 @@ def adapters(spec: DecoderConfig, dtype: str, rules: Lora) -> dict:
 
 @functools.cache
 def kept(of: Pass, remat: bool) -> Kept:
-    """Counts what `of` leaves, with or without `train.remat`."""
-    whole = _residuals(of, False)
-    largest = max(whole.layers) // of.spec.num_layers
+    """Counts the residuals of a pass, with or without `train.remat`."""
+    layers, rest, one_layer = _residuals(of, False)
+    largest = max(layers) // of.spec.num_layers
     if not remat:
-        return Kept(sum(whole.layers) + whole.rest, 0, largest)
-    less = _residuals(of, True)
-    return Kept(sum(less.layers) + less.rest, whole.one_layer + _random_words(of), largest)
+        return Kept(sum(layers) + rest, 0, largest)
+    layers, rest, _ = _residuals(of, True)
+    if of.rules is not None and of.rules.dropout > 0:
+        # Two random words of 32 bits for each number that dropout may drop; XLA keeps them, and
+        # not the mask.
+        inputs = sum(a.a.shape[1] for a in adapters(of.spec, of.dtype, of.rules).values())
+        one_layer += 8 * of.rows * of.length * inputs
+    return Kept(sum(layers) + rest, one_layer, largest)
 
 
-class _Residuals(NamedTuple):
-    layers: list[int]  # bytes of each array that has an axis for the layers
-    one_layer: int  # bytes of what one layer adds to them, if nothing is copied there
-    rest: int
-
-
-def _residuals(of: Pass, remat: bool) -> _Residuals:
+def _residuals(of: Pass, remat: bool) -> tuple[list[int], int, int]:
+    """Returns bytes of each array that is stacked over layers, of the others, and of one layer."""
     decoder = Decoder(of.spec, compute_dtype=jnp.dtype(of.compute_dtype), remat=remat)
     base = abstract_params(of.spec, jnp.dtype(of.dtype))
     trainable = base if of.rules is None else adapters(of.spec, of.dtype, of.rules)
@@ -84,16 +80,10 @@ def _residuals(of: Pass, remat: bool) -> _Residuals:
     tokens, mask = (jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, bool))
     key = jax.eval_shape(lambda: jax.random.key(0))
     jaxpr = jax.make_jaxpr(backward)(base, trainable, tokens, mask, key).jaxpr
-    came_in = set(jaxpr.invars)
-    left = {v for v in jaxpr.outvars if not isinstance(v, Literal)} - came_in
-    layers, rest = [], 0
-    for variable in left:
-        aval = variable.aval
-        if aval.ndim > 1 and aval.shape[0] == of.spec.num_layers:
-            layers.append(_nbytes(aval))
-        else:
-            rest += _nbytes(aval)
-    return _Residuals(layers, _within_a_layer(jaxpr, left), rest)
+    left = {v for v in jaxpr.outvars if not isinstance(v, Literal)} - set(jaxpr.invars)
+    stacked = {v for v in left if v.aval.ndim > 1 and v.aval.shape[0] == of.spec.num_layers}
+    layers = [_nbytes(v) for v in stacked]
+    return layers, sum(map(_nbytes, left - stacked)), _within_a_layer(jaxpr, left)
 
 
 # Operations that give an array another shape or name, and no memory of its own.
@@ -101,7 +91,7 @@ _SAME_MEMORY = ("reshape", "squeeze", "name", "reduce_precision")
 
 
 def _within_a_layer(jaxpr, left: set) -> int:
-    """Bytes of the distinct arrays of a loop's body that become part of what is left."""
+    """Counts the distinct arrays of a loop's body that become part of what is left."""
     found = set()
     for loop in (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"):
         body = loop.params["jaxpr"].jaxpr
@@ -112,17 +102,10 @@ def _within_a_layer(jaxpr, left: set) -> int:
             while inside in made_by and made_by[inside].primitive.name in _SAME_MEMORY:
                 inside = made_by[inside].invars[0]
             found.add(inside)
-    return sum(_nbytes(variable.aval) for variable in found)
+    return sum(map(_nbytes, found))
 
 
-def _random_words(of: Pass) -> int:
-    """Two of 32 bits for each number that dropout may drop; XLA keeps them, and not the mask."""
-    if of.rules is None or of.rules.dropout == 0:
-        return 0
-    inputs = sum(a.a.shape[1] for a in adapters(of.spec, of.dtype, of.rules).values())
-    return 8 * of.rows * of.length * inputs
-
-
-def _nbytes(aval) -> int:
-    """Keys of random draws, which have no itemsize of their own, are too small to count."""
+def _nbytes(variable) -> int:
+    """Returns the bytes of an array; random keys, which have no itemsize, count 0."""
+    aval = variable.aval
     return 0 if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key) else aval.size * aval.dtype.itemsize

@@ -1,4 +1,4 @@
-"""Whether the devices that are there can hold a run, said before its weights are read."""
+"""Checks before weights are read whether the devices can hold a run."""
 
 import os
 from collections.abc import Iterable
@@ -12,20 +12,17 @@ from gkdjax.train.setup import RunInputs
 from gkdjax.utils.errors import UserError
 from gkdjax.utils.text import size
 
-# The others hand out more than the limit that they tell.
-_STRICT_ALLOCATORS = (None, "", "default", "bfc")
 
-
-def check_memory(rows: RunInputs) -> None:
-    """Refuses what cannot fit for certain, and warns of what may not.
+def check_memory(inputs: RunInputs) -> None:
+    """Warns of a run that may not fit.
 
     Raises:
-      UserError: with the plan: the parameters with their optimizer are larger than a device.
+      UserError: with the plan: weights and optimizer alone are larger than a device.
     """
-    limit = memory_limit(rows.mesh.local_devices)
+    limit = memory_limit(inputs.mesh.local_devices)
     if limit is None:
         return
-    planned = memory.plan(setup_of(rows))
+    planned = memory.plan(plan_inputs(inputs))
     if planned.least > limit:
         raise UserError(
             f"this run cannot fit: its weights and their optimizer alone take"
@@ -35,28 +32,23 @@ def check_memory(rows: RunInputs) -> None:
     if planned.peak > limit:
         logging.warning(
             "this run may not fit: about %s on each device, which has %s\n%s",
-            size(planned.peak),
-            size(limit),
-            planned.table(),
+            *(size(planned.peak), size(limit), planned.table()),
         )
 
 
-def setup_of(rows: RunInputs) -> PlanInputs:
+def plan_inputs(inputs: RunInputs) -> PlanInputs:
     """Reads the headers of the weights that the run is about to load."""
-    sources = rows.sources
-    loads = rows.teacher is None and sources.teacher is not None
-    return PlanInputs(
-        rows.config,
-        read_weights(sources.student),
-        read_weights(sources.teacher) if loads else None,
-        rows.toggles,
-        rows.mesh.abstract_mesh,
-    )
+    sources, teacher = inputs.sources, None
+    if inputs.teacher is None and sources.teacher is not None:
+        teacher = read_weights(sources.teacher)
+    student, mesh = read_weights(sources.student), inputs.mesh.abstract_mesh
+    return PlanInputs(inputs.config, student, teacher, inputs.toggles, mesh)
 
 
 def memory_limit(devices: Iterable[jax.Device]) -> int | None:
-    """Bytes that the smallest of them can hand out; None if one does not say, as a CPU."""
-    if os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR") not in _STRICT_ALLOCATORS:
+    """Returns the fewest bytes that a device has to give; None where one does not say (a CPU)."""
+    # Other allocators give more than the limit that they name.
+    if os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR") not in (None, "", "default", "bfc"):
         return None
-    told = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
-    return None if None in told else min(told)
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    return None if None in limits else min(limits)

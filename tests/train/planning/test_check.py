@@ -53,7 +53,7 @@ def test_what_may_not_fit_is_a_warning(student, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(check, "memory_limit", lambda devices: 10**15)
     check.check_memory(rows)
     assert caplog.text == ""
-    least = memory.plan(check.setup_of(rows)).least
+    least = memory.plan(check.plan_inputs(rows)).least
     monkeypatch.setattr(check, "memory_limit", lambda devices: least)
     check.check_memory(rows)
     assert "this run may not fit" in caplog.text and "student, frozen" in caplog.text
@@ -71,7 +71,7 @@ def test_the_lower_bound_is_what_is_there_when_the_first_step_begins(
     models = {"teacher__backend": "flax", "teacher__model": other, "student__adapter": adapter}
     c = small(student, **models, **mesh)
     rows = read(c, tmp_path / "run")
-    least = memory.plan(check.setup_of(rows)).least
+    least = memory.plan(check.plan_inputs(rows)).least
     parts = setup.assemble(rows, tmp_path / "run")
     state = setup.initial_state(parts, optimizer.optimizer(rows.config.optim, 1))
     trees = (parts.base, parts.teacher.params, state.trainable, state.opt_state)
