@@ -10,7 +10,6 @@ from gkdjax import config
 from gkdjax.config import cli
 
 flags.adopt_module_key_flags(cli)
-
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
@@ -28,8 +27,8 @@ _COORDINATOR_TIMEOUT_S = flags.DEFINE_float(
 
 
 def main(parsed: config.Config, workdir: pathlib.Path) -> None:
-    """The run of a config."""
-    # jax and the models: only once the config is known to be right
+    """Makes the run of a config."""
+    # jax and the models are imported only once the config is known to be right.
     from gkdjax.parallel import bootstrap
 
     where = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
@@ -48,23 +47,18 @@ _FEWEST_ROWS_PER_CORE = 8
 
 
 def _share_cores(parsed: config.Config) -> None:
-    """Small models on a CPU: makes an XLA device of each core, and the rows of a batch use them.
+    """Makes an XLA device of each CPU core, for small models: they share the rows of a batch.
 
     XLA's CPU backend computes most of a small model on one core. A large model's matrix products
-    use all of them anyway, and every device would hold a copy of it. The flag does not touch
-    devices that are no CPU, and a number that the user has set stays. Several processes on CPUs
-    have one device each: all need the same number, and may lie on different machines.
+    use all of them anyway, and every device would hold a copy of it. The flag does not touch other
+    devices, and a number that the user has set stays. Several processes on CPUs have one device
+    each: all need the same number, and may be on different machines.
     """
-    flag = "--xla_force_host_platform_device_count"
-    given = os.environ.get("XLA_FLAGS", "")
-    models = {parsed.student.model, parsed.teacher.model} - {""}
-    weights = [
-        path.stat().st_size
-        for model in models
-        for path in pathlib.Path(model).glob("*.safetensors")
-    ]
-    on_the_hub = not all(pathlib.Path(model).is_dir() for model in models)  # those are not small
-    if flag in given or on_the_hub or sum(weights) > _SMALL_MODEL_BYTES:
+    flag, given = "--xla_force_host_platform_device_count", os.environ.get("XLA_FLAGS", "")
+    models = [pathlib.Path(m) for m in {parsed.student.model, parsed.teacher.model} - {""}]
+    weights = [path.stat().st_size for model in models for path in model.glob("*.safetensors")]
+    local = all(model.is_dir() for model in models)  # those on the hub are not small
+    if flag in given or not local or sum(weights) > _SMALL_MODEL_BYTES:
         return
     rows = math.gcd(*config.rows_at_once(parsed).values())
     cores = min(os.cpu_count() or 1, max(rows // _FEWEST_ROWS_PER_CORE, 1))

@@ -1,11 +1,11 @@
-"""The contracts between the parts: frozen, one line and one shape a field.
+"""The dataclasses that rooms hand to each other: frozen, with the shape of each field.
 
 Shape letters: B rows of a batch, N target numbers, S positions of the student's view, T positions
 of the teacher's view, K top-k entries, E width of the teacher, V vocabulary.
 
 Targets are indexed by number n, not by position: `student_at_BN[b, n]` is the position in the
 student's view whose logits predict target n, and so for the teacher. The one-token shift between
-"where a token stands" and "where it is predicted" is made in `data.views` and nowhere else.
+a token's position and the position that predicts it is made in `data.views` and nowhere else.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ from gkdjax.utils.text import digest
 
 
 class Message(NamedTuple):
-    """One message of a conversation; hashable, so rendered conversations can be kept."""
+    """One message of a conversation; hashable, so rendered conversations can be cached."""
 
     role: str
     content: str
-    fields: str = ""  # JSON object of what else the template is given, keys sorted; "": nothing
+    fields: str = ""  # JSON object of other fields for the template, keys sorted; "": none
     learn: bool = True  # False: never a target, whatever its role ("weight": 0)
 
     def for_template(self) -> dict:
-        """What a chat template is given: role, content, and tool calls and the like by name."""
+        """Returns role, content, and tool calls and the like by name."""
         return {"role": self.role, "content": self.content, **json.loads(self.fields or "{}")}
 
 
@@ -61,7 +61,7 @@ class SamplingParams:
 
 
 class Expected(NamedTuple):
-    """What a question expects; see `gkdjax.data.answer_matching`."""
+    """The right answers to a question; see `gkdjax.data.answer_matching`."""
 
     match: str  # "keywords", "exact" or "regex"
     any_of: tuple[str, ...]  # any of them is right; at least one
@@ -71,28 +71,28 @@ class Expected(NamedTuple):
 class Example:
     """One row of data, before any model's tokenizer has seen it."""
 
-    name: str  # where it came from, as "train.jsonl:17"; every error about the row says it
+    name: str  # its source, as "train.jsonl:17"; in every error about the row
     row_id: int  # its number in the data; random draws for the row depend on it
     prefix: tuple[Message, ...]  # what only the teacher reads; () if there is nothing
     turns: tuple[Message, ...]  # what both read, at least one message
-    answer: Message | None  # the assistant's last message, or None: somebody has to write it
+    answer: Message | None  # the assistant's last message; None: a rollout provides it
     expected: Expected | None  # of a question for the evaluation, or None
-    given: int = 0  # so many of the first turns are no targets, whoever said them
+    given: int = 0  # so many of the first turns are no targets, whatever their role
     tools: str = ""  # JSON list of the tools that the template describes; "": none
 
     @property
     def response(self) -> str | None:
-        """The answer's text."""
+        """The text of the answer."""
         return None if self.answer is None else self.answer.content
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenTopK:
-    """One row of `TopKTargets`, in NumPy: what the writer predicted where it drew its tokens."""
+    """One row of `TopKTargets`, in NumPy: the writer's predictions where it sampled its tokens."""
 
     topk: TopKLogprobs  # [n,K]
-    target_logprob: np.ndarray  # float32 [n], the drawn token's own logprob
+    target_logprob: np.ndarray  # float32 [n], the sampled token's own logprob
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ class TokenHidden:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """A response as token ids; it stays so from the sampler to the loss."""
+    """A response as token ids, from the sampler to the loss."""
 
     ids: np.ndarray  # int32 [n]; if finished, the last one is a stop id
     finished: bool  # False: cut off at max_new_tokens, so there is no end-of-turn target
@@ -115,7 +115,7 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What one model reads of an example, and from where it predicts the targets."""
+    """What one model reads of an example, and the positions that predict the targets."""
 
     ids: np.ndarray  # int32 [T]
     at: np.ndarray  # int32 [N], position whose logits predict target n
@@ -123,20 +123,20 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class ViewPair:
-    """Teacher's and student's view of one row; both predict the same targets."""
+    """The teacher's and the student's view of one row; both predict the same targets."""
 
     name: str
     row_id: int
     student: View
     teacher: View
     target_ids: np.ndarray  # int32 [N], N >= 1
-    kept: TokenTopK | None = None  # what the teacher predicted when it wrote the targets
+    kept: TokenTopK | None = None  # the teacher's predictions when it wrote the targets
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Padded view pairs, the only thing a step and a teacher get to see of the data."""
+    """Padded view pairs: all that a step and a teacher see of the data."""
 
     student_tokens_BS: jax.Array  # int32
     student_mask_BS: jax.Array  # bool, a real token
@@ -160,7 +160,7 @@ class ContextLimit(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a step changes, and all that a checkpoint must hold of the model."""
+    """All that a step changes and a checkpoint holds of the model."""
 
     step: jax.Array  # int32 scalar, optimizer steps done
     trainable: Any  # adapters, or all parameters; float32

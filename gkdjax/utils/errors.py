@@ -1,4 +1,4 @@
-"""What can go wrong, by whose turn it is to act: each class carries the process's exit code."""
+"""Errors by who has to act; each class carries the exit code of the process."""
 
 
 class GkdjaxError(Exception):
@@ -20,17 +20,17 @@ class TrainingFailure(GkdjaxError):
 
 
 class Preempted(GkdjaxError):
-    """Asked to stop (SIGTERM); the state is saved, and the same command continues."""
+    """SIGTERM came; the state is saved, and the same command continues."""
 
     exit_code = 75
 
 
 class TeacherRefused(UserError):
-    """A server said no, and would say it again: a wrong key, model, address or request."""
+    """A server refused, and would refuse again: a wrong key, model, address or request."""
 
 
 class WrongAnswer(TrainingFailure):
-    """A server's answer that cannot be what it is said to be; it is neither stored nor used."""
+    """A server's answer that cannot be right; it is neither stored nor used."""
 
 
 class TeacherUnreachable(GkdjaxError):
@@ -40,12 +40,12 @@ class TeacherUnreachable(GkdjaxError):
 
 
 class CoordinatorUnreachable(GkdjaxError):
-    """The processes of a run did not find each other in the time that they were given."""
+    """The processes of a run did not find each other in time."""
 
     exit_code = 4
 
 
 def one_line(error: BaseException, longest: int = 300) -> str:
-    """What another library's error says, for a message of ours: in one line, cut at `longest`."""
+    """Shortens another library's message to one line of at most `longest` characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= longest else f"{text[: longest - 4]} ..."

@@ -6,15 +6,14 @@ import numpy as np
 
 
 def fold(seed: int, purpose: str, *numbers: int) -> int:
-    """An int in [0, 2**32) for a purpose and its numbers, such as a step and a row id.
+    """Returns an int in [0, 2**32) for a purpose and its numbers, such as a step and a row id.
 
-    One purpose always brings the same count of numbers: zeros at the end make no difference.
+    One purpose always has the same count of numbers: zeros at the end make no difference.
     """
     return int(_sequence(seed, purpose, numbers).generate_state(1)[0])
 
 
 def generator(seed: int, purpose: str, *numbers: int) -> np.random.Generator:
-    """A NumPy generator for a purpose and its numbers."""
     return np.random.default_rng(_sequence(seed, purpose, numbers))
 
 

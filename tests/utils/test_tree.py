@@ -1,4 +1,4 @@
-"""Trees by path: naming, rules, and the round trip of partition and combine."""
+"""Names of leaves, and rules over them."""
 
 import dataclasses
 
@@ -57,36 +57,3 @@ def test_match_names_a_rule_that_matches_nothing():
 def test_match_names_a_leaf_that_no_rule_covers():
     with pytest.raises(ValueError, match="no rule covers the leaf 'layers/q_proj/bias'"):
         tree.match([("embed", 1), (".*/mlp/.*", 2), (".*/kernel", 3)], PARAMS)
-
-
-@pytest.mark.parametrize("part", ["q_proj", "layers", "embed", "", "nothing like it"])
-def test_partition_and_combine_are_a_round_trip(part):
-    selected, rest = tree.partition(PARAMS, lambda path: part in path)
-    count = sum(part in path for path in PATHS)
-    assert len(jax.tree.leaves(selected)) == count
-    assert len(jax.tree.leaves(rest)) == len(PATHS) - count
-    chex.assert_trees_all_equal(tree.combine(selected, rest), PARAMS)
-    chex.assert_trees_all_equal(tree.combine(rest, selected), PARAMS)
-
-
-def test_gradients_skip_the_holes():
-    tuned, frozen = tree.partition(PARAMS, lambda path: path.endswith("kernel"))
-
-    @jax.jit
-    def loss(tuned):
-        return sum(x.sum() for x in jax.tree.leaves(tree.combine(tuned, frozen)))
-
-    grads = jax.grad(loss)(tuned)
-    assert jax.tree.structure(grads) == jax.tree.structure(tuned)
-    assert len(jax.tree.leaves(grads)) == 1
-
-
-def test_combine_names_a_place_that_both_trees_fill():
-    selected, _ = tree.partition(PARAMS, lambda path: "mlp/1" in path)
-    with pytest.raises(ValueError, match="both trees hold a value at 'layers/mlp/1'"):
-        tree.combine(selected, PARAMS)
-
-
-def test_combine_refuses_other_containers():
-    with pytest.raises(ValueError):
-        tree.combine({"a": 1}, {"b": 1})
