@@ -9,14 +9,17 @@ a token's position and the position that predicts it is made in `data.views` and
 """
 
 import dataclasses
+import hashlib
 import json
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from gkdjax.losses.topk import TopKLogprobs
-from gkdjax.utils.text import digest
+
+def digest(content: bytes) -> str:
+    """Returns 16 hexadecimal digits of SHA-256: millions of prompts must not share one."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 class Message(NamedTuple):
@@ -86,29 +89,14 @@ class Example:
         return None if self.answer is None else self.answer.content
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TokenTopK:
-    """One row of `TopKTargets`, in NumPy: the writer's predictions where it sampled its tokens."""
-
-    topk: TopKLogprobs  # [n,K]
-    target_logprob: np.ndarray  # float32 [n], the sampled token's own logprob
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenHidden:
-    """One row of `DenseTargets`, in NumPy, without the unembedding."""
-
-    hidden: np.ndarray  # compute dtype [n,E]
-
-
 @dataclasses.dataclass(frozen=True)
 class Completion:
     """A response as token ids, from the sampler to the loss."""
 
     ids: np.ndarray  # int32 [n]; if finished, the last one is a stop id
     finished: bool  # False: cut off at max_new_tokens, so there is no end-of-turn target
-    kept: TokenTopK | TokenHidden | None = None  # row n predicted ids[n]; None: nobody asked for it
+    # losses.topk.TokenTopK or TokenHidden: its row n predicted ids[n]; None: it was not asked for
+    kept: Any = None
     refused: int = 0  # attempts that were not accepted
     author: str = ""  # "student", or the teacher's description
 
@@ -130,7 +118,7 @@ class ViewPair:
     student: View
     teacher: View
     target_ids: np.ndarray  # int32 [N], N >= 1
-    kept: TokenTopK | None = None  # the teacher's predictions when it wrote the targets
+    kept: Any = None  # TokenTopK, the teacher's predictions when it wrote the targets
 
 
 @jax.tree_util.register_dataclass

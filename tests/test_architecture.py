@@ -32,6 +32,7 @@ ORDER = (
 )
 
 
+DEEPEST = {"gkdjax.train.loop": 12}  # module -> most modules in a chain of imports below it
 MOST_NAMES = 15  # at the top of the package, beside __init__.py, __main__.py and what is no Python
 
 
@@ -158,6 +159,18 @@ def first_cycle(graph: dict[str, set[str]]) -> list[str] | None:
     return next(filter(None, map(visit, graph)), None)
 
 
+def longest_chain(graph: dict[str, set[str]], start: str) -> list[str]:
+    """The longest way of imports down from a module, which is its first."""
+    found: dict[str, list[str]] = {}
+
+    def below(name):
+        if name not in found:
+            found[name] = [name, *max(map(below, sorted(graph[name])), key=len, default=[])]
+        return found[name]
+
+    return below(start)
+
+
 def teacher_errors(package: pathlib.Path) -> list[str]:
     """One line for each question what kind of teacher it is, outside of the rooms that know."""
     errors = []
@@ -220,6 +233,13 @@ def call_errors(node: ast.Call, where: str) -> list[str]:
 
 def test_a_room_imports_only_from_rooms_to_its_left():
     assert layout_errors(PACKAGE, ORDER, KNOWN) == []
+
+
+def test_few_files_stand_below_the_loop():
+    graph = import_graph(PACKAGE)
+    for name, most in DEEPEST.items():
+        chain = longest_chain(graph, name)
+        assert len(chain) - 1 <= most, " -> ".join(chain)
 
 
 def test_few_names_stand_at_the_top():
@@ -286,6 +306,8 @@ def test_a_sound_package_passes(tmp_path):
     house = plant(tmp_path, files)
     assert layout_errors(house, PLANTED) == []
     assert names_at_the_top(house) == {"ground", "middle", "roof"}
+    chain = ["house.roof", "house.middle.a", "house.middle.b", "house", "house.ground"]
+    assert longest_chain(import_graph(house), "house.roof") in (chain, chain[:3] + chain[4:])
     assert law_errors(house, set()) == []
 
 

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 
 from gkdjax.data import buckets
-from gkdjax.losses import TopKLogprobs
 from gkdjax.losses.objective import TopKTargets
+from gkdjax.losses.topk import TokenTopK, TopKLogprobs
 from gkdjax.models import padding
-from gkdjax.types import Batch, TokenTopK, ViewPair
+from gkdjax.types import Batch, ViewPair
 
 
 class RowOrder:

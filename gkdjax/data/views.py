@@ -15,7 +15,8 @@ import numpy as np
 
 from gkdjax.data.chat_template import Chat
 from gkdjax.data.loss_mask import TargetRules
-from gkdjax.types import Completion, Example, Message, TokenTopK, View, ViewPair
+from gkdjax.losses.topk import TokenTopK
+from gkdjax.types import Completion, Example, Message, View, ViewPair
 from gkdjax.utils.errors import UserError
 
 

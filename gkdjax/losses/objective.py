@@ -5,8 +5,9 @@ import dataclasses
 import jax
 from jax import Array
 
-from gkdjax import losses
-from gkdjax.losses import TopKLogprobs
+from gkdjax.losses.fused import fused_dense_divergence, fused_topk_divergence
+from gkdjax.losses.masking import example_weights
+from gkdjax.losses.topk import TopKLogprobs, within
 
 _STATIC = {"static": True}
 
@@ -61,7 +62,7 @@ def weighted_divergence(
     options |= {"divergence": divergence, "softcap": softcap}
     if isinstance(targets, DenseTargets):
         shared = shared_ids(unembedding_VD, targets)
-        return losses.fused_dense_divergence(
+        return fused_dense_divergence(
             hidden_BND,
             unembedding_VD[:shared],
             targets.hidden_BNE,
@@ -70,9 +71,9 @@ def weighted_divergence(
             teacher_softcap=targets.softcap,
             **options,
         )
-    topk = losses.within(targets.topk, targets.shared)
+    topk = within(targets.topk, targets.shared)
     table = unembedding_VD[: targets.shared]
-    return losses.fused_topk_divergence(hidden_BND, table, topk, weights_BN, tail=tail, **options)
+    return fused_topk_divergence(hidden_BND, table, topk, weights_BN, tail=tail, **options)
 
 
 def shared_ids(unembedding_VD: Array, targets: DenseTargets) -> int:
@@ -83,4 +84,4 @@ def shared_ids(unembedding_VD: Array, targets: DenseTargets) -> int:
 
 def token_weights(mask_BN: Array, reduction: str) -> Array:
     """The weight of each target for the reduction "token" or "example"."""
-    return mask_BN if reduction == "token" else losses.example_weights(mask_BN)
+    return mask_BN if reduction == "token" else example_weights(mask_BN)

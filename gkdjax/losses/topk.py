@@ -42,6 +42,22 @@ class TopKLogprobs:
     temperature: float = 1.0  # that the teacher's logits were divided by
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenTopK:
+    """What a model that wrote a text predicted where it sampled its tokens; in NumPy."""
+
+    topk: TopKLogprobs  # [n,K]
+    target_logprob: Array  # float32 [n], the sampled token's own logprob
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenHidden:
+    """The same of a model whose unembedding is in this process: dense, before the unembedding."""
+
+    hidden: Array  # compute dtype [n,E]
+
+
 class Categories(NamedTuple):
     """Log-probabilities (float32) of the same C outcomes under teacher and student."""
 

@@ -18,11 +18,12 @@ from jax.sharding import Mesh
 from gkdjax.config import Config
 from gkdjax.losses import top_k_logprobs
 from gkdjax.losses.objective import TopKTargets
+from gkdjax.losses.topk import TokenHidden, TokenTopK
 from gkdjax.models import sampling as models_sampling
 from gkdjax.models.decoder import Decoder
 from gkdjax.models.kv_cache import Cache, Prefix
 from gkdjax.parallel import mesh as parallel_mesh
-from gkdjax.types import Completion, SamplingParams, TokenHidden, TokenTopK
+from gkdjax.types import Completion, SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,8 +29,8 @@ import safetensors
 import safetensors.numpy
 
 from gkdjax.data.chat_template import Chat
-from gkdjax.losses import TopKLogprobs
-from gkdjax.types import Completion, Prompt, TokenTopK
+from gkdjax.losses.topk import TokenTopK, TopKLogprobs
+from gkdjax.types import Completion, Prompt, digest
 from gkdjax.utils import text as utils_text
 from gkdjax.utils.errors import UserError
 from gkdjax.utils.files import replacing, write_text
@@ -53,7 +53,7 @@ def line(
     row, number, prompt_digest = prompt.key()
     messages = [message.for_template() for message in prompt.messages]
     prefix, turns = messages[: prompt.prefix], messages[prompt.prefix :]
-    prefix_digest = utils_text.digest(json.dumps(prefix).encode())
+    prefix_digest = digest(json.dumps(prefix).encode())
     record = {
         "row": row,
         "number": number,

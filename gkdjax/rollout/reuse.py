@@ -11,8 +11,9 @@ from absl import logging
 from gkdjax.data.chat_template import Chat
 from gkdjax.data.dataset import RolloutFilter
 from gkdjax.data.views import RowStatus
+from gkdjax.losses.topk import TokenTopK
 from gkdjax.rollout import files
-from gkdjax.types import Completion, Prompt, TokenTopK
+from gkdjax.types import Completion, Prompt
 from gkdjax.utils.errors import UserError
 
 _ADVICE = "mend it, or name another file in config.rollout.reuse"

@@ -6,7 +6,7 @@ _NAMES = {  # where they are; they are loaded when they are asked for
     "Batch": "gkdjax.types",
     "Capabilities": "gkdjax.teachers.base",
     "DenseTargets": "gkdjax.losses.objective",
-    "TokenTopK": "gkdjax.types",
+    "TokenTopK": "gkdjax.losses.topk",
     "Message": "gkdjax.types",
     "Prompt": "gkdjax.types",
     "RemoteTeacher": "gkdjax.teachers.base",

@@ -1,6 +1,5 @@
 """Text for people: progress, tables, sizes, and what is safe to print."""
 
-import hashlib
 import unicodedata
 from collections.abc import Sequence
 
@@ -68,11 +67,6 @@ def cut(text: str, most: int) -> str:
     if len(text) <= most:
         return text
     return f"{text[:most]}... ({len(text):,} characters in all)"
-
-
-def digest(content: bytes) -> str:
-    """Returns 16 hexadecimal digits of SHA-256: millions of prompts must not share one."""
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def some(names: Sequence[str]) -> str:

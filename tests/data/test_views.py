@@ -13,8 +13,8 @@ from gkdjax.data.conversations import answers_apart, answers_of
 from gkdjax.data.loss_mask import TargetRules
 from gkdjax.data.message_spans import is_plain
 from gkdjax.data.views import RowStatus, ViewRules
-from gkdjax.losses import TopKLogprobs
-from gkdjax.types import Completion, Example, Message, TokenTopK
+from gkdjax.losses.topk import TokenTopK, TopKLogprobs
+from gkdjax.types import Completion, Example, Message
 from gkdjax.utils.errors import UserError
 
 _words = st.text("abc user.\n🙂", min_size=1, max_size=8).map(str.strip).filter(bool)

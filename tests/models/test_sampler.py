@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from gkdjax.losses import top_k_logprobs
+from gkdjax.losses.topk import TokenHidden
 from gkdjax.models import lora, sampler
 from gkdjax.models import sampling as models_sampling
 from gkdjax.models.decoder import Decoder
 from gkdjax.models.hf import load
 from gkdjax.models.sampler import Keep, sample
 from gkdjax.parallel import mesh as parallel_mesh
-from gkdjax.types import SamplingParams, TokenHidden
+from gkdjax.types import SamplingParams
 
 N, P = 14, 9  # past the window of 5 with prompts of all lengths
 GREEDY = SamplingParams(N, temperature=0.0, top_p=1.0)

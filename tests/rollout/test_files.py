@@ -8,9 +8,9 @@ import zlib
 import numpy as np
 import pytest
 
-from gkdjax.losses import TopKLogprobs
+from gkdjax.losses.topk import TokenHidden, TokenTopK, TopKLogprobs
 from gkdjax.rollout.files import write_once
-from gkdjax.types import Completion, Message, Prompt, TokenHidden, TokenTopK
+from gkdjax.types import Completion, Message, Prompt
 from gkdjax.utils.errors import UserError
 
 MESSAGES = (Message("system", "be brief"), Message("user", "ask"))

@@ -9,12 +9,12 @@ from small_runs import ConstantTeacher, losses_hex, small
 import gkdjax
 from gkdjax.data.dataset import RolloutFilter
 from gkdjax.data.loss_mask import TargetRules
-from gkdjax.losses import TopKLogprobs
+from gkdjax.losses.topk import TokenTopK, TopKLogprobs
 from gkdjax.rollout import files
 from gkdjax.rollout.files import write_once
 from gkdjax.rollout.reuse import Source
 from gkdjax.teachers.local import LocalTeacher
-from gkdjax.types import Completion, Prompt, TokenTopK
+from gkdjax.types import Completion, Prompt
 from gkdjax.utils.errors import UserError
 from gkdjax.utils.files import read_lines
 

@@ -7,8 +7,8 @@ import dataclasses
 
 import numpy as np
 
-from gkdjax.losses import TopKLogprobs
-from gkdjax.types import Message, SamplingParams, TokenTopK
+from gkdjax.losses.topk import TokenTopK, TopKLogprobs
+from gkdjax.types import Message, SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)
