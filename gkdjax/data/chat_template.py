@@ -93,8 +93,7 @@ class Chat:
         last answer, if it is a target, then follows the generation prompt unchanged.
 
         Args:
-          messages: at least one.
-          targets: one a message.
+          messages, targets: as many of both, at least one.
           name: of the row; errors begin with it.
           generation_prompt: append the header of the assistant's next message.
           tools: JSON list of the template's tools; "": none.
@@ -133,17 +132,15 @@ class Chat:
         not follow its generation prompt, or is not what a model would have to write there.
         """
         talk = (Message("user", "Why?"), Message("assistant", "So.")) * 2
-        first = (False, True, False, False)
-        try:
-            ids, flags = self.render(talk, first, "a probe")
-            self.render(talk[:3], first[:3], "a probe", generation_prompt=True)
-        except UserError:
-            return False
-        try:
-            last_ids, last_flags = self.render(talk[:2], first[:2], "a probe")
-        except UserError:  # no answer can be learnt at an end
-            return True
-        return np.array_equal(ids[flags], last_ids[last_flags])
+        first, learnt = (False, True, False, False), []
+        for end, prompt in ((3, True), (4, False), (2, False)):
+            try:
+                how = {"generation_prompt": prompt}
+                ids, flags = self.render(talk[:end], first[:end], "a probe", **how)
+            except UserError:
+                return end == 2  # no answer can be learnt at an end
+            learnt.append(ids[flags])
+        return np.array_equal(*learnt[1:])
 
     def tokenize(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns ids int32 [T] and the characters of each token, int64 [T, 2]."""
@@ -151,10 +148,6 @@ class Chat:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
         return np.asarray(encoded["input_ids"], np.int32), offsets
-
-    def character_spans(self, text: str) -> np.ndarray:
-        """Returns the characters of each token of `text`: int64 [T, 2]."""
-        return self.tokenize(text)[1]
 
     def stop_tokens(self) -> str:
         """Lists the stop tokens for people: "<end_of_turn> (106), <eos> (1)"."""
@@ -259,11 +252,11 @@ class _Rendering:
         self.flags = np.zeros(len(self.ids), bool)
         # A lookup beyond the embedding would silently give its last row.
         rows = self.chat.vocab_size
-        beyond = self.ids[:0] if rows is None else self.ids[self.ids >= rows]
-        if beyond.size:
-            token = self.chat.tokenizer.convert_ids_to_tokens(int(beyond[0]))
+        if rows is not None and self.ids.max(initial=0) >= rows:
+            found = int(self.ids[self.ids >= rows][0])
+            token = self.chat.tokenizer.convert_ids_to_tokens(found)
             raise UserError(
-                f"{self.name}: the token {token!r} (id {beyond[0]}) has no row in the embedding of"
+                f"{self.name}: the token {token!r} (id {found}) has no row in the embedding of"
                 f" {self.chat.directory}, which has {rows}; remove it from the text"
             )
 
@@ -307,10 +300,8 @@ class _Rendering:
             empty thought for which the user did not ask.
         """
         self._check_stops(i, target)
-        message, at = self.messages[i], self.spans.at[i]
-        prompt_ids, _ = self.chat.tokenize(prompt)
-        follows = self.text.startswith(prompt) and self._begins_with(prompt_ids)
-        template = self.chat.template
+        message, at, template = self.messages[i], self.spans.at[i], self.chat.template
+        follows = self.text.startswith(prompt) and self._begins_with(self.chat.tokenize(prompt)[0])
         if follows and not self.spans.lost[i]:
             rest = self.text[len(prompt) : at and at[0]].lstrip()
             added = not thinks(message) and (rest if at else rest.startswith(_THINK))

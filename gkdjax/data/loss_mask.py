@@ -14,19 +14,12 @@ from gkdjax.types import Completion, Example, Message
 
 @dataclasses.dataclass(frozen=True)
 class TargetRules:
-    """What is a target; see `context.target_roles` and the two keys after it.
-
-    Attributes:
-      roles: only messages of these.
-      pattern: a regular expression that must be found in them; None: any text.
-      span: "message": all of the message with its end of turn; "match": only what is matched.
-      whole_responses: a completion is a target whatever its text: only lengths matter.
-    """
+    """What is a target; see `context.target_roles` and the two keys after it."""
 
     roles: tuple[str, ...]
-    pattern: str | None = None
-    span: str = "message"
-    whole_responses: bool = False
+    pattern: str | None = None  # must be found in the message; None: any text
+    span: str = "message"  # with its end of turn; or "match": only what is matched
+    whole_responses: bool = False  # completions are targets whatever their text: for lengths
 
     def of_message(self, message: Message) -> Target:
         if message.role not in self.roles or message.role in TOOL_ROLES or not message.learn:
@@ -39,7 +32,6 @@ class TargetRules:
         return target.resolve(message.content)
 
     def of_turns(self, example: Example) -> tuple[Target, ...]:
-        """The target of each turn; given turns are none."""
         learnt = [self.of_message(turn) for turn in example.turns[example.given :]]
         return (False,) * example.given + tuple(learnt)
 

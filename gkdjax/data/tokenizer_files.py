@@ -111,10 +111,7 @@ def text_difference(
 ) -> str:
     """Describes the first text to which two tokenizers give other ids; "": none was found.
 
-    Args:
-      a, b: with the same vocabulary where the texts are.
-      a_name, b_name: like "the file".
-      more: texts to be tried beside those that all tokenizers are tried with.
+    `more` texts are tried beside those that all tokenizers are tried with.
     """
     for each in (a, b):
         each.no_truncation()

@@ -135,7 +135,7 @@ def _cut(
     message: Message, excess: Callable[[Message], int], chat: Chat, *, end: bool
 ) -> Message | None:
     """The message without the end, or the beginning, of its text; None if that is not enough."""
-    text, spans = message.content, chat.character_spans(message.content)
+    text, spans = message.content, chat.tokenize(message.content)[1]
     left, over = len(spans), excess(message)
     while over > 0:
         left -= over  # the text that is left may be cut into other tokens: look again

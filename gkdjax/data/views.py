@@ -34,24 +34,14 @@ class RowStatus(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class ViewRules:
-    """How the rows of one stream become view pairs.
-
-    Attributes:
-      student_chat: renders the student's view.
-      teacher_chat: renders the teacher's.
-      retained: messages at the end of the prefix that the student reads too; more than there are:
-        all of them.
-      targets: which messages are learnt, and how much of each.
-      max_length: of the longer view.
-      too_long: as `data.too_long`; `truncation` has shortened beginnings and prefixes before.
-    """
+    """How the rows of one stream become view pairs."""
 
     student_chat: Chat
     teacher_chat: Chat
-    retained: int
+    retained: int  # messages at the end of the prefix that the student reads too
     targets: TargetRules
-    max_length: int
-    too_long: str
+    max_length: int  # of the longer view
+    too_long: str  # as `data.too_long`; `truncation` has shortened beginnings and prefixes before
 
     def prompts(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
         """Returns what (student, teacher) read before the response: int32 [S], int32 [T]."""
@@ -98,22 +88,13 @@ class ViewRules:
     def pair(
         self, example: Example, completion: Completion | None, *, too_long: str | None = None
     ) -> tuple[ViewPair | None, RowStatus]:
-        """Makes both views of a row.
+        """Makes both views of a row: (pair, KEPT or TRUNCATED) or (None, DROPPED or UNMATCHED).
 
-        Nothing of the prefix is a target, and no given turn. Tokens after the last target are left
-        out: no prediction depends on them. If a row is too long and not dropped, both views lose
-        as many tokens at their end as the longer one has too many; a row without a target after
-        that is dropped.
-
-        Args:
-          example: the row.
-          completion: the response as ids, which follow the generation prompt unchanged instead of
-            `example.answer`. An unfinished one has no end-of-turn token, so no target for it.
-          too_long: instead of the rules' own.
-
-        Returns:
-          (pair, KEPT or TRUNCATED), (None, DROPPED), or (None, UNMATCHED) if the pattern leaves
-          nothing to learn.
+        Nothing of the prefix is a target, and no given turn. A completion follows the generation
+        prompt unchanged, instead of `example.answer`; an unfinished one has no end-of-turn target.
+        Tokens after the last target are left out: no prediction depends on them. If a row is too
+        long and not dropped, both views lose as many tokens at their end as the longer one has too
+        many; a row without a target after that is dropped.
 
         Raises:
           UserError: no target token, or not the same in both views; or as `Chat.render`.
@@ -195,7 +176,7 @@ class ViewRules:
         return views
 
     def _difference(self, student: np.ndarray, teacher: np.ndarray) -> str:
-        """The end of an error: the first target that differs, and ends of turns if they do."""
+        """The first target that differs, and the ends of turns if they differ."""
         both = itertools.zip_longest(student.tolist(), teacher.tolist())
         number, pair = next((n, pair) for n, pair in enumerate(both) if pair[0] != pair[1])
         chats = self.student_chat, self.teacher_chat

@@ -59,25 +59,20 @@ class Evaluation:
         """Renders every prompt once.
 
         Args:
-          config: of the run.
-          rules: make a teacher's and a student's view of a question.
-          teacher: reads the prefix.
-          examples: samples are answers to the evaluation's prompts, or else to trained ones.
+          config, rules, teacher, examples, mesh: of the run.
           validation: rows whose loss is measured; see `with_validation`.
           lengths: padded prompt lengths for sampling.
-          mesh: of the run.
           shared_vocab: ids below it have a row in the student's embedding and in the teacher's.
           untrained: the student as it was; None: no side effects are measured.
         """
         self._config, self._chat, self._teacher = config, rules.student_chat, teacher
-        self._mesh = mesh
+        self._mesh, self._validation = mesh, validation
         self._sampling = {"lengths": lengths, "mesh": mesh, "vocab_size": shared_vocab}
         self._sets = {"questions": examples.questions, "heldout": examples.heldout}
         self._sets = {name: rows for name, rows in self._sets.items() if rows}
         self._retention = examples.retention
         self._other = tuple(Message(**message) for message in config.eval.other_prefix)
         self._texts = Texts(config, rules, teacher, examples.prompts, mesh)
-        self._set_validation(validation)
         self._unrelated = None  # the untrained student's text; nobody reads a prefix there
         if untrained is not None and examples.side_effects:
             bare = dataclasses.replace(rules, teacher_chat=rules.student_chat, retained=0)
@@ -98,33 +93,28 @@ class Evaluation:
         )
         self._shown = list(itertools.islice(dict.fromkeys(fitting), SAMPLES))
 
-    def _set_validation(self, dataset: DistillDataset | None) -> None:
-        self._validation = None
-        if dataset is not None:
-            scored = score_dataset, dataset, self._config, self._teacher, self._mesh
-            self._validation = functools.cache(functools.partial(*scored))
+    @functools.cached_property
+    def _validation_text(self) -> ScoredText:
+        return score_dataset(self._validation, self._config, self._teacher, self._mesh)
 
     def with_validation(self, dataset: DistillDataset) -> "Evaluation":
         """Returns the same with the rows whose loss is measured, once they have their text."""
         new = copy.copy(self)
-        new._set_validation(dataset)
+        new._validation = dataset
+        new.__dict__.pop("_validation_text", None)
         return new
 
     def _check_lengths(self) -> None:
         sizes = [(example, self._longest_view(example)) for example in self._asked]
-        sizes += [(q, len(self._prompt(q, "bare"))) for q in self._retention_questions()]
-        if self._unrelated is not None:
-            texts = self._unrelated
-            sizes += [(example, len(texts.prompts(example)[0])) for example in texts.examples]
+        unrelated = [] if self._unrelated is None else self._unrelated.examples
+        for example in itertools.chain(*self._retention.values(), unrelated):
+            sizes.append((example, len(self._prompt(example, "bare"))))
         for example, length in sizes:
             if length >= self._config.data.max_length:
                 raise UserError(
                     f"{example.name}: the question has {length} tokens with its prefix and leaves"
                     f" no room in data.max_length = {self._config.data.max_length}; raise it"
                 )
-
-    def _retention_questions(self) -> list[Example]:
-        return list(itertools.chain(*self._retention.values()))
 
     def _longest_view(self, example: Example) -> int:
         views = ("student", "teacher", "other") if self._other else ("student", "teacher")
@@ -148,7 +138,7 @@ class Evaluation:
             for start in range(0, len(asked), rows):
                 bar.update(len(self._texts.written_by_teacher(asked[start : start + rows])))
         if self._validation is not None:
-            self._validation()
+            _ = self._validation_text
 
     def before(self, base: EvalModel) -> dict:
         """Asks base and teacher -> the content of RUN/before.json.
@@ -159,7 +149,7 @@ class Evaluation:
         found: dict = {"answers": []}
         self._condition("base", base, "student", found)
         self._condition("prompted_base", base, "teacher", found)
-        self._prompted_teacher(found)
+        self._condition("prompted_teacher", self._teacher, "teacher", found)
         samples = {"question": [example.turns[-1].content for example in self._shown]}
         samples |= {"base": self.samples(base), "prompted_base": self.samples(base, "teacher")}
         if self._teacher.capabilities.samples:
@@ -207,8 +197,8 @@ class Evaluation:
         if own and self._teacher.capabilities.on_policy:
             texts["student_text"] = self._texts.score(own)
         if self._validation is not None:
-            texts["validation"] = self._validation()
-            loss = heldout.loss(student, self._validation(), self._config.gkd, self._mesh)
+            text = texts["validation"] = self._validation_text
+            loss = heldout.loss(student, text, self._config.gkd, self._mesh)
             found["validation/loss"] = loss
         if self._unrelated is not None:
             text = self._unrelated.teacher_text
@@ -222,37 +212,28 @@ class Evaluation:
         """Returns the model's answers to the questions that are shown."""
         return self._decoded(model, self._ask(model, self._shown, view, "samples"))
 
-    def _condition(self, name: str, model: EvalModel, view: str, found: dict) -> None:
+    def _condition(self, name: str, who: EvalModel | Teacher, view: str, found: dict) -> None:
         """Adds a condition's measures and answers to `found`, if anything is asked."""
-        measures = {}
+        measures, texts = {}, self._texts
         for key, questions in self._sets.items():
-            answers = self._ask(model, questions, view, f"{name}, {key}")
-            measures[_ACCURACY[key]], lines = self._judged(key, name, model, questions, answers)
+            if who is not self._teacher:
+                answers = self._ask(who, questions, view, f"{name}, {key}")
+            elif questions is texts.examples:
+                answers = texts.teachers
+            else:
+                answers = texts.written_by_teacher(questions)
+            measures[_ACCURACY[key]], lines = self._judged(key, name, who, questions, answers)
             found["answers"] += lines
-        if self._texts.examples:
-            text = self._texts.teacher_text
-            if view == "other":
-                text, view = self._texts.under_prefix(self._other), "student"
-            measures |= self._agreement(model, text, view)
-        if measures:
-            found[name] = measures
-
-    def _prompted_teacher(self, found: dict) -> None:
-        measures, texts, teacher = {}, self._texts, self._teacher
-        for key, questions in self._sets.items():
-            same = questions is texts.examples
-            answers = texts.teachers if same else texts.written_by_teacher(questions)
-            name = "prompted_teacher"
-            measures[_ACCURACY[key]], lines = self._judged(key, name, teacher, questions, answers)
-            found["answers"] += lines
-        weights = hooks(teacher).weights
-        if texts.examples and weights is None:
+        model = who if who is not self._teacher else hooks(who).weights
+        if texts.examples and model is None:
             # Only the answers of such a teacher are known; its distance to itself is 0.
             measures |= _TO_ITSELF | scoring.own_perplexity(texts.teacher_text)
-        elif texts.examples:  # measured: it would not be 0 if a view or a shift were wrong
-            measures |= self._agreement(weights, texts.teacher_text, "teacher")
+        elif texts.examples:  # a teacher's distance to itself shows that views and shift are right
+            other = view == "other"
+            text = texts.under_prefix(self._other) if other else texts.teacher_text
+            measures |= self._agreement(model, text, "student" if other else view)
         if measures:
-            found["prompted_teacher"] = measures
+            found[name] = measures
 
     def _retained(self, model: EvalModel, condition: str, found: dict) -> dict[str, float]:
         """Accuracy on each retention set; adds the answers to `found`."""

@@ -51,12 +51,8 @@ def unavailable(
 ) -> dict[str, str]:
     """Returns measure -> why it is missing, both in words.
 
-    Args:
-      config: of the run.
-      teacher: of the run.
-      examples: what is asked.
-      baked: whether the teacher reads anything of the questions that the student does not.
-      validated: whether the loss of data.validation is measured.
+    The run is `baked` if the teacher reads anything of the questions that the student does not, and
+    `validated` if the loss of data.validation is measured.
     """
     found, can, top_k = {}, teacher.capabilities, config.teacher.top_k
     if not examples.questions:

@@ -60,15 +60,9 @@ def mean_agreement(
 ) -> dict[str, float]:
     """Returns means over all targets: the fields of `losses.Agreement`, and "perplexity".
 
-    The divergences are taken at `gkd.temperature`. The perplexity, exp(-mean log q(token)), is the
-    model's own, at temperature 1.
-
-    Args:
-      model: q.
-      scored: the text and the teacher's p.
-      view: "student" or "teacher": which prompt of each text the model reads.
-      gkd: of the config.
-      mesh: of the run.
+    The divergences are those of the teacher's p and the model's q at `gkd.temperature`. The
+    perplexity, exp(-mean log q(token)), is the model's own, at temperature 1. `view` is "student"
+    or "teacher": which prompt of each text the model reads.
     """
     names = (*losses.Agreement._fields, "perplexity")
     total, count = np.zeros(len(names)), 0.0

@@ -89,24 +89,21 @@ def read(path: pathlib.Path, advice: str, **more: type) -> list[dict]:
     records = []
     for place, text in enumerate(lines, 1):
         try:
-            records.append(json.loads(text))
+            records.append(_checked(json.loads(text), _COLUMNS | more))
         except ValueError as error:
-            raise UserError(f"{path}:{place} does not parse: {error}; {advice}") from None
-        fault = _fault(records[-1], _COLUMNS | more)
-        if fault:
-            raise UserError(f"{path}:{place} {fault}; {advice}")
+            raise UserError(f"{path}:{place} is no response: {error}; {advice}") from None
     return records
 
 
-def _fault(record, columns: dict[str, type]) -> str:
+def _checked(record, columns: dict[str, type]) -> dict:
     if not isinstance(record, dict):
-        return "is no object"
+        raise ValueError("it is no object")
     for name, kind in columns.items():
         if type(record.get(name)) is not kind:
-            return f"has no {name!r}, or not a {kind.__name__}"
+            raise ValueError(f"it has no {name!r}, or not a {kind.__name__}")
     if not all(type(i) is int and 0 <= i < 2**31 for i in record["ids"]):
-        return "has 'ids' that are not all token ids"
-    return ""
+        raise ValueError("its 'ids' are not all token ids")
+    return record
 
 
 def key_of(record: dict) -> tuple:
@@ -147,7 +144,7 @@ def write_once(
       write: places in `prompts` -> their completions.
       chat: decodes the text.
       step: for its column.
-      chunk: responses written at once.
+      chunk: lines written at once.
       show: a progress bar.
 
     Raises:
@@ -204,12 +201,7 @@ def write_kept(path: pathlib.Path, start: int, kept: Sequence[TokenTopK]) -> Non
 
 
 def read_kept(path: pathlib.Path, start: int, lengths: Sequence[int]) -> list[TokenTopK]:
-    """Reads what `write_kept` wrote.
-
-    Args:
-      path: of the lines.
-      start: the chunk's first line.
-      lengths: tokens of each response that has a top k; if empty, no file is read.
+    """Reads what `write_kept` wrote; `lengths` are the tokens of each response that has a top k.
 
     Raises:
       UserError: the file is damaged or missing, or has another number of tokens.

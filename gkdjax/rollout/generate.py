@@ -36,12 +36,10 @@ def generate(
     Args:
       dataset: without `dataset.unanswered` rows no file is made.
       generator: the teacher.
-      path: the file of the responses, see `files.write_once`.
+      path, chunk, show: see `files.write_once`.
       steps: only rows of the batches of these steps; None: all rows.
       step: for the file, and for other seeds than those of another call.
       source: of responses from an earlier run.
-      chunk: responses written at once.
-      show: a progress bar.
 
     Raises:
       UserError: a file is damaged, or was written for other rows.
@@ -71,13 +69,10 @@ def generate(
 def write(
     dataset: DistillDataset, who: str, wanted: Sequence[tuple[int, int]], generator: Generator
 ) -> list[Completion]:
-    """Has a response written to each row, again where it is refused, up to the dataset's bound.
+    """Has a response written to each (step, row), again where it is refused, up to a bound.
 
-    Args:
-      dataset: of the rows; decides what is accepted.
-      who: "teacher" or "student", whose view the generator reads.
-      wanted: (step, row) of each; the seeds of its attempts follow from them.
-      generator: of the responses.
+    The seeds of the attempts follow from step and row. `who` is "teacher" or "student", whose view
+    the generator reads.
     """
     purpose = f"{dataset.purpose}/{'on_policy' if who == 'student' else who}"
     chat = dataset.rules.student_chat if who == "student" else dataset.rules.teacher_chat

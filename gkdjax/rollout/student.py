@@ -47,14 +47,9 @@ class StudentRollouts:
         block: int,
         first_step: int,
     ):
-        """Continues at `first_step`: text of later weights is removed from the file.
+        """Continues at `first_step`: text of later weights is removed from the file at `path`.
 
-        Args:
-          dataset: its rows are answered.
-          schedule: decides at which steps the student writes.
-          path: the file of all its responses.
-          block: steps whose text is written at once, at the multiples of it.
-          first_step: the first one that this process makes.
+        `block` steps' text is written at once, at the multiples of it.
 
         Raises:
           UserError: the file lacks text of the block of `first_step`.

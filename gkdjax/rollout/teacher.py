@@ -20,15 +20,9 @@ def prepare(
     workdir: pathlib.Path,
     vocab_size: int,
 ) -> DistillDataset:
-    """Returns one stream with its first text, which is in RUN/trajectories_NAME.jsonl.
+    """Returns the stream `name` with its first text, which is in RUN/trajectories_NAME.jsonl.
 
-    Args:
-      config: of the run.
-      name: of the stream.
-      dataset: its rows.
-      teacher: writes where they bring no response.
-      workdir: of the run.
-      vocab_size: ids that student and teacher have in common.
+    `vocab_size` ids are common to student and teacher.
     """
     source = None
     if name == "train" and config.rollout.reuse:

@@ -35,8 +35,8 @@ def _shown(example: Example | None) -> tuple[str, str] | None:
 class _Letters:
     """A tokenizer with a token for each character."""
 
-    def character_spans(self, text):
-        return [(i, i + 1) for i in range(len(text))]
+    def tokenize(self, text):
+        return text, [(i, i + 1) for i in range(len(text))]
 
 
 def _shorten(how, row, most):

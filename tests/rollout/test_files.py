@@ -102,11 +102,11 @@ def test_text_of_other_rows_is_refused(whole, change):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (None, "does not parse"),
-        ({"ids": [1, "2"]}, "has 'ids' that are not all token ids"),
-        ({"ids": [-1]}, "has 'ids' that are not all token ids"),
-        ({"number": None}, "has no 'number', or not a int"),
-        ({"finished": 1}, "has no 'finished'"),
+        (None, "is no response: (Expecting|Unterminated)"),
+        ({"ids": [1, "2"]}, "is no response: its 'ids' are not all token ids"),
+        ({"ids": [-1]}, "is no response: its 'ids' are not all token ids"),
+        ({"number": None}, "is no response: it has no 'number', or not a int"),
+        ({"finished": 1}, "is no response: it has no 'finished'"),
     ],
 )
 def test_a_line_that_is_no_response_is_named(whole, damage, message):

@@ -104,9 +104,9 @@ def test_a_file_that_does_not_fit_is_refused(path):
         found(path.with_name("other.jsonl"), (0, 0))
     lines = path.read_text().splitlines()
     for damaged, message in (
-        ("{", "does not parse"),
-        ("[]", "is no object"),
-        ("{}", "has no 'row'"),
+        ("{", "is no response: Expecting"),
+        ("[]", "is no response: it is no object"),
+        ("{}", "is no response: it has no 'row'"),
     ):
         path.write_text("\n".join([lines[0], damaged, *lines[2:]]) + "\n")
         with pytest.raises(UserError, match=rf"{NAME}:2 {message}.*config\.rollout\.reuse"):
@@ -207,5 +207,5 @@ def test_another_prefix_and_another_file_are_refused(student, other, first, tmp_
         gkdjax.run(c, tmp_path / "a")
     (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "ask 0"}) + "\n")
     c.rollout.reuse = str(tmp_path / "x.jsonl")
-    with pytest.raises(UserError, match=r"x\.jsonl:1 has no 'row'"):
+    with pytest.raises(UserError, match=r"x\.jsonl:1 is no response: it has no 'row'"):
         gkdjax.run(c, tmp_path / "b")
