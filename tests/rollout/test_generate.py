@@ -3,6 +3,7 @@
 import types
 
 import numpy as np
+import pytest
 
 from gkdjax.data.dataset import RolloutFilter
 from gkdjax.data.loss_mask import TargetRules
@@ -11,78 +12,65 @@ from gkdjax.rollout.generate import Generator, write
 from gkdjax.types import Completion
 from gkdjax.utils import seeds
 
-SEEDS = {  # of (row, attempt) at step 7
-    seeds.fold(1, "data.train/teacher", 7, row, attempt): 100 * row + attempt
+CALLS = {  # seed at step 7 -> (row, attempt)
+    seeds.fold(1, "data.train/teacher", 7, row, attempt): (row, attempt)
     for row in range(3)
     for attempt in range(6)
 }
-TEXT = types.SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
+CHAT = types.SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
 
 
-class Attempts:
-    """Answers prompt i, at attempt n, with the n-th text of the i-th list, or its last."""
+@pytest.mark.parametrize(
+    ("pattern", "max_retries", "texts", "expected", "calls"),
+    [
+        # Only what lacks the pattern is written again.
+        (
+            *("yes$", 5, [["yes"], ["no", "no", "oh yes"], ["no", "yes"]]),
+            [("yes", 0, "KEPT"), ("oh yes", 2, "KEPT"), ("yes", 1, "KEPT")],
+            [[(0, 0), (1, 0), (2, 0)], [(1, 1), (2, 1)], [(1, 2)]],
+        ),
+        (
+            *("yes", 2, [["no"], ["yes"]], [("no", 3, "UNMATCHED"), ("yes", 0, "KEPT")]),
+            [[(0, 0), (1, 0)], [(0, 1)], [(0, 2)]],
+        ),
+        ("yes", 0, [["no"]], [("no", 1, "UNMATCHED")], [[(0, 0)]]),
+        # A response needs a token, whatever the pattern.
+        *(
+            (pattern, 1, [["", "x"], [""]], [("x", 1, "KEPT"), ("", 2, "EMPTY")], None)
+            for pattern in (None, ".*")
+        ),
+        (None, 2, [], [], []),
+    ],
+)
+def test_what_is_refused_is_written_again_up_to_a_bound(
+    pattern, max_retries, texts, expected, calls
+):
+    made = []
 
-    def __init__(self, *texts):
-        self.texts, self.calls = texts, []
+    def answer(prompts, keys):
+        """The n-th text of a row at attempt n, or its last."""
+        assert prompts == [f"teacher {CALLS[key][0]}" for key in keys]
+        made.append([CALLS[key] for key in keys])
+        found = [texts[row][min(n, len(texts[row]) - 1)] for row, n in made[-1]]
+        return [Completion(np.array([*map(ord, text)], np.int32), True) for text in found]
 
-    def __call__(self, prompts, keys):
-        assert prompts == [f"teacher {SEEDS[key] // 100}" for key in keys]
-        self.calls.append([SEEDS[key] for key in keys])
-        return [
-            Completion(np.array([*map(ord, self._text(*divmod(call, 100)))], np.int32), True)
-            for call in self.calls[-1]
-        ]
-
-    def _text(self, place, attempt):
-        return self.texts[place][min(attempt, len(self.texts[place]) - 1)]
-
-
-def accepted(writer, pattern, max_retries):
     rules = RolloutFilter(TargetRules(("assistant",), pattern), max_retries, max_new_tokens=9)
-    dataset = types.SimpleNamespace(purpose="data.train", seed=1, responses=rules)
-    dataset.rules = types.SimpleNamespace(teacher_chat=TEXT)
-    dataset.prompt = lambda row, who: f"{who} {row}"
-    wanted = [(7, row) for row in range(len(writer.texts))]
-    found = write(dataset, "teacher", wanted, Generator("a", writer))
-    assert all(w.author == "a" for w in found)
-    return [(TEXT.decode(t.ids), t.refused, rules.fate(t, TEXT)) for t in found]
-
-
-def test_a_response_without_the_pattern_is_written_again_and_no_other_one_is():
-    writer = Attempts(["yes"], ["no", "no", "oh yes"], ["no", "yes"])
-    found = accepted(writer, "yes$", 5)
-    assert found == [
-        ("yes", 0, RowStatus.KEPT),
-        ("oh yes", 2, RowStatus.KEPT),
-        ("yes", 1, RowStatus.KEPT),
+    dataset = types.SimpleNamespace(
+        purpose="data.train",
+        seed=1,
+        responses=rules,
+        rules=types.SimpleNamespace(teacher_chat=CHAT),
+        prompt=lambda row, who: f"{who} {row}",
+    )
+    wanted = [(7, row) for row in range(len(texts))]
+    found = write(dataset, "teacher", wanted, Generator("a", answer))
+    assert {one.author for one in found} <= {"a"} and calls in (None, made)
+    assert expected == [
+        (CHAT.decode(one.ids), one.refused, rules.fate(one, CHAT).name) for one in found
     ]
-    assert writer.calls == [[0, 100, 200], [101, 201], [102]]
 
 
-def test_refilling_ends_at_its_bound():
-    writer = Attempts(["no"], ["yes"])
-    assert accepted(writer, "yes", 2) == [
-        ("no", 3, RowStatus.UNMATCHED),
-        ("yes", 0, RowStatus.KEPT),
-    ]
-    assert writer.calls == [[0, 100], [1], [2]]
-    assert accepted(Attempts(["no"]), "yes", 0) == [("no", 1, RowStatus.UNMATCHED)]
-
-
-def test_a_response_without_a_token_is_refused_with_and_without_a_pattern():
-    for pattern in (None, ".*"):
-        found = accepted(Attempts(["", "", "x"], [""]), pattern, 2)
-        assert found == [("x", 2, RowStatus.KEPT), ("", 3, RowStatus.EMPTY)]
-
-
-def test_a_response_with_an_id_that_the_student_lacks_counts_as_one_without_a_token():
-    text = Completion(np.array([3, 9], np.int32), True)
-    fates = [
-        RolloutFilter(TargetRules(("assistant",)), 0, 9, shared).fate(text, TEXT)
-        for shared in (None, 10, 9)
-    ]
-    assert fates == [RowStatus.KEPT, RowStatus.KEPT, RowStatus.EMPTY]
-
-
-def test_nobody_is_asked_for_nothing():
-    assert accepted(Attempts(), None, 2) == []
+@pytest.mark.parametrize(("shared", "status"), [(None, "KEPT"), (10, "KEPT"), (9, "EMPTY")])
+def test_a_response_with_an_id_that_the_student_lacks_counts_as_one_without_a_token(shared, status):
+    rules = RolloutFilter(TargetRules(("assistant",)), 0, 9, shared)
+    assert rules.fate(Completion(np.array([3, 9], np.int32), True), CHAT) is RowStatus[status]

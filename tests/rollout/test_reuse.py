@@ -1,10 +1,10 @@
 """Responses of an earlier run, taken over by another one."""
 
-import json
+import dataclasses
 
 import numpy as np
 import pytest
-from small_runs import ConstantTeacher, losses_hex, small
+from small_runs import losses_hex, small
 
 import gkdjax
 from gkdjax.data.dataset import RolloutFilter
@@ -55,42 +55,42 @@ def path(tmp_path):
     return made
 
 
-def found(path, *numbers, teacher="her", top_k=2, temperature=0.5, vocab_size=9, longest=9):
-    source = Source(path, teacher, top_k, temperature, vocab_size, text_alone=True)
-    rules = RolloutFilter(TargetRules(("assistant",)), max_retries=0, max_new_tokens=longest)
-    return source.responses(asked(*numbers), rules, Chat())
+def found(path, *numbers, pattern=None, longest=9, **how):
+    source = Source(path, "her", 2, 0.5, 9, text_alone=True)
+    rules = RolloutFilter(TargetRules(("assistant",), pattern), 0, max_new_tokens=longest)
+    return dataclasses.replace(source, **how).responses(asked(*numbers), rules, Chat())
 
 
 def test_prompts_and_numbers_are_found_whatever_the_rows_are_called(path):
     taken = found(path, (3, 0), (4, 0), (0, 1), (1, 0), (3, 0), (3, 0))
     # Each of the two responses to the last prompt is taken once; the third row has none.
-    assert {place: one.ids.tolist() for place, one in taken.items()} == {
-        0: [3] * 4,
-        3: [1, 1],
-        4: [4] * 5,
-    }
+    ids = {place: one.ids.tolist() for place, one in taken.items()}
+    assert ids == {0: [3] * 4, 3: [1, 1], 4: [4] * 5}
     assert [one.author for one in taken.values()] == ["him", "her", "her"]
     assert [one.finished for one in taken.values()] == [False, False, True]
-    assert list(found(path, *ALL, longest=2)) == [0, 1]  # what this run would not accept
 
 
 @pytest.mark.parametrize(
-    ("how", "kept"),
+    ("how", "taken", "kept"),
     [
-        ({}, [0, 1, 4]),  # nothing was kept of 2, and another teacher wrote 3
-        ({"teacher": "him"}, [3]),
-        ({"top_k": 1}, []),
-        ({"top_k": None}, []),
-        ({"temperature": 1.0}, []),
-        ({"teacher": "it"}, []),
+        ({}, [0, 1, 2, 3, 4], [0, 1, 4]),  # nothing was kept of 2, and another teacher wrote 3
+        ({"teacher": "him"}, [0, 1, 2, 3, 4], [3]),
+        ({"top_k": 1}, [0, 1, 2, 3, 4], []),
+        ({"top_k": None}, [0, 1, 2, 3, 4], []),
+        ({"temperature": 1.0}, [0, 1, 2, 3, 4], []),
+        ({"teacher": "it"}, [0, 1, 2, 3, 4], []),
+        ({"text_alone": False}, [0, 1, 4], [0, 1, 4]),  # the teacher cannot score text
+        ({"longest": 2}, [0, 1], [0, 1]),
+        ({"pattern": "2|4"}, [2, 4], [4]),
     ],
 )
-def test_what_was_kept_is_used_where_this_runs_teacher_would_say_it(path, how, kept):
-    taken = found(path, *ALL, **how)
-    assert [place for place, one in taken.items() if one.kept is not None] == kept
+def test_what_this_run_accepts_is_taken_with_what_its_teacher_would_predict(path, how, taken, kept):
+    completions = found(path, *ALL, **how)
+    assert list(completions) == taken
+    assert [place for place, one in completions.items() if one.kept is not None] == kept
     if 4 in kept:
-        assert taken[4].kept.topk.ids.tolist() == [[4, 4]] * 5
-        assert taken[4].kept.target_logprob.tolist() == [4.0] * 5
+        assert completions[4].kept.topk.ids.tolist() == [[4, 4]] * 5
+        assert completions[4].kept.target_logprob.tolist() == [4.0] * 5
 
 
 def test_a_file_that_does_not_fit_is_refused(path):
@@ -172,40 +172,3 @@ def test_a_run_asks_its_teacher_only_for_what_the_file_lacks_and_can_be_interrup
     gkdjax.run(c, again)
     assert losses_hex(again) == losses_hex(tmp_path / "whole")
     assert (again / NAME).read_text() == "".join(text)
-
-
-def test_text_of_another_teacher_is_scored_by_this_one(student, first, tmp_path):
-    teacher = ConstantTeacher(50, 5)
-    c = flax(student, "", teacher__top_k=1, rollout__reuse=str(first / NAME))
-    c.teacher.backend = "local-toggle"
-    gkdjax.run(c, tmp_path, teacher=teacher)
-    assert teacher.calls == 3
-    mine, theirs = read_lines(tmp_path / NAME), read_lines(first / NAME)
-    for key in ("ids", "writer"):
-        assert [line[key] for line in mine] == [line[key] for line in theirs]
-    assert not any(line["kept"] for line in mine) and all(line["kept"] for line in theirs)
-
-
-def test_what_this_run_does_not_accept_is_written_anew(student, other, first, tmp_path):
-    theirs = {line["row"]: line for line in read_lines(first / NAME)}
-    letter = next(line["text"][0] for line in theirs.values() if line["text"])
-    bad = {row for row, line in theirs.items() if letter not in line["text"]}
-    assert 0 < len(bad) < 6, "choose another letter"
-    c = flax(student, other, rollout__reuse=str(first / NAME), rollout__max_retries=40)
-    c.context.target_content_pattern = f"[{letter}]"
-    results = gkdjax.run(c, tmp_path)
-    mine = {line["row"]: line for line in read_lines(tmp_path / NAME)}
-    assert {row for row in mine if mine[row]["ids"] != theirs[row]["ids"]} == bad
-    assert all(letter in line["text"] for line in mine.values())
-    assert results["rows"]["train"]["rows"] == 6
-
-
-def test_another_prefix_and_another_file_are_refused(student, other, first, tmp_path):
-    c = flax(student, other, rollout__reuse=str(first / NAME))
-    c.context.prefix_messages = [{"role": "system", "content": "be long"}]
-    with pytest.raises(UserError, match="after another prefix"):
-        gkdjax.run(c, tmp_path / "a")
-    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "ask 0"}) + "\n")
-    c.rollout.reuse = str(tmp_path / "x.jsonl")
-    with pytest.raises(UserError, match=r"x\.jsonl:1 is no response: it has no 'row'"):
-        gkdjax.run(c, tmp_path / "b")
