@@ -1,4 +1,4 @@
-"""What a teacher has to be able to do, and to say of itself."""
+"""What a teacher is: its members, what it can do, and what a run may ask it beside."""
 
 import dataclasses
 import threading
@@ -15,36 +15,26 @@ from gkdjax.utils.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Capabilities:
-    """What the config is checked against, before the first step.
+    """What the config is checked against, before the first step."""
 
-    Attributes:
-      max_top_k: largest K of its `TopKTargets`; None: up to the whole vocabulary.
-      dense: its targets can be exact over the whole vocabulary (`teacher.top_k=None`).
-      samples: it can write responses (`Teacher.sample`).
-      temperature: its probabilities can be taken at `gkd.temperature` other than 1.
-      scores: it says what it predicts in text that others wrote, and not in its own alone.
-      on_policy: also in text that did not exist before the run, as the student's.
-      limits: why it does not score or know such text, for the user.
-    """
-
-    max_top_k: int | None
-    dense: bool
-    samples: bool
-    temperature: bool
-    scores: bool = True
-    on_policy: bool = True
-    limits: str = ""
+    max_top_k: int | None  # largest K of its `TopKTargets`; None: up to the whole vocabulary
+    dense: bool  # its targets can be exact over the whole vocabulary (`teacher.top_k=None`)
+    samples: bool  # it can write responses (`Teacher.sample`)
+    temperature: bool  # its probabilities can be taken at `gkd.temperature` other than 1
+    scores: bool = True  # it can score text that others wrote, and not its own alone
+    on_policy: bool = True  # also text that did not exist before the run, as the student's
+    limits: str = ""  # why it does not score such text, for the user
 
 
 @runtime_checkable
 class Teacher(Protocol):
-    """Anything with these three members is a teacher; `train.run.run(..., teacher=...)` takes it.
+    """Anything with these members is a teacher; `gkdjax.run(..., teacher=...)` takes it.
 
     Attributes:
       capabilities: what it can do.
       chat: the tokenizer and chat template that render the teacher's view; None: the student's.
-      description: a few words for errors and the files of its text; where text is taken over from
-        another run, what was kept of it counts as this teacher's if the description is the same.
+      description: a few words for errors and the files of its text. Text that is taken over from
+        another run keeps its targets if the description is the same.
     """
 
     capabilities: Capabilities
@@ -52,7 +42,7 @@ class Teacher(Protocol):
     description: str
 
     def targets(self, batch: Batch) -> TeacherTargets:
-        """What it predicts at `batch.teacher_at_BN`; what the mask leaves out is ignored."""
+        """Its predictions at `batch.teacher_at_BN`; what the mask leaves out is ignored."""
         ...
 
     def sample(
@@ -60,14 +50,14 @@ class Teacher(Protocol):
     ) -> list[Completion]:
         """A response to each prompt (of the teacher's view); called if it `samples`.
 
-        One without a token is refused: it is asked for again with another seed.
+        A response without a token is asked for again with another seed.
         """
         ...
 
 
 @runtime_checkable
 class RemoteTeacher(Teacher, Protocol):
-    """One that works elsewhere, while the device computes: batches are asked for ahead."""
+    """A teacher that works elsewhere, while the device computes: batches are asked for ahead."""
 
     def ask(self, batch: Batch, names: Sequence[str]) -> Callable[[], TopKTargets]:
         """Begins what `targets` does -> a function that waits for it.
@@ -78,21 +68,21 @@ class RemoteTeacher(Teacher, Protocol):
 
 
 class TeacherHooks:
-    """What a run asks and tells a teacher beside that; one of your own may inherit it, or not.
+    """What a run asks a teacher beside that; a teacher may inherit it, or not.
 
     Attributes:
       context: how much it reads.
-      weights: of this process: a teacher with `decoder`, `params` and `prefixes`; None: none.
+      weights: in this process: a teacher with `decoder`, `params` and `prefixes`; None: none.
     """
 
-    context: ContextLimit = ContextLimit(None, "")
+    context = ContextLimit(None, "")
     weights = None
 
     def register(self, prompts_by_prefix: Sequence[Sequence[np.ndarray]]) -> None:
         """Token ids of the prompts of this run, by prefix: what several share is read once."""
 
     def stop_on(self, event: threading.Event) -> None:
-        """Whoever waits for an answer looks at it, and gives up once it is set."""
+        """Whoever waits for an answer gives up once the event is set."""
 
     def report(self) -> dict[str, int]:
         """Counts for results.json; every process asks for them."""
@@ -100,7 +90,7 @@ class TeacherHooks:
 
 
 def hooks(teacher: Teacher) -> TeacherHooks:
-    """The teacher itself, or what does nothing where it has no hooks."""
+    """The teacher itself, or hooks that do nothing."""
     return teacher if isinstance(teacher, TeacherHooks) else TeacherHooks()
 
 
@@ -119,44 +109,37 @@ class Needs(NamedTuple):
 
 
 def refusals(
-    capabilities: Capabilities, *, top_k: int | None, temperature: float, tail: str, needs: Needs
+    can: Capabilities, *, top_k: int | None, temperature: float, tail: str, needs: Needs
 ) -> list[str]:
     """Why this teacher cannot serve the config, each with what would work; [] if it can.
 
-    Args:
-      capabilities: the teacher's.
-      top_k: `teacher.top_k`.
-      temperature: `gkd.temperature`.
-      tail: `gkd.tail`.
-      needs: of the run.
+    `top_k` is the config's `teacher.top_k`, `temperature` and `tail` are those of `gkd`.
     """
-    found = []
-    if top_k is None and not capabilities.dense:
-        limit = capabilities.max_top_k
+    found, limit = [], can.max_top_k
+    if top_k is None and not can.dense:
         found.append(f"teacher.top_k=None asks for the whole vocabulary; set it to {limit} or less")
-    if top_k is not None and capabilities.max_top_k is not None and top_k > capabilities.max_top_k:
-        found.append(f"teacher.top_k={top_k} is more than its limit of {capabilities.max_top_k}")
+    if None not in (top_k, limit) and top_k > limit:
+        found.append(f"teacher.top_k={top_k} is more than its limit of {limit}")
     retempered = top_k is not None and tail == "renormalize"  # exact from any temperature
-    if temperature != 1.0 and not capabilities.temperature and not retempered:
+    if temperature != 1.0 and not can.temperature and not retempered:
         found.append(
             f"gkd.temperature={temperature}: its probabilities are those of temperature 1; set"
             " gkd.temperature=1.0, or gkd.tail='renormalize' with a top_k"
         )
-    if needs.samples and not capabilities.samples:
+    if needs.samples and not can.samples:
         found.append(
             "it cannot write responses; give each row of data.train a 'response', and set"
             " eval.questions=None"
         )
-    if needs.scores and not capabilities.scores:
+    if needs.scores and not can.scores:
         found.append(
-            "it does not say what it predicts in text that it did not write"
-            f" ({capabilities.limits}), and that is wanted of {', '.join(needs.scores)}; let it"
-            " write all of the text itself: rows without a response, gkd.on_policy_fraction=0,"
-            " anchor.reference='base'"
+            f"it does not say what it predicts in text that it did not write ({can.limits}), and"
+            f" that is wanted of {', '.join(needs.scores)}; let it write all of the text itself:"
+            " rows without a response, gkd.on_policy_fraction=0, anchor.reference='base'"
         )
-    elif needs.on_policy and not capabilities.on_policy:
+    elif needs.on_policy and not can.on_policy:
         found.append(
-            f"gkd.on_policy_fraction: it cannot read what the student writes during the run"
-            f" ({capabilities.limits}); set gkd.on_policy_fraction=0"
+            "gkd.on_policy_fraction: it cannot read what the student writes during the run"
+            f" ({can.limits}); set gkd.on_policy_fraction=0"
         )
     return found

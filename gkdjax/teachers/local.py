@@ -17,7 +17,7 @@ from gkdjax.losses.objective import DenseTargets, TeacherTargets, TopKTargets
 from gkdjax.models.decoder import Decoder, unembedding_table
 from gkdjax.models.prefix_cache import PrefixCache
 from gkdjax.models.sampler import Keep
-from gkdjax.parallel import mesh as parallel_mesh
+from gkdjax.parallel.mesh import head_axes, shard_rows
 from gkdjax.teachers.base import Capabilities, TeacherHooks
 from gkdjax.types import Batch, Completion, ContextLimit, Prompt, SamplingParams
 from gkdjax.utils.errors import UserError
@@ -52,37 +52,35 @@ class LocalTeacher(TeacherHooks):
           chat: renders the teacher's view.
           description: a few words for the log.
           top_k: None for `DenseTargets`, K for `TopKTargets`.
+          temperature: of the logprobs in `TopKTargets`.
           vocab_size: of the student, whose checkpoint may pad the same vocabulary to another size;
             top-k entries come from the ids that both have, and where `chat.shared` says that the
             tokenizers differ, from all of the teacher's tokens: see `losses.within`.
-          temperature: at which the logprobs of `TopKTargets` are taken.
           lengths: padded prompt lengths for sampling.
           batch_size: rows sampled at once.
           chunk_size: of the head that finds the top k, see `losses.fused_top_k`.
           mesh: its devices share the rows.
-          prefix_bytes: of keys and values of prefixes that are kept, see `PrefixCache`.
+          prefix_bytes: most of the keys and values of prefixes that are cached.
         """
-        self.decoder, self.params = decoder, params
+        self.decoder, self.params, self.chat = decoder, params, chat
         self.description = description
-        self._top_k, self._temperature = top_k, temperature
+        self._mesh, self._lengths, self._batch_size = mesh, tuple(lengths), batch_size
         rows = decoder.spec.vocab_size
-        self._shared_vocab = self._vocab = min(vocab_size, rows)
-        if (
-            chat is not None and chat.shared is not None
-        ):  # its own tokens count, and no row that is no token
-            self._shared_vocab = min(self._shared_vocab, chat.shared)
+        self._shared_vocab = vocab = min(vocab_size, rows)
+        if chat is not None and chat.shared is not None:
+            # The teacher's own tokens count, and no row that is no token.
+            self._shared_vocab = min(vocab, chat.shared)
             known = max(chat.tokenizer.get_vocab().values()) + 1
-            self._vocab = max(self._shared_vocab, min(rows, known))
-        self.chat = chat
+            vocab = max(self._shared_vocab, min(rows, known))
         if chat is not None and self._shared_vocab < vocab_size:
             self.chat = dataclasses.replace(chat, shared=self._shared_vocab)
-        self._lengths, self._batch_size = tuple(lengths), batch_size
-        self._chunk_size, self._mesh = chunk_size, mesh
+        self._keep = None if top_k is None else Keep(top_k, temperature, vocab)
+        self._chunk_size = chunk_size
         self.prefixes = PrefixCache(decoder, params, prefix_bytes)
 
     @property
     def context(self) -> ContextLimit:
-        """What its checkpoint says."""
+        """See `base.TeacherHooks`; the checkpoint says it."""
         where = "max_position_embeddings in config.json"
         return ContextLimit(self.decoder.spec.context_length, where)
 
@@ -99,27 +97,16 @@ class LocalTeacher(TeacherHooks):
         """See `base.Teacher`. Dispatched, not waited for."""
         hidden_BNE = self.prefixes.predicting_hidden(batch, self._mesh)
         spec = self.decoder.spec
-        table = unembedding_table(spec, self.params)
-        dense = DenseTargets(hidden_BNE, table, spec.final_softcap)
-        if self._top_k is None:
+        dense = DenseTargets(hidden_BNE, unembedding_table(spec, self.params), spec.final_softcap)
+        if self._keep is None:
             return dense
-        return _top_k_targets(
-            dense,
-            *parallel_mesh.shard_rows(self._mesh, (batch.target_ids_BN, batch.target_mask_BN)),
-            self._top_k,
-            self._temperature,
-            self._vocab,
-            self._chunk_size,
-            self._mesh,
-        )
+        targets_BN = shard_rows(self._mesh, (batch.target_ids_BN, batch.target_mask_BN))
+        return _top_k_targets(dense, *targets_BN, self._keep, self._chunk_size, self._mesh)
 
     def sample(
         self, prompts: Sequence[Prompt], seeds: Sequence[int], sampling: SamplingParams
     ) -> list[Completion]:
-        """See `base.Teacher`; with a top k, it keeps what it will be asked about the text."""
-        keep = None
-        if self._top_k is not None:
-            keep = Keep(self._top_k, self._temperature, self._vocab)
+        """See `base.Teacher`; with a top k, the completions keep the targets."""
         return self.prefixes.sample(
             [prompt.ids for prompt in prompts],
             seeds,
@@ -128,42 +115,25 @@ class LocalTeacher(TeacherHooks):
             batch_size=self._batch_size,
             lengths=self._lengths,
             mesh=self._mesh,
-            keep=keep,
+            keep=self._keep,
             vocab_size=self._shared_vocab,
         )
 
 
-@functools.partial(
-    jax.jit, static_argnames=("k", "temperature", "vocab_size", "chunk_size", "mesh")
-)
+@functools.partial(jax.jit, static_argnames=("keep", "chunk_size", "mesh"))
 def _top_k_targets(
-    dense: DenseTargets,
-    target_ids_BN,
-    mask_BN,
-    k: int,
-    temperature: float,
-    vocab_size: int,
-    chunk_size: int,
-    mesh: Mesh,
+    dense: DenseTargets, ids_BN, mask_BN, keep: Keep, chunk_size: int, mesh: Mesh
 ) -> TopKTargets:
-    hidden_BNE, table_VE = dense.hidden_BNE, dense.unembedding_VE[:vocab_size]
-    topk = fused_top_k(
-        hidden_BNE,
-        table_VE,
-        k,
-        mask_BN,
-        temperature=temperature,
-        softcap=dense.softcap,
-        chunk_size=chunk_size,
-        **parallel_mesh.head_axes(mesh),
-    )
+    hidden_BNE, table_VE = dense.hidden_BNE, dense.unembedding_VE[: keep.vocab_size]
+    how = {"temperature": keep.temperature, "softcap": dense.softcap, "chunk_size": chunk_size}
+    topk = fused_top_k(hidden_BNE, table_VE, keep.top_k, mask_BN, **how, **head_axes(mesh))
 
     def logit(ids_BN):
         per_token = jax.vmap(jax.vmap(lambda h, row: unembed(h, row[None, :], dense.softcap)[0]))
-        return per_token(hidden_BNE, table_VE[ids_BN]) / temperature
+        return per_token(hidden_BNE, table_VE[ids_BN]) / keep.temperature
 
     # The best token's logit and logprob are known, and with them the normaliser of each token.
-    target_BN = topk.logprobs[:, :, 0] + logit(target_ids_BN) - logit(topk.ids[:, :, 0])
+    target_BN = topk.logprobs[:, :, 0] + logit(ids_BN) - logit(topk.ids[:, :, 0])
     return TopKTargets(topk, jnp.where(mask_BN, target_BN, 0.0))
 
 
@@ -179,7 +149,7 @@ def require_longer_view(views_differ: bool) -> None:
 
 
 def announce_second_copy(num_bytes: int, reader: str) -> None:
-    """Says what a full fine-tuning costs that still needs its untrained self."""
+    """Says the cost of a full fine-tuning whose untrained self is still needed."""
     logging.warning(
         "student.adapter='none' trains every parameter, so %s keeps a frozen second copy of the"
         " student: %.1f MiB",

@@ -1,6 +1,7 @@
-"""What a teacher says of a batch, wherever it works and whatever of it is known already."""
+"""The targets of a batch, wherever the teacher works and whatever is known already."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -10,8 +11,8 @@ from jax.sharding import Mesh
 
 from gkdjax.data.batching import CachedTargets
 from gkdjax.losses.objective import TeacherTargets
-from gkdjax.parallel import mesh as parallel_mesh
-from gkdjax.parallel import multihost
+from gkdjax.parallel.mesh import holders, shard_rows
+from gkdjax.parallel.multihost import fail_together, rows_from
 from gkdjax.teachers.base import RemoteTeacher, Teacher
 from gkdjax.types import Batch
 
@@ -22,56 +23,60 @@ def steps_ahead(teacher: Teacher) -> int:
 
 
 def request_targets(
-    teacher: Teacher, batch: Batch, names: Sequence[str], kept: CachedTargets | None, mesh: Mesh
+    teacher: Teacher, batch: Batch, names: Sequence[str], cached: CachedTargets | None, mesh: Mesh
 ) -> Callable[[], TeacherTargets]:
-    """Asks what a teacher says of a batch -> a function that gives it, on the devices.
+    """Asks for a teacher's targets -> a function that gives them, on the devices.
 
     Args:
-      teacher: any; one that works elsewhere begins at once, and each process asks it of rows that
-        its devices hold: of each row one process.
+      teacher: any; one that works elsewhere begins at once.
       batch: NumPy arrays.
       names: of its rows, for errors.
-      kept: what it said of some rows when it wrote them: of those it is not asked again.
+      cached: the targets of rows that the teacher wrote itself: it is not asked about them again.
       mesh: its devices share the rows.
     """
-    found = _ask(teacher, batch, names, kept, mesh)
+    known_B = np.zeros(len(names), bool) if cached is None else cached.known_B
+    batch = _of_rows(batch, ~known_B)
+    if known_B.all():
+        ready = functools.partial(shard_rows, mesh, cached.targets)
+    elif isinstance(teacher, RemoteTeacher):
+        ready = _ask(teacher, batch, names, cached, mesh)
+    else:
+
+        def ready() -> TeacherTargets:
+            return _filled(jnp, cached and shard_rows(mesh, cached), teacher.targets(batch))
+
     shared = None if teacher.chat is None else teacher.chat.shared
-    return found if shared is None else lambda: dataclasses.replace(found(), shared=shared)
+    return ready if shared is None else lambda: dataclasses.replace(ready(), shared=shared)
 
 
 def _ask(
-    teacher, batch: Batch, names, kept: CachedTargets | None, mesh
+    teacher: RemoteTeacher, batch: Batch, names: Sequence[str], cached: CachedTargets | None, mesh
 ) -> Callable[[], TeacherTargets]:
-    if kept is not None:
-        if kept.known_B.all():
-            return lambda: parallel_mesh.shard_rows(mesh, kept.targets)
-        unknown_B1 = ~kept.known_B[:, None]
-        batch = dataclasses.replace(batch, target_mask_BN=batch.target_mask_BN & unknown_B1)
-    if isinstance(teacher, RemoteTeacher):
-        holders = parallel_mesh.holders(mesh, len(names))
-        asker_B = np.asarray([held[row % len(held)] for row, held in enumerate(holders)])
-        own_B1 = (asker_B == jax.process_index())[:, None]
-        batch = dataclasses.replace(batch, target_mask_BN=batch.target_mask_BN & own_B1)
-        wait = teacher.ask(batch, names)
+    """Each row is asked for by one of the processes whose devices hold it."""
+    held_by = holders(mesh, len(names))
+    asker_B = np.asarray([held[row % len(held)] for row, held in enumerate(held_by)])
+    wait = teacher.ask(_of_rows(batch, asker_B == jax.process_index()), names)
 
-        def ready() -> TeacherTargets:
-            found = multihost.fail_together(wait)
-            if any(len(held) > 1 for held in holders):
-                found = multihost.rows_from(asker_B, found)
-            return parallel_mesh.shard_rows(mesh, _filled(np, kept, found))
+    def ready() -> TeacherTargets:
+        found = fail_together(wait)
+        if any(len(held) > 1 for held in held_by):
+            found = rows_from(asker_B, found)
+        return shard_rows(mesh, _filled(np, cached, found))
 
-        return ready
-    return lambda: _filled(
-        jnp, kept and parallel_mesh.shard_rows(mesh, kept), teacher.targets(batch)
-    )
+    return ready
 
 
-def _filled(numpy, kept: CachedTargets | None, found: TeacherTargets) -> TeacherTargets:
-    """`found`, but of the rows that were known what was kept of them."""
-    if kept is None:
+def _of_rows(batch: Batch, which_B: np.ndarray) -> Batch:
+    """The batch with targets in these rows only."""
+    return dataclasses.replace(batch, target_mask_BN=batch.target_mask_BN & which_B[:, None])
+
+
+def _filled(numpy, cached: CachedTargets | None, found: TeacherTargets) -> TeacherTargets:
+    """`found` with the cached targets in the rows that have some."""
+    if cached is None:
         return found
 
     def choose(known, new):
-        return numpy.where(kept.known_B.reshape(-1, *[1] * (new.ndim - 1)), known, new)
+        return numpy.where(cached.known_B.reshape(-1, *[1] * (new.ndim - 1)), known, new)
 
-    return jax.tree.map(choose, kept.targets, found)
+    return jax.tree.map(choose, cached.targets, found)
