@@ -1,6 +1,6 @@
-"""One of several processes that share the batches of a feed; started by test_process_batches.py.
+"""One of several processes that share the batches of a feed; started by test_two_processes.py.
 
-    python process_batches.py MODEL COORDINATOR PROCESSES INDEX OUT
+    python process_batches.py MODEL OUT COORDINATOR PROCESSES INDEX
 
 Writes which rows of each batch are its own, those that its devices hold, a sum over the rows of
 all, what it fetches of them, and what a teacher in each process says of them, but of the first row,
@@ -8,8 +8,13 @@ of which it was known; and whether it is to stop, which only the last process is
 """
 
 import json
+import os
 import pathlib
 import sys
+
+import compiling
+
+os.environ["XLA_FLAGS"] = compiling.QUICK
 
 import jax
 import jax.numpy as jnp
@@ -19,48 +24,40 @@ from small_runs import ConstantTeacher
 
 from gkdjax.data.batching import CachedTargets
 from gkdjax.data.chat_template import load_chat
-from gkdjax.parallel import mesh as parallel_mesh
-from gkdjax.parallel import multihost
-from gkdjax.teachers import scoring
+from gkdjax.parallel.mesh import fetch, holders, make_mesh, shard_rows
+from gkdjax.parallel.multihost import Stopping
+from gkdjax.teachers.scoring import request_targets
 
 STEPS, STOPPED_AT = 5, 2
 SAID, KNOWN = 3, 4  # token ids
 
 
-def _own(mesh, rows: int) -> list[int]:
-    held = parallel_mesh.holders(mesh, rows)
-    return [row for row in range(rows) if jax.process_index() in held[row]]
-
-
 def _asked(batch, mesh) -> list[int]:
-    """The token that comes first in each row, summed over the row's positions on the devices."""
-    kept = jax.tree.map(np.asarray, ConstantTeacher(KNOWN, stop=0).targets(batch))
-    first_B = np.arange(len(batch.row_id_B)) == 0
-    teacher = ConstantTeacher(SAID, stop=0)
+    """The token that comes first in each row, averaged over the row's positions on the devices."""
+    cached = jax.tree.map(np.asarray, ConstantTeacher(KNOWN, stop=0).targets(batch))
+    cached = CachedTargets(cached, np.arange(len(batch.row_id_B)) == 0)
     names = [str(row) for row in batch.row_id_B]
-    found = scoring.request_targets(teacher, batch, names, CachedTargets(kept, first_B), mesh)()
-    total_B = jax.jit(lambda ids_BNK: jnp.sum(ids_BNK, (1, 2)))(found.topk.ids)
-    return (parallel_mesh.fetch(total_B) // batch.target_ids_BN.shape[1]).tolist()
+    found = request_targets(ConstantTeacher(SAID, stop=0), batch, names, cached, mesh)()
+    return fetch(jax.jit(lambda ids_BNK: jnp.mean(ids_BNK, (1, 2)))(found.topk.ids)).tolist()
 
 
-def main(model: str, coordinator: str, count: str, index: str, out: str) -> None:
+def main(model: str, out: str, coordinator: str, count: str, index: str) -> None:
     jax.distributed.initialize(coordinator, int(count), int(index))
-    mesh = parallel_mesh.make_mesh()
-    stopping, is_last = multihost.Stopping(mesh), int(index) + 1 == int(count)
-    feed = feed_of(load_chat(model))
-    found = []
+    mesh = make_mesh()
+    stopping, is_last = Stopping(mesh), int(index) + 1 == int(count)
+    feed, found = feed_of(load_chat(model)), []
     for step in range(STEPS):
         batch, _ = feed.batch(step)
-        whole = parallel_mesh.shard_rows(mesh, batch)
-        total = jax.jit(lambda tokens_BS: tokens_BS.sum())(whole.student_tokens_BS)
+        whole = shard_rows(mesh, batch)
+        held_by = enumerate(holders(mesh, len(batch.row_id_B)))
         held = [shard.data.ravel().tolist() for shard in whole.row_id_B.addressable_shards]
         found.append(
             {
-                "own": _own(mesh, len(batch.row_id_B)),
+                "own": [row for row, held in held_by if int(index) in held],
                 "held": [row for part in held for row in part],
                 "shape": whole.student_tokens_BS.shape,
-                "total": int(total),
-                "fetched": parallel_mesh.fetch(whole.row_id_B).tolist(),
+                "total": int(jax.jit(jnp.sum)(whole.student_tokens_BS)),
+                "fetched": fetch(whole.row_id_B).tolist(),
                 "asked": _asked(batch, mesh),
                 "stops": stopping.asked(is_last and step == STOPPED_AT),
             }

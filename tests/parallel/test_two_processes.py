@@ -1,6 +1,8 @@
-"""Runs of two processes, with one device each, beside the same run in one process."""
+"""Two processes with one device each, beside a single one: their batches, and whole runs.
 
-import dataclasses
+Each test starts processes: JAX finds others only at its start, and in no other way.
+"""
+
 import json
 import os
 import pathlib
@@ -15,16 +17,17 @@ import pytest
 import safetensors.numpy
 from fake_server import FakeServer, Reply
 from fake_teacher import FakeTeacher
-from server_runs import answers_in, config_for, rows_asked
+from feeds import feed_of
+from server_runs import READ_ROWS, answers_in, config_for, rows_asked
 from small_runs import metrics, small
 
 import gkdjax
 from gkdjax.data.batching import RowOrder
+from gkdjax.data.chat_template import load_chat
 
 HERE = pathlib.Path(__file__).parents[1]
 HEADS = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
 PROMPTS = [{"prompt": f"say {i}"} for i in range(3)]
-READ = [{"prompt": f"tell {i}", "response": f"yes {i}"} for i in range(24)]
 WRITTEN = [{"prompt": f"ask {i}"} for i in range(5)]
 SLOW = pytest.mark.slow(120)
 
@@ -34,34 +37,23 @@ def student(tmp_path_factory) -> str:
     return factories.model_dir(tmp_path_factory.mktemp("student"), **HEADS)
 
 
-@dataclasses.dataclass
-class Ended:
-    """How the processes of a run ended."""
-
-    codes: list[int]
-    errors: list[str]
-
-
 @pytest.fixture
-def start(student, tmp_path):
-    """start(number of processes, directory or one of each, server, changes) -> the processes."""
+def start(tmp_path):
+    """start(script, its first argument, a path for each process) -> the processes."""
     started = []
 
-    def run(count: int, workdir: pathlib.Path, server: str | None, **changes):
-        spec = tmp_path / f"spec-{len(started)}.json"
-        spec.write_text(json.dumps({"student": student, "server": server, "changes": changes}))
+    def run(script: str, first, *paths: pathlib.Path):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             coordinator = f"127.0.0.1:{free.getsockname()[1]}"
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
         environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE)])
-        script = [sys.executable, HERE / "run_process.py", spec]
-        for index in range(count):
-            own = workdir if isinstance(workdir, pathlib.Path) else workdir[index]
-            command = [*script, own, coordinator, str(count), str(index)]
+        for index, path in enumerate(paths):
+            command = [sys.executable, HERE / script, first, path, coordinator, str(len(paths))]
             log = (tmp_path / f"log-{len(started)}").open("w+")
-            started.append((subprocess.Popen(command, env=environment, stderr=log), log))
-        return started[-count:]
+            process = subprocess.Popen([*command, str(index)], env=environment, stderr=log)
+            started.append((process, log))
+        return started[-len(paths) :]
 
     yield run
     for process, log in started:
@@ -70,20 +62,51 @@ def start(student, tmp_path):
         log.close()
 
 
-def ended(running) -> Ended:
-    codes = [process.wait(timeout=400) for process, _ in running]
-    errors = []
+@pytest.fixture
+def start_run(start, student, tmp_path):
+    """start_run(the directory of each process, the server's address, changes) -> the processes."""
+
+    def run(workdirs: list[pathlib.Path], server: str | None = None, **changes):
+        spec = tmp_path / "spec.json"
+        spec.write_text(json.dumps({"student": student, "server": server, "changes": changes}))
+        return start("run_process.py", spec, *workdirs)
+
+    return run
+
+
+def errors_of(running, code: int) -> list[str]:
+    """What the processes wrote, all of which must end with this code."""
+    codes, errors = [process.wait(timeout=400) for process, _ in running], []
     for _, log in running:
         log.seek(0)
         errors.append(log.read())
-    return Ended(codes, errors)
+    assert codes == [code] * len(running), errors
+    return errors
+
+
+def test_two_processes_share_each_batch(start, student, tmp_path):
+    paths = [tmp_path / f"{i}.json" for i in range(2)]
+    errors_of(start("process_batches.py", student, *paths), 0)
+    parts = [json.loads(path.read_text()) for path in paths]
+    alone = feed_of(load_chat(student))
+    for step, found in enumerate(zip(*parts, strict=True)):
+        whole, _ = alone.batch(step)
+        assert [f["held"] for f in found] == [h.tolist() for h in np.split(whole.row_id_B, 2)]
+        assert [f["own"] for f in found] == [[0, 1], [2, 3]]
+        for f in found:
+            assert f["fetched"] == whole.row_id_B.tolist()
+            assert f["shape"] == list(whole.student_tokens_BS.shape)
+            assert f["asked"] == [4, 3, 3, 3]
+            assert f["stops"] == (step == 3)  # both, a step after one was asked
+            assert f["total"] == int(whole.student_tokens_BS.sum())
+    assert step == 4
 
 
 def losses_of(workdir):
     return [line["loss"] for line in metrics(workdir)]
 
 
-def test_two_processes_make_the_run_of_one(start, tmp_path, student):
+def test_two_processes_make_the_run_of_one(start_run, tmp_path, student):
     """Weights are cut over both; all that a run writes is written once, by the leader."""
     changes = {
         "gkd__on_policy_fraction": 0.5,
@@ -95,8 +118,7 @@ def test_two_processes_make_the_run_of_one(start, tmp_path, student):
         "data__validation": [{"prompt": f"v {i}", "response": "ok"} for i in range(3)],
     }
     gkdjax.run(small(student, **changes), tmp_path / "one")
-    both = ended(start(2, tmp_path / "two", None, **changes, mesh__fsdp=2))
-    assert both.codes == [0, 0], both.errors
+    errors_of(start_run([tmp_path / "two"] * 2, **changes, mesh__fsdp=2), 0)
     one, two = (sorted(p.name for p in (tmp_path / n).iterdir()) for n in ("one", "two"))
     assert one == two
     np.testing.assert_allclose(losses_of(tmp_path / "two"), losses_of(tmp_path / "one"), rtol=1e-5)
@@ -117,7 +139,9 @@ def test_two_processes_make_the_run_of_one(start, tmp_path, student):
 
 
 @SLOW
-def test_each_process_asks_its_share_and_one_goes_on_where_both_stopped(start, tmp_path, student):
+def test_each_process_asks_its_share_and_one_goes_on_where_both_stopped(
+    start_run, tmp_path, student
+):
     """SIGTERM reaches one of them. Nothing is asked twice, not even by another number of processes.
 
     The weights are cut over both, so that each of them holds all rows.
@@ -131,13 +155,12 @@ def test_each_process_asks_its_share_and_one_goes_on_where_both_stopped(start, t
                 running[1][0].send_signal(signal.SIGTERM)
         return teacher(request)
 
-    changes = {"data__train": WRITTEN + READ, "train__steps": 12, "teacher__concurrency": 1}
+    changes = {"data__train": WRITTEN + READ_ROWS, "train__steps": 12, "teacher__concurrency": 1}
     changes["mesh__tensor"] = 2
     workdir, whole = tmp_path / "two", tmp_path / "one"
     with FakeServer(stop_one) as server:
-        running += start(2, workdir, server.base, **changes)
-        stopped = ended(running)
-        assert stopped.codes == [75, 75], stopped.errors
+        running += start_run([workdir] * 2, server.base, **changes)
+        errors_of(running, 75)
         assert 0 < len(metrics(workdir)) < 12
         stores = [answers_in(workdir / name) for name in ("answers.sqlite", "answers.1.sqlite")]
         assert all(len(store) > 5 for store in stores)
@@ -153,28 +176,26 @@ def test_each_process_asks_its_share_and_one_goes_on_where_both_stopped(start, t
 
 
 @SLOW
-def test_a_server_that_fails_one_process_ends_both(start, tmp_path):
+def test_a_server_that_fails_one_process_ends_both(start_run, tmp_path):
     """A row of the fourth step is never answered, and only one process asks for it."""
     teacher = FakeTeacher()
-    late = READ[RowOrder(0, "data.train", 4, [0] * len(READ)).rows(3)[1]]["prompt"]
+    late = READ_ROWS[RowOrder(0, "data.train", 4, [0] * 24).rows(3)[1]]["prompt"]
     row = str(factories.tokenizer()(f"{late}\n")["input_ids"][1:-1])[1:-1] + ", "
 
     def deaf_to_one(request):
         return Reply(silent=True) if row in str(request.body) else teacher(request)
 
-    changes = {"data__train": READ, "train__steps": 6, "teacher__concurrency": 1}
+    changes = {"data__train": READ_ROWS, "train__steps": 6, "teacher__concurrency": 1}
     changes |= {"teacher__deadline_s": 4.0, "teacher__max_retries": 2, "checkpoint__every_steps": 9}
     with FakeServer(deaf_to_one) as server:
-        both = ended(start(2, tmp_path / "run", server.base, **changes))
-    assert both.codes == [4, 4], both.errors
+        errors = errors_of(start_run([tmp_path / "run"] * 2, server.base, **changes), 4)
     made = len(metrics(tmp_path / "run"))
     assert 0 < made < 6
     assert (tmp_path / "run" / "checkpoints" / str(made)).exists()
-    assert sum("TeacherUnreachable: process" in error for error in both.errors) == 1
+    assert sum("TeacherUnreachable: process" in error for error in errors) == 1
 
 
 @SLOW
-def test_directories_that_are_not_the_same_are_refused(start, tmp_path):
-    both = ended(start(2, [tmp_path / "a", tmp_path / "b"], None))
-    assert both.codes == [2, 2], both.errors
-    assert all("processes [1] do not see" in error for error in both.errors)
+def test_directories_that_are_not_the_same_are_refused(start_run, tmp_path):
+    errors = errors_of(start_run([tmp_path / "a", tmp_path / "b"]), 2)
+    assert all("processes [1] do not see" in error for error in errors)
