@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from gkdjax.teachers.server.answers import Request, SampleRequest, ScoreRequest, TeacherAnswer
 from gkdjax.teachers.server.dialects import openai, sglang, vllm
-from gkdjax.teachers.server.dialects.base import Dialect, exchange
+from gkdjax.teachers.server.dialects.base import Dialect
+from gkdjax.teachers.server.scheduler import exchange
 from gkdjax.types import Message, SamplingParams
 
 FILES = pathlib.Path(__file__).parent / "teachers" / "server" / "recorded"

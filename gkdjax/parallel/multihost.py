@@ -60,18 +60,17 @@ def exchange(value: Any) -> list:
     return [json.loads(row[:size].tobytes()) for row, size in zip(every, sizes, strict=True)]
 
 
-def fail_together(work: Callable[[], Result]) -> Result:
-    """Does work that may fail in one process and not in another.
+@contextlib.contextmanager
+def fail_together() -> Iterator[None]:
+    """Work that may fail in one process and not in another.
 
     Raises:
       GkdjaxError: what it raises; in a process where it went well, the same as in the first where
         it did not, so that all end alike and none waits for another.
     """
-    if jax.process_count() == 1:
-        return work()
-    result, failed = None, None
+    failed = None
     try:
-        result = work()
+        yield
     except GkdjaxError as error:
         failed = error
     found = exchange(None if failed is None else [type(failed).__name__, str(failed)])
@@ -80,7 +79,6 @@ def fail_together(work: Callable[[], Result]) -> Result:
     for process, error in enumerate(found):
         if error is not None:
             raise getattr(errors, error[0])(f"process {process}: {error[1]}")
-    return result
 
 
 def on_leader(work: Callable[[], Result]) -> Result | None:
@@ -89,7 +87,8 @@ def on_leader(work: Callable[[], Result]) -> Result | None:
     Raises:
       GkdjaxError: as `fail_together`.
     """
-    return fail_together(lambda: work() if leads() else None)
+    with fail_together():
+        return work() if leads() else None
 
 
 def split_over_processes(
@@ -109,7 +108,8 @@ def split_over_processes(
     if processes == 1:
         return work(list(range(count)))
     own = list(range(jax.process_index(), count, processes))
-    found = fail_together(lambda: work(own) if own else [])
+    with fail_together():
+        found = work(own) if own else []
     parts = exchange([encode(each) for each in found])
     return [decode(parts[i % processes][i // processes]) for i in range(count)]
 

@@ -58,7 +58,8 @@ def _ask(
     wait = teacher.ask(_of_rows(batch, asker_B == jax.process_index()), names)
 
     def ready() -> TeacherTargets:
-        found = fail_together(wait)
+        with fail_together():
+            found = wait()
         if any(len(held) > 1 for held in held_by):
             found = rows_from(asker_B, found)
         return shard_rows(mesh, _filled(np, cached, found))

@@ -25,8 +25,8 @@ from gkdjax.models.hf import hub, load, model_config
 from gkdjax.parallel import mesh as parallel_mesh
 from gkdjax.teachers.server import connect, preflight
 from gkdjax.teachers.server.answers import TeacherAnswer
-from gkdjax.teachers.server.dialects.base import exchange
 from gkdjax.teachers.server.preflight import Server
+from gkdjax.teachers.server.scheduler import exchange
 from gkdjax.teachers.server.transport.client import Limits, Transport
 from gkdjax.train import models
 from gkdjax.utils.errors import UserError

@@ -86,7 +86,8 @@ def connect(
     """
     path = shared / "answers.sqlite" if c.store == "" else c.store
     if path is None:
-        return multihost.fail_together(lambda: _connect(c, chat, vocab_size, workdir, None, **how))
+        with multihost.fail_together():
+            return _connect(c, chat, vocab_size, workdir, None, **how)
 
     def open_own() -> ServerTeacher:
         own = store_multihost.of_process(path, jax.process_index())
@@ -95,7 +96,8 @@ def connect(
     multihost.on_leader(lambda: store_multihost.gather(path))
     leaders = multihost.on_leader(open_own)
     multihost.on_leader(lambda: store_multihost.spread(path))
-    return multihost.fail_together(lambda: leaders or open_own())
+    with multihost.fail_together():
+        return leaders or open_own()
 
 
 def _connect(

@@ -15,7 +15,8 @@ from absl import logging
 from gkdjax.data.chat_template import Chat
 from gkdjax.teachers.server import agreement, draws, served
 from gkdjax.teachers.server.answers import Request, SampleRequest, ScoreRequest, TeacherAnswer
-from gkdjax.teachers.server.dialects.base import Dialect, exchange
+from gkdjax.teachers.server.dialects.base import Dialect
+from gkdjax.teachers.server.scheduler import exchange
 from gkdjax.teachers.server.store.fingerprint import MAX_DRIFT, drift
 from gkdjax.teachers.server.transport.client import RepeatedServerError, Transport
 from gkdjax.types import ContextLimit, Message, SamplingParams

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from gkdjax.teachers.server.answers import Request, SampleRequest, ScoreRequest, TeacherAnswer
-from gkdjax.teachers.server.dialects.base import Dialect, exchange
+from gkdjax.teachers.server.dialects import base
+from gkdjax.teachers.server.dialects.base import Dialect
+from gkdjax.teachers.server.json_fields import opened
 from gkdjax.teachers.server.store.answers import AnswerStore
 from gkdjax.teachers.server.store.fingerprint import (
     TeacherIdentity,
@@ -153,7 +155,7 @@ class Pool:
             if error.came_back and not alone:
                 # Requests under way at the same time fail alike: one by one shows which it was.
                 return self._buy(*_batches(batch), alone=True)
-            crash = _crash_error(requests, error, alone)
+            crash = _crash_error(requests, error, alone=alone)
             if alone:
                 self._fatal = crash
             raise crash from None
@@ -232,6 +234,27 @@ class Pool:
                     " name tokens by id. Where it is an id, the student has no such token: raise"
                     " config.teacher.max_unreadable if so much may be lost"
                 )
+
+
+def exchange(
+    transport: Transport, dialect: Dialect, requests: Sequence[Request], *, most_same: int = 0
+) -> list[TeacherAnswer]:
+    """Asks one request, or several to score if the dialect takes them together -> the answers.
+
+    `most_same` is that of `Transport.post`; 0: what suits the number of requests.
+
+    Raises:
+      NotImplementedError: the dialect scores nothing.
+      And what `dialects.base.check`, `Transport.post` and the dialect's readers raise.
+    """
+    base.check(requests, dialect)
+    score = isinstance(requests[0], ScoreRequest)
+    call = dialect.score(*requests) if score else dialect.sample(*requests)
+    # Of several rows one may be what the server trips over: they can be asked for one by one.
+    most_same = most_same or (2 if len(requests) > 1 else 0)
+    answer = transport.post(call.path, call.body, max_bytes=call.max_bytes, most_same=most_same)
+    root = opened(answer, requests[0].name)
+    return dialect.read_scores(root, *requests) if score else [dialect.read_sample(root, *requests)]
 
 
 def missing_error(requests: Sequence[Request]) -> UserError:

@@ -42,9 +42,9 @@ class ServerTeacher(TeacherHooks):
         wait = self.pool.scores([request for request in requests if len(request.at)])
 
         def targets() -> TopKTargets:
-            answers, nothing = iter(wait()), lost_sample(self.top_k, 0)
+            answers, nothing = iter(wait()), lost_sample(self.top_k)
             rows = [next(answers) if len(request.at) else nothing for request in requests]
-            return batching.pad_top_k([row.kept() for row in rows], batch.target_mask_BN.shape[1])
+            return batching.pad_top_k(rows, batch.target_mask_BN.shape[1])
 
         return targets
 

@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gkdjax.teachers.server.answers import Request, SampleRequest, ScoreRequest, TeacherAnswer
-from gkdjax.teachers.server.dialects.json_fields import JsonField, opened
 from gkdjax.teachers.server.dialects.logprobs import LogprobsReader
-from gkdjax.teachers.server.transport.client import Transport
+from gkdjax.teachers.server.json_fields import JsonField
 from gkdjax.utils.errors import UserError
 
 _KIB = 1024  # bytes; an entry of a few dozen characters is far below
@@ -75,27 +74,6 @@ class Dialect(LogprobsReader, abc.ABC):
     @abc.abstractmethod
     def read_sample(self, root: JsonField, request: SampleRequest) -> TeacherAnswer:
         """The response; lost if it is empty, or a token of it has no id here."""
-
-
-def exchange(
-    transport: Transport, dialect: Dialect, requests: Sequence[Request], *, most_same: int = 0
-) -> list[TeacherAnswer]:
-    """Asks one request, or several to score if the dialect takes them together -> the answers.
-
-    `most_same` is that of `Transport.post`; 0: what suits the number of requests.
-
-    Raises:
-      NotImplementedError: the dialect scores nothing.
-      And what `check`, `Transport.post` and the dialect's readers raise.
-    """
-    check(requests, dialect)
-    score = isinstance(requests[0], ScoreRequest)
-    call = dialect.score(*requests) if score else dialect.sample(*requests)
-    # Of several rows one may be what the server trips over: they can be asked for one by one.
-    most_same = most_same or (2 if len(requests) > 1 else 0)
-    answer = transport.post(call.path, call.body, max_bytes=call.max_bytes, most_same=most_same)
-    root = opened(answer, requests[0].name)
-    return dialect.read_scores(root, *requests) if score else [dialect.read_sample(root, *requests)]
 
 
 def check(requests: Sequence[Request], dialect: Dialect) -> None:

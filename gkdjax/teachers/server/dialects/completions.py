@@ -4,8 +4,8 @@ from typing import Any
 
 from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest, TeacherAnswer
 from gkdjax.teachers.server.dialects.base import Call, Dialect, check_read
-from gkdjax.teachers.server.dialects.json_fields import JsonField
 from gkdjax.teachers.server.dialects.logprobs import TokenLogprobs
+from gkdjax.teachers.server.json_fields import JsonField
 
 PATH = "/v1/completions"
 _PART = (

@@ -19,7 +19,7 @@ from gkdjax.teachers.server.answers import (
     TeacherAnswer,
     lost_sample,
 )
-from gkdjax.teachers.server.dialects.json_fields import JsonField
+from gkdjax.teachers.server.json_fields import JsonField
 from gkdjax.utils.errors import WrongAnswer
 
 Key = int | bytes | str

@@ -20,9 +20,9 @@ from gkdjax.teachers.server.dialects.completions import (
     sampling_fields,
     token_lists,
 )
-from gkdjax.teachers.server.dialects.json_fields import JsonField
 from gkdjax.teachers.server.dialects.logprobs import Key, TokenLogprobs, id_in
 from gkdjax.teachers.server.dialects.token_map import TokenMap
+from gkdjax.teachers.server.json_fields import JsonField
 
 _UNCOUNTED = 4  # tokens of a prompt, at most
 

@@ -2,8 +2,8 @@
 
 from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest, TeacherAnswer, lost_sample
 from gkdjax.teachers.server.dialects.base import Call, Dialect, check_read, is_lost
-from gkdjax.teachers.server.dialects.json_fields import JsonField
 from gkdjax.teachers.server.dialects.logprobs import TokenLogprobs
+from gkdjax.teachers.server.json_fields import JsonField
 from gkdjax.utils.errors import UserError
 
 PATH = "/generate"

@@ -13,8 +13,8 @@ from gkdjax.teachers.server.dialects.completions import (
     sampling_fields,
     token_lists,
 )
-from gkdjax.teachers.server.dialects.json_fields import JsonField
 from gkdjax.teachers.server.dialects.logprobs import TokenLogprobs, id_in
+from gkdjax.teachers.server.json_fields import JsonField
 
 _ID = re.compile("0|[1-9][0-9]{0,8}")
 

@@ -18,7 +18,8 @@ import requests
 import urllib3
 from absl import logging
 
-from gkdjax.teachers.server.transport import session, strict_json
+from gkdjax.teachers.server import json_fields
+from gkdjax.teachers.server.transport import session
 from gkdjax.utils.errors import GkdjaxError, TeacherRefused, TeacherUnreachable, WrongAnswer
 
 _GET_BYTES = 2**24  # a hosted server lists many models
@@ -283,8 +284,8 @@ class Transport:
         if len(response.body) > request.max_bytes:
             raise wrong(f"has more than {request.max_bytes} bytes")
         try:
-            return strict_json.parse(response.body, wrong)
-        except strict_json.NotJson:
+            return json_fields.parse(response.body, wrong)
+        except json_fields.NotJson:
             if request.data is None:  # no server of this API, at any time
                 raise wrong(f"is no JSON: {response.text}") from None
         return _Failure(f"no JSON: {self._quoted(response.text, 200)}", WrongAnswer)

@@ -5,7 +5,7 @@ import gzip
 import pytest
 from fake_server import FakeServer, Reply, script
 
-from gkdjax.teachers.server.transport import strict_json
+from gkdjax.teachers.server import json_fields
 from gkdjax.teachers.server.transport.client import Limits, Transport
 from gkdjax.utils.errors import TeacherRefused, WrongAnswer
 
@@ -43,8 +43,8 @@ def test_what_only_python_takes_for_json_is_refused(body, told):
 def test_what_is_json_is_taken():
     sound = {"a": [-9999.0, -0.0, 1e-300, 10**400, "ä", "\U0001f600"], "b": {"a": None}}
     assert answered(Reply(sound)) == sound
-    with pytest.raises(strict_json.NotJson):
-        strict_json.parse(b"9" * 5000, WrongAnswer)  # more digits than Python converts
+    with pytest.raises(json_fields.NotJson):
+        json_fields.parse(b"9" * 5000, WrongAnswer)  # more digits than Python converts
 
 
 @pytest.mark.parametrize("chunked", [False, True])
