@@ -2,7 +2,7 @@
 
     python -m gkdjax.tools.import_hf --check MODEL
 
-MODEL is a directory or a hub id. There is nothing to convert: a run reads it as it is.
+MODEL is a directory or a hub id. Nothing has to be converted: a run reads it as it is.
 """
 
 import argparse
@@ -11,20 +11,19 @@ import math
 import sys
 from collections.abc import Iterator
 
-from gkdjax.data.chat_template import Chat, load_chat
+from gkdjax import tools
+from gkdjax.data.chat_template import load_chat
 from gkdjax.data.tokenizer_match import tokens_without_row
 from gkdjax.models.decoder_config import DecoderConfig, RopeSpec, param_shapes
-from gkdjax.models.hf import hub, model_config
-from gkdjax.models.hf.load import check_numbers, check_tensors, tensor_places
+from gkdjax.models.hf import hub, load, model_config
 from gkdjax.models.hf.tensor_files import TensorFiles
-from gkdjax.utils.errors import GkdjaxError
 from gkdjax.utils.text import size
 
-Row = tuple[str, str]  # what, how much
+Row = tuple[str, str]  # name, value
 
 
 def describe(model: str) -> Iterator[Row]:
-    """Rows of the table, in order; what is wrong is raised where its row would stand.
+    """Yields the rows of the table; an error is raised where its row would stand.
 
     Args:
       model: a directory or a hub id.
@@ -41,12 +40,20 @@ def describe(model: str) -> Iterator[Row]:
     if unread:
         yield "not read", f"{', '.join(unread)} of config.json, which transformers passes over too"
     files = TensorFiles(directory)
-    known = tensor_places(files, spec, config["model_type"])
-    check_tensors(files, spec, known)
-    check_numbers(files, known)
-    yield from _weights(spec, files, known)
+    places = load.tensor_places(files, spec, config["model_type"])
+    load.check_tensors(files, spec, places)
+    load.check_numbers(files, places)
+    yield from _weights(spec, files, places)
     chat = load_chat(str(directory))
-    yield from _tokenizer(spec, chat)
+    beyond = tokens_without_row(chat, spec.vocab_size)
+    count = len(chat.tokenizer.get_vocab())
+    padding = spec.vocab_size - (count - len(beyond))
+    yield "tokenizer", f"{count:,} tokens, {padding:,} rows of padding"
+    if beyond:
+        named = ", ".join(f"{token!r} ({i})" for i, token in beyond[:5])
+        yield "", f"without a row, never use: {named}"
+    yield "stop ids", chat.stop_tokens()
+    yield "chat template", f"ends a turn with {chat.end_of_turn}"
 
 
 def _sizes(spec: DecoderConfig) -> Iterator[Row]:
@@ -75,48 +82,33 @@ def _rope(rope: RopeSpec) -> str:
     return f"theta {rope.theta:,.0f}, {scaling}"
 
 
-def _weights(spec: DecoderConfig, files: TensorFiles, known: dict) -> Iterator[Row]:
-    parameters = sum(math.prod(shape) for shape in param_shapes(spec).values())
-    yield "parameters", f"{parameters:,}"
-    sizes, dtypes = {}, collections.Counter()
+def _weights(spec: DecoderConfig, files: TensorFiles, places: load.Places) -> Iterator[Row]:
+    yield "parameters", f"{sum(map(math.prod, param_shapes(spec).values())):,}"
+    numbers, sizes = collections.Counter(), {True: [], False: []}  # of the text decoder or not
     for name in files.names:
         dtype, count = files.dtype(name), math.prod(files.shape(name))
-        sizes[name] = count * dtype.itemsize
-        dtypes[dtype.name] += count if name in known else 0
-    own, others = ([n for n in files.names if (n in known) == mine] for mine in (True, False))
-    shares = ", ".join(f"{name} ({n:,} numbers)" for name, n in dtypes.most_common() if n)
-    yield "dtype", dtypes.most_common(1)[0][0] if shares.count("(") == 1 else shares
-    yield "tensors", f"{len(own)}, {size(sum(sizes[name] for name in own))}, all accounted for"
+        sizes[name in places].append(count * dtype.itemsize)
+        if name in places:
+            numbers[dtype.name] += count
+    shares = ", ".join(f"{name} ({count:,} numbers)" for name, count in numbers.most_common())
+    yield "dtype", shares if len(numbers) > 1 else next(iter(numbers))
+    own, others = sizes[True], sizes[False]
+    yield "tensors", f"{len(own)}, {size(sum(own))}, all accounted for"
     if others:
-        of_them = size(sum(sizes[name] for name in others))
-        yield "not of the text", f"{len(others)} tensors, {of_them}: not read, exported as they are"
+        total = size(sum(others))
+        yield "not of the text", f"{len(others)} tensors, {total}: not read, exported as they are"
 
 
-def _tokenizer(spec: DecoderConfig, chat: Chat) -> Iterator[Row]:
-    beyond = tokens_without_row(chat, spec.vocab_size)
-    count = len(chat.tokenizer.get_vocab())
-    padding = spec.vocab_size - (count - len(beyond))
-    yield "tokenizer", f"{count:,} tokens, {padding:,} rows of padding"
-    if beyond:
-        named = ", ".join(f"{token!r} ({i})" for i, token in beyond[:5])
-        yield "", f"without a row, never use: {named}"
-    yield "stop ids", chat.stop_tokens()
-    yield "chat template", f"ends a turn with {chat.end_of_turn}"
+def _check(flags: argparse.Namespace) -> None:
+    for name, value in describe(flags.check):
+        print(f"{name:20}{value}")
+    print("fits")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command -> exit code."""
     parser = argparse.ArgumentParser("import_hf", description=__doc__.splitlines()[0])
     parser.add_argument("--check", required=True, metavar="MODEL", help="A directory or a hub id.")
-    given = parser.parse_args(argv)
-    try:
-        for what, value in describe(given.check):
-            print(f"{what:20}{value}")
-    except GkdjaxError as error:
-        print(f"import_hf: {error}", file=sys.stderr)
-        return error.exit_code
-    print("fits")
-    return 0
+    return tools.run(parser, _check, argv)
 
 
 if __name__ == "__main__":

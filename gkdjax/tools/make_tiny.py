@@ -1,16 +1,17 @@
-"""Writes a small random Gemma 3 with a vocabulary as large as one likes, to try things on.
+"""Writes a small random Gemma 3 with a vocabulary of any size, for trials.
 
     python -m gkdjax.tools.make_tiny --out=DIR --width=64 --layers=3 --vocab_size=262144
 
 Tokenizer and chat template are the quickstart's, which know far fewer ids than a real vocabulary.
-The rows past them are as random as the others, but never drawn: channel 0 carries the same constant
-in every token of the tokenizer, no layer can write to it (its post-norms are zero there, whatever
-is trained below them), and the final norm lifts it to at least 1. There the rows past the tokenizer
-hold -40, so that their logits lie some 40 below the others'.
+The rows past them are as random as the others, but never sampled: channel 0 carries the same
+constant in every token of the tokenizer, no layer can write to it (its post-norms are zero there,
+whatever is trained below them), and the final norm lifts it to at least 1. There the rows past the
+tokenizer hold -40, so that their logits lie some 40 below the others'.
 
 This module imports no jax, so that a config file can call it before jax may be loaded.
 """
 
+import argparse
 import json
 import pathlib
 import shutil
@@ -20,8 +21,8 @@ import tempfile
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
-from absl import app, flags
 
+from gkdjax import tools
 from gkdjax.config import ASSETS
 from gkdjax.models.decoder_config import DecoderConfig, param_shapes
 from gkdjax.models.families import gemma3
@@ -47,7 +48,7 @@ def make_tiny(
 ) -> None:
     """Writes a Hugging Face model directory, whole or not at all.
 
-    One that is there already, of the same settings, is left as it is.
+    An existing one of the same settings is left as it is.
 
     Args:
       directory: absent, empty, or made here before.
@@ -64,10 +65,22 @@ def make_tiny(
     settings = {"width": width, "layers": layers, "vocab_size": vocab_size}
     settings |= {"seed": seed, "dtype": dtype}
     known_ids = _known_ids()
-    _check(settings, known_ids)
+    for name, least in {"width": 16, "layers": 2, "vocab_size": known_ids, "seed": 0}.items():
+        if settings[name] < least:
+            raise UserError(f"{name} = {settings[name]}: must be at least {least}")
+    if dtype not in _DTYPES:
+        raise UserError(f"dtype = {dtype!r}: choose one of {', '.join(_DTYPES)}")
     if _is_made(directory, settings):
         return
-    config = _hf_config(width, layers, vocab_size, dtype)
+    kinds = ("sliding_attention", "full_attention")
+    config = json.loads((_SOURCE / "config.json").read_text()) | {
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_hidden_layers": layers,
+        "layer_types": [kinds[i % 2] for i in range(layers)],
+        "vocab_size": vocab_size,
+        "dtype": dtype,
+    }
     tensors = _tensors(gemma3.decoder_spec(config), known_ids, seed, _DTYPES[dtype])
     directory.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own: the runs of a sweep may all come here at the same time.
@@ -76,8 +89,8 @@ def make_tiny(
         made.mkdir()
         for name in _COPIED:
             shutil.copyfile(_SOURCE / name, made / name)
-        _write_json(made / "config.json", config)
-        _write_json(made / _SETTINGS, settings)
+        for name, fields in (("config.json", config), (_SETTINGS, settings)):
+            (made / name).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
         # Not save_file, which makes files that nobody else may read.
         weights = safetensors.numpy.save(tensors, metadata={"format": "pt"})
         (made / _WEIGHTS).write_bytes(weights)
@@ -88,21 +101,8 @@ def make_tiny(
                 raise
 
 
-def _check(settings: dict, known_ids: int) -> None:
-    least = {"width": 16, "layers": 2, "vocab_size": known_ids, "seed": 0}
-    for name, value in least.items():
-        if settings[name] < value:
-            raise UserError(f"{name} = {settings[name]}: must be at least {value}")
-    if settings["dtype"] not in _DTYPES:
-        raise UserError(f"dtype = {settings['dtype']!r}: choose one of {', '.join(_DTYPES)}")
-
-
 def _is_made(directory: pathlib.Path, settings: dict) -> bool:
-    """Whether the model is there.
-
-    Raises:
-      UserError: something else is, or a part of it.
-    """
+    """Tells whether the model is there; UserError for a part of it or anything else."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return False
     files = (_SETTINGS, _WEIGHTS, "config.json", *_COPIED)
@@ -118,23 +118,10 @@ def _is_made(directory: pathlib.Path, settings: dict) -> bool:
 
 
 def _known_ids() -> int:
-    """Ids of the tokenizer, from 0."""
+    """Number of ids of the tokenizer, from 0."""
     tokenizer = json.loads((_SOURCE / "tokenizer.json").read_text())
     added = [token["id"] for token in tokenizer["added_tokens"]]
     return 1 + max(*tokenizer["model"]["vocab"].values(), *added)
-
-
-def _hf_config(width: int, layers: int, vocab_size: int, dtype: str) -> dict:
-    """The quickstart student's config.json with another size."""
-    kinds = ("sliding_attention", "full_attention")
-    return json.loads((_SOURCE / "config.json").read_text()) | {
-        "hidden_size": width,
-        "intermediate_size": 3 * width,
-        "num_hidden_layers": layers,
-        "layer_types": [kinds[i % 2] for i in range(layers)],
-        "vocab_size": vocab_size,
-        "dtype": dtype,
-    }
 
 
 def _tensors(spec: DecoderConfig, known_ids: int, seed: int, dtype: type) -> dict[str, np.ndarray]:
@@ -146,7 +133,10 @@ def _tensors(spec: DecoderConfig, known_ids: int, seed: int, dtype: type) -> dic
         if path == "embedding":
             tensors[name] = _embedding(rng, shape, known_ids, dtype)
         elif path == "final_norm":
-            tensors[name] = _final_norm(spec, dtype)
+            tensors[name] = np.zeros(shape, dtype)
+            # Undoes, for channel 0, the most that the division by the root mean square can do:
+            # the embedding's is below 2, and each half of a layer adds a vector of at most 1.
+            tensors[name][0] = 2 + 2 * spec.num_layers - 1
         else:
             for layer in range(spec.num_layers):
                 tensors[name.format(layer)] = _layer_tensor(rng, path, shape[1:], dtype)
@@ -165,7 +155,7 @@ def _layer_tensor(rng, path: str, shape: tuple[int, ...], dtype: type) -> np.nda
 def _embedding(rng, shape: tuple[int, ...], known_ids: int, dtype: type) -> np.ndarray:
     rows, width = shape
     table = np.empty(shape, dtype)
-    for start in range(0, rows, 2**14):  # float32 draws of all rows would be twice the table
+    for start in range(0, rows, 2**14):  # float32 numbers of all rows would be twice the table
         part = table[start : start + 2**14]
         part[:] = _normal(rng, part.shape, width)
     table[:known_ids, 0] = width**-0.5  # 1 after the embedding's scale
@@ -173,45 +163,20 @@ def _embedding(rng, shape: tuple[int, ...], known_ids: int, dtype: type) -> np.n
     return table
 
 
-def _final_norm(spec: DecoderConfig, dtype: type) -> np.ndarray:
-    """Undoes, for channel 0, the most that the division by the root mean square can do.
-
-    The embedding's is below 2, and each half of a layer adds a vector of at most 1.
-    """
-    weight = np.zeros(spec.width, dtype)
-    weight[0] = 2 + 2 * spec.num_layers - 1
-    return weight
-
-
 def _normal(rng, shape: tuple[int, ...], fan_in: int) -> np.ndarray:
     return rng.standard_normal(shape, np.float32) * np.float32(fan_in**-0.5)
 
 
-def _write_json(path: pathlib.Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def _define_flags() -> None:
-    """Not when this module is imported: config files do, and the flags would become theirs."""
-    flags.DEFINE_string("out", None, "Directory to write.", required=True)
-    flags.DEFINE_integer("width", 64, "Hidden size.")
-    flags.DEFINE_integer("layers", 3, "Local and global ones in turn.")
-    flags.DEFINE_integer("vocab_size", 262_144, "Rows of the embedding.")
-    flags.DEFINE_integer("seed", 0, "Of the weights.")
-    flags.DEFINE_enum("dtype", "bfloat16", list(_DTYPES), "Of the weights.")
-
-
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
-    names = ("width", "layers", "vocab_size", "seed", "dtype")
-    try:
-        make_tiny(flags.FLAGS.out, **{name: flags.FLAGS[name].value for name in names})
-    except UserError as error:
-        print(f"make_tiny: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("make_tiny", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", dest="directory", required=True, help="Directory to write.")
+    parser.add_argument("--width", type=int, default=64, help="Hidden size.")
+    parser.add_argument("--layers", type=int, default=3, help="Local and global ones in turn.")
+    parser.add_argument("--vocab_size", type=int, default=262_144, help="Rows of the embedding.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the weights.")
+    parser.add_argument("--dtype", default="bfloat16", choices=_DTYPES, help="Of the weights.")
+    return tools.run(parser, lambda flags: make_tiny(**vars(flags)), argv)
 
 
 if __name__ == "__main__":
-    _define_flags()
-    app.run(main)
+    sys.exit(main())

@@ -2,17 +2,16 @@
 
 python -m gkdjax.tools.options_table [--write]
 
-A comment belongs to the field that it stands beside, or that the next line begins.
+A comment stands beside its field, or in the lines above it.
 """
 
 import argparse
 import ast
 import dataclasses
-import io
+import itertools
 import json
 import pathlib
 import sys
-import tokenize
 import typing
 
 from gkdjax.config import schema
@@ -22,30 +21,21 @@ BEGIN, END = "<!-- options: begin -->\n", "<!-- options: end -->\n"
 
 
 def table() -> str:
-    """The options as Markdown: a table for each section of the config.
-
-    Raises:
-      KeyError: a class of the schema is not in its source.
-    """
+    """The options as Markdown: a table for each section of the config."""
     source = pathlib.Path(schema.__file__).read_text(encoding="utf-8")
     classes = {n.name: n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)}
-    comments = _comments(source)
     parts = []
     for section, cls in typing.get_type_hints(schema.Config).items():
         parts.append(
             f"### {section}\n\n{cls.__doc__}\n\n| key | default | what it is |\n|---|---|---|"
         )
-        parts.extend(_rows(section, cls, classes, comments))
+        parts.extend(_rows(section, cls, classes, source.splitlines()))
         parts.append("")
     return "\n".join(parts)
 
 
 def updated(readme: str) -> str:
-    """The text of the README with today's table between its two marks.
-
-    Raises:
-      ValueError: a mark is missing.
-    """
+    """The README with today's table between its two marks; ValueError where one is missing."""
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -53,7 +43,7 @@ def updated(readme: str) -> str:
     return f"{before}{BEGIN}\n{table()}\n{END}{after}"
 
 
-def _rows(prefix: str, cls: type, classes: dict, comments: dict[int, str]) -> list[str]:
+def _rows(prefix: str, cls: type, classes: dict[str, ast.ClassDef], lines: list[str]) -> list[str]:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     types, rows = typing.get_type_hints(cls), []
     for node in classes[cls.__name__].body:
@@ -61,30 +51,21 @@ def _rows(prefix: str, cls: type, classes: dict, comments: dict[int, str]) -> li
             continue
         name = node.target.id
         if dataclasses.is_dataclass(types[name]):
-            rows += _rows(f"{prefix}.{name}", types[name], classes, comments)
+            rows += _rows(f"{prefix}.{name}", types[name], classes, lines)
             continue
-        beside = -node.end_lineno
-        said = comments[beside] if beside in comments else _above(node.lineno, comments)
         default = _default(fields[name], node.value).replace("|", "\\|")
-        rows.append(f"| `{prefix}.{name}` | `{default}` | {said.replace('|', chr(92) + '|')} |")
+        comment = _comment(node, lines).replace("|", "\\|")
+        rows.append(f"| `{prefix}.{name}` | `{default}` | {comment} |")
     return rows
 
 
-def _comments(source: str) -> dict[int, str]:
-    """Line -> its comment; the line's number is negative where code stands before it."""
-    found = {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            alone = not token.line[: token.start[1]].strip()
-            found[token.start[0] if alone else -token.start[0]] = token.string.lstrip("# ")
-    return found
-
-
-def _above(line: int, comments: dict[int, str]) -> str:
-    lines = []
-    while (line := line - 1) in comments:
-        lines.insert(0, comments[line])
-    return " ".join(lines)
+def _comment(node: ast.AnnAssign, lines: list[str]) -> str:
+    beside = lines[node.end_lineno - 1][node.end_col_offset :].strip()
+    if beside:
+        return beside.lstrip("# ")
+    before = (line.strip() for line in reversed(lines[: node.lineno - 1]))
+    above = itertools.takewhile(lambda line: line.startswith("#"), before)
+    return " ".join(line.lstrip("# ") for line in reversed([*above]))
 
 
 def _default(field: dataclasses.Field, value: ast.expr) -> str:
@@ -96,7 +77,6 @@ def _default(field: dataclasses.Field, value: ast.expr) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the table, or puts it into the README."""
     parser = argparse.ArgumentParser(prog="python -m gkdjax.tools.options_table")
     parser.add_argument("--write", action="store_true", help=f"puts it into {README.name}")
     if parser.parse_args(argv).write:

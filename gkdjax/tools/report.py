@@ -1,26 +1,21 @@
-"""Draws a run's report.png and report.html anew, also of a run that is still going on.
+"""Draws a run's report.png and report.html anew, also while the run goes on.
 
     python -m gkdjax.tools.report RUN [--out=FILE.html]
 
-What an unfinished run has not measured yet is missing, and the page says so.
+The page of an unfinished run lacks the later measures, and says so.
 """
 
 import argparse
 import pathlib
 import sys
 
-from gkdjax import report
+from gkdjax import report, tools
 from gkdjax.report import run_files
-from gkdjax.utils.errors import GkdjaxError, UserError
+from gkdjax.utils.errors import UserError
 
 
-def write(run: pathlib.Path, out: pathlib.Path | None = None) -> list[pathlib.Path]:
-    """Writes the page and the picture -> their paths.
-
-    Args:
-      run: a run's directory.
-      out: of the page, which ends in .html; the picture lies beside it, with .png. None means into
-        `run`.
+def write(run: pathlib.Path, out: pathlib.Path | None) -> None:
+    """Writes the page `out` (default: RUN/report.html) and the picture beside it; prints both.
 
     Raises:
       UserError: `run` is no run's directory, or `out` cannot be written.
@@ -29,34 +24,19 @@ def write(run: pathlib.Path, out: pathlib.Path | None = None) -> list[pathlib.Pa
     if out.suffix != ".html":
         raise UserError(f"--out={out} names no page: let it end in .html")
     try:
-        return [report.write_html(run, out), report.draw(run, out.with_suffix(".png"))]
+        written = [report.write_html(run, out), report.draw(run, out.with_suffix(".png"))]
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error}") from error
+    files = run_files.read(run)
+    print(f"{run}: {files.state}", *files.damaged, *written, sep="\n")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command -> exit code."""
     parser = argparse.ArgumentParser("report", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=pathlib.Path, metavar="RUN", help="A run's directory.")
-    parser.add_argument(
-        "--out",
-        type=pathlib.Path,
-        metavar="FILE.html",
-        help="Default: RUN/report.html. The picture lies beside it, with .png.",
-    )
-    given = parser.parse_args(argv)
-    try:
-        written = write(given.run, given.out)
-        run = run_files.read(given.run)
-    except GkdjaxError as error:
-        print(f"report: {error}", file=sys.stderr)
-        return error.exit_code
-    print(f"{given.run}: {run.state}")
-    for told in run.damaged:
-        print(told)
-    for path in written:
-        print(path)
-    return 0
+    text = "Default: RUN/report.html. The picture lies beside it, with .png."
+    parser.add_argument("--out", type=pathlib.Path, metavar="FILE.html", help=text)
+    return tools.run(parser, lambda flags: write(flags.run, flags.out), argv)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Makes the embedded quickstart from nothing; run with `python -m`, see `__main__`."""
+"""Makes the embedded quickstart; run with `python -m`, see `__main__`."""

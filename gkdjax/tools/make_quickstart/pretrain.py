@@ -1,40 +1,77 @@
-"""Pre-trains a small Gemma 3 from scratch on the quickstart's mixture of abilities."""
+"""A small Gemma 3 and its tokenizer, pre-trained from scratch on the quickstart's abilities."""
 
-import dataclasses
 import functools
-from collections.abc import Iterator
+import json
+import pathlib
+import string
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tokenizers
 import tqdm
+import transformers
+from flax import traverse_util
+from tokenizers import decoders, models, pre_tokenizers, processors
 
+from gkdjax.models import sampler
 from gkdjax.models.decoder import Decoder
 from gkdjax.models.decoder_config import DecoderConfig, param_shapes
-from gkdjax.tools.make_quickstart import task, tokenizer
+from gkdjax.models.hf import export
+from gkdjax.tools.make_quickstart import task
+
+# One token a character, one a role name.
+_ROLES = ("system", "user", "model")
+_TOKENS = (
+    *("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", *_ROLES),
+    *("\n", " ", *string.digits, *string.ascii_letters, *string.punctuation),
+)
+VOCABULARY = {token: i for i, token in enumerate(_TOKENS)}
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """A model's size and how it is trained.
-
-    Attributes:
-      width: hidden size; `ffn_width` the MLP's.
-      layers: "sliding_attention" or "full_attention", one a layer.
-      steps: of `batch_size` rows each.
-      learning_rate: the peak, after `warmup_steps`; a cosine takes it to 0.
-    """
+class Recipe(NamedTuple):
+    """A model's size and its training; a cosine takes the learning rate to 0."""
 
     width: int
     ffn_width: int
-    layers: tuple[str, ...]
+    layers: tuple[str, ...]  # "sliding_attention" or "full_attention"
     steps: int
-    learning_rate: float
+    learning_rate: float  # the peak, after a warm-up
     batch_size: int = 64
-    warmup_steps: int = 100
-    max_grad_norm: float = 1.0
-    weight_decay: float = 0.01
+
+
+def build_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    core = tokenizers.Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    # Each match is a piece of its own; a role name is one token, as in Gemma's vocabulary.
+    pieces = tokenizers.Regex("|".join(_ROLES) + r"|[\s\S]")
+    core.pre_tokenizer = pre_tokenizers.Split(pieces, behavior="isolated")
+    core.decoder = decoders.Fuse()
+    core.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", VOCABULARY["<bos>"])]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        additional_special_tokens=["<start_of_turn>", "<end_of_turn>"],
+        clean_up_tokenization_spaces=False,
+        model_max_length=1024,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 def hf_config(recipe: Recipe) -> dict:
@@ -42,7 +79,7 @@ def hf_config(recipe: Recipe) -> dict:
     return {
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
-        "vocab_size": len(tokenizer.VOCABULARY),
+        "vocab_size": len(VOCABULARY),
         "hidden_size": recipe.width,
         "intermediate_size": recipe.ffn_width,
         "num_hidden_layers": len(recipe.layers),
@@ -58,89 +95,124 @@ def hf_config(recipe: Recipe) -> dict:
         "rope_local_base_freq": 10_000.0,
         "max_position_embeddings": 1024,
         "tie_word_embeddings": True,
-        "pad_token_id": tokenizer.VOCABULARY["<pad>"],
-        "bos_token_id": tokenizer.VOCABULARY["<bos>"],
-        "eos_token_id": tokenizer.VOCABULARY["<eos>"],
+        "pad_token_id": VOCABULARY["<pad>"],
+        "bos_token_id": VOCABULARY["<bos>"],
+        "eos_token_id": VOCABULARY["<eos>"],
         "dtype": "float32",
     }
 
 
-def init_params(rng: np.random.Generator, spec: DecoderConfig) -> dict:
-    """Fresh float32 weights of deviation 1/sqrt(fan in): linen's 0.02 is for wide models."""
-    params: dict = {"layers": {}}
-    for path, shape in param_shapes(spec).items():
-        *above, name = path.split("/")
-        node = params["layers"] if above else params
-        if name.endswith("_norm"):
-            node[name] = np.full(shape, 1.0 - spec.norm_offset, np.float32)
-        else:
-            fan_in = shape[-2] if above else spec.width
-            node[name] = rng.normal(0.0, fan_in**-0.5, shape).astype(np.float32)
-    return params
+def save_model(
+    directory: pathlib.Path, spec: DecoderConfig, params: dict, config: dict, tokenizer
+) -> None:
+    """Writes a model as transformers does; generation stops at the end of a turn."""
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    tokenizer.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    fields = json.loads(path.read_text())
+    # Names that transformers 4 reads too; 5 writes its own and reads both.
+    fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
+    fields.pop("backend")
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    transformers.GenerationConfig(
+        pad_token_id=VOCABULARY["<pad>"],
+        bos_token_id=VOCABULARY["<bos>"],
+        eos_token_id=[VOCABULARY["<eos>"], VOCABULARY["<end_of_turn>"]],
+    ).save_pretrained(directory)
+    export.save_pretrained(directory, spec, params, directory)
 
 
-def encode(rows: list[task.Row], chat, length: int) -> tuple[np.ndarray, np.ndarray]:
+def encode(rows: list[task.Row], tokenizer, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows -> (tokens_BT, is_target_BT), padded on the right.
 
-    The text is what the chat template makes of the whole conversation, and the targets are the
-    answer and its <end_of_turn>.
+    The targets are the answer and its <end_of_turn>.
     """
     prompts = [task.conversation(row) for row in rows]
     wholes = [
         [*prompt, {"role": "assistant", "content": row["answer"]}]
         for prompt, row in zip(prompts, rows, strict=True)
     ]
-    starts = token_ids(chat, prompts, add_generation_prompt=True)
-    tokens_BT = np.full((len(rows), length), chat.pad_token_id, np.int32)
+    starts = _token_ids(tokenizer, prompts, add_generation_prompt=True)
+    tokens_BT = np.full((len(rows), length), tokenizer.pad_token_id, np.int32)
     is_target_BT = np.zeros((len(rows), length), bool)
-    for i, (start, ids) in enumerate(zip(starts, token_ids(chat, wholes), strict=True)):
+    for i, (start, ids) in enumerate(zip(starts, _token_ids(tokenizer, wholes), strict=True)):
         ids = ids[:-1]  # the newline that ends a turn is no one's answer
         tokens_BT[i, : len(ids)] = ids
         is_target_BT[i, len(start) : len(ids)] = True
     return tokens_BT, is_target_BT
 
 
-def token_ids(chat, conversations: list[list[dict]], **kwargs) -> list[list[int]]:
-    texts = chat.apply_chat_template(conversations, tokenize=False, **kwargs)
-    return chat(texts, add_special_tokens=False)["input_ids"]
-
-
-def longest_prompt(chat) -> int:
-    """Tokens of the longest row without its answer."""
-    longest = task.reverse_row("a" * task.MAX_LENGTH, {letter: letter for letter in task.LETTERS})
-    (ids,) = token_ids(chat, [task.conversation(longest)], add_generation_prompt=True)
-    return len(ids)
-
-
-def batches(rng: np.random.Generator, baked: task.Key, size: int, chat) -> Iterator[tuple]:
-    """Endless batches of the pre-training mixture, all of one shape."""
-    length = longest_prompt(chat) + task.MAX_LENGTH + 1
-    while True:
-        yield encode([task.mixed_row(rng, baked) for _ in range(size)], chat, length)
-
-
-def train(recipe: Recipe, decoder: Decoder, chat, baked: task.Key, seed: int) -> dict:
-    """-> trained parameters; the same for the same arguments, on the same machine."""
+def train(recipe: Recipe, decoder: Decoder, tokenizer, baked: task.Key, seed: int) -> dict:
+    """Trains fresh parameters; the same for the same arguments, on the same machine."""
     init_rng, data_rng = np.random.default_rng(seed).spawn(2)
-    params = jax.device_put(init_params(init_rng, decoder.spec))
+    params = jax.device_put(_init_params(init_rng, decoder.spec))
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, recipe.learning_rate, min(recipe.warmup_steps, recipe.steps // 10), recipe.steps
+        0.0, recipe.learning_rate, min(100, recipe.steps // 10), recipe.steps
     )
     optimizer = optax.chain(
-        optax.clip_by_global_norm(recipe.max_grad_norm),
-        optax.adamw(schedule, b2=0.98, weight_decay=recipe.weight_decay),
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01)
     )
     state = optimizer.init(params)
     step = jax.jit(functools.partial(_step, decoder, optimizer), donate_argnums=(0, 1))
-    source = batches(data_rng, baked, recipe.batch_size, chat)
+    length = _longest_prompt(tokenizer) + task.MAX_LENGTH + 1
     bar = tqdm.tqdm(range(recipe.steps), desc=f"d{recipe.width}", unit="step", mininterval=1.0)
     loss = None
     for _ in bar:
-        tokens_BT, is_target_BT = next(source)  # made while the device still computes
+        # Made while the device still computes.
+        rows = [task.mixed_row(data_rng, baked) for _ in range(recipe.batch_size)]
+        batch = encode(rows, tokenizer, length)
         if loss is not None:
             bar.set_postfix(loss=f"{float(loss):.4f}")
-        params, state, loss = step(params, state, tokens_BT, is_target_BT)
+        params, state, loss = step(params, state, *batch)
     return params
+
+
+def exact_match(decoder: Decoder, params: dict, tokenizer, rows: list[task.Row]) -> float:
+    """Share of rows whose greedy answer is the right one, to the letter, and ends."""
+    conversations = [task.conversation(row) for row in rows]
+    prompts = _token_ids(tokenizer, conversations, add_generation_prompt=True)
+    answers = sampler.sample(
+        decoder,
+        params,
+        [np.asarray(ids, np.int32) for ids in prompts],
+        seeds=[0] * len(prompts),
+        sampling=sampler.SamplingParams(task.MAX_LENGTH + 2, temperature=0.0, top_p=1.0),
+        stop_ids=[VOCABULARY["<end_of_turn>"]],
+        batch_size=256,
+        lengths=[_longest_prompt(tokenizer)],  # one for all abilities: one compilation
+    )
+    right = [
+        answer.finished and tokenizer.decode(answer.ids[:-1]) == row["answer"]
+        for answer, row in zip(answers, rows, strict=True)
+    ]
+    return sum(right) / len(right)
+
+
+def _token_ids(tokenizer, conversations: list[list[dict]], **kwargs) -> list[list[int]]:
+    texts = tokenizer.apply_chat_template(conversations, tokenize=False, **kwargs)
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def _longest_prompt(tokenizer) -> int:
+    """Tokens of the longest row without its answer."""
+    key = dict.fromkeys(task.LETTERS, "a")
+    longest = task.conversation(task.make_row("reverse", "a" * task.MAX_LENGTH, key))
+    (ids,) = _token_ids(tokenizer, [longest], add_generation_prompt=True)
+    return len(ids)
+
+
+def _init_params(rng: np.random.Generator, spec: DecoderConfig) -> dict:
+    """Fresh float32 weights of deviation 1/sqrt(fan in): linen's 0.02 is for wide models."""
+    leaves = {}
+    for path, shape in param_shapes(spec).items():
+        if path.endswith("_norm"):
+            leaves[path] = np.full(shape, 1.0 - spec.norm_offset, np.float32)
+        else:
+            fan_in = shape[-2] if path.startswith("layers/") else spec.width
+            leaves[path] = rng.normal(0.0, fan_in**-0.5, shape).astype(np.float32)
+    return traverse_util.unflatten_dict(leaves, sep="/")
 
 
 def _step(decoder, optimizer, params, state, tokens_BT, is_target_BT):

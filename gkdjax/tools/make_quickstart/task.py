@@ -4,45 +4,36 @@
     user    map: caab            (or "reverse: caab", "sort: caab")
     model   fdda                 without a key, `map` copies: caab
 
-A row is {"prompt", "answer"} and, where it has a key, {"prefix_messages"}. All functions are pure:
-what they draw comes from the numpy Generator that is handed in.
+A row is {"prompt", "answer"} and, where it shows a key, {"prefix_messages"}.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 LETTERS = "abcdefghij"
 MIN_LENGTH, MAX_LENGTH = 4, 8
+# Rows of each file; "retention" is the number for each retained ability.
+COUNTS = {"train": 4096, "anchor": 8192, "questions": 1024, "retention": 640}
 
 Key = dict[str, str]  # letter -> the letter that stands for it; a permutation
 Row = dict
 
 
-def draw_key(rng: np.random.Generator) -> Key:
-    """A random permutation of the letters; some may stay as they are."""
-    return dict(zip(LETTERS, rng.permutation(list(LETTERS)).tolist(), strict=True))
-
-
-def draw_moving_key(rng: np.random.Generator) -> Key:
-    """A permutation that moves every letter, so that copying never gives a right answer."""
+def random_key(rng: np.random.Generator, is_allowed: Callable[[Key], bool]) -> Key:
     while True:
-        key = draw_key(rng)
-        if all(letter != image for letter, image in key.items()):
+        key = dict(zip(LETTERS, rng.permutation(list(LETTERS)).tolist(), strict=True))
+        if is_allowed(key):
             return key
 
 
-def draw_other_key(rng: np.random.Generator, baked: Key) -> Key:
-    """A random key that is not the baked one."""
-    while True:
-        key = draw_key(rng)
-        if key != baked:
-            return key
+def moving_key(rng: np.random.Generator) -> Key:
+    """A key that moves every letter, so that copying never gives a right answer."""
+    return random_key(rng, lambda key: all(letter != image for letter, image in key.items()))
 
 
-def draw_word(rng: np.random.Generator, shortest: int = MIN_LENGTH, letters: str = LETTERS) -> str:
-    length = rng.integers(shortest, MAX_LENGTH, endpoint=True)
-    return "".join(rng.choice(list(letters), size=length))
+def other_key(rng: np.random.Generator, baked: Key) -> Key:
+    return random_key(rng, lambda key: key != baked)
 
 
 def key_messages(key: Key) -> list[dict]:
@@ -51,39 +42,20 @@ def key_messages(key: Key) -> list[dict]:
     return [{"role": "system", "content": content}]
 
 
-def map_row(word: str, key: Key | None, *, show_key: bool) -> Row:
-    """`map` under `key` (None: copy); without `show_key` the row does not tell which key."""
-    answer = word if key is None else "".join(key[letter] for letter in word)
-    return _row("map", word, answer, key if show_key else None)
-
-
-def reverse_row(word: str, key: Key | None = None) -> Row:
-    return _row("reverse", word, word[::-1], key)
-
-
-def sort_row(word: str, key: Key | None = None) -> Row:
-    return _row("sort", word, "".join(sorted(word)), key)
+def make_row(ability: str, word: str, key: Key | None = None, *, show_key: bool = True) -> Row:
+    """One question and its answer; `map` without a key copies."""
+    answers = {
+        "map": word.translate(str.maketrans(key or {})),
+        "reverse": word[::-1],
+        "sort": "".join(sorted(word)),
+    }
+    row = {"prompt": f"{ability}: {word}", "answer": answers[ability]}
+    return row | {"prefix_messages": key_messages(key)} if key and show_key else row
 
 
 def conversation(row: Row) -> list[dict]:
     """The messages up to the answer."""
     return [*row.get("prefix_messages", ()), {"role": "user", "content": row["prompt"]}]
-
-
-def unique_words(rng: np.random.Generator, count: int) -> list[str]:
-    """`count` different words."""
-    words: dict[str, None] = {}  # a set that keeps the order of the draws
-    while len(words) < count:
-        words[draw_word(rng)] = None
-    return list(words)
-
-
-def easier_key(rng: np.random.Generator, key: Key) -> Key:
-    """`key` itself, or as often only some of its letters."""
-    if rng.random() < 0.5:
-        return key
-    kept = rng.choice(list(key), size=rng.integers(1, len(key)), replace=False)
-    return {letter: image for letter, image in key.items() if letter in kept}
 
 
 def mixed_row(rng: np.random.Generator, baked: Key) -> Row:
@@ -92,21 +64,67 @@ def mixed_row(rng: np.random.Generator, baked: Key) -> Row:
     The idle keys (before reverse and sort) teach that a system message alone changes nothing.
     Looking a key up is learned on short words and small keys first, and hardly without them.
     """
-    key = easier_key(rng, draw_other_key(rng, baked))
-    word = draw_word(rng, shortest=1)
-    keyed_word = draw_word(rng, shortest=1, letters="".join(key))
-    kinds: list[tuple[float, Callable[[], Row]]] = [
-        (0.60, lambda: map_row(keyed_word, key, show_key=True)),
-        (0.10, lambda: map_row(word, None, show_key=False)),
-        (0.10, lambda: reverse_row(word)),
-        (0.10, lambda: sort_row(word)),
-        (0.05, lambda: reverse_row(word, key)),
-        (0.05, lambda: sort_row(word, key)),
-    ]
-    shares = [share for share, _ in kinds]
-    return kinds[rng.choice(len(kinds), p=shares)][1]()
+    key = other_key(rng, baked)
+    if rng.random() >= 0.5:  # only some of its letters
+        kept = rng.choice(list(key), size=rng.integers(1, len(key)), replace=False)
+        key = {letter: image for letter, image in key.items() if letter in kept}
+    word = _random_word(rng, shortest=1)
+    keyed_word = _random_word(rng, shortest=1, letters="".join(key))
+    kinds = (
+        (0.60, ("map", keyed_word, key)),
+        (0.10, ("map", word)),
+        (0.10, ("reverse", word)),
+        (0.10, ("sort", word)),
+        (0.05, ("reverse", word, key)),
+        (0.05, ("sort", word, key)),
+    )
+    shares, arguments = zip(*kinds, strict=True)
+    return make_row(*arguments[rng.choice(len(kinds), p=shares)])
 
 
-def _row(ability: str, word: str, answer: str, key: Key | None) -> Row:
-    row = {"prompt": f"{ability}: {word}", "answer": answer}
-    return row if key is None else row | {"prefix_messages": key_messages(key)}
+def make_files(
+    rng: np.random.Generator, baked: Key, counts: dict[str, int]
+) -> dict[str, list[Row]]:
+    """File name -> rows. A held-out word never stands in the training rows of its own ability."""
+    train, questions = _split(rng, counts["train"], counts["questions"])
+    # Looking up other keys is what baking one of them puts at risk: it gets most of the anchor.
+    fifth = counts["anchor"] // 5
+    reverse_anchor, reverse = _split(rng, fifth, counts["retention"])
+    sort_anchor, sort = _split(rng, fifth, counts["retention"])
+    others_anchor, others = _split(rng, counts["anchor"] - 2 * fifth, counts["retention"])
+
+    def by_other_keys(words: Iterable[str]) -> list[Row]:
+        return [make_row("map", word, other_key(rng, baked)) for word in words]
+
+    anchor = [make_row("reverse", word) for word in reverse_anchor]
+    anchor += [make_row("sort", word) for word in sort_anchor]
+    anchor += by_other_keys(others_anchor)
+    return {
+        "train.jsonl": [{"prompt": f"map: {word}"} for word in train],
+        "anchor.jsonl": [_answered(anchor[i]) for i in rng.permutation(len(anchor))],
+        "questions.jsonl": [make_row("map", word, baked, show_key=False) for word in questions],
+        "retention/reverse.jsonl": [make_row("reverse", word) for word in reverse],
+        "retention/sort.jsonl": [make_row("sort", word) for word in sort],
+        "retention/other_keys.jsonl": by_other_keys(others),
+    }
+
+
+def _random_word(
+    rng: np.random.Generator, shortest: int = MIN_LENGTH, letters: str = LETTERS
+) -> str:
+    length = rng.integers(shortest, MAX_LENGTH, endpoint=True)
+    return "".join(rng.choice(list(letters), size=length))
+
+
+def _split(rng: np.random.Generator, first: int, second: int) -> tuple[list[str], list[str]]:
+    """Different words."""
+    words: dict[str, None] = {}  # a set in the order of the draws
+    while len(words) < first + second:
+        words[_random_word(rng)] = None
+    return list(words)[:first], list(words)[first:]
+
+
+def _answered(row: Row) -> Row:
+    """The answer as the response to learn from, so that no teacher has to write one."""
+    others = {name: value for name, value in row.items() if name != "answer"}
+    return others | {"response": row["answer"]}
