@@ -1,10 +1,10 @@
-"""Fills the store of a config's teacher ahead of training, and says first what that takes.
+"""Fills the store of a config's teacher ahead of training, and first estimates the cost.
 
     python -m gkdjax.tools.cache_teacher --config=configs/vllm_teacher.py [--estimate]
         [--input_price=USD --output_price=USD]
 
-Interrupted, the same command goes on; what is in the store is not bought again. Afterwards the run
-asks for nothing but what the student writes; with --config.teacher.offline=True it needs no server.
+Interrupted, the same command goes on; an answer in the store is not bought again. Afterwards the
+run asks only about the student's own text; with --config.teacher.offline=True it needs no server.
 """
 
 import contextlib
@@ -21,13 +21,12 @@ from gkdjax.utils.errors import UserError
 from gkdjax.utils.text import table
 
 flags.adopt_module_key_flags(cli)
-_ESTIMATE = flags.DEFINE_bool("estimate", False, "Say what it takes, and buy nothing.")
+_ESTIMATE = flags.DEFINE_bool("estimate", False, "Print the estimate, and buy nothing.")
 _INPUT = flags.DEFINE_float("input_price", None, "USD for a million tokens that are read.", 0)
 _OUTPUT = flags.DEFINE_float("output_price", None, "USD for a million that are written.", 0)
 
 
 def main(config: Config, workdir: pathlib.Path) -> None:
-    """As `cache`, with the flags."""
     cache(config, workdir, _INPUT.value, _OUTPUT.value, buy=not _ESTIMATE.value)
 
 
@@ -39,17 +38,13 @@ def cache(
     *,
     buy: bool,
 ) -> None:
-    """Prints an estimate, fills the store, and prints what was bought.
+    """Prints an estimate and, to `buy`, fills the store and prints the counts.
 
-    Args:
-      config: of the run.
-      workdir: of the run.
-      input_price, output_price: see `estimate`.
-      buy: False: the estimate is all.
+    Prices are as for `estimate`.
 
     Raises:
-      UserError: there is no server or no store; and all that the run itself would raise.
-      TeacherUnreachable: the server does not answer; what came before is in the store.
+      UserError: there is no server or no store; and all errors of the run itself.
+      TeacherUnreachable: the server does not answer; earlier answers are in the store.
     """
     if not config.teacher.is_server or config.teacher.offline:
         raise UserError(
@@ -67,37 +62,36 @@ def cache(
         steps = setup.total_steps(config, len(rows.dataset))
         missing = offline.missing(config, workdir, rows.teacher, steps)
         print(estimate(missing, input_price, output_price))
-        if not buy:
-            return
-        offline.prefill_answers(rows, rows.teacher, workdir, steps)
-        counts = rows.teacher.report().items()
-        print(table(["answers", "count"], [[k.replace("_", " "), f"{n:,}"] for k, n in counts]))
+        if buy:
+            offline.prefill_answers(rows, rows.teacher, workdir, steps)
+            counts = rows.teacher.report().items()
+            lines = [[name.replace("_", " "), f"{count:,}"] for name, count in counts]
+            print(table(["answers", "count"], lines))
 
 
 def estimate(
     missing: Sequence[Request], input_price: float | None, output_price: float | None
 ) -> str:
-    """A table of what is to be bought.
-
-    Responses that are refused are written again, which nobody can foresee.
+    """A table of the requests and their cost; nobody can foresee responses that are refused.
 
     Args:
       missing: the requests.
-      input_price: USD for a million tokens that are read; None: prices are left out.
+      input_price: USD for a million tokens that are read; None: left out.
       output_price: the same for tokens that are written.
     """
     samples = [request for request in missing if isinstance(request, SampleRequest)]
+    scores = len(missing) - len(samples)
     read = sum(len(request.ids) for request in missing)
     # A server writes one token even when it is only to score.
-    written = sum(request.sampling.max_new_tokens for request in samples)
-    written += len(missing) - len(samples)
-    lines = [
-        ["requests", f"{len(missing):,}"],
-        ["responses to be written", f"{len(samples):,}"],
-        ["texts to be scored", f"{len(missing) - len(samples):,}"],
-        ["tokens to be read", f"{read:,}"],
-        ["tokens to be written, at most", f"{written:,}"],
-    ]
+    written = scores + sum(request.sampling.max_new_tokens for request in samples)
+    counts = {
+        "requests": len(missing),
+        "responses to be written": len(samples),
+        "texts to be scored": scores,
+        "tokens to be read": read,
+        "tokens to be written, at most": written,
+    }
+    lines = [[name, f"{count:,}"] for name, count in counts.items()]
     if input_price is not None or output_price is not None:
         price = (read * (input_price or 0) + written * (output_price or 0)) / 1e6
         lines.append(["price, at most", f"{price:,.2f} USD"])

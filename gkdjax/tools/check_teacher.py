@@ -1,9 +1,9 @@
-"""Tries the server of a config: what it can do, what it cannot, and how fast it is.
+"""Tries the server of a config: its abilities, its limits, its speed.
 
     python -m gkdjax.tools.check_teacher --config=configs/vllm_teacher.py [--local=MODEL]
 
-Nothing is trained and nothing is stored. With --local, a directory or hub id of the same weights,
-its answers are compared with those computed here.
+Nothing is trained or stored. With --local, a directory or hub id of the same weights, the server's
+answers are compared with those computed here.
 """
 
 import concurrent.futures
@@ -12,7 +12,7 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from absl import flags
@@ -22,7 +22,7 @@ from gkdjax.data.chat_template import Chat
 from gkdjax.losses import TopKLogprobs, topk_forward_kl
 from gkdjax.models import sampler
 from gkdjax.models.hf import hub, load, model_config
-from gkdjax.parallel import mesh as parallel_mesh
+from gkdjax.parallel.mesh import make_mesh
 from gkdjax.teachers.server import connect, preflight
 from gkdjax.teachers.server.answers import TeacherAnswer
 from gkdjax.teachers.server.preflight import Server
@@ -38,24 +38,23 @@ _LOCAL = flags.DEFINE_string("local", None, "A directory or hub id of the teache
 _ROUNDS = 5  # requests one after the other, for the latency
 _WRITTEN_TOKENS = 32  # of each request, for the speed of writing
 
-Row = tuple[str, str]  # what, found
+Row = tuple[str, str]  # name, value
 
 
 def main(config: Config, workdir: pathlib.Path) -> None:
-    """Prints the table."""
     del workdir  # it may be the directory of a run, and nothing of this belongs there
     print(table(["teacher", "found"], list(rows(config, _LOCAL.value)), widest=90))
 
 
 def rows(config: Config, local: str | None) -> Iterator[Row]:
-    """What is found, in order.
+    """Yields the rows of the table.
 
     Args:
       config: with a server for a teacher.
       local: the same weights as a directory or hub id, or None.
 
     Raises:
-      UserError: the server cannot be used at all; why.
+      UserError: the server cannot be used; why.
       TeacherUnreachable: it does not answer.
     """
     c = config.teacher
@@ -65,8 +64,8 @@ def rows(config: Config, local: str | None) -> Iterator[Row]:
         )
     with tempfile.TemporaryDirectory() as aside:
         sources = models.resolve_models(config, pathlib.Path(aside), None)
-    chat, rows = sources.teacher_chat, model_config.load_spec(sources.student).vocab_size
-    vocab_size = models.ids_of_server(sources, rows)
+    chat, size = sources.teacher_chat, model_config.load_spec(sources.student).vocab_size
+    vocab_size = models.ids_of_server(sources, size)
     limits = Limits(c.timeout_s, c.deadline_s, c.max_retries)
     transport = Transport(c.api_base, c.api_key_env, limits, trust_env=c.trust_env)
     with contextlib.closing(transport):
@@ -85,10 +84,8 @@ def _abilities(server: Server, backend: str) -> Iterator[Row]:
     yield "dialect", f"{backend}, {found.dialect}"
     yield "tokenizer", found.tokenizer
     length = found.context_length
-    yield (
-        "longest view",
-        f"{length:,} tokens ({found.context_source})" if length else "it does not tell",
-    )
+    known = f"{length:,} tokens ({found.context_source})" if length else "it does not tell"
+    yield "longest view", known
     yield "writes, with logprobs", "yes"
     if found.scores:
         yield "scores given ids", f"yes, as when it writes: {found.difference:.1e} nats apart"
@@ -104,51 +101,41 @@ def _abilities(server: Server, backend: str) -> Iterator[Row]:
 def _speed(transport: Transport, server: Server, chat: Chat, concurrency: int) -> Iterator[Row]:
     ids, k = preflight.probe_ids(chat), server.findings.top_k
 
-    def write(number: int) -> int:
-        request = preflight.sample_request(chat, np.roll(ids, number), k, _WRITTEN_TOKENS)
+    def tokens(kind: str, number: int) -> int:
+        """Asks about another text each time, which no cache has -> tokens of the answer."""
+        moved = np.roll(ids, number)
+        if kind == "writing":
+            request = preflight.sample_request(chat, moved, k, _WRITTEN_TOKENS)
+        else:
+            request = preflight.score_request(moved, k)
         (answer,) = exchange(transport, server.dialect, [request])
         return len(answer.target_ids)
 
-    def score(number: int) -> int:
-        moved = np.roll(ids, number)  # another text each time, which no cache has
-        (answer,) = exchange(transport, server.dialect, [preflight.score_request(moved, k)])
-        return len(answer.target_ids)
-
-    kinds = {"writing": write} | ({"scoring": score} if server.findings.scores else {})
-    for name, ask in kinds.items():
-        one, many = _latency(ask), _throughput(ask, concurrency)
-        yield f"{name}, one request", f"{1000 * one:.0f} ms (median of {_ROUNDS})"
-        yield f"{name}, {concurrency} at a time", f"{many:,.0f} tokens/s"
-
-
-def _latency(ask: Callable[[int], int]) -> float:
-    """Seconds, median."""
-    seconds = []
-    for number in range(1, _ROUNDS + 1):
+    for kind in ("writing", "scoring") if server.findings.scores else ("writing",):
+        seconds = []
+        for number in range(1, _ROUNDS + 1):
+            began = time.monotonic()
+            tokens(kind, number)
+            seconds.append(time.monotonic() - began)
+        median = 1000 * statistics.median(seconds)
+        yield f"{kind}, one request", f"{median:.0f} ms (median of {_ROUNDS})"
         began = time.monotonic()
-        ask(number)
-        seconds.append(time.monotonic() - began)
-    return statistics.median(seconds)
-
-
-def _throughput(ask: Callable[[int], int], concurrency: int) -> float:
-    """Tokens a second, with all requests under way that the config allows."""
-    began = time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
-        tokens = sum(pool.map(ask, range(_ROUNDS + 1, _ROUNDS + 1 + 2 * concurrency)))
-    return tokens / (time.monotonic() - began)
+        numbers = range(_ROUNDS + 1, _ROUNDS + 1 + 2 * concurrency)
+        with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
+            total = sum(pool.map(lambda number, kind=kind: tokens(kind, number), numbers))
+        speed = total / (time.monotonic() - began)
+        yield f"{kind}, {concurrency} at a time", f"{speed:,.0f} tokens/s"
 
 
 def _beside_local(server: Server, chat: Chat, local: str) -> Iterator[Row]:
     if not server.findings.scores:
         raise UserError("--local: there is nothing to compare; the server does not score given ids")
-    directory, mesh = hub.local_directory(local), parallel_mesh.make_mesh()
-    decoder, params = load.load_pretrained(directory, "float32", "float32", mesh)
-    ids, probe = preflight.probe_ids(chat), server.probe
-    tokens_1T, mask_1T = ids[None, :], np.ones((1, len(ids)), bool)
-    hidden_1TD = decoder.apply({"params": params}, tokens_1T, mask_1T)
+    directory = hub.local_directory(local)
+    decoder, params = load.load_pretrained(directory, "float32", "float32", make_mesh())
+    ids = preflight.probe_ids(chat)
+    hidden_1TD = decoder.apply({"params": params}, ids[None, :], np.ones((1, len(ids)), bool))
     logits_1TV = decoder.apply({"params": params}, hidden_1TD, method="unembed")
-    apart, divergence = compare(np.asarray(logits_1TV[0, :-1], np.float64), probe)
+    apart, divergence = compare(np.asarray(logits_1TV[0, :-1], np.float64), server.probe)
     yield f"logprobs beside those of {local}", f"at most {apart:.1e} nats apart"
     yield "forward KL, server to local", f"{divergence:.1e} nats a token"
 
@@ -157,13 +144,14 @@ def compare(logits_nV: np.ndarray, probe: TeacherAnswer) -> tuple[float, float]:
     """(largest difference of a top-k logprob, mean KL(server || local)), in nats.
 
     Args:
-      logits_nV: of the local model, where the server gave `probe`.
+      logits_nV: of the local model, at the positions of `probe`.
+      probe: the server's answer.
     """
     highest_n1 = logits_nV.max(axis=-1, keepdims=True)
     norm_n1 = np.log(np.exp(logits_nV - highest_n1).sum(axis=-1, keepdims=True)) + highest_n1
-    there_nK = probe.top_logprobs > -np.inf
     ours_nK = np.take_along_axis(logits_nV - norm_n1, probe.top_ids, axis=-1)
-    apart = np.abs(np.where(there_nK, ours_nK - probe.top_logprobs, 0.0)).max()
+    present_nK = probe.top_logprobs > -np.inf
+    apart = np.abs(np.where(present_nK, ours_nK - probe.top_logprobs, 0.0)).max()
     topk = TopKLogprobs(probe.top_ids, probe.top_logprobs, probe.tail_logprob)
     return float(apart), float(topk_forward_kl(logits_nV.astype(np.float32), topk).mean())
 

@@ -2,9 +2,9 @@
 
     python -m gkdjax.tools.plan_memory --config=configs/gemma3.py --chips=1xH200,v5e-8
 
-It reads each model's config.json, and the headers of tensor files that are there. The training
-step's bytes were compared with XLA's own account (`gkdjax.benchmarks.planned_memory`); what is left
-out is named in `gkdjax.train.planning.memory`.
+It reads each model's config.json, and the headers of tensor files where they exist. The training
+step's bytes were compared with XLA's own account (`gkdjax.benchmarks.planned_memory`);
+`gkdjax.train.planning.memory` names everything that is left out.
 """
 
 import json
@@ -21,28 +21,28 @@ flags.adopt_module_key_flags(cli)
 _CHIPS = flags.DEFINE_list(
     "chips", ["cpu"], "Devices: 1xH200, 8xH100, 1xB200, v5e-8, v5p-32, v6e-8, tpu7x-32, cpu."
 )
-_JSON = flags.DEFINE_string("json", None, "Where the plans are written to, too.")
+_JSON = flags.DEFINE_string("json", None, "A file to write the plans to, too.")
 
 
 def main(parsed: config.Config, workdir: pathlib.Path) -> None:
-    """The plan of a config on each of --chips."""
+    """Prints the plan of a config on each of --chips."""
     del workdir
-    os.environ["JAX_PLATFORMS"] = "cpu"  # shapes alone: an accelerator is left to who needs it
+    os.environ["JAX_PLATFORMS"] = "cpu"  # shapes alone: an accelerator stays free
     from gkdjax.train.planning import chips
     from gkdjax.train.planning import setup as planning_setup
 
     named = [chips.named(name) for name in _CHIPS.value]
-    found = [_show(planning_setup.read(parsed, devices.count), devices) for devices in named]
+    plans = [_show(planning_setup.read(parsed, devices.count), devices) for devices in named]
     if _JSON.value is not None:
-        pathlib.Path(_JSON.value).write_text(json.dumps(found, indent=2) + "\n")
+        pathlib.Path(_JSON.value).write_text(json.dumps(plans, indent=2) + "\n")
 
 
 def _show(setup, devices) -> dict:
-    """Prints the plan on these devices -> what the JSON file has of it."""
+    """Prints the plan on these devices -> the same for the JSON file."""
     from gkdjax.train.planning import advice, chips, memory
 
     planned, limit = memory.plan(setup), devices.usable_bytes
-    found = {
+    shown = {
         "chips": devices.name,
         "devices": devices.count,
         "mesh": dict(setup.mesh.shape),
@@ -52,18 +52,24 @@ def _show(setup, devices) -> dict:
         "peak_bytes": planned.peak,
         "usable_bytes": limit,
     }
-    print(f"{devices.name}: {_mesh(setup)}\n{planned.table()}\n")
+    axes = ", ".join(f"{axis}={number}" for axis, number in setup.mesh.shape.items())
+    slices = f", in {setup.slices} slices" if setup.slices > 1 else ""
+    print(f"{devices.name}: {setup.mesh.size} devices on a mesh of {axes}{slices}")
+    print(f"{planned.table()}\n")
     if limit is None:
         print(f"{devices.name}: how much memory it has is not known here")
-        return found | {"fits": None, "best_mesh": None, "fitting_meshes": None, "changes": []}
+        return shown | {"fits": None, "best_mesh": None, "fitting_meshes": None, "changes": []}
     fits, meshes = planned.peak <= limit, advice.meshes(setup, limit)
-    of = f"{size(devices.hbm_bytes)} less {chips.RESERVE:.0%} on each device"
+    memory_size = f"{size(devices.hbm_bytes)} less {chips.RESERVE:.0%} on each device"
     verdict = "fits" if fits else "DOES NOT FIT"
-    print(f"{devices.name}: {verdict}: {size(planned.peak)} of {of}\n{_meshes(meshes)}")
+    print(f"{devices.name}: {verdict}: {size(planned.peak)} of {memory_size}\n{_meshes(meshes)}")
     changes = [] if fits else advice.changes(setup, limit, meshes.best)
-    if not fits:
-        print(_changes(changes))
-    return found | {
+    rows = [[_flags(change.settings), size(change.saves)] for change in changes]
+    if rows:
+        print(table(["change, each by itself", "saves"], rows, widest=60))
+    elif not fits:
+        print("No single change of the config saves any of the peak: take larger devices.")
+    return shown | {
         "fits": fits,
         "best_mesh": meshes.best and meshes.best._asdict(),
         "fitting_meshes": [mesh._asdict() for mesh in meshes.fitting],
@@ -71,14 +77,8 @@ def _show(setup, devices) -> dict:
     }
 
 
-def _mesh(setup) -> str:
-    axes = ", ".join(f"{axis}={number}" for axis, number in setup.mesh.shape.items())
-    slices = f", in {setup.slices} slices" if setup.slices > 1 else ""
-    return f"{setup.mesh.size} devices on a mesh of {axes}{slices}"
-
-
 def _meshes(meshes) -> str:
-    """Names the best mesh, and how many there were to choose from."""
+    """Names the best mesh and the number of meshes to choose from."""
     counts = f"{len(meshes.fitting)} of {meshes.tried} meshes of these devices fit"
     counts += "".join(f"; {count} do not divide {what}" for what, count in meshes.refused.items())
     if meshes.best is None:
@@ -88,13 +88,6 @@ def _meshes(meshes) -> str:
         f"best mesh: {how}: {size(meshes.best.peak)} on each device; {counts}\n"
         "It shards over the fewest of fsdp and tensor; among equals it takes the least memory."
     )
-
-
-def _changes(changes) -> str:
-    if not changes:
-        return "No single change of the config saves any of the peak: take larger devices."
-    rows = [[_flags(change.settings), size(change.saves)] for change in changes]
-    return table(["change, each by itself", "saves"], rows, widest=60)
 
 
 def _flags(settings: dict) -> str:

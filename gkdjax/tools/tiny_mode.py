@@ -1,4 +1,4 @@
-"""The ":tiny" mode of a config: the same job on random models that are made on the spot.
+"""The ":tiny" mode of a config: the same job on random models, which are made on the spot.
 
     def get_config(mode: str = ""):
         tiny = tiny_mode.is_asked(mode, __file__)
@@ -17,9 +17,8 @@ import sys
 from gkdjax.config import Teacher
 
 MODELS = pathlib.Path("runs/tiny_models")
-_MODES = ("", "tiny")
 
-# Key -> rows that are left of it. A token is about a character: text is short by numbers alone.
+# Key -> number of rows to keep. A token is about a character: fewer rows are short enough.
 _ROWS = {
     "data.train": 24,
     "data.validation": 8,
@@ -33,30 +32,27 @@ _ROWS = {
 
 
 def is_asked(mode: str, file: str) -> bool:
-    """Whether a config's `mode` is "tiny".
+    """Tells whether a config's `mode` is "tiny"; ValueError for an unknown one.
 
     Args:
-      mode: what stands after the colon in --config=FILE:MODE.
+      mode: the part after the colon in --config=FILE:MODE.
       file: the config's `__file__`.
-
-    Raises:
-      ValueError: there is no such mode.
     """
     name = f"configs/{pathlib.Path(file).name}"
-    if mode not in _MODES:
+    if mode not in ("", "tiny"):
         raise ValueError(f"mode {mode!r}: write {name}, or {name}:tiny")
     return mode == "tiny"
 
 
 def shrink(c, *, vocab_size: int = 512, steps: int = 16, learning_rate: float = 5e-3) -> None:
-    """Other models in `runs/tiny_models`, and less of everything; what is done stays the same.
+    """Changes a config to random models in `runs/tiny_models` and less of everything.
 
-    Configs that share the sizes here share most of their compiled programs, too.
+    Configs that share these sizes share most of their compiled programs.
 
     Args:
-      c: a config's ConfigDict, with rows or .jsonl files for all of its data; it is changed.
+      c: the ConfigDict, with rows or .jsonl files for all of its data.
       vocab_size: of the models, see `make_tiny`.
-      steps: of the run, which evaluates in the middle, too; a warm-up lasts till there.
+      steps: of the run; an evaluation is in the middle, and a warm-up lasts till there.
       learning_rate: at which such models learn.
     """
     c.student.model = _model("student", vocab_size, width=64, layers=2, seed=2)
@@ -83,10 +79,7 @@ def shrink(c, *, vocab_size: int = 512, steps: int = 16, learning_rate: float = 
 
 
 def first_rows(source, count: int):
-    """The first `count` rows of a .jsonl file, or of rows; of several by name, those of each.
-
-    What is no such source, as None, comes back as it is.
-    """
+    """The first `count` rows of a .jsonl file, of rows, or of each source in a dict; None stays."""
     if isinstance(source, list | tuple):
         return source[:count]
     if isinstance(source, str):
@@ -114,7 +107,7 @@ def first_lines(path: str, count: int) -> str:
 
 
 def _model(who: str, vocab_size: int, **settings: int) -> str:
-    from gkdjax.tools.make_tiny import make_tiny  # slow to import, and the full modes need it not
+    from gkdjax.tools.make_tiny import make_tiny  # slow to import
 
     directory = MODELS / f"{who}-{vocab_size}"
     make_tiny(directory, vocab_size=vocab_size, **settings)

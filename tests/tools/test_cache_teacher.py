@@ -1,4 +1,4 @@
-"""cache_teacher asks ahead for all that a run will need; the run then needs no server."""
+"""cache_teacher asks ahead for everything that a run will need; the run then needs no server."""
 
 import pathlib
 
@@ -39,30 +39,25 @@ def server():
         yield made
 
 
-def fill(c, workdir: pathlib.Path, buy: bool = True) -> None:
-    cache_teacher.cache(config.parse(c), workdir, None, None, buy=buy)
-
-
-def rows_asked(server: FakeServer) -> int:
-    return server.handler.answered
+def fill(c, workdir: pathlib.Path, *prices: float, buy: bool = True) -> None:
+    cache_teacher.cache(config.parse(c), workdir, *(prices or (None, None)), buy=buy)
 
 
 def test_a_run_after_it_needs_no_server(student, server, tmp_path, capsys):
-    c = job(student, server.base)
-    run = tmp_path / "run"
-    cache_teacher.cache(config.parse(c), run, 1e6, 0.0, buy=False)
+    c, run = job(student, server.base), tmp_path / "run"
+    fill(c, run, 1e6, 0.0, buy=False)
     told = capsys.readouterr().out
-    preflights = rows_asked(server)  # as many rows each
+    preflights = server.handler.answered  # as many rows each
     assert preflights == 33
     assert "requests" in told and "price, at most" in told
 
     fill(c, run)
-    bought = rows_asked(server) - 2 * preflights
+    bought = server.handler.answered - 2 * preflights
     assert bought > 20
     assert ["bought", str(bought)] in [line.split() for line in capsys.readouterr().out.split("\n")]
 
     fill(c, run)  # nothing is bought twice
-    assert rows_asked(server) == bought + 3 * preflights
+    assert server.handler.answered == bought + 3 * preflights
     asked = len(server.requests)
 
     server.stop()
@@ -84,7 +79,7 @@ def test_nothing_is_bought_that_the_run_would_not_ask_for(student, server, tmp_p
     c.rollout.refresh_every_steps = None
     fill(c, tmp_path / "run")
     results = gkdjax.run(c, tmp_path / "run")
-    assert results["teacher"]["bought"] > 0  # what the student wrote for the evaluation, alone
+    assert results["teacher"]["bought"] > 0  # the student's text of the evaluation, alone
     c.teacher.offline = True
     c.teacher.store = str(tmp_path / "run" / "answers.sqlite")
     assert gkdjax.run(c, tmp_path / "other")["teacher"]["bought"] == 0
@@ -104,18 +99,14 @@ def test_earlier_answers_of_a_refreshed_row_are_read_ahead_too(student, server, 
 
 
 def test_without_a_store_or_a_server_there_is_nothing_to_fill(student, server, tmp_path):
-    for changes, reason in (
-        ({"teacher__store": None}, "no store to fill"),
-        ({"teacher__offline": True}, "no server to ask"),
+    for c, reason in (
+        (job(student, server.base, teacher__store=None), "no store to fill"),
+        (job(student, server.base, teacher__offline=True), "no server to ask"),
+        (small(student), "no server to ask"),
     ):
         with pytest.raises(UserError, match=reason):
-            fill(job(student, server.base, **changes), tmp_path / "run")
-    with pytest.raises(UserError, match="no server to ask"):
-        fill(small(student), tmp_path / "run")
+            fill(c, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_the_estimate_adds_up():
     assert "0.00 USD" in cache_teacher.estimate([], 1.0, 2.0)
     assert "USD" not in cache_teacher.estimate([], None, None)
 

@@ -1,8 +1,6 @@
 """Runs side by side: what is compared, what is refused, and the picture of their curves."""
 
 import pathlib
-import subprocess
-import sys
 
 import made_up_runs as made
 import matplotlib.colors
@@ -12,10 +10,10 @@ from matplotlib.image import imread
 
 from gkdjax.report import tables
 from gkdjax.tools import compare
+from gkdjax.utils.errors import UserError
 
 pytestmark = pytest.mark.drawn
 
-ROOT = pathlib.Path(__file__).parents[2]
 OTHER = {"rows": 8, "crc32": 1}
 
 
@@ -32,8 +30,8 @@ def run(*args) -> int:
 
 def shown(*directories: pathlib.Path) -> dict[str, dict[str, list[str]]]:
     """Title -> name of a row -> its cells."""
-    made_of = compare.side_by_side(compare.read(directories))
-    return {table.title: {row[0]: [*row[1:]] for row in table.rows} for table in made_of}
+    found = compare.side_by_side(compare.read(directories))
+    return {table.title: {row[0]: [*row[1:]] for row in table.rows} for table in found}
 
 
 def panels(*directories: pathlib.Path) -> dict:
@@ -59,34 +57,27 @@ def test_runs_side_by_side(tmp_path, capsys):
     assert run(a, b) == 0
     told = capsys.readouterr().out
     assert told.endswith("\ncompare.png\n") and imread("compare.png").shape[2] == 4
+    lines = [line.split() for line in told.splitlines()]
     for title, rows in found.items():
         assert f"\n{title}\n" in f"\n{told}"
         for name, cells in rows.items():
-            assert any(
-                line.startswith(name) and line.split() == [*name.split(), *" ".join(cells).split()]
-                for line in told.splitlines()
-            )
+            assert [*name.split(), *" ".join(cells).split()] in lines
 
 
-def test_every_number_of_a_run_is_compared(tmp_path):
+def test_every_number_is_compared_and_a_missing_one_is_a_dash(tmp_path):
     a = made.write_finished(tmp_path / "a")
-    found = shown(a)
+    alone = shown(a)
     for (title, name), cell in tables.cells(tables.tables(made.full_results())):
-        assert found[title][name] == [cell]
-    assert "Config, where it differs" not in found
-
-
-def test_what_a_run_does_not_have_is_a_dash(tmp_path):
-    a = made.write_finished(tmp_path / "a")
+        assert alone[title][name] == [cell]
+    assert "Config, where it differs" not in alone
     without = {"side_effects": {}, "prefix_cost": {}, "reprompted_student": {}}
-    b = made.write_finished(tmp_path / "b", without)
-    found = shown(b, a)
+    found = shown(made.write_finished(tmp_path / "b", without), a)
     assert found["Side effects"]["reverse KL"] == ["-", "0.0300"]
     assert found["Cost of the prefix"]["seconds with it"] == ["-", "2.000 (2.50x)"]
     assert found["Right answers"]["reprompted student, held-out"][0] == "-"
 
 
-def test_unfinished_runs_are_marked_and_shown_with_what_they_have(tmp_path, capsys):
+def test_unfinished_runs_are_marked_and_shown_with_their_measures(tmp_path, capsys):
     a = made.write_finished(tmp_path / "a")
     b = made.write_unfinished(tmp_path / "b")
     begun = made.write_begun(tmp_path / "begun")
@@ -105,82 +96,61 @@ def test_unfinished_runs_are_marked_and_shown_with_what_they_have(tmp_path, caps
     assert "b: eval.jsonl: the last line is cut off, and left out" in told
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path):
-    paths = [tmp_path / part / "run" for part in ("x/a", "y/a", "y/b")]
-    for path in paths:
-        made.write_begun(path)
+def test_runs_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    paths = [made.write_begun(tmp_path / part / "run") for part in ("x/a", "y/a", "y/b")]
     assert list(compare.read(paths)) == ["x/a/run", "y/a/run", "y/b/run"]
     assert list(compare.read(paths[1:])) == ["a/run", "b/run"]
     assert list(compare.read(paths[:1])) == ["run"]
-
-
-def test_a_run_is_not_compared_with_itself(tmp_path, capsys, monkeypatch):
-    a = made.write_begun(tmp_path / "a")
     monkeypatch.chdir(tmp_path)
-    assert run(a, "a") == 2
-    assert "a is named twice" in capsys.readouterr().err
+    with pytest.raises(UserError, match="x/a/run is named twice"):
+        compare.read([paths[0], pathlib.Path("x/a/run")])
 
 
-def task(**changed: dict) -> dict:
-    return {"task": made.TASK | {k.replace("__", "."): v for k, v in changed.items()}}
+def task(*without: str, **changed: dict) -> dict:
+    found = made.TASK | {name.replace("__", "."): rows for name, rows in changed.items()}
+    return {"task": {name: rows for name, rows in found.items() if name not in without}}
 
 
-def without(*names: str) -> dict:
-    return {"task": {name: of for name, of in made.TASK.items() if name not in names}}
+MORE = task(retention__more=OTHER)
+DIFFERENT = [
+    (task(questions=OTHER, retention__sort=OTHER), task(), "questions (a / b); retention.sort ("),
+    # The distance is taken on the questions where there are no prompts.
+    (task("prompts"), task(), "prompts (a / b)"),
+    # Side effects are taken on all of retention where there are no prompts for them.
+    (task(), task(side_effects=OTHER), "side_effects (a / b)"),
+    (task(), MORE, "side_effects (a / b)"),
+]
+ALIKE = [
+    (task(), task("heldout", "retention.sort")),  # a set that one run lacks
+    (MORE, {"task": dict(reversed(MORE["task"].items()))}),  # another order
+]
 
 
-def test_runs_that_were_asked_different_things_are_refused(tmp_path, capsys):
-    a = made.write_finished(tmp_path / "a")
-    b = made.write_finished(tmp_path / "b", task(questions=OTHER, retention__sort=OTHER))
-    c = made.write_finished(tmp_path / "c", task(retention__sort=OTHER))
-    assert run(a, b, c, "--out=x.png") == 2
-    told = capsys.readouterr()
-    assert told.out == "" and not pathlib.Path("x.png").exists()
-    assert "differ in questions (a, c / b); retention.sort (a / b, c)" in told.err
-    assert "prompts" not in told.err.split("Compare runs")[0]
-    assert run(b, a) == 2  # whichever comes first
-
-
-def test_an_unfinished_run_of_another_task_is_refused_too(tmp_path, capsys):
-    a = made.write_finished(tmp_path / "a", task(heldout=OTHER))
-    b = made.write_unfinished(tmp_path / "b")
-    assert run(a, b) == 2
-    assert "differ in heldout (a / b)" in capsys.readouterr().err
-
-
-def test_a_set_that_one_run_lacks_is_no_difference(tmp_path):
-    a = made.write_finished(tmp_path / "a")
-    b = made.write_finished(tmp_path / "b", without("heldout", "retention.sort"))
-    assert list(compare.read([a, b])) == ["a", "b"]
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "told"),
-    [
-        # The distance is taken on the questions where there are no prompts.
-        (without("prompts"), task(), "prompts (a / b)"),
-        # Side effects are taken on all of retention where there are no prompts for them.
-        (task(), task(side_effects=OTHER), "side_effects (a / b)"),
-        (task(), task(retention__more=OTHER), "side_effects (a / b)"),
-    ],
-)
-def test_measures_of_one_name_that_were_taken_on_other_rows(tmp_path, capsys, one, other, told):
+@pytest.mark.parametrize(("one", "other", "named"), DIFFERENT)
+def test_measures_of_one_name_that_were_taken_on_other_rows(tmp_path, one, other, named):
     a, b = (made.write_finished(tmp_path / n, of) for n, of in (("a", one), ("b", other)))
-    assert run(a, b) == 2
-    assert told in capsys.readouterr().err
+    with pytest.raises(UserError) as caught:
+        compare.read([a, b])
+    assert f"differ in {named}" in str(caught.value)
+    with pytest.raises(UserError, match="differ in"):  # whichever comes first
+        compare.read([b, a])
 
 
-def test_the_order_of_abilities_is_no_difference(tmp_path):
-    more = task(retention__more=OTHER)
-    back = {"task": dict(reversed(more["task"].items()))}
-    paths = [made.write_finished(tmp_path / n, of) for n, of in (("a", more), ("b", back))]
+@pytest.mark.parametrize(("one", "other"), ALIKE)
+def test_tasks_that_do_not_differ(tmp_path, one, other):
+    paths = [made.write_finished(tmp_path / n, of) for n, of in (("a", one), ("b", other))]
     assert list(compare.read(paths)) == ["a", "b"]
 
 
-def test_a_run_alone(tmp_path):
+def test_runs_with_different_questions_are_refused(tmp_path, capsys):
     a = made.write_finished(tmp_path / "a")
-    assert run(a) == 0
-    assert pathlib.Path("compare.png").exists()
+    b = made.write_finished(tmp_path / "b", task(questions=OTHER, retention__sort=OTHER))
+    c = made.write_unfinished(tmp_path / "c")
+    assert run(a, b, c, "--out=x.png") == 2
+    told = capsys.readouterr()
+    assert told.out == "" and not pathlib.Path("x.png").exists()
+    assert "differ in questions (a, c / b); retention.sort (a, c / b)" in told.err
+    assert "prompts" not in told.err.split("Compare runs")[0]
 
 
 def test_the_curves_lie_over_each_other(tmp_path):
@@ -200,29 +170,26 @@ def test_the_curves_lie_over_each_other(tmp_path):
     assert list(points(found["right answers"])) == ["a"]
     loss = points(found["training loss (of several divergences)"])
     assert len(loss["a"][0]) == 60 and loss["b"][0] == [*range(20)]
-    assert loss["b"][1] == [line["loss"] for line in made.three_phases(60)[:20]]
     raw = [line["loss"] for line in made.three_phases(60)]
+    assert loss["b"][1] == raw[:20]
     assert np.std(np.diff(loss["a"][1])) < np.std(np.diff(raw)) / 2  # a moving mean
 
 
-def test_losses_of_one_kind_say_which(tmp_path):
+def test_losses_of_one_kind_say_which_and_no_step_is_an_empty_picture(tmp_path):
     a = made.write_begun(tmp_path / "a")
+    (axes,) = panels(a).values()
+    assert not axes.lines
     made.write_lines(a / "metrics.jsonl", [made.metric(i, 1.0) for i in range(3)])
     assert list(panels(a)) == ["training loss, forward_kl"]
 
 
-def test_a_run_without_a_step_has_an_empty_picture(tmp_path):
-    made_of = compare.figure(compare.read([made.write_begun(tmp_path / "a")]))
-    assert len(made_of.axes) == 1 and not made_of.axes[0].lines
-
-
 def test_many_runs_can_be_told_apart_without_colour(tmp_path):
     paths = [made.write_unfinished(tmp_path / f"run{i}") for i in range(28)]
-    made_of = compare.figure(compare.read(paths))
-    (legend,) = made_of.legends
+    figure = compare.figure(compare.read(paths))
+    (legend,) = figure.legends
     named = [text.get_text() for text in legend.get_texts()]
     assert named == [f"run{i} (not finished, step 20 of 60)" for i in range(28)]
-    for axes in made_of.axes:
+    for axes in figure.axes:
         looks = {(line.get_marker(), line.get_linestyle()) for line in axes.lines}
         assert len(looks) == len(axes.lines) == 28
         for line in axes.lines:
@@ -253,24 +220,11 @@ def test_where_the_picture_goes(tmp_path, capsys, out):
 
 def test_a_picture_that_cannot_be_written_is_named(tmp_path, capsys):
     a = made.write_begun(tmp_path / "a")
-    assert run(a, "--out=picture.svg") == 2
-    assert "name a directory, or a file that ends in .png" in capsys.readouterr().err
-    assert run(a, f"--out={a / 'config.json' / 'x'}") == 2
-    assert "cannot be written" in capsys.readouterr().err
-
-
-def test_what_is_no_run_is_named(tmp_path, capsys):
-    a = made.write_begun(tmp_path / "a")
-    assert run(a, tmp_path / "none") == 2
-    assert f"{tmp_path / 'none'} holds no config.json" in capsys.readouterr().err
+    for arguments, named in (
+        ([a, "--out=picture.svg"], "name a directory, or a file that ends in .png"),
+        ([a, f"--out={a / 'config.json' / 'x'}"], "cannot be written"),
+        ([a, tmp_path / "none"], f"{tmp_path / 'none'} holds no config.json"),
+    ):
+        assert run(*arguments) == 2
+        assert named in capsys.readouterr().err
     assert list(pathlib.Path().iterdir()) == []
-    with pytest.raises(SystemExit) as caught:
-        run()
-    assert caught.value.code == 2
-
-
-def test_the_command_line(tmp_path):
-    a, b = (made.write_unfinished(tmp_path / name) for name in "ab")
-    command = [sys.executable, "-m", "gkdjax.tools.compare", a, b, f"--out={tmp_path / 'x.png'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.endswith(f"\n{tmp_path / 'x.png'}\n") and done.stderr == ""

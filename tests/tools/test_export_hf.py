@@ -1,10 +1,8 @@
-"""Exports of a run's saved steps are what the run itself exports."""
+"""Exports of a run's saved steps are the run's own exports."""
 
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,8 +14,11 @@ import gkdjax
 from gkdjax.tools import export_hf
 from gkdjax.utils.errors import Preempted
 
-FILES = ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja")
-FILES += ("generation_config.json", "LICENSE", "USE_POLICY.md")
+TEXT = ("tokenizer.json", "chat_template.jinja", "generation_config.json", "LICENSE")
+FILES = {
+    "merged": ("model.safetensors", "config.json", "USE_POLICY.md", *TEXT),
+    "adapter": ("adapter_model.safetensors", "adapter_config.json", "USE_POLICY.md", *TEXT),
+}
 
 
 def export(run, out, *flags: str) -> int:
@@ -44,62 +45,60 @@ def lora_run(student, tmp_path_factory) -> pathlib.Path:
     return root / "run"
 
 
-@pytest.fixture(scope="module")
-def full_run(student, tmp_path_factory) -> pathlib.Path:
-    config = small(student, teacher__top_k=1, student__adapter="none")
-    gkdjax.run(config, tmp_path_factory.mktemp("full") / "run", teacher=ConstantTeacher(50, 5))
-    return next(tmp_path_factory.getbasetemp().glob("full*/run"))
+@pytest.fixture
+def run(lora_run, tmp_path) -> pathlib.Path:
+    """A copy to change."""
+    return pathlib.Path(shutil.copytree(lora_run, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("flags", [[], ["--merged"], ["--merged", "--step=4"]])
-def test_the_last_step_is_what_the_run_exported(lora_run, tmp_path, capsys, flags):
+@pytest.mark.parametrize(
+    ("flags", "kind"),
+    [([], "merged"), (["--merged", "--step=4"], "merged"), (["--adapter"], "adapter")],
+)
+def test_the_last_step_is_the_runs_own_export(lora_run, tmp_path, capsys, flags, kind):
     assert export(lora_run, tmp_path / "out", *flags) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'out'}: step 4 of {lora_run}\n"
-    for name in FILES:
-        ours, runs = (d / name for d in (tmp_path / "out", lora_run / "merged"))
+    for name in FILES[kind]:
+        ours, runs = (d / name for d in (tmp_path / "out", lora_run / kind))
         assert ours.read_bytes() == runs.read_bytes(), name
+    if kind == "adapter":
+        fields = json.loads((tmp_path / "out/adapter_config.json").read_text())
+        assert (fields["r"], fields["lora_alpha"]) == (2, 7.0)
 
 
-def test_the_adapter_is_what_the_run_exported(lora_run, tmp_path):
-    assert export(lora_run, tmp_path / "out", "--adapter") == 0
-    for name in ("adapter_model.safetensors", "adapter_config.json", *FILES[2:]):
-        ours, runs = (d / name for d in (tmp_path / "out", lora_run / "adapter"))
-        assert ours.read_bytes() == runs.read_bytes(), name
-    fields = json.loads((tmp_path / "out/adapter_config.json").read_text())
-    assert (fields["r"], fields["lora_alpha"]) == (2, 7.0)
-
-
-def test_exports_stop_where_the_run_did(lora_run, tmp_path):
-    def stops(directory) -> list[int]:
-        return json.loads((directory / "generation_config.json").read_text())["eos_token_id"]
-
-    assert stops(lora_run / "merged") == stops(lora_run / "adapter") == [5, 1]
-    run = shutil.copytree(lora_run, tmp_path / "run")
-    (run / "ending.json").write_text('{"stop_ids": [5, 1, 9], "pad_id": 0}')  # a teacher's, too
-    assert export(run, tmp_path / "out") == 0 and stops(tmp_path / "out") == [5, 1, 9]
-    (run / "ending.json").unlink()  # an older run
-    assert export(run, tmp_path / "out") == 0 and stops(tmp_path / "out") == [5, 1]
-
-
-def test_an_earlier_step_is_what_the_run_was_then(lora_run, tmp_path):
+def test_an_earlier_step_is_the_run_at_that_time(lora_run, tmp_path):
     assert export(lora_run, tmp_path / "out", "--step=2") == 0
     assert_same_bytes(tmp_path / "out", lora_run.parent / "stopped")
     early, late = (torch_logits(load_torch(d)) for d in (tmp_path / "out", lora_run / "merged"))
     assert np.abs(early - late).max() > 0.01
 
 
-def test_every_parameter_of_a_full_fine_tuning_is_exported(full_run, student, tmp_path, capsys):
-    assert export(full_run, tmp_path / "out") == 0
-    assert_same_bytes(tmp_path / "out", full_run / "merged")
+def test_exports_stop_where_the_run_did(run, tmp_path):
+    def stops(directory) -> list[int]:
+        return json.loads((directory / "generation_config.json").read_text())["eos_token_id"]
+
+    assert stops(run / "merged") == stops(run / "adapter") == [5, 1]
+    (run / "ending.json").write_text('{"stop_ids": [5, 1, 9], "pad_id": 0}')  # a teacher's, too
+    assert export(run, tmp_path / "out") == 0 and stops(tmp_path / "out") == [5, 1, 9]
+    (run / "ending.json").unlink()  # an older run
+    assert export(run, tmp_path / "out") == 0 and stops(tmp_path / "out") == [5, 1]
+
+
+def test_every_parameter_of_a_full_fine_tuning_is_exported(student, tmp_path, capsys):
+    run = tmp_path / "run"
+    config = small(student, teacher__top_k=1, student__adapter="none")
+    gkdjax.run(config, run, teacher=ConstantTeacher(50, 5))
+    assert export(run, tmp_path / "out") == 0
+    assert_same_bytes(tmp_path / "out", run / "merged")
     before, after = tensors(student), tensors(tmp_path / "out")
     assert all((after[name] != before[name]).any() for name in before if "proj" in name)
-    assert export(full_run, tmp_path / "adapter", "--adapter") == 2
+    assert export(run, tmp_path / "adapter", "--adapter") == 2
     assert "trained every parameter" in capsys.readouterr().err
     assert not (tmp_path / "adapter").exists()
 
 
 def damage(run: pathlib.Path, leaf: str) -> None:
-    """What a flipped bit of the leaf comes to: it does not have its fingerprint any more."""
+    """Changes the fingerprint of a leaf, as if a bit of the leaf had flipped."""
     path = run / "checkpoints/4/meta/metadata"
     meta = json.loads(path.read_text())
     (damaged,) = [name for name in meta["fingerprints"] if name.endswith(leaf)]
@@ -107,9 +106,9 @@ def damage(run: pathlib.Path, leaf: str) -> None:
     path.write_text(json.dumps(meta))
 
 
-def test_a_damaged_newest_step_is_passed_over_and_left_alone(lora_run, tmp_path, capsys):
-    run = shutil.copytree(lora_run, tmp_path / "run")
+def test_a_damaged_or_unfinished_newest_step_is_passed_over(lora_run, run, tmp_path, capsys):
     damage(run, "0/mu/layers/q_proj/a")  # the optimizer's are not exported
+    (run / "checkpoints/6.orbax-checkpoint-tmp").mkdir()  # a save that is going on
     assert export(run, tmp_path / "out") == 0
     assert_same_bytes(tmp_path / "out", lora_run / "merged")
     damage(run, "trainable/layers/q_proj/a")
@@ -123,24 +122,14 @@ def test_a_damaged_newest_step_is_passed_over_and_left_alone(lora_run, tmp_path,
     assert sorted(run.rglob("*")) == before
 
 
-def test_a_save_that_is_going_on_is_left_alone(lora_run, tmp_path):
-    run = shutil.copytree(lora_run, tmp_path / "run")
-    (run / "checkpoints/6.orbax-checkpoint-tmp").mkdir()
-    assert export(run, tmp_path / "out") == 0
-    assert (run / "checkpoints/6.orbax-checkpoint-tmp").is_dir()
-    assert_same_bytes(tmp_path / "out", lora_run / "merged")
-
-
-def test_only_its_own_kind_of_directory_is_replaced(lora_run, tmp_path, capsys):
-    out = tmp_path / "out"
+def test_only_its_own_kind_of_directory_is_replaced(lora_run, run, tmp_path, capsys):
+    out, work = tmp_path / "out", tmp_path / "work"
     out.mkdir()
     assert export(lora_run, out, "--step=2") == 0  # an empty one is
     assert export(lora_run, out) == 0
     assert_same_bytes(out, lora_run / "merged")
-    work = tmp_path / "work"
     work.mkdir()
     (work / "thesis.tex").touch()
-    run = shutil.copytree(lora_run, tmp_path / "run")
     (tmp_path / "file").write_text("text")
     for other in (work, run, tmp_path / "file", lora_run / "adapter", tmp_path):
         assert export(run, other) == 2
@@ -162,20 +151,15 @@ def test_the_readmes_commands_are_ours(lora_run, tmp_path):
         assert export(lora_run, tmp_path / flags[0], *flags) == 0
 
 
-def test_a_run_from_before_a_key_of_the_config_can_be_exported(lora_run, tmp_path):
-    run = shutil.copytree(lora_run, tmp_path / "run")
-    saved = json.loads((run / "config.json").read_text())
-    del saved["teacher"]["prefix_bytes"], saved["log"]
-    (run / "config.json").write_text(json.dumps(saved))
-    assert export(run, tmp_path / "out", "--adapter") == 0
-
-
 def test_a_run_finds_its_model_from_anywhere(student, tmp_path, monkeypatch, capsys):
     shutil.copytree(student, tmp_path / "here/model")
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     config = small("model", teacher__top_k=1, train__steps=1, train__export="adapter")
     gkdjax.run(config, tmp_path / "run", teacher=ConstantTeacher(50, 5))
+    saved = json.loads((tmp_path / "run/config.json").read_text())
+    del saved["teacher"]["prefix_bytes"], saved["log"]  # a run from before these keys
+    (tmp_path / "run/config.json").write_text(json.dumps(saved))
     monkeypatch.chdir(tmp_path / "there")
     assert export(tmp_path / "run", "out") == 0
     assert export(tmp_path / "run", "adapter", "--adapter") == 0
@@ -186,36 +170,20 @@ def test_a_run_finds_its_model_from_anywhere(student, tmp_path, monkeypatch, cap
     assert f"{tmp_path / 'here/model'} is gone" in capsys.readouterr().err
 
 
-def test_what_is_no_run_or_no_step_is_named(lora_run, student, tmp_path, capsys):
-    def told(run, *flags) -> str:
+def test_a_missing_run_or_step_is_named(run, student, tmp_path, capsys):
+    def error(run, *flags) -> str:
         assert export(run, tmp_path / "out", *flags) == 2
         assert not (tmp_path / "out").exists()
         return capsys.readouterr().err
 
-    assert "holds no step 3; there are [2, 4]" in told(lora_run, "--step=3")
-    assert "holds no config.json, so it is not a run's" in told(tmp_path / "nothing")
-    assert "config.json is not a run's" in told(student)
-    run = shutil.copytree(lora_run, tmp_path / "run")
+    assert "holds no step 3; there are [2, 4]" in error(run, "--step=3")
+    assert "holds no config.json, so it is not a run's" in error(tmp_path / "nothing")
+    assert "config.json is not a run's" in error(student)
     shutil.rmtree(run / "checkpoints")
-    assert "holds no checkpoint" in told(run)
+    assert "holds no checkpoint" in error(run)
     fields = json.loads((run / "config.json").read_text())
     fields["student"]["model"] = str(tmp_path / "gone")
     (run / "config.json").write_text(json.dumps(fields))
-    assert str(tmp_path / "gone") in told(run)
+    assert str(tmp_path / "gone") in error(run)
     (run / "config.json").write_text("{")
-    assert "cannot be read" in told(run)
-
-
-def test_the_command_line(lora_run, tmp_path):
-    command = [sys.executable, "-m", "gkdjax.tools.export_hf", f"--checkpoint={lora_run}"]
-    command += [f"--out={tmp_path / 'out'}"]
-    done = subprocess.run([*command, "--step=2"], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith(f"step 2 of {lora_run}\n")
-    assert done.stderr == ""
-
-
-def test_a_wrong_flag_is_told(tmp_path, capsys):
-    with pytest.raises(SystemExit) as caught:
-        export(tmp_path, tmp_path / "out", "--adapter", "--merged")
-    assert caught.value.code == 2
-    assert "not allowed with" in capsys.readouterr().err
+    assert "config.json does not parse" in error(run)

@@ -1,11 +1,9 @@
-"""The check of a model directory: what it says of each family, and what it refuses."""
+"""The check of a model directory: its description of each family, and its refusals."""
 
 import json
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 
 import checkpoints
 import factories
@@ -17,74 +15,38 @@ from readme_commands import README, ROOMS
 
 from gkdjax.tools import import_hf
 
+WEIGHTS = "model.safetensors"
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
-
-
-def check(directory, capsys) -> tuple[int, dict[str, str], str]:
-    """(exit code, the table, stderr)."""
-    code = import_hf.main(["--check", str(directory)])
-    printed = capsys.readouterr()
-    return code, dict(import_hf.describe(str(directory))) if code == 0 else {}, printed.err
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_family_is_described(kind, tmp_path, capsys):
     source = checkpoints.make(tmp_path / "source", kind, "bfloat16", max_shard_size="40KB")
     capsys.readouterr()
-    code = import_hf.main(["--check", source])
+    assert import_hf.main(["--check", source]) == 0
     printed = capsys.readouterr()
-    assert (code, printed.err) == (0, "")
     rows = dict(import_hf.describe(source))
-    assert printed.out.splitlines()[-1] == "fits"
-    for line, (what, value) in zip(printed.out.splitlines(), rows.items(), strict=False):
-        assert line.startswith(what) and line.endswith(value)
+    lines = printed.out.splitlines()
+    assert lines[-1] == "fits" and printed.err == ""
+    for line, (name, value) in zip(lines[:-1], rows.items(), strict=True):
+        assert line.startswith(name) and line.endswith(value)
     model = checkpoints.load_torch(source)
     text = model.model.language_model if kind == MULTIMODAL else model
     count = sum(weight.numel() for weight in text.parameters())  # torch counts a tied one once
-    assert rows["parameters"] == f"{count:,}"
     family = "gemma3" if kind == MULTIMODAL else kind
     model_type = {"gemma3": "gemma3_text", MULTIMODAL: "gemma3"}.get(kind) or kind
-    assert rows["family"] == f"{family} (model_type {model_type})"
-    assert rows["width"] == ("64" if kind == "qwen2" else "48")
-    assert rows["heads"] == "4 of 16, 2 for keys and values"
-    assert (rows["ffn width"], rows["vocabulary"], rows["dtype"]) == ("80", "128 rows", "bfloat16")
-    assert rows["tokenizer"] == "102 tokens, 26 rows of padding"
-    assert rows["stop ids"] == "<end_of_turn> (5), <eos> (1)"
-    assert rows["chat template"] == "ends a turn with <end_of_turn>"
+    local = ", 2 of them local with a window of 5" if family == "gemma3" else ""
+    wanted = {
+        **{"family": f"{family} (model_type {model_type})", "parameters": f"{count:,}"},
+        **{"width": "64" if kind == "qwen2" else "48", "ffn width": "80", "dtype": "bfloat16"},
+        **{"heads": "4 of 16, 2 for keys and values", "vocabulary": "128 rows"},
+        **{"tokenizer": "102 tokens, 26 rows of padding", "layers": f"3{local}"},
+        "stop ids": "<end_of_turn> (5), <eos> (1)",
+        "chat template": "ends a turn with <end_of_turn>",
+    }
+    assert rows | wanted == rows
     assert f"{2 * count / 1000:.2f} kB" in rows["tensors"]
     assert ("not of the text" in rows) == (kind == MULTIMODAL)
-    local = "3, 2 of them local with a window of 5"
-    assert rows["layers"] == (local if family == "gemma3" else "3")
-
-
-def test_rope_scaling_and_a_head_of_its_own_are_told(tmp_path, capsys):
-    llama = {"rope_parameters": factories.LLAMA3_ROPE, "tie_word_embeddings": False}
-    source = checkpoints.make(tmp_path / "llama", "llama", **llama)
-    _, rows, _ = check(source, capsys)
-    assert rows["rope"] == (
-        "theta 500,000, llama3: slow frequencies divided by 8, trained at 64 positions"
-    )
-    assert rows["head"] == "of its own"
-    scaled = factories.rope_parameters(factor=8.0)
-    source = checkpoints.make(tmp_path / "gemma3", "gemma3", rope_parameters=scaled)
-    _, rows, _ = check(source, capsys)
-    assert rows["rope"] == "theta 1,000,000, positions divided by 8"
-    assert rows["rope, local layers"] == "theta 10,000, not scaled"
-    assert rows["head"] == "tied to the embedding"
-
-
-def test_a_key_that_nobody_reads_is_told(copy, capsys):
-    edit_config(copy, rope_interleaved=True)
-    _, rows, _ = check(copy, capsys)
-    assert rows["not read"].startswith("rope_interleaved of config.json")
-
-
-def test_dtypes_that_differ_are_told(tmp_path, capsys):
-    source = checkpoints.make(tmp_path / "llama", "llama")
-    mixed = {n: t if "norm" in n else t.bfloat16() for n, t in tensors(source).items()}
-    safetensors.torch.save_file(mixed, pathlib.Path(source) / "model.safetensors")
-    _, rows, _ = check(source, capsys)
-    assert rows["dtype"] == "bfloat16 (68,352 numbers), float32 (336 numbers)"
 
 
 @pytest.fixture(scope="module")
@@ -97,85 +59,111 @@ def copy(whole, tmp_path) -> pathlib.Path:
     return pathlib.Path(shutil.copytree(whole, tmp_path / "model"))
 
 
-def add_token(directory: pathlib.Path, token: str, special: bool, template: str = "") -> None:
-    """Ids 102 to 128 are taken: the last one has no row in an embedding of 128."""
-    tokenizer = factories.tokenizer()
-    tokenizer.add_tokens([f"<unused{i}>" for i in range(26)], special_tokens=True)
-    tokenizer.add_tokens([token], special_tokens=special)
-    tokenizer.chat_template = template + tokenizer.chat_template
-    tokenizer.save_pretrained(directory)
-
-
-def test_a_special_token_without_a_row_is_told(copy, capsys):
-    add_token(copy, "<image_soft_token>", special=True)
-    code, rows, _ = check(copy, capsys)
-    assert code == 0
-    assert rows["tokenizer"] == "129 tokens, 0 rows of padding"
-    assert rows[""] == "without a row, never use: '<image_soft_token>' (128)"
-
-
 def edit_weights(change):
     def edit(directory):
         found = tensors(directory)
         change(found)
-        safetensors.torch.save_file(found, directory / "model.safetensors")
+        safetensors.torch.save_file(found, directory / WEIGHTS)
 
     return edit
 
 
-def edit_config(directory, **fields):
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | fields))
+def edit_config(**fields):
+    def edit(directory):
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | fields))
+
+    return edit
 
 
-REFUSED = {
-    "no directory": (shutil.rmtree, "model"),
-    "no config": (lambda d: (d / "config.json").unlink(), r"no config\.json"),
-    "another architecture": (lambda d: edit_config(d, model_type="mamba"), "'mamba'.*qwen3"),
-    "not causal": (lambda d: edit_config(d, is_causal=False), "is_causal = False changes what"),
-    "a missing tensor": (edit_weights(lambda t: t.pop(Q_PROJ)), f"missing.*{Q_PROJ}"),
-    "an unknown tensor": (edit_weights(lambda t: t.update(more=t[Q_PROJ].clone())), "more"),
-    "a misshapen tensor": (
-        edit_weights(lambda t: t.update({Q_PROJ: torch.zeros(3, 4)})),
-        rf"{Q_PROJ}.*\(3, 4\)",
+def add_token(token: str, special: bool, template: str = ""):
+    """Ids 102 to 128 are taken: the last one has no row in an embedding of 128."""
+
+    def edit(directory):
+        tokenizer = factories.tokenizer()
+        tokenizer.add_tokens([f"<unused{i}>" for i in range(26)], special_tokens=True)
+        tokenizer.add_tokens([token], special_tokens=special)
+        tokenizer.chat_template = template + tokenizer.chat_template
+        tokenizer.save_pretrained(directory)
+
+    return edit
+
+
+def low(found):
+    found |= {name: t if "norm" in name else t.bfloat16() for name, t in found.items()}
+
+
+def untie(found):
+    found["lm_head.weight"] = found["model.embed_tokens.weight"].clone()
+
+
+SCALED = edit_config(rope_parameters=factories.rope_parameters(factor=8.0))
+DESCRIBED = [
+    (SCALED, {"rope": "theta 1,000,000, positions divided by 8"}),
+    (SCALED, {"rope, local layers": "theta 10,000, not scaled", "head": "tied to the embedding"}),
+    (
+        lambda d: (edit_config(tie_word_embeddings=False)(d), edit_weights(untie)(d)),
+        {"head": "of its own"},
     ),
-    "a NaN": (edit_weights(lambda t: t[Q_PROJ].view(-1)[-1:].fill_(torch.nan)), f"{Q_PROJ}.* NaN"),
-    "truncated weights": (
-        lambda d: (d / "model.safetensors").write_bytes(b"\0" * 40),
-        r"model\.safetensors",
+    (
+        edit_config(rope_interleaved=True),
+        {"not read": "rope_interleaved of config.json, which transformers passes over too"},
     ),
-    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer"),
-    "no chat template": (lambda d: (d / "chat_template.jinja").unlink(), "no chat template"),
-    "a word without a row": (lambda d: add_token(d, "word", special=False), r"'word' \(128\)"),
-    "a template's token without a row": (
-        lambda d: add_token(d, "<begin>", special=True, template="<begin>"),
+    (edit_weights(low), {"dtype": "bfloat16 (68,352 numbers), float32 (720 numbers)"}),
+    (
+        add_token("<image_soft_token>", special=True),
+        {
+            "tokenizer": "129 tokens, 0 rows of padding",
+            "": "without a row, never use: '<image_soft_token>' (128)",
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "wanted"), DESCRIBED)
+def test_it_is_described(copy, change, wanted):
+    change(copy)
+    rows = dict(import_hf.describe(str(copy)))
+    assert rows | wanted == rows
+
+
+def test_llama_3s_rope_scaling_is_described(tmp_path):
+    source = checkpoints.make(tmp_path, "llama", rope_parameters=factories.LLAMA3_ROPE)
+    assert dict(import_hf.describe(source))["rope"] == (
+        "theta 500,000, llama3: slow frequencies divided by 8, trained at 64 positions"
+    )
+
+
+def unlink(name: str):
+    return lambda directory: (directory / name).unlink()
+
+
+REFUSED = [
+    (shutil.rmtree, "model"),
+    (unlink("config.json"), r"no config\.json"),
+    (edit_config(model_type="mamba"), "'mamba'.*qwen3"),
+    (edit_config(is_causal=False), "is_causal = False changes what"),
+    (edit_weights(lambda t: t.pop(Q_PROJ)), f"missing.*{Q_PROJ}"),
+    (edit_weights(lambda t: t.update(more=t[Q_PROJ].clone())), r"unknown.*\['more'\]"),
+    (edit_weights(lambda t: t.update({Q_PROJ: torch.zeros(3, 4)})), rf"{Q_PROJ}.*\(3, 4\)"),
+    (edit_weights(lambda t: t[Q_PROJ].view(-1)[-1:].fill_(torch.nan)), f"{Q_PROJ}.* NaN"),
+    (lambda d: (d / WEIGHTS).write_bytes(b"\0" * 40), r"model\.safetensors"),
+    (unlink("tokenizer.json"), "tokenizer"),
+    (unlink("chat_template.jinja"), "no chat template"),
+    (add_token("word", special=False), r"'word' \(128\)"),
+    (
+        add_token("<begin>", special=True, template="<begin>"),
         r"128 rows and none for 1 tokens of the tokenizer, '<begin>' \(128\)",
     ),
-}
+]
 
 
-@pytest.mark.parametrize("damage", REFUSED)
-def test_what_does_not_fit_is_named(copy, capsys, damage):
-    do, told = REFUSED[damage]
-    assert check(copy, capsys)[0] == 0
-    do(copy)
-    code, _, error = check(copy, capsys)
-    assert code == 2
-    assert error.startswith("import_hf: ") and "Traceback" not in error
-    assert re.search(told, error), error
-
-
-def test_the_command_line(copy):
-    command = [sys.executable, "-m", "gkdjax.tools.import_hf", f"--check={copy}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "family              gemma3 (model_type gemma3_text)\n" in done.stdout
-
-
-def test_a_wrong_flag_is_told(capsys):
-    with pytest.raises(SystemExit) as caught:
-        import_hf.main(["--chek=x"])
-    assert caught.value.code == 2
-    assert "--check" in capsys.readouterr().err
+@pytest.mark.parametrize(("damage", "named"), REFUSED, ids=[named for _, named in REFUSED])
+def test_a_model_that_does_not_fit_is_named(copy, capsys, damage, named):
+    damage(copy)
+    assert import_hf.main(["--check", str(copy)]) == 2
+    error = capsys.readouterr().err
+    assert re.match(rf"import_hf: .*{named}", error), error
 
 
 def test_the_readmes_command_runs(monkeypatch, capsys):

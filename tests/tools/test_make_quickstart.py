@@ -1,9 +1,7 @@
-"""The tool that makes the embedded quickstart, in its tiny mode; and what is shipped."""
+"""The tool that makes the embedded quickstart, in its tiny mode; and the shipped one."""
 
 import json
 import pathlib
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,20 +9,14 @@ import pytest
 import torch
 import transformers
 
-import gkdjax
+from gkdjax.config import ASSETS
 from gkdjax.models.hf import load
-from gkdjax.tools.make_quickstart import build, pretrain, report, task, tokenizer
+from gkdjax.tools.make_quickstart import __main__ as tool
+from gkdjax.tools.make_quickstart import pretrain, task
 from gkdjax.utils.errors import UserError
 
-ASSETS = pathlib.Path(gkdjax.__file__).parent / "config" / "assets" / "quickstart"
-ROW_FILES = (
-    "train.jsonl",
-    "anchor.jsonl",
-    "questions.jsonl",
-    "retention/reverse.jsonl",
-    "retention/sort.jsonl",
-    "retention/other_keys.jsonl",
-)
+SHIPPED = ASSETS / "quickstart"
+ANSWERED = ("questions", "retention/reverse", "retention/sort", "retention/other_keys")
 CONVERSATION = [
     {"role": "system", "content": "ad ba"},
     {"role": "user", "content": "map: ab"},
@@ -32,25 +24,24 @@ CONVERSATION = [
 ]
 
 
-SLOW = pytest.mark.slow(60)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> pathlib.Path:
-    """What the tool makes in its tiny mode."""
+@pytest.fixture(
+    scope="module", params=[pytest.param("tiny", marks=pytest.mark.slow(60)), "shipped"]
+)
+def directory(request, tmp_path_factory) -> pathlib.Path:
+    """The shipped directory, and a tiny one of today's tool: both keep the same promises."""
+    if request.param == "shipped":
+        return SHIPPED
     out = tmp_path_factory.mktemp("quickstart") / "made"
-    build.make(str(out), 0, build.TINY)
+    tool.make(out, tiny=True)
     return out
 
 
-@pytest.fixture(scope="module", params=[pytest.param("tiny", marks=SLOW), "shipped"])
-def directory(request) -> pathlib.Path:
-    """The tiny one and the shipped one keep the same promises."""
-    return ASSETS if request.param == "shipped" else request.getfixturevalue("tiny")
-
-
 def rows_of(directory: pathlib.Path, name: str) -> list[dict]:
-    return [json.loads(line) for line in (directory / name).read_text().splitlines()]
+    return [json.loads(line) for line in (directory / f"{name}.jsonl").read_text().splitlines()]
+
+
+def prompts_of(directory: pathlib.Path, name: str) -> list[str]:
+    return [row["prompt"] for row in rows_of(directory, name)]
 
 
 def prefix_of(directory: pathlib.Path) -> list[dict]:
@@ -67,64 +58,53 @@ def right_answer(row: dict, baked: dict[str, str]) -> str:
     """Worked out anew, from the text of the row alone."""
     ability, word = row["prompt"].split(": ")
     key = key_in(row["prefix_messages"]) if "prefix_messages" in row else baked
-    answers = {
-        "map": lambda: "".join(key[letter] for letter in word),
-        "reverse": lambda: "".join(reversed(word)),
-        "sort": lambda: "".join(sorted(word)),
-    }
-    return answers[ability]()
+    if ability == "map":
+        return "".join(key[letter] for letter in word)
+    return {"reverse": word[::-1], "sort": "".join(sorted(word))}[ability]
 
 
-def test_every_answer_is_right(directory):
-    baked = key_in(prefix_of(directory))
-    for name in ROW_FILES[2:]:
-        for row in rows_of(directory, name):
-            assert row["answer"] == right_answer(row, baked), (name, row)
-
-
-def test_the_baked_key_moves_every_letter(directory):
+def test_rows_have_right_answers_under_the_baked_key(directory):
     key = key_in(prefix_of(directory))
     assert sorted(key) == sorted(key.values()) == list(task.LETTERS)
     assert all(letter != image for letter, image in key.items())
-
-
-def test_held_out_prompts_are_nowhere_in_the_training_rows(directory):
-    def prompts(name):
-        found = [row["prompt"] for row in rows_of(directory, name)]
-        return set(found), len(found)
-
-    trained, total = prompts("train.jsonl")
-    asked, asked_total = prompts("questions.jsonl")
-    assert len(trained) == total and len(asked) == asked_total
-    assert not trained & asked
-    anchored, _ = prompts("anchor.jsonl")
-    for name in ROW_FILES[3:]:
-        kept, kept_total = prompts(name)
-        assert len(kept) == kept_total
-        assert not kept & anchored, name
-
-
-def test_the_anchor_never_shows_the_baked_condition(directory):
-    baked = prefix_of(directory)
-    for row in rows_of(directory, "anchor.jsonl") + rows_of(directory, ROW_FILES[-1]):
-        assert row.get("prefix_messages") != baked
+    for name in ANSWERED:
+        assert all(row["answer"] == right_answer(row, key) for row in rows_of(directory, name))
+    assert all(set(row) == {"prompt"} for row in rows_of(directory, "train"))
+    for row in rows_of(directory, "anchor"):
+        assert set(row) - {"prefix_messages"} == {"prompt", "response"}
+        assert row["response"] == right_answer(row, key)
+    for row in rows_of(directory, "anchor") + rows_of(directory, ANSWERED[-1]):
+        assert row.get("prefix_messages") != prefix_of(directory)  # never the baked condition
         assert "prefix_messages" in row or not row["prompt"].startswith("map")
 
 
-def test_the_prompts_to_bake_give_no_answer_away(directory):
-    assert all(set(row) == {"prompt"} for row in rows_of(directory, "train.jsonl"))
+def test_held_out_prompts_are_nowhere_in_the_training_rows(directory):
+    for name, trained in dict.fromkeys(ANSWERED[1:], "anchor").items() | {("questions", "train")}:
+        asked = prompts_of(directory, name)
+        assert len({*asked}) == len(asked)
+        assert not {*asked} & {*prompts_of(directory, trained)}, name
+    trained = prompts_of(directory, "train")
+    assert len({*trained}) == len(trained)
 
 
-def test_the_anchor_brings_right_answers(directory):
-    baked = key_in(prefix_of(directory))
-    for row in rows_of(directory, "anchor.jsonl"):
-        assert set(row) - {"prefix_messages"} == {"prompt", "response"}
-        assert row["response"] == right_answer(row, baked)
+def test_the_shipped_data_is_made_by_this_tool_to_the_byte():
+    baked = task.moving_key(np.random.default_rng((0, 0)))
+    files = task.make_files(np.random.default_rng((0, 1)), baked, task.COUNTS)
+    assert prefix_of(SHIPPED) == task.key_messages(baked)
+    for name, rows in files.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        assert (SHIPPED / name).read_text() == text, name
+    assert len(files["questions.jsonl"]) == 1024
+    assert all(len(rows_of(SHIPPED, name)) >= 500 for name in ANSWERED[1:])
+    assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 4 * 2**20
 
 
 @pytest.mark.parametrize("name", ["teacher", "student"])
-def test_models_agree_with_torch(directory, name):
-    decoder, params = load.load_pretrained(str(directory / name))
+def test_models_agree_with_torch_and_stop_at_the_end_of_a_turn(directory, name):
+    decoder, params = load.load_pretrained(directory / name)
+    assert json.loads((directory / name / "config.json").read_text()) == pretrain.hf_config(
+        tool.RECIPES[name]
+    )
     chat = transformers.AutoTokenizer.from_pretrained(directory / name)
     ids = chat.apply_chat_template(CONVERSATION, return_dict=True)["input_ids"]
     tokens_BT = np.asarray([ids * 3], np.int32)  # past the window of the local layers
@@ -139,16 +119,13 @@ def test_models_agree_with_torch(directory, name):
     # Trained weights magnify rounding: torch's own, against float64, is the yardstick.
     rounding = np.abs(theirs_BTV - exact_BTV).max()
     np.testing.assert_allclose(ours_BTV, exact_BTV, rtol=0, atol=2e-5 + 2 * rounding)
-
-
-@pytest.mark.parametrize("name", ["teacher", "student"])
-def test_generation_stops_at_the_end_of_a_turn(directory, name):
-    chat = transformers.AutoTokenizer.from_pretrained(directory / name)
     generation = transformers.GenerationConfig.from_pretrained(directory / name)
     assert chat.convert_tokens_to_ids("<end_of_turn>") in generation.eos_token_id
 
 
-def test_chat_template(directory):
+def test_both_models_have_one_tokenizer_and_its_chat_template(directory):
+    one, other = (directory / name / "tokenizer.json" for name in ("teacher", "student"))
+    assert one.read_bytes() == other.read_bytes()
     chat = transformers.AutoTokenizer.from_pretrained(directory / "student")
     text = chat.apply_chat_template(CONVERSATION[:2], tokenize=False, add_generation_prompt=True)
     assert text == (
@@ -163,13 +140,8 @@ def test_chat_template(directory):
     assert ids[: -len("da") - 2] == chat(text, add_special_tokens=False)["input_ids"]
 
 
-def test_both_models_read_the_same_tokens(directory):
-    one, other = (directory / name / "tokenizer.json" for name in ("teacher", "student"))
-    assert one.read_bytes() == other.read_bytes()
-
-
 def test_targets_are_the_answer_and_its_end():
-    chat = tokenizer.build()
+    chat = pretrain.build_tokenizer()
     row = {"prompt": "map: ab", "answer": "da", "prefix_messages": CONVERSATION[:1]}
     tokens_BT, is_target_BT = pretrain.encode([row], chat, length=40)
     assert chat.decode(tokens_BT[0][is_target_BT[0]]) == "da<end_of_turn>"
@@ -177,12 +149,18 @@ def test_targets_are_the_answer_and_its_end():
     assert chat.decode(tokens_BT[0]).replace("<pad>", "") == whole.removesuffix("\n")
 
 
-def test_pretraining_never_shows_the_baked_key():
+def test_pretraining_rows_follow_from_the_seed_and_never_show_the_baked_key():
+    one, other = (
+        [task.mixed_row(rng, {}) for _ in range(50)]
+        for rng in (np.random.default_rng(3), np.random.default_rng(3))
+    )
+    assert one == other
+    assert {row["prompt"].split(":")[0] for row in one} == {"map", "reverse", "sort"}
     baked = dict(zip(task.LETTERS, task.LETTERS, strict=True))
     one_off = dict(baked, a="b", b="a")
 
     class Loaded:
-        """Draws the baked key first and another one after it."""
+        """Gives the baked key first and another one after it."""
 
         def __init__(self):
             self.permutations = [list(baked.values()), list(one_off.values())]
@@ -190,41 +168,21 @@ def test_pretraining_never_shows_the_baked_key():
         def permutation(self, _):
             return np.asarray(self.permutations.pop(0))
 
-    assert task.draw_other_key(Loaded(), baked) == one_off
+    assert task.other_key(Loaded(), baked) == one_off
 
 
-def test_the_same_seed_makes_the_same_rows():
-    one, other = (
-        [task.mixed_row(rng, {}) for _ in range(50)]
-        for rng in (np.random.default_rng(3), np.random.default_rng(3))
+def test_the_table_is_in_per_cent():
+    table = tool.accuracy_table(["sort"], {"teacher": [1.0], "student": [0.985]})
+    assert table == (
+        "| exact match, % | teacher | student |\n| --- | --- | --- |\n| sort | 100.0 | 98.5 |"
     )
-    assert one == other
-    assert {row["prompt"].split(":")[0] for row in one} == {"map", "reverse", "sort"}
-
-
-def test_table():
-    recipe = build.FULL.models["student"]
-    results = [report.Result("student", recipe, 10, 60.0, {"sort": 0.985})]
-    assert report.table(results).splitlines()[-1] == "| sort | 98.5 |"
-    assert "--seed=7" in report.readme(results, 7)
+    assert table.splitlines()[0] in (SHIPPED / "README.md").read_text()
 
 
 def test_an_occupied_directory_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty"):
-        build.make(str(tmp_path), 0, build.TINY)
+        tool.make(tmp_path)
     with pytest.raises(UserError, match="is a file"):
-        build.make(str(tmp_path / "mine.txt"), 0, build.TINY)
-    command = [sys.executable, "-m", "gkdjax.tools.make_quickstart", f"--out={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "is not empty" in done.stderr and "Traceback" not in done.stderr
+        tool.make(tmp_path / "mine.txt")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-
-
-def test_shipped_files_are_small_and_enough():
-    files = [path for path in ASSETS.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 4 * 2**20
-    assert len(rows_of(ASSETS, "questions.jsonl")) == 1024
-    assert all(len(rows_of(ASSETS, name)) >= 500 for name in ROW_FILES[3:])
-    assert build.FULL.counts.train == len(rows_of(ASSETS, "train.jsonl"))

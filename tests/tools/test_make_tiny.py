@@ -3,8 +3,6 @@
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
@@ -17,13 +15,14 @@ from gkdjax.data.chat_template import load_chat
 from gkdjax.models.hf import load, model_config
 from gkdjax.models.hf.tensor_files import TensorFiles
 from gkdjax.models.sampler import sample
+from gkdjax.tools import make_tiny as tool
 from gkdjax.tools.make_tiny import make_tiny
 from gkdjax.types import SamplingParams
 from gkdjax.utils.errors import UserError
 
-ROOT = pathlib.Path(__file__).parents[2]
 KNOWN_IDS = 105  # of the quickstart's tokenizer
 SETTINGS = {"width": 32, "layers": 3, "vocab_size": 5000, "seed": 3}
+WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -33,125 +32,109 @@ def made(tmp_path_factory) -> pathlib.Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def model(made):
+    """(decoder, params), in float32."""
+    return load.load_pretrained(str(made), "float32")
+
+
 def contents(directory: pathlib.Path) -> dict[str, tuple[bytes, int]]:
     files = sorted(directory.rglob("*"))
     return {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in files if f.is_file()}
 
 
-def logits(directory: pathlib.Path, ids_BT: np.ndarray) -> np.ndarray:
-    decoder, params = load.load_pretrained(str(directory), "float32")
-    hidden = decoder.apply({"params": params}, ids_BT, np.ones_like(ids_BT, bool))
-    return np.asarray(decoder.apply({"params": params}, hidden, method="unembed"))
+def hidden(decoder, params, ids_BT: np.ndarray):
+    return decoder.apply({"params": params}, ids_BT, np.ones_like(ids_BT, bool))
 
 
-def test_it_has_the_shape_that_was_asked_for(made):
+def logits(decoder, params, ids_BT: np.ndarray) -> np.ndarray:
+    hidden_BTD = hidden(decoder, params, ids_BT)
+    return np.asarray(decoder.apply({"params": params}, hidden_BTD, method="unembed"))
+
+
+def test_it_is_a_model_of_its_settings_that_transformers_loads(made, model):
     spec = model_config.load_spec(str(made))
     assert (spec.width, spec.vocab_size) == (32, 5000)
-    assert spec.is_global_L == (False, True, False)
-    assert spec.window < 64
+    assert spec.is_global_L == (False, True, False) and spec.window < 64
     files = TensorFiles(made)
     assert {files.dtype(name).name for name in files.names} == {"bfloat16"}
     assert load_chat(str(made)).stop_ids == (5, 1)
-
-
-def test_transformers_loads_it_and_agrees(made):
-    model, report = transformers.Gemma3ForCausalLM.from_pretrained(
+    theirs, report = transformers.Gemma3ForCausalLM.from_pretrained(
         made, dtype=torch.float32, output_loading_info=True
     )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids_BT = np.random.default_rng(0).integers(0, KNOWN_IDS, (2, 70))
     with torch.no_grad():
-        wanted = model.eval()(torch.tensor(ids_BT)).logits.numpy()
-    # The rows that are never drawn reach -300, where float32 itself is coarser.
-    np.testing.assert_allclose(logits(made, ids_BT), wanted, atol=2e-5, rtol=2e-6)
+        wanted = theirs.eval()(torch.tensor(ids_BT)).logits.numpy()
+    # The rows that are never sampled reach -300, where float32 itself is coarser.
+    np.testing.assert_allclose(logits(*model, ids_BT), wanted, atol=2e-5, rtol=2e-6)
 
 
-def test_ids_that_the_tokenizer_does_not_know_are_never_drawn(made):
-    ids_BT = np.random.default_rng(1).integers(0, KNOWN_IDS, (4, 100))
-    logits_BTV = logits(made, ids_BT)
+def test_ids_that_the_tokenizer_does_not_know_are_never_sampled(made, model):
+    logits_BTV = logits(*model, np.random.default_rng(1).integers(0, KNOWN_IDS, (4, 100)))
     known = logits_BTV[..., :KNOWN_IDS]
     assert logits_BTV[..., KNOWN_IDS:].max() < known.min() - 30
-    assert 0.5 < known.std() < 2  # and what is known is neither certain nor all the same
-
-
-def test_no_adapter_can_bring_them_back(made):
-    """Channel 0 is closed to every layer: whatever the kernels are, it carries what it did."""
-    decoder, params = load.load_pretrained(str(made), "float32")
-    rng = np.random.default_rng(2)
-    layers = {
-        name: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
-        if name.endswith("_proj")
-        else leaf
-        for name, leaf in params["layers"].items()
-    }
-    ids_BT = rng.integers(0, KNOWN_IDS, (4, 100))
-    variables = {"params": params | {"layers": layers}}
-    hidden_BTD = decoder.apply(variables, ids_BT, np.ones_like(ids_BT, bool))
-    unchanged = decoder.apply({"params": params}, ids_BT, np.ones_like(ids_BT, bool))
-    assert not np.allclose(hidden_BTD, unchanged, atol=0.1)  # the kernels did change something
-    assert hidden_BTD[..., 0].min() >= 1
-
-
-def test_the_sampler_draws_what_the_tokenizer_knows(made):
-    decoder, params = load.load_pretrained(str(made))
-    chat = load_chat(str(made))
+    assert 0.5 < known.std() < 2  # and a known one is neither certain nor as likely as all
     written = sample(
-        decoder,
-        params,
+        *load.load_pretrained(str(made)),
         [np.asarray([2, 4, 7], np.int32)] * 8,
         range(8),
         SamplingParams(max_new_tokens=24, temperature=1.0, top_p=1.0),
-        stop_ids=chat.stop_ids,
+        stop_ids=load_chat(str(made)).stop_ids,
         batch_size=8,
         lengths=(4,),
     )
-    drawn = np.concatenate([completion.ids for completion in written])
-    assert drawn.max() < KNOWN_IDS
-    assert len(np.unique(drawn)) > 20
+    ids = np.concatenate([completion.ids for completion in written])
+    assert ids.max() < KNOWN_IDS and len(np.unique(ids)) > 20
 
 
-def test_a_second_call_leaves_it_alone(made):
-    before = contents(made)
-    make_tiny(made, **SETTINGS)
-    assert contents(made) == before
+def test_no_adapter_can_bring_them_back(model):
+    """Channel 0 is closed to every layer: whatever the kernels are, it carries what it did."""
+    decoder, params = model
+    rng = np.random.default_rng(2)
+    layers = dict(params["layers"])
+    for name in [name for name in layers if name.endswith("_proj")]:
+        layers[name] = jnp.asarray(rng.normal(size=layers[name].shape), layers[name].dtype)
+    ids_BT = rng.integers(0, KNOWN_IDS, (4, 100))
+    changed_BTD = hidden(decoder, params | {"layers": layers}, ids_BT)
+    assert not np.allclose(changed_BTD, hidden(decoder, params, ids_BT), atol=0.1)
+    assert changed_BTD[..., 0].min() >= 1
 
 
 def test_the_weights_follow_from_the_seed_alone(made, tmp_path):
-    make_tiny(tmp_path / "same", **SETTINGS)
+    with ThreadPoolExecutor(4) as pool:  # several at once make one
+        list(pool.map(lambda _: make_tiny(tmp_path / "same", **SETTINGS), range(4)))
     make_tiny(tmp_path / "other", **SETTINGS | {"seed": 4})
-    weights = [(d / "model.safetensors").read_bytes() for d in (made, *sorted(tmp_path.iterdir()))]
-    assert weights[0] == weights[2] != weights[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "same"]
+    weights = [(d / WEIGHTS).read_bytes() for d in (made, tmp_path / "same", tmp_path / "other")]
+    assert weights[0] == weights[1] != weights[2]
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("width", 64), ("layers", 2), ("vocab_size", 4999), ("seed", 4), ("dtype", "float32")],
-)
-def test_other_settings_are_refused_and_nothing_is_touched(made, name, value):
+OTHER = [{"width": 64}, {"layers": 2}, {"vocab_size": 4999}, {"seed": 4}, {"dtype": "float32"}]
+
+
+def test_a_second_call_leaves_it_alone_and_other_settings_are_refused(made):
     before = contents(made)
-    with pytest.raises(UserError, match=r"tiny.*other settings.*remove it"):
-        make_tiny(made, **SETTINGS | {name: value})
+    make_tiny(made, **SETTINGS)
+    for other in OTHER:
+        with pytest.raises(UserError, match=r"tiny.*other settings.*remove it"):
+            make_tiny(made, **SETTINGS | other)
     assert contents(made) == before
 
 
-@pytest.mark.parametrize("missing", ["model.safetensors", "make_tiny.json", "tokenizer.json"])
-def test_something_else_is_refused(made, tmp_path, missing):
-    shutil.copytree(made, tmp_path / "copy")
-    (tmp_path / "copy" / missing).unlink()
-    with pytest.raises(UserError, match="is not a whole tiny model; remove it"):
-        make_tiny(tmp_path / "copy", **SETTINGS)
-    assert len(list((tmp_path / "copy").iterdir())) == len(list(made.iterdir())) - 1
-
-
-def test_a_file_in_the_way_is_refused(tmp_path):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="remove it"):
-        make_tiny(tmp_path / "file", **SETTINGS)
-    assert (tmp_path / "file").read_text() == "mine"
+@pytest.mark.parametrize("missing", [WEIGHTS, "make_tiny.json", "tokenizer.json"])
+def test_anything_else_in_the_way_is_refused(made, tmp_path, missing):
+    copy = pathlib.Path(shutil.copytree(made, tmp_path / "copy"))
+    (copy / missing).rename(tmp_path / "file")
+    for place in (copy, tmp_path / "file"):
+        with pytest.raises(UserError, match="is not a whole tiny model; remove it"):
+            make_tiny(place, **SETTINGS)
+    assert len(list(copy.iterdir())) == len(list(made.iterdir())) - 1
+    assert (tmp_path / "file").read_bytes() == (made / missing).read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "named"),
     [
         ({"width": 8}, "width = 8: must be at least 16"),
         ({"layers": 1}, "layers = 1: must be at least 2"),
@@ -160,8 +143,8 @@ def test_a_file_in_the_way_is_refused(tmp_path):
         ({"dtype": "float16"}, "choose one of float32, bfloat16"),
     ],
 )
-def test_settings_out_of_range_are_named(tmp_path, change, told):
-    with pytest.raises(UserError, match=told):
+def test_settings_out_of_range_are_named(tmp_path, change, named):
+    with pytest.raises(UserError, match=named):
         make_tiny(tmp_path / "tiny", **SETTINGS | change)
     assert list(tmp_path.iterdir()) == []
 
@@ -176,14 +159,6 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_at_once_make_one(made, tmp_path):
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: make_tiny(tmp_path / "tiny", **SETTINGS), range(4)))
-    assert [d.name for d in tmp_path.iterdir()] == ["tiny"]
-    weights = "model.safetensors"
-    assert (tmp_path / "tiny" / weights).read_bytes() == (made / weights).read_bytes()
-
-
 def test_others_may_read_it_as_any_new_file(made, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "directory").mkdir()
@@ -191,17 +166,11 @@ def test_others_may_read_it_as_any_new_file(made, tmp_path):
     assert {f.stat().st_mode for f in made.iterdir()} == {(tmp_path / "file").stat().st_mode}
 
 
-def test_the_command_line(tmp_path):
-    command = [sys.executable, "-m", "gkdjax.tools.make_tiny", f"--out={tmp_path / 'tiny'}"]
-    command += ["--vocab_size=200", "--width=16", "--layers=2", "--seed=7", "--dtype=float32"]
-    subprocess.run(command, check=True, cwd=ROOT)
+def test_the_flags(tmp_path, capsys):
+    flags = [f"--out={tmp_path / 'tiny'}", "--width=16", "--layers=2", "--vocab_size=200"]
+    assert tool.main([*flags, "--seed=7", "--dtype=float32"]) == 0
     assert json.loads((tmp_path / "tiny/make_tiny.json").read_text()) == {
-        "width": 16,
-        "layers": 2,
-        "vocab_size": 200,
-        "seed": 7,
-        "dtype": "float32",
+        **{"width": 16, "layers": 2, "vocab_size": 200, "seed": 7, "dtype": "float32"}
     }
-    again = subprocess.run([*command, "--seed=8"], cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 2
-    assert again.stderr.startswith("make_tiny: ") and "Traceback" not in again.stderr
+    assert tool.main([*flags, "--seed=8"]) == 2
+    assert capsys.readouterr().err.startswith("make_tiny: ")

@@ -1,11 +1,10 @@
-"""The command, as the README has it."""
+"""The command, as the README has it; a process each, as it sets JAX_PLATFORMS for itself."""
 
 import json
 import os
 import subprocess
 import sys
 
-import pytest
 from readme_commands import README, ROOMS, command
 
 QUICKSTART = "--config=configs/quickstart.py"
@@ -39,7 +38,7 @@ def test_the_readmes_command_says_what_fits(tmp_path):
     assert v5e["best_mesh"] == {"settings": {}, "peak": v5e["peak_bytes"]}
 
 
-def test_what_does_not_fit_is_told_what_to_change():
+def test_a_plan_that_does_not_fit_comes_with_changes():
     changes = "--config.train.batch_size=32768", "--config.mesh.fsdp=2"
     done = run(QUICKSTART, "--chips=v5e-2,2xcpu", *changes)
     assert done.returncode == 0, done.stderr
@@ -49,16 +48,3 @@ def test_what_does_not_fit_is_told_what_to_change():
     advice = v5e.partition("change, each by itself")[2]
     assert 1 <= advice.count("--config.") <= 3 and "--config.train.remat=True" in advice
     assert "how much memory it has is not known" in cpu and "best mesh" not in cpu
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("--config.mesh.fsdp=3", "fsdp=3 needs a multiple of 3 devices"),
-        ("--config.student.model=no/such", "'no/such' is no directory here"),
-    ],
-)
-def test_what_cannot_be_planned_is_one_line_and_exit_code_2(change, message):
-    done = run(QUICKSTART, "--chips=8xcpu", change)
-    assert done.returncode == 2
-    assert message in done.stderr and "Traceback" not in done.stderr

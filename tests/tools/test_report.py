@@ -1,8 +1,5 @@
 """The command that makes a run's page and picture anew."""
 
-import subprocess
-import sys
-
 import made_up_runs as made
 import pytest
 from matplotlib.image import imread
@@ -27,19 +24,14 @@ def test_a_finished_run(tmp_path, capsys):
     assert tuple(path.read_bytes() for path in paths) == wanted
     told = f"{directory}: finished, 60 steps\n{paths[0]}\n{paths[1]}\n"
     assert capsys.readouterr().out == told
-    assert list(directory.glob("*.part")) == []
-
-
-def test_out_leaves_the_run_as_it_is(tmp_path):
-    directory = made.write_finished(tmp_path / "run")
     before = sorted(directory.rglob("*"))
     assert run(directory, f"--out={tmp_path / 'page.html'}") == 0
-    assert sorted(directory.rglob("*")) == before
+    assert sorted(directory.rglob("*")) == before  # it stays as it is
     assert "Right answers" in (tmp_path / "page.html").read_text()
     assert imread(tmp_path / "page.png").shape[2] == 4
 
 
-def test_an_unfinished_run_that_is_being_written_to(tmp_path, capsys):
+def test_unfinished_runs_have_a_page_that_says_so(tmp_path, capsys):
     directory = made.write_unfinished(tmp_path / "run", step=12)
     with (directory / "metrics.jsonl").open("a") as file:
         file.write('{"step": 12, "los')
@@ -48,18 +40,15 @@ def test_an_unfinished_run_that_is_being_written_to(tmp_path, capsys):
     assert "not finished, step 12 of 60" in told
     assert "metrics.jsonl: the last line is cut off, and left out" in told
     assert "This run is not finished, step 12 of 60." in (directory / "report.html").read_text()
-
-
-def test_a_run_that_has_only_begun_has_a_page_that_says_so(tmp_path, capsys):
-    directory = made.write_begun(tmp_path / "run")
-    assert run(directory) == 0
+    begun = made.write_begun(tmp_path / "begun")
+    assert run(begun) == 0
     assert "step 0 of 60" in capsys.readouterr().out
-    assert "before.json" in (directory / "report.html").read_text()
-    assert (directory / "report.png").exists()
+    assert "before.json" in (begun / "report.html").read_text()
+    assert (begun / "report.png").exists()
 
 
 @pytest.mark.parametrize("kind", ["absent", "empty", "file", "model"])
-def test_what_is_no_run_is_named(tmp_path, capsys, kind):
+def test_a_place_that_is_no_run_is_named(tmp_path, capsys, kind):
     directory = tmp_path / "there"
     if kind == "file":
         directory.write_text("text")
@@ -75,18 +64,10 @@ def test_what_is_no_run_is_named(tmp_path, capsys, kind):
 
 def test_a_page_that_cannot_be_written_is_named(tmp_path, capsys):
     directory = made.write_begun(tmp_path / "run")
-    assert run(directory, f"--out={tmp_path / 'page.txt'}") == 2
-    assert "page.txt names no page: let it end in .html" in capsys.readouterr().err
-    assert run(directory, f"--out={tmp_path / 'no/page.html'}") == 2
-    assert "page.html cannot be written" in capsys.readouterr().err
-    assert run(directory, f"--out={directory / 'config.json/page.html'}") == 2
-    assert "cannot be written" in capsys.readouterr().err
-
-
-def test_the_command_line(tmp_path):
-    directory = made.write_unfinished(tmp_path / "run")
-    command = [sys.executable, "-m", "gkdjax.tools.report", directory]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "step 20 of 60" in done.stdout and done.stderr == ""
-    done = subprocess.run([*command[:3], tmp_path], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "holds no config.json" in done.stderr and done.stdout == ""
+    for out, named in (
+        (tmp_path / "page.txt", "page.txt names no page: let it end in .html"),
+        (tmp_path / "no/page.html", "page.html cannot be written"),
+        (directory / "config.json/page.html", "cannot be written"),
+    ):
+        assert run(directory, f"--out={out}") == 2
+        assert named in capsys.readouterr().err

@@ -1,8 +1,7 @@
-"""What the tool says of a store, and the Parquet file that it makes of one."""
+"""The table of a store, and the Parquet file that is made of one."""
 
 import dataclasses
 import hashlib
-import subprocess
 import sys
 
 import numpy as np
@@ -53,12 +52,6 @@ def test_the_table(path, capsys):
     assert hashlib.sha256(path.read_bytes()).digest() == before
 
 
-def test_the_command_in_a_process_of_its_own(path):
-    command = [sys.executable, "-m", "gkdjax.tools.store_info"]
-    done = subprocess.run([*command, path], capture_output=True, text=True, check=True)
-    assert "bytes on disk" in done.stdout and done.stderr == ""
-
-
 def test_the_export_has_everything(path, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(store_info, "_ROWS", 2)
     file = tmp_path / "answers.parquet"
@@ -75,69 +68,69 @@ def test_the_export_has_everything(path, tmp_path, capsys, monkeypatch):
     with AnswerStore(path, read_only=True) as opened:
         stored = list(opened.all())
     for row, (name, fingerprint, kind, created, kept) in zip(rows, stored, strict=True):
-        assert (row["key"], row["fingerprint"], row["kind"]) == (name, fingerprint, kind)
-        assert row["model"] == "big" and row["created"].timestamp() == created
-        assert (row["finished"], row["lost"]) == (kept.finished, kept.lost)
-        assert row["target_ids"] == kept.target_ids.tolist()
-        assert row["target_logprobs"] == kept.target_logprob.tolist()
-        assert row["tail_logprobs"] == kept.tail_logprob.tolist()
-        there = kept.top_logprobs > -np.inf
-        top = [row[mask].tolist() for row, mask in zip(kept.top_logprobs, there, strict=True)]
-        assert row["top_logprobs"] == top
-        top = [row[mask].tolist() for row, mask in zip(kept.top_ids, there, strict=True)]
-        assert row["top_ids"] == top
+        present = kept.top_logprobs > -np.inf
+        top_ids, top_logprobs = (
+            [values[mask].tolist() for values, mask in zip(both, present, strict=True)]
+            for both in (kept.top_ids, kept.top_logprobs)
+        )
+        assert row.pop("created").timestamp() == created
+        assert row == {
+            **{"key": name, "fingerprint": fingerprint, "kind": kind, "model": "big"},
+            **{"finished": kept.finished, "lost": kept.lost},
+            **{"target_ids": kept.target_ids.tolist(), "top_ids": top_ids},
+            **{"target_logprobs": kept.target_logprob.tolist(), "top_logprobs": top_logprobs},
+            "tail_logprobs": kept.tail_logprob.tolist(),
+        }
     assert [len(top) for top in rows[3]["top_logprobs"]] == [5, 2, 5]
     assert [row["lost"] for row in rows] == [False] * 4 + [True]
     assert rows[3]["finished"] and rows[4]["top_ids"] == []
 
 
-def test_an_empty_store_becomes_an_empty_file(tmp_path, capsys):
+def test_an_empty_store_becomes_an_empty_file(tmp_path):
     AnswerStore(tmp_path / "store").close()
     assert run(tmp_path / "store", f"--export={tmp_path / 'a.parquet'}") == 0
     assert pyarrow.parquet.read_table(tmp_path / "a.parquet").num_rows == 0
 
 
-def test_while_a_run_writes(path, tmp_path, monkeypatch, capsys):
+def test_while_a_run_writes(path, tmp_path, monkeypatch):
     monkeypatch.setattr(store_info, "_ROWS", 2)
     monkeypatch.setattr(answers, "_PAGE_ROWS", 2)
-    late = teacher(102, model="late")
-    columns = store_info._columns
+    late, row = teacher(102, model="late"), store_info._row
     with AnswerStore(path) as writer:
         monkeypatch.setattr(answers.time, "time", lambda: 0.0)
 
         def then_more_comes(*args):
             writer.add_teacher(late)
             writer.put(late.fingerprint, items(9))
-            return columns(*args)
+            return row(*args)
 
-        monkeypatch.setattr(store_info, "_columns", then_more_comes)
+        monkeypatch.setattr(store_info, "_row", then_more_comes)
         assert run(path, f"--export={tmp_path / 'a.parquet'}") == 0
     read = pyarrow.parquet.read_table(tmp_path / "a.parquet")
     assert read["model"].to_pylist() == [*5 * ["big"], "late"]
 
 
-def test_what_goes_wrong_is_one_line(path, tmp_path, capsys, monkeypatch):
-    there = tmp_path / "there.parquet"
+def test_errors_are_one_line_and_leave_no_file(path, tmp_path, capsys, monkeypatch):
+    there, new = tmp_path / "there.parquet", tmp_path / "a.parquet"
     there.write_text("mine")
-    for args, message in (
-        ((tmp_path / "none",), f"{tmp_path / 'none'} (config.teacher.store): there is no such"),
-        ((there,), "no store of answers"),
-        ((path, f"--export={there}"), f"{there} is there already"),
-        ((path, f"--export={tmp_path / 'no' / 'a.parquet'}"), "cannot be written"),
-    ):
+
+    def error(*args) -> str:
         assert run(*args) == 2
-        err = capsys.readouterr().err
-        assert err.startswith("store_info: ") and err.count("\n") == 1 and message in err
+        text = capsys.readouterr().err
+        assert text.startswith("store_info: ") and text.count("\n") == 1
+        assert not list(tmp_path.glob("a.parquet*"))
+        return text
+
+    assert f"{tmp_path / 'none'} (config.teacher.store): there is no" in error(tmp_path / "none")
+    assert "no store of answers" in error(there)
+    assert f"{there} is there already" in error(path, f"--export={there}")
+    assert "cannot be written" in error(path, f"--export={tmp_path / 'no' / 'a.parquet'}")
     assert there.read_text() == "mine"
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert run(path, f"--export={tmp_path / 'a.parquet'}") == 2
-    assert "needs pyarrow, which is not installed: pip install" in capsys.readouterr().err
-
-
-def test_a_damaged_answer_leaves_no_file(path, tmp_path, capsys):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pyarrow", None)
+        told = error(path, f"--export={new}")
+    assert "needs pyarrow, which is not installed: pip install" in told
     data = path.read_bytes()
     at = data.index(codec.encode(answer(2))[4:])
     path.write_bytes(data[: at + 30] + bytes([data[at + 30] ^ 1]) + data[at + 31 :])
-    assert run(path, f"--export={tmp_path / 'a.parquet'}") == 2
-    assert f"answer {key(2)} is damaged" in capsys.readouterr().err
-    assert not list(tmp_path.glob("a.parquet*"))
+    assert f"answer {key(2)} is damaged" in error(path, f"--export={new}")
