@@ -19,13 +19,13 @@ import numpy as np
 from absl import logging
 
 from gkdjax import config as config_lib
+from gkdjax import tools
 from gkdjax.losses.objective import DenseTargets, TeacherTargets
 from gkdjax.teachers.scoring import request_targets
 from gkdjax.train import bad_steps, optimizer, setup
 from gkdjax.train.checkpoint import read_trainable, saved_steps
 from gkdjax.train.step import make_loss
 from gkdjax.utils import files
-from gkdjax.utils.errors import GkdjaxError
 
 
 class ReplayedRow(NamedTuple):
@@ -87,26 +87,21 @@ def _row(targets: TeacherTargets, row: int) -> TeacherTargets:
     return jax.tree.map(lambda x: _repeated(x, row), targets)
 
 
+def _show(flags: argparse.Namespace) -> None:
+    logging.set_verbosity(logging.WARNING)
+    for row in replay(flags.run, flags.step):
+        finite = np.isfinite(row.loss)
+        whose = "" if finite else "the student" if row.teacher_is_finite else "the teacher"
+        if row.targets == 0:
+            whose = "no target"
+        print(f"{row.part:10}  {row.name:40}  {row.targets:6} targets  {row.loss:12.6g}  {whose}")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The command -> exit code."""
     parser = argparse.ArgumentParser("replay_batch", description=__doc__.splitlines()[0])
     parser.add_argument("run", metavar="RUN", type=pathlib.Path, help="The run's directory.")
     parser.add_argument("--step", type=int, required=True, help="The bad step.")
-    given = parser.parse_args(argv)
-    logging.set_verbosity(logging.WARNING)
-    try:
-        for row in replay(given.run, given.step):
-            finite = np.isfinite(row.loss)
-            whose = "" if finite else "the student" if row.teacher_is_finite else "the teacher"
-            if row.targets == 0:
-                whose = "no target"
-            print(
-                f"{row.part:10}  {row.name:40}  {row.targets:6} targets  {row.loss:12.6g}  {whose}"
-            )
-    except GkdjaxError as error:
-        print(f"replay_batch: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return tools.run(parser, _show, argv)
 
 
 if __name__ == "__main__":
