@@ -1,7 +1,9 @@
-"""The order of rows, a pure function of the step, and padding.
+"""The order of rows, the padded shapes of batches, and the padding.
 
-There is no iterator and so no state to save: step n's rows follow from (seed, purpose, n) and from
-what the rows are.
+The rows of step n are a function of (seed, purpose, n) and of the rows: no iterator has a state to
+save. A shape is a tuple of lengths, as (student, teacher, targets), and a program to compile: there
+are at most `MOST_SHAPES`, all of them met in the first epoch, each at least as long as the one
+before in everything.
 """
 
 import functools
@@ -12,34 +14,43 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from gkdjax.data import buckets
 from gkdjax.losses.objective import TopKTargets
 from gkdjax.losses.topk import TokenTopK, TopKLogprobs
-from gkdjax.models import padding
+from gkdjax.models.padding import round_up
 from gkdjax.types import Batch, ViewPair
+
+MOST_SHAPES = 4
+
+Shape = tuple[int, ...]
+
+
+class BatchShape(NamedTuple):
+    """Padded lengths of a batch."""
+
+    student: int  # S
+    teacher: int  # T
+    targets: int  # N
+
+
+class CachedTargets(NamedTuple):
+    """What the teacher predicted while it wrote a batch: it need not read those rows again."""
+
+    targets: TopKTargets  # NumPy
+    known_B: np.ndarray  # bool, the rows that have such targets
 
 
 class RowOrder:
-    """Which rows make up the batch of each step.
+    """The rows of each step's batch.
 
-    One shuffled epoch comes after the other without end, so every row comes once an epoch, and a
-    batch may reach from one epoch into the next, or hold several. Within an epoch, rows of one
-    group fill batches of their own as far as their number goes; what is left of the groups shares
-    batches, with as few groups in each as can be.
+    One shuffled epoch follows another; a batch may reach from one into the next. Rows of one group
+    (any numbers) fill batches of their own as far as their number goes; the others share batches,
+    with as few groups in each as possible. Data of another `purpose` have another order.
     """
 
     def __init__(self, seed: int, purpose: str, batch_size: int, groups: Sequence[int]):
-        """Keeps what the order is a function of.
-
-        Args:
-          seed: of the run.
-          purpose: keeps the orders of different data apart, as "data.train" and "anchor.data".
-          batch_size: rows of a step.
-          groups: the group of each row, any numbers.
-        """
         self._entropy = [seed, zlib.crc32(purpose.encode())]
         self._batch_size, self._groups = batch_size, np.asarray(groups, np.int64)
-        self._epoch_order = functools.lru_cache(maxsize=4)(self._shuffled)  # two at a border
+        self._epoch_order = functools.lru_cache(maxsize=4)(self._shuffled)
 
     def rows(self, step: int) -> np.ndarray:
         """The rows of step `step` (from 0): int64 [batch_size] in [0, number of rows)."""
@@ -52,123 +63,123 @@ class RowOrder:
         return rows
 
     def _shuffled(self, epoch: int) -> np.ndarray:
+        B, groups = self._batch_size, self._groups
         rng = np.random.default_rng(np.random.SeedSequence([*self._entropy, epoch]))
-        order = rng.permutation(len(self._groups))
-        if (self._groups == self._groups[0]).all():
+        order = rng.permutation(len(groups))
+        if (groups == groups[0]).all():
             return order
-        # The epoch begins within a batch, unless all epochs before fill whole ones.
-        head = -epoch * len(order) % self._batch_size
-        return _in_groups(order, self._groups, self._batch_size, min(head, len(order)), rng)
+        batches, rest = [], []
+        by_group = order[np.argsort(groups[order], kind="stable")]
+        for group in np.split(by_group, np.flatnonzero(np.diff(groups[by_group])) + 1):
+            whole = len(group) // B * B
+            batches += np.split(group[:whole], whole // B) if whole else []
+            rest.append(group[whole:])
+        rng.shuffle(batches)
+        rng.shuffle(rest)  # groups stay together
+        rest = np.concatenate(rest)
+        # The epoch begins within a batch, unless all epochs before it fill whole ones.
+        head = min(-epoch * len(order) % B, len(order))
+        while len(rest) < head:
+            rest = np.concatenate([rest, batches.pop()])
+        first, rest = rest[:head], rest[head:]
+        whole = len(rest) // B * B
+        batches += np.split(rest[:whole], whole // B) if whole else []
+        rng.shuffle(batches)
+        return np.concatenate([first, *batches, rest[whole:]])
 
 
-def _in_groups(
-    order: np.ndarray, groups: np.ndarray, B: int, head: int, rng: np.random.Generator
-) -> np.ndarray:
-    """`order` with rows of one group side by side in the batches that begin after `head` rows."""
-    batches, rest = [], []
-    by_group = order[np.argsort(groups[order], kind="stable")]
-    for own in np.split(by_group, np.flatnonzero(np.diff(groups[by_group])) + 1):
-        whole = len(own) // B * B
-        batches += np.split(own[:whole], whole // B) if whole else []
-        rest.append(own[whole:])
-    rng.shuffle(batches)
-    rng.shuffle(rest)  # by group, still: the fewer in a batch, the better
-    rest = np.concatenate(rest)
-    while len(rest) < head:
-        rest = np.concatenate([rest, batches.pop()])
-    first, rest = rest[:head], rest[head:]
-    whole = len(rest) // B * B
-    batches += np.split(rest[:whole], whole // B) if whole else []
-    rng.shuffle(batches)
-    return np.concatenate([first, *batches, rest[whole:]])
+def length_groups(lengths: Sequence[int]) -> np.ndarray:
+    """The group of each row among at most `MOST_SHAPES` of about equal size, shortest rows first.
 
-
-def length_buckets(lengths: Sequence[int]) -> np.ndarray:
-    """The bucket of each row, int64 from 0: shortest rows first, about as many in each.
-
-    There are as many as padded shapes may be; rows whose lengths are rounded up to the same one
-    share a bucket.
+    Rows whose lengths are padded to the same one share a group.
     """
-    rounded = np.asarray([padding.round_up(int(length), ()) for length in lengths])
-    parts = np.arange(1, buckets.MOST) / buckets.MOST
+    rounded = np.asarray([round_up(int(length), ()) for length in lengths])
+    parts = np.arange(1, MOST_SHAPES) / MOST_SHAPES
     edges = np.unique(np.quantile(rounded, parts, method="higher"))
     return np.searchsorted(edges, rounded)
 
 
-class BatchShape(NamedTuple):
-    """Padded lengths of a batch."""
-
-    student: int  # S
-    teacher: int  # T
-    targets: int  # N
-
-
 def shape_of(pair: ViewPair) -> BatchShape:
-    """What one row needs."""
+    """The lengths of one row."""
     return BatchShape(len(pair.student.ids), len(pair.teacher.ids), len(pair.target_ids))
 
 
-def padding_shares(
-    batches: Sequence[Sequence[BatchShape]], allowed: Sequence[buckets.Shape]
-) -> dict[str, float]:
-    """How much of the batches is padding: "student", "teacher" and "targets" -> share in [0, 1).
+def longest(shapes: Sequence[Shape]) -> Shape:
+    """The least shape that holds all of them: (3, 9), (5, 2) -> (5, 9)."""
+    return tuple(max(lengths) for lengths in zip(*shapes, strict=True))
 
-    Args:
-      batches: what each row of each batch needs.
-      allowed: the padded shapes.
+
+def choose_shapes(
+    needs: Sequence[Shape], allowed: Sequence[int], most: int = MOST_SHAPES
+) -> tuple[Shape, ...]:
+    """At most `most` shapes for batches with these needs, each the smallest for one of them.
+
+    The needs, rounded up to the `allowed` lengths (see `round_up`), are sorted by size and cut into
+    groups of equal number; a shape holds its group and all groups before it.
+    """
+    rounded = [tuple(round_up(length, allowed) for length in need) for need in needs]
+    rounded.sort(key=lambda shape: (sum(shape), shape))
+    chain = [longest(rounded[: -(-len(rounded) * part // most)]) for part in range(1, most + 1)]
+    return tuple(dict.fromkeys(chain))
+
+
+def extend_shapes(
+    shapes: Sequence[Shape], needs: Sequence[Shape], allowed: Sequence[int]
+) -> tuple[Shape, ...]:
+    """The shapes and, if they do not hold all needs of other batches, one more that does."""
+    whole = longest([shapes[-1], *needs])
+    return (*shapes, *(choose_shapes([whole], allowed) if whole != shapes[-1] else ()))
+
+
+def smallest(shapes: Sequence[Shape], need: Shape) -> Shape:
+    """The first of the shapes that holds `need`; ValueError if none does."""
+    for shape in shapes:
+        if all(have >= wanted for have, wanted in zip(shape, need, strict=True)):
+            return shape
+    raise ValueError(f"none of the shapes {list(shapes)} holds {need}")
+
+
+def padding_shares(
+    batches: Sequence[Sequence[BatchShape]], shapes: Sequence[Shape]
+) -> dict[str, float]:
+    """The share of padding in [0, 1) of "student", "teacher" and "targets".
+
+    `batches` have the lengths of each of their rows; `shapes` are the padded ones.
     """
     real = np.sum([need for batch in batches for need in batch], axis=0)
-    padded = np.sum(
-        [
-            len(batch) * np.asarray(buckets.smallest(allowed, buckets.longest(batch)))
-            for batch in batches
-        ],
-        axis=0,
-    )
+    padded = sum(len(b) * np.asarray(smallest(shapes, longest(b))) for b in batches)
     return dict(zip(BatchShape._fields, (1 - real / padded).tolist(), strict=True))
 
 
 def pad(pairs: Sequence[ViewPair], shape: BatchShape, pad_id: int) -> Batch:
-    """Right-pads all rows to one shape, which must hold them.
-
-    Returns:
-      A Batch of NumPy arrays, rows in the order of `pairs`.
-    """
+    """Right-pads all rows to one shape, which must hold them -> a Batch of NumPy arrays."""
     students, teachers = [p.student for p in pairs], [p.teacher for p in pairs]
     targets = [p.target_ids for p in pairs]
     return Batch(
-        student_tokens_BS=_rectangle([v.ids for v in students], shape.student, pad_id),
+        student_tokens_BS=_int32([v.ids for v in students], shape.student, pad_id),
         student_mask_BS=_mask([v.ids for v in students], shape.student),
-        student_at_BN=_rectangle([v.at for v in students], shape.targets, 0),
-        teacher_tokens_BT=_rectangle([v.ids for v in teachers], shape.teacher, pad_id),
+        student_at_BN=_int32([v.at for v in students], shape.targets),
+        teacher_tokens_BT=_int32([v.ids for v in teachers], shape.teacher, pad_id),
         teacher_mask_BT=_mask([v.ids for v in teachers], shape.teacher),
-        teacher_at_BN=_rectangle([v.at for v in teachers], shape.targets, 0),
-        target_ids_BN=_rectangle(targets, shape.targets, 0),
+        teacher_at_BN=_int32([v.at for v in teachers], shape.targets),
+        target_ids_BN=_int32(targets, shape.targets),
         target_mask_BN=_mask(targets, shape.targets),
         row_id_B=np.asarray([p.row_id for p in pairs], np.int32),
     )
 
 
-class CachedTargets(NamedTuple):
-    """What a teacher said when it wrote the rows of a batch: it need not read those again."""
-
-    targets: TopKTargets  # NumPy
-    known_B: np.ndarray  # bool, the rows of which it is true
-
-
-def kept_targets(pairs: Sequence[ViewPair], num_targets: int) -> CachedTargets | None:
-    """What was kept of these rows, padded; None if there is nothing of any."""
-    known_B = np.asarray([pair.kept is not None for pair in pairs])
-    if not known_B.any():
+def cached_targets(pairs: Sequence[ViewPair], num_targets: int) -> CachedTargets | None:
+    """The predictions that came with the rows, padded; None if no row has any."""
+    known = [pair.kept for pair in pairs if pair.kept is not None]
+    if not known:
         return None
-    one = next(pair.kept for pair in pairs if pair.kept is not None)
-    nothing = jax.tree.map(lambda rows: rows[:0], one)
-    rows = [pair.kept or nothing for pair in pairs]
-    return CachedTargets(pad_top_k(rows, num_targets), known_B)
+    nothing = jax.tree.map(lambda tokens: tokens[:0], known[0])
+    targets = pad_top_k([pair.kept or nothing for pair in pairs], num_targets)
+    return CachedTargets(targets, np.asarray([pair.kept is not None for pair in pairs]))
 
 
 def pad_top_k(rows: Sequence[TokenTopK], num_targets: int) -> TopKTargets:
-    """Of one K and one temperature -> [B, num_targets, K] in NumPy."""
+    """Rows of one K and one temperature -> [B, num_targets, K] in NumPy."""
     top, K = [row.topk for row in rows], rows[0].topk.ids.shape[-1]
     topk = TopKLogprobs(
         ids=_block([t.ids for t in top], (num_targets, K), 0),
@@ -179,12 +190,12 @@ def pad_top_k(rows: Sequence[TokenTopK], num_targets: int) -> TopKTargets:
     return TopKTargets(topk, _block([row.target_logprob for row in rows], (num_targets,), 0.0))
 
 
-def _rectangle(rows: Sequence[np.ndarray], length: int, fill: int) -> np.ndarray:
+def _int32(rows: Sequence[np.ndarray], length: int, fill: int = 0) -> np.ndarray:
     return _block([np.asarray(row, np.int32) for row in rows], (length,), fill)
 
 
 def _block(rows: Sequence[np.ndarray], shape: tuple[int, ...], fill: float) -> np.ndarray:
-    """[B, *shape] in the rows' dtype; each row is filled up along its first axis."""
+    """[B, *shape] in the rows' dtype; each row is padded along its first axis."""
     padded = np.full((len(rows), *shape), fill, rows[0].dtype)
     for out, row in zip(padded, rows, strict=True):
         out[: len(row)] = row
@@ -192,5 +203,4 @@ def _block(rows: Sequence[np.ndarray], shape: tuple[int, ...], fill: float) -> n
 
 
 def _mask(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
-    lengths = np.asarray([len(row) for row in rows])
-    return np.arange(length)[None, :] < lengths[:, None]
+    return np.arange(length)[None, :] < np.asarray([len(row) for row in rows])[:, None]

@@ -1,4 +1,4 @@
-"""From examples to the batch of step n: whose text it is, and which rows."""
+"""The rows of one stream, from examples to the batch of each step."""
 
 import collections
 import copy
@@ -12,14 +12,21 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from gkdjax.data import batching, buckets, truncation, views
+from gkdjax.config import Config
+from gkdjax.data import batching, truncation
+from gkdjax.data.batching import BatchShape, CachedTargets, Shape
 from gkdjax.data.chat_template import Chat
+from gkdjax.data.conversations import split_answers
+from gkdjax.data.examples import BadRows
 from gkdjax.data.loss_mask import TargetRules
-from gkdjax.data.views import ViewRules
+from gkdjax.data.views import RowStatus, ViewRules
 from gkdjax.models.prefix_cache import worth_keeping
-from gkdjax.types import Batch, Completion, Example, Prompt, ViewPair
-from gkdjax.utils import text
+from gkdjax.types import Batch, Completion, Example, Message, Prompt, ViewPair
 from gkdjax.utils.errors import UserError
+from gkdjax.utils.text import some
+
+# Of either view. Rows of similar length may be of one kind; an anchor's batch must hold every kind.
+_MOST_PADDING = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +37,7 @@ class RolloutFilter:
       targets: a completion must have a target by them, if the assistant's messages are trained.
       max_retries: a completion that is refused is written again at most so many times.
       max_new_tokens: its longest length.
-      shared: the student has the ids below it alone; None: it has all.
+      shared: the student has only the ids below it; None: it has all.
     """
 
     targets: TargetRules
@@ -38,378 +45,323 @@ class RolloutFilter:
     max_new_tokens: int
     shared: int | None = None
 
-    def fate(self, completion: Completion, chat: Chat) -> views.RowStatus:
+    def status(self, completion: Completion, chat: Chat) -> RowStatus:
         """KEPT, EMPTY or UNMATCHED."""
-        if len(completion.ids) == 0:
-            return views.RowStatus.EMPTY
-        if self.shared is not None and completion.ids.max() >= self.shared:
-            return views.RowStatus.EMPTY
+        ids = completion.ids
+        if len(ids) == 0 or (self.shared is not None and ids.max() >= self.shared):
+            return RowStatus.EMPTY
         trained = "assistant" in self.targets.roles
         if trained and not self.targets.of_completion(completion, chat).any():
-            return views.RowStatus.UNMATCHED
-        return views.RowStatus.KEPT
+            return RowStatus.UNMATCHED
+        return RowStatus.KEPT
 
 
-class Rendered(NamedTuple):
-    """An example with all that is rendered of it before anybody writes anything."""
+class _Row(NamedTuple):
+    """An example with its own response, or for one of the completions that it gets."""
 
-    example: Example
+    example: Example  # as it is trained, shortened if it was too long
+    prefix: tuple[Message, ...]  # before it was shortened
     prompts: tuple[np.ndarray, np.ndarray]  # of the student's and the teacher's view
     untargeted: int  # tokens of the teacher's prompt up to where its first target is predicted
-    own: (
-        tuple[ViewPair | None, views.RowStatus] | None
-    )  # with its own response; None: not asked for
-
-    @classmethod
-    def of(cls, example: Example, rules: ViewRules, *, response: bool) -> "Rendered":
-        """Renders it, with its own response only where that is wanted and there.
-
-        Raises:
-          UserError: the chat template does not take it.
-        """
-        own = rules.pair(example, None) if response and example.answer is not None else None
-        return cls(example, rules.prompts(example), len(rules.before_targets(example)), own)
+    own: tuple[ViewPair | None, RowStatus] | None  # with its own response; None: not rendered
+    number: int = 0  # of its completion
 
 
 class DistillDataset:
-    """One stream of rows (training or anchor); the batch of a step is a function of the step.
+    """The rows of one stream (training, validation or anchor); batches are a function of the step.
 
-    A row is an example with its own response, or one of `per_prompt` rollouts for an example
-    without. Nothing here changes once it is made: `with_rollouts` and `refreshed` give another
-    dataset, and batches can be had of those alone. Rows that are too long are dropped or cut here,
-    once, counted and named; and so are those whose response is not accepted. Where more than
-    `most_padding` of random batches would be padding, rows of similar length share batches.
+    A row is an example with its own response, or one of `per_prompt` completions of an example
+    without. A dataset never changes: `with_rollouts` and `refreshed` give another one, and only
+    those give batches. Rows that the chat template does not take, that are too long or whose
+    response is not accepted are dropped or cut, counted and named.
     """
 
     def __init__(
         self,
+        config: Config,
         purpose: str,
         examples: Sequence[Example],
         rules: ViewRules,
-        responses: RolloutFilter,
+        batch_size: int,
+        bad_rows: BadRows,
         *,
         per_prompt: int,
-        most_padding: float,
-        batch_size: int,
-        allowed_lengths: Sequence[int],
-        seed: int,
-        rendered: Sequence[Rendered] = (),
-        unusable: Sequence[str] = (),
+        own_responses: bool = True,
     ):
-        self.purpose, self.seed = purpose, seed
-        self.rules, self.responses = rules, responses
-        self._batch_size = batch_size
-        self._allowed_lengths, self._most_padding = allowed_lengths, most_padding
-        self.refused = 0  # responses of the teacher that were not accepted
-        self.fates: dict[str, list[str]] = collections.defaultdict(list)  # fate -> row names
-        if unusable:
-            self.fates[views.RowStatus.UNUSABLE.value] += unusable
+        """Renders all rows; UserError if one of them must not be dropped, or none is left.
+
+        `purpose` is the config's key of the rows, as "data.train"; `bad_rows` takes in those that
+        the chat template refuses. With `own_responses`, rows are rendered with theirs at once.
+        """
+        c, self._config, self._batch_size = config.rollout, config, batch_size
+        self.purpose, self.rules, self.seed = purpose, rules, config.train.seed
+        shared = rules.teacher_chat.shared
+        self.responses = RolloutFilter(rules.targets, c.max_retries, c.max_new_tokens, shared)
+        self._lost: dict[RowStatus, list[str]] = collections.defaultdict(list)  # names of rows
+        self._refused = 0  # completions of the teacher that were not accepted
         self.padding: dict[str, float] = {}  # shares of the off-policy batches
-        self._prefixes = {example.row_id: example.prefix for example in examples}  # not shortened
-        examples = self._shorten(examples)
-        known = {id(one.example): one for one in rendered}  # of the same rules
-        made = [
-            known[id(e)] if id(e) in known else Rendered.of(e, rules, response=False)
-            for e in examples
+        self.first_pairs: list[ViewPair] = []  # of the off-policy batches, before any refresh
+        found = []
+        for example in split_answers(examples, purpose, rules):
+            with bad_rows.row(example.name):
+                found.append(self._rendered(example, own_responses))
+        bad_rows.settle(purpose, purpose, len(found))
+        if purpose in bad_rows.dropped:
+            self._lost[RowStatus.UNUSABLE] += bad_rows.dropped[purpose]
+        rendered = [row.example for row in found]
+        truncation.require_room_beside_prefix(purpose, rendered, rules, config.context)
+        found = self._shortened(found)
+        self._prompts = [ids for row in found for ids in row.prompts]  # of dropped rows, too
+        # A row whose prompt leaves no room for a single token of a response is dropped.
+        fits = [row for row in found if max(map(len, row.prompts)) < rules.max_length]
+        endless = {row.example.name for row in found} - {row.example.name for row in fits}
+        self._lost[RowStatus.DROPPED] += sorted(endless)
+        self._rows = [
+            row._replace(number=number)
+            for row in fits
+            for number in range(per_prompt if row.example.answer is None else 1)
         ]
-        self._prompts = {one.example.row_id: one.prompts for one in made}
-        self._untargeted = {one.example.row_id: one.untargeted for one in made}
-        self._own = {one.example.row_id: one.own for one in made if one.own is not None}
-        # Of the off-policy batches: with the first responses, and with refreshed ones.
-        self.first_pairs: list[ViewPair] = []
-        self._pairs: list[ViewPair] = []
-        self._first_shapes: Sequence[buckets.Shape] = ()
-        self._shapes: Sequence[buckets.Shape] = ()
-        self._take_rows(
-            [
-                (example, number)
-                for example in examples
-                for number in range(per_prompt if example.answer is None else 1)
-            ]
-        )
-        self._drop_endless_prompts()
+        if not self._rows:
+            self._report_lost(None)
+        self._order = self._row_order()
 
     def __len__(self) -> int:
-        return len(self._examples)
+        return len(self._rows)
 
     def views_differ(self) -> bool:
         """Whether the teacher reads more than the student in any row."""
-        return any(not np.array_equal(s, t) for s, t in self._prompts.values())
+        return any(not np.array_equal(*row.prompts) for row in self._rows)
 
     def prompts_by_prefix(self, others: Sequence[Example]) -> list[list[np.ndarray]]:
         """What the teacher reads before a target, by prefix; of `others` before the response."""
-        groups = self._prompts_by_prefix(self.rows())
+        groups = self._untargeted_prompts()
         for example in others:
             groups[example.prefix].append(self.rules.prompts(example)[1])
         return list(groups.values())
 
-    def rows(self) -> list[Example]:
+    def examples(self) -> list[Example]:
         """The examples that are left, each once, as they are trained."""
-        return list({example.row_id: example for example, _ in self._examples}.values())
+        return list({row.example.row_id: row.example for row in self._rows}.values())
 
     def needs_responses(self) -> bool:
         """Whether any row comes without a response."""
-        return any(example.answer is None for example, _ in self._examples)
+        return any(row.example.answer is None for row in self._rows)
 
     def needs_scores(self) -> bool:
         """Whether a teacher has to read any text that it did not write: a row's own targets."""
         return any(
             example.answer is not None or any(self.rules.targets.of_turns(example))
-            for example in self.rows()
+            for example in self.examples()
         )
 
     def unanswered(self, steps: Sequence[int] | None = None) -> list[int]:
-        """The rows that bring no response: all of them, or those in the batches of `steps`."""
+        """The rows without a response: all of them, or those in the batches of `steps`."""
         rows = range(len(self))
         if steps is not None:
             rows = sorted({int(row) for step in steps for row in self.batch_rows(step)})
-        return [row for row in rows if self._examples[row][0].answer is None]
+        return [row for row in rows if self._rows[row].example.answer is None]
 
     def with_rollouts(self, rollouts: Mapping[int, Completion]) -> "DistillDataset":
         """The rows that can be trained, ready to give off-policy batches.
 
-        Args:
-          rollouts: row -> the response of each row of `unanswered`.
-
-        Raises:
-          UserError: no row is left.
+        `rollouts` has the completion of each row of `unanswered`. UserError: no row is left.
         """
-        new, kept = copy.copy(self), []
-        new.fates = collections.defaultdict(list, {f: [*names] for f, names in self.fates.items()})
-        new.refused = sum(rollout.refused for rollout in rollouts.values())
-        new.first_pairs = []
-        for i, row in enumerate(self._examples):
-            pair, fate = self._pair(row[0], rollouts.get(i))
-            if fate is not views.RowStatus.KEPT:
-                new.fates[fate.value].append(row[0].name)
+        new = copy.copy(self)
+        new._lost = copy.deepcopy(self._lost)
+        new._refused = sum(completion.refused for completion in rollouts.values())
+        new._rows, pairs = [], []
+        for i, row in enumerate(self._rows):
+            pair, status = self._pair(row, rollouts.get(i))
+            if status is not RowStatus.KEPT:
+                new._lost[status].append(row.example.name)
             if pair is not None:
-                kept.append(row)
-                new.first_pairs.append(pair)
-        new._own = {}  # they are kept as `first_pairs`
-        new._pairs = new.first_pairs
-        texts = [self.rules.teacher_chat.decode(r.ids) for r in rollouts.values()][:1]
-        new._take_rows(kept)
-        new._report_fates(texts)
-        new._choose_batches(kept)
+                new._rows.append(row)
+                pairs.append(pair)
+        new.first_pairs = new._pairs = pairs
+        new._report_lost(next(iter(rollouts.values()), None))
+        new._choose_batches(by_length=False)
+        by_chance = new._view_padding()
+        if self.purpose == "data.train" and by_chance > _MOST_PADDING:
+            new._choose_batches(by_length=True)
+            if new._view_padding() >= by_chance:  # the config's own lengths ask for it
+                new._choose_batches(by_length=False)
+        logging.info(
+            "%s: %d rows; padded shapes (student, teacher, targets): %s; padding: %s",
+            *(self.purpose, len(new), ", ".join(map(str, map(tuple, new._first_shapes)))),
+            ", ".join(f"{share:.0%} of the {name}" for name, share in new.padding.items()),
+        )
+        logging.info("%s: the first row, %s", self.purpose, self.rules.described(pairs[0]))
         return new
 
     def refreshed(
         self, rollouts: Mapping[int, Completion], steps: Sequence[int], step: int
     ) -> "DistillDataset":
-        """The same with newer responses in the batches of `steps`.
+        """The same with newer completions in the batches of `steps`, written at `step`.
 
-        A row whose new response is not accepted, or does not fit, has its first one. What the
-        batches look like follows from `steps` and `with_rollouts`, not from other refreshes.
-
-        Args:
-          rollouts: row -> the new response of each row of `unanswered(steps)`.
-          steps: whose batches they are for.
-          step: at which they are written, for the log.
+        A row whose new completion is not accepted, or does not fit, keeps its first one. Other
+        refreshes change nothing.
         """
-        new, first_stays = copy.copy(self), 0
-        new._pairs = [*self.first_pairs]
-        for i, rollout in rollouts.items():
-            pair, _ = self._pair(self._examples[i][0], rollout)
-            first_stays += pair is None
-            new._pairs[i] = new._pairs[i] if pair is None else pair
-        needs = [buckets.longest([*map(batching.shape_of, new._batch_pairs(s))]) for s in steps]
-        new._shapes = buckets.extend(self._first_shapes, needs, self._allowed_lengths)
+        new = copy.copy(self)
+        pairs = {i: self._pair(self._rows[i], rollout)[0] for i, rollout in rollouts.items()}
+        accepted = {i: pair for i, pair in pairs.items() if pair is not None}
+        new._pairs = [accepted.get(i) or pair for i, pair in enumerate(self.first_pairs)]
+        needs = [batching.longest(new._row_shapes(s)) for s in steps]
+        new._shapes = batching.extend_shapes(
+            self._first_shapes, needs, self._config.data.bucket_lengths
+        )
         logging.log(
-            logging.WARNING if first_stays else logging.INFO,
+            logging.WARNING if len(accepted) < len(pairs) else logging.INFO,
             "%s, step %d: %d responses are new; %d rows, whose new one is refused or too long, keep"
             " the first",
-            *(self.purpose, step, len(rollouts), first_stays),
+            *(self.purpose, step, len(pairs), len(pairs) - len(accepted)),
         )
         return new
 
-    def batch(self, step: int) -> tuple[Batch, batching.CachedTargets | None]:
-        """The off-policy batch of a step, as NumPy arrays, and what its writer kept of it.
-
-        Every process has all of its rows, and sends its devices their own.
-        """
-        pairs = self._batch_pairs(step)
-        need = buckets.longest([batching.shape_of(pair) for pair in pairs])
-        shape = batching.BatchShape(*buckets.smallest(self._shapes, need))
-        return self.pad(pairs, shape), batching.kept_targets(pairs, shape.targets)
-
-    def names(self, step: int) -> list[str]:
-        """Of the rows of a step's batch."""
-        return [self._examples[row][0].name for row in self.batch_rows(step)]
-
-    def example(self, row: int) -> Example:
-        """The example of a row."""
-        return self._examples[row][0]
-
-    def prompt(self, row: int, who: str) -> Prompt:
-        """The prompt of a row for "teacher" or "student"."""
-        example, number = self._examples[row]
-        ids = self._prompts[example.row_id][who == "teacher"]
-        messages = example.prefix + example.turns
-        return Prompt(example.name, ids, messages, example.tools, len(example.prefix), number)
-
-    def fingerprint(self) -> int:
-        """CRC-32 of all that batches are made of before the first step."""
-        parts = [example.name.encode() for example, _ in self._examples]
-        parts += [ids.tobytes() for both in self._prompts.values() for ids in both]
-        views_of = (view for pair in self.first_pairs for view in (pair.student, pair.teacher))
-        parts += [array.tobytes() for view in views_of for array in (view.ids, view.at)]
-        return functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
-
-    def report(self) -> dict:
-        """For results.json: how many rows there are, fate -> names of those that it met, ..."""
-        counts = {"rows": len(self), "refused_responses": self.refused}
-        return {**counts, "padding": self.padding, **self.fates}
-
-    def _pair(self, example: Example, completion: Completion | None):
-        if completion is not None:
-            fate = self.responses.fate(completion, self.rules.teacher_chat)
-            if fate is not views.RowStatus.KEPT:
-                return None, fate
-        if completion is None and example.row_id in self._own:
-            return self._own[example.row_id]
-        return self.rules.pair(example, completion)
-
-    def _batch_pairs(self, step: int) -> list[ViewPair]:
-        return [self._pairs[i] for i in self.batch_rows(step)]
-
-    def choose_shapes(self, needs: Sequence[buckets.Shape]) -> Sequence[buckets.Shape]:
-        """Of the batches of the first epoch, so that no later one needs another."""
-        steps = math.ceil(len(needs) / self._batch_size)
-        batches = [
-            buckets.longest([needs[i] for i in self.batch_rows(step)]) for step in range(steps)
-        ]
-        return buckets.choose(batches, self._allowed_lengths)
-
-    def pad(self, pairs: list[ViewPair], shape: batching.BatchShape) -> Batch:
-        return batching.pad(pairs, shape, self.rules.student_chat.pad_id)
+    def batch(self, step: int) -> tuple[Batch, CachedTargets | None]:
+        """The off-policy batch of a step, all of it in NumPy, and what its writer predicted."""
+        pairs = [self._pairs[i] for i in self.batch_rows(step)]
+        need = batching.longest(self._row_shapes(step))
+        shape = BatchShape(*batching.smallest(self._shapes, need))
+        return self.pad(pairs, shape), batching.cached_targets(pairs, shape.targets)
 
     def batch_rows(self, step: int) -> np.ndarray:
         """int64 [batch_size]: the rows of a step's batch."""
         return self._order.rows(step)
 
-    def _choose_batches(self, rows: list[tuple[Example, int]]) -> None:
-        """Which rows share batches, and the shapes of those."""
-        self._choose_first_shapes()
-        by_chance = self._padding_of_views()
-        if by_chance > self._most_padding:
-            self._take_rows(rows, by_length=True)
-            self._choose_first_shapes()
-            if self._padding_of_views() >= by_chance:  # the config's own lengths ask for it
-                self._take_rows(rows)
-                self._choose_first_shapes()
-        logging.info(
-            "%s: %d rows; padded shapes (student, teacher, targets): %s; padding: %s",
-            *(self.purpose, len(self), ", ".join(map(str, map(tuple, self._first_shapes)))),
-            ", ".join(f"{share:.0%} of the {name}" for name, share in self.padding.items()),
-        )
-        logging.info("%s: the first row, %s", self.purpose, self.rules.described(self._pairs[0]))
+    def names(self, step: int) -> list[str]:
+        """The names of the rows of a step's batch."""
+        return [self._rows[row].example.name for row in self.batch_rows(step)]
 
-    def _choose_first_shapes(self) -> None:
-        self._first_shapes = self.choose_shapes([batching.shape_of(p) for p in self._pairs])
-        self._shapes = self._first_shapes
-        steps = range(math.ceil(len(self) / self._batch_size))
-        needs = [[batching.shape_of(pair) for pair in self._batch_pairs(step)] for step in steps]
-        self.padding = batching.padding_shares(needs, self._shapes)
+    def example(self, row: int) -> Example:
+        return self._rows[row].example
 
-    def _padding_of_views(self) -> float:
-        return max(self.padding["student"], self.padding["teacher"])
+    def prompt(self, row: int, who: str) -> Prompt:
+        """What "teacher" or "student" is given to write the completion of a row."""
+        example, ids = self._rows[row].example, self._rows[row].prompts[who == "teacher"]
+        prefix, number = len(example.prefix), self._rows[row].number
+        messages = example.prefix + example.turns
+        return Prompt(example.name, ids, messages, example.tools, prefix, number)
 
-    def _take_rows(self, rows: list[tuple[Example, int]], by_length: bool = False) -> None:
-        """(example, number of its response) of each; which of them share batches.
+    def choose_shapes(self, needs: Sequence[Shape]) -> Sequence[Shape]:
+        """The padded shapes of all epochs, for the needs of all rows; the first one meets each."""
+        batches = [
+            batching.longest([needs[i] for i in self.batch_rows(step)])
+            for step in range(math.ceil(len(needs) / self._batch_size))
+        ]
+        return batching.choose_shapes(batches, self._config.data.bucket_lengths)
 
-        Rows of one long prefix do, and if wanted of those the ones of similar length.
-        """
-        self._examples = rows
-        by_prefix = self._prompts_by_prefix(self.rows()).items()
-        long = [prefix for prefix, prompts in by_prefix if worth_keeping(prompts) is not None]
-        number = collections.defaultdict(lambda: -1, {prefix: i for i, prefix in enumerate(long)})
-        prefixes = (self._prefixes[example.row_id] for example, _ in rows)
-        groups = np.asarray([number[prefix] for prefix in prefixes])
-        if by_length:
-            lengths = [len(p.student.ids) + len(p.teacher.ids) for p in self.first_pairs]
-            groups = groups * buckets.MOST + batching.length_buckets(lengths)
-        self._order = batching.RowOrder(self.seed, self.purpose, self._batch_size, groups)
+    def pad(self, pairs: list[ViewPair], shape: BatchShape) -> Batch:
+        return batching.pad(pairs, shape, self.rules.student_chat.pad_id)
 
-    def _prompts_by_prefix(self, examples: Sequence[Example]) -> dict:
+    def fingerprint(self) -> int:
+        """CRC-32 of all that batches are made of before the first step."""
+        parts = [row.example.name.encode() for row in self._rows]
+        parts += [ids.tobytes() for ids in self._prompts]
+        views_of = (view for pair in self.first_pairs for view in (pair.student, pair.teacher))
+        parts += [array.tobytes() for view in views_of for array in (view.ids, view.at)]
+        return functools.reduce(lambda crc, part: zlib.crc32(part, crc), parts, 0)
+
+    def report(self) -> dict:
+        """For results.json: number of rows, status -> names of the rows that have it, ..."""
+        counts = {"rows": len(self), "refused_responses": self._refused}
+        lost = {status.value: names for status, names in self._lost.items()}
+        return {**counts, "padding": self.padding, **lost}
+
+    def _rendered(self, example: Example, own: bool) -> _Row:
+        """Raises UserError if the chat template does not take the row."""
+        pair = self.rules.pair(example, None) if own and example.answer is not None else None
+        prompts = self.rules.prompts(example)
+        untargeted = len(self.rules.before_targets(example))
+        return _Row(example, example.prefix, prompts, untargeted, pair)
+
+    def _shortened(self, rows: Sequence[_Row]) -> list[_Row]:
+        """The rows that `data.too_long` leaves, cut if they are too long."""
+        left, cut, tokens, rules = [], [], 0, self.rules
+        for row in rows:
+            shorter = truncation.shortened(row.example, rules, self.responses.max_new_tokens)
+            if shorter is None:
+                self._lost[RowStatus.DROPPED].append(row.example.name)
+                continue
+            if shorter is not row.example:
+                cut.append(row.example.name)
+                tokens += max(rules.lengths(row.example)) - max(rules.lengths(shorter))
+                row = self._rendered(shorter, own=False)._replace(prefix=row.prefix)
+            left.append(row)
+        if cut:
+            self._lost[RowStatus.SHORTENED] += cut
+            logging.warning(
+                "%s: %d rows longer than data.max_length=%d lost %d tokens in all (%s): %s",
+                *(self.purpose, len(cut), rules.max_length, tokens, rules.too_long, some(cut)),
+            )
+        return left
+
+    def _pair(self, row: _Row, completion: Completion | None) -> tuple[ViewPair | None, RowStatus]:
+        if completion is not None:
+            status = self.responses.status(completion, self.rules.teacher_chat)
+            if status is not RowStatus.KEPT:
+                return None, status
+        elif row.own is not None:
+            return row.own
+        return self.rules.pair(row.example, completion)
+
+    def _untargeted_prompts(self) -> dict[tuple[Message, ...], list[np.ndarray]]:
+        """Prefix -> what the teacher reads before a target, of each example."""
         groups = collections.defaultdict(list)
-        for example in examples:
-            prompt = self._prompts[example.row_id][1][: self._untargeted[example.row_id]]
-            groups[self._prefixes[example.row_id]].append(prompt)
+        for row in {row.example.row_id: row for row in self._rows}.values():
+            groups[row.prefix].append(row.prompts[1][: row.untargeted])
         return groups
 
-    def _shorten(self, examples: Sequence[Example]) -> list[Example]:
-        found = truncation.shortened(
-            self.purpose, examples, self.rules, self.responses.max_new_tokens
-        )
-        for fate, names in (
-            (views.RowStatus.SHORTENED, found.cut),
-            (views.RowStatus.DROPPED, found.dropped),
-        ):
-            if names:
-                self.fates[fate.value] += names
-        return found.examples
+    def _row_order(self, lengths: Sequence[int] | None = None) -> batching.RowOrder:
+        """Rows of one long prefix share batches, and among those the ones of similar length."""
+        groups = self._untargeted_prompts().items()
+        long = [prefix for prefix, prompts in groups if worth_keeping(prompts) is not None]
+        numbers = collections.defaultdict(lambda: -1, {p: number for number, p in enumerate(long)})
+        group_of = np.asarray([numbers[row.prefix] for row in self._rows])
+        if lengths is not None:
+            group_of = group_of * batching.MOST_SHAPES + batching.length_groups(lengths)
+        return batching.RowOrder(self.seed, self.purpose, self._batch_size, group_of)
 
-    def _drop_endless_prompts(self) -> None:
-        """Without room for a single response token there is no training row."""
-        fits = {
-            row_id: max(len(prompt) for prompt in both) < self.rules.max_length
-            for row_id, both in self._prompts.items()
+    def _row_shapes(self, step: int) -> list[BatchShape]:
+        return [batching.shape_of(self._pairs[i]) for i in self.batch_rows(step)]
+
+    def _choose_batches(self, by_length: bool) -> None:
+        """Sets which rows share batches, the shapes of those, and how much of them is padding."""
+        lengths = [len(p.student.ids) + len(p.teacher.ids) for p in self._pairs]
+        self._order = self._row_order(lengths if by_length else None)
+        shapes = self.choose_shapes([batching.shape_of(pair) for pair in self._pairs])
+        self._first_shapes = self._shapes = shapes
+        steps = range(math.ceil(len(self) / self._batch_size))
+        self.padding = batching.padding_shares([self._row_shapes(s) for s in steps], shapes)
+
+    def _view_padding(self) -> float:
+        return max(self.padding["student"], self.padding["teacher"])
+
+    def _report_lost(self, first: Completion | None) -> None:
+        """Logs the rows that are gone; UserError, with the first completion, if none is left."""
+        too_long = f"longer than data.max_length={self.rules.max_length}"
+        reasons = {
+            RowStatus.DROPPED: too_long,
+            RowStatus.TRUNCATED: too_long,
+            RowStatus.UNUSABLE: "cannot be read or rendered, see above",
+            RowStatus.EMPTY: "a response without a token, or with one that is no id here",
+            RowStatus.UNMATCHED: "nothing to learn with context.target_content_pattern="
+            f"{self.rules.targets.pattern!r}, or no such response in"
+            f" {self.responses.max_retries + 1} attempts",
         }
-        dropped = {example.name for example, _ in self._examples if not fits[example.row_id]}
-        self.fates[views.RowStatus.DROPPED.value].extend(sorted(dropped))
-        self._take_rows([row for row in self._examples if fits[row[0].row_id]])
-        if not self._examples:
-            self._report_fates([])
-
-    def _report_fates(self, texts: Sequence[str]) -> None:
-        rest = len(self._examples)
-        report_fates(self.purpose, self.fates, self.rules, self.responses, texts, rest)
-
-
-def report_fates(
-    purpose: str,
-    fates: Mapping[str, Sequence[str]],
-    rules: ViewRules,
-    responses: RolloutFilter,
-    texts: Sequence[str],
-    rest: int,
-) -> None:
-    """Names the rows that are gone.
-
-    Args:
-      purpose: of the stream.
-      fates: `views.RowStatus` -> names of its rows.
-      rules: by which they were made.
-      responses: by which their responses were accepted.
-      texts: responses, of which the first is shown if nothing is left.
-      rest: number of rows that are left.
-
-    Raises:
-      UserError: none is left.
-    """
-    reasons = {
-        views.RowStatus.DROPPED.value: f"longer than data.max_length={rules.max_length}",
-        views.RowStatus.TRUNCATED.value: f"longer than data.max_length={rules.max_length}",
-        views.RowStatus.UNUSABLE.value: "cannot be read or rendered, see above",
-        views.RowStatus.EMPTY.value: "a response without a token, or with one that is no id here",
-        views.RowStatus.UNMATCHED.value: "nothing to learn with context.target_content_pattern="
-        f"{rules.targets.pattern!r}, or no such response in"
-        f" {responses.max_retries + 1} attempts",
-    }
-    gone = [(fate, fates[fate], why) for fate, why in reasons.items() if fate in fates]
-    for fate, names, reason in gone:
-        if names:
+        lost = {s: self._lost[s] for s in reasons if self._lost.get(s)}
+        for status, names in lost.items():
             logging.warning(
                 "%s: %d rows %s (%s): %s",
-                *(purpose, len(names), fate, reason, text.some(names)),
+                *(self.purpose, len(names), status.value, reasons[status], some(names)),
             )
-    if not rest:
-        found = "; ".join(f"{len(names)} rows: {why}" for _, names, why in gone if names)
-        seen = f". The first response was {texts[0]!r}" if texts else ""
-        advice = {
-            views.RowStatus.DROPPED.value: "raise data.max_length,"
-            " or let data.too_long cut such rows",
-            views.RowStatus.UNMATCHED.value: "change context.target_content_pattern",
-        }
-        told = "".join(f"; {advice[fate]}" for fate, names, _ in gone if names and fate in advice)
-        raise UserError(f"no row of {purpose} is left: {found}{seen}{told}")
+        if self._rows:
+            return
+        message = "; ".join(f"{len(names)} rows: {reasons[s]}" for s, names in lost.items())
+        if first is not None:
+            text = self.rules.teacher_chat.decode(first.ids)
+            message += f". The first response was {text!r}"
+        if RowStatus.DROPPED in lost:
+            message += "; raise data.max_length, or let data.too_long cut such rows"
+        if RowStatus.UNMATCHED in lost:
+            message += "; change context.target_content_pattern"
+        raise UserError(f"no row of {self.purpose} is left: {message}")

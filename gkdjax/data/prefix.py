@@ -7,7 +7,7 @@
 | `system_prompt_file` | plain text: one system message                                     |
 | `corpus`             | documents, put into `corpus_template` at {corpus}: one system message |
 
-Of plain text the line breaks at its end are left out.
+Plain text loses the line breaks at its end.
 """
 
 import difflib
@@ -26,27 +26,15 @@ from gkdjax.utils.errors import UserError, one_line
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """yaml itself would keep the last of two equal keys and say nothing."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} twice in one object", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
 def read_prefix(context: Context) -> tuple[Message, ...]:
-    """What the teacher reads before every row that has no prefix of its own; () is nothing.
+    """The messages that the teacher reads before each row that has no prefix of its own; or ().
 
     Raises:
       UserError: naming the key, the file, the entry and the field, and what is wrong with it.
     """
     if context.prefix_file:
-        return _file_messages(context.prefix_file)
+        listed = _listed(context.prefix_file)
+        return _messages(listed, pathlib.Path(context.prefix_file).name)
     if context.system_prompt_file:
         where = f"context.system_prompt_file = {context.system_prompt_file}"
         return (Message("system", _plain(context.system_prompt_file, where)),)
@@ -56,14 +44,26 @@ def read_prefix(context: Context) -> tuple[Message, ...]:
     return _messages(context.prefix_messages, "context.prefix_messages")
 
 
-def _file_messages(source: str) -> tuple[Message, ...]:
+class _UniqueKeys(yaml.SafeLoader):
+    """yaml itself would silently keep the last of two equal keys."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            message = f"{twice[0]!r} twice in one object"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _listed(source: str) -> list:
     where = f"context.prefix_file = {source}"
     if source.endswith(".json"):
         listed = json_value(source, where)
     elif source.endswith((".yaml", ".yml")):
-        told = read_text(source, where)
+        content = read_text(source, where)
         try:
-            listed = yaml.load(told, Loader=_UniqueKeys)
+            listed = yaml.load(content, Loader=_UniqueKeys)
         # A day that no month has is a ValueError, and so are too many digits.
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"{where}: does not parse as YAML: {one_line(error)}") from error
@@ -76,15 +76,15 @@ def _file_messages(source: str) -> tuple[Message, ...]:
         raise UserError(f"{where}: must be a list of {{role, content}}, not {kind(listed)}")
     if not listed:
         raise UserError(f"{where}: the list is empty; for no prefix, leave the key empty")
-    return _messages(listed, pathlib.Path(source).name)
+    return listed
 
 
 def _messages(listed: Sequence[object], where: str) -> tuple[Message, ...]:
+    """Stricter than for a row: a prefix is written by hand, and is read before every row."""
     return tuple(_message(entry, f"{where}[{i}]") for i, entry in enumerate(listed))
 
 
 def _message(entry: object, where: str) -> Message:
-    """Stricter than a row's: a prefix is written by hand, and is read before every row."""
     if not isinstance(entry, dict):
         raise UserError(f"{where} must be {{role, content}}, not {kind(entry)}")
     for field in ("role", "content"):
@@ -126,7 +126,7 @@ def _documents(source: str) -> Iterator[str]:
 
 
 def _document(entry: object, name: str) -> str:
-    """A string as it is; of an object every field, "Title: ..." a line; null counts as absent."""
+    """A string as it is; the fields of an object, a line "Title: ..." each; null is absent."""
     if isinstance(entry, str):
         return text(entry, f"{name}: the document")
     if not isinstance(entry, dict):

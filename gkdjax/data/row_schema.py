@@ -6,6 +6,7 @@ Each error starts with the place that the caller names, as "train.jsonl:17: prom
 import dataclasses
 import datetime
 import decimal
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -13,51 +14,39 @@ from collections.abc import Mapping, Sequence
 from gkdjax.types import Message
 from gkdjax.utils.errors import UserError
 
-# Who speaks, in lower case -> the role. Names for one role may stand side by side.
+# Names of roles in data, in lower case -> the role.
 TOOL_ROLES = ("tool", "function", "observation", "ipython", "environment")  # never targets
-_ROLES = {
+ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot", "chatbot", "ai"), "assistant"),
     **{role: role for role in ("system", "developer", "document", *TOOL_ROLES)},
 }
 _CALLERS = ("function_call", "tool_call", "function-call", "tool_calls")  # the assistant's calls
-
-# Of a message: what the chat template is given beside role and content, under the same names.
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_TEMPLATE_FIELDS = ("tool_calls", *_THOUGHTS, "name", "tool_call_id")
+_TEMPLATE_TEXTS = ("reasoning_content", "reasoning", "thinking", "name", "tool_call_id")
 _LEARN_FIELDS = ("weight", "trainable", "train", "loss")  # 0 or false: no target
+_MASKS = ("mask", "masked")  # false or 0: as good as absent
 
+# Fields that would change what is learnt -> what to write instead.
 _NOT_TEXT = "only text is read; take such rows out, or that field where the text does without it"
 _WHICH_LEARNT = (
     "write a message that is not to be learnt with 'weight': 0, or set"
     " context.target_content_pattern"
 )
-_MASKS = ("mask", "masked")  # false or 0: as good as absent
-# Fields that change what is to be learnt, and what to write instead.
 _MESSAGE_REFUSED = {
-    **dict.fromkeys(("image", "images", "image_url", "video", "videos", "audio"), _NOT_TEXT),
-    **dict.fromkeys(("loss_mask", "train_detail", *_MASKS), _WHICH_LEARNT),
-    **dict.fromkeys(("thought", "thoughts"), "write it as 'reasoning_content'"),
+    "image images image_url video videos audio": _NOT_TEXT,
+    "loss_mask train_detail mask masked": _WHICH_LEARNT,
+    "thought thoughts": "write it as 'reasoning_content'",
+    "tools functions": "give the row a column 'tools'",
     "function_call": "write it as 'tool_calls', a list",
-    "tools": "give the row a column 'tools'",
-    "functions": "give the row a column 'tools'",
 }
-_IN_QUESTION = "write it into the question where the model is to read it, or remove the column"
 ROW_REFUSED = {
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _NOT_TEXT),
-    **dict.fromkeys(
-        ("context", "documents", "passage", "passages", "choices", "options"), _IN_QUESTION
-    ),
-    **dict.fromkeys(
-        ("chosen", "rejected"),
-        "preferences are not learnt; name what is to be learnt 'response', or 'messages' if it"
-        " holds the question as well, and remove both columns",
-    ),
-    **dict.fromkeys(
-        ("reasoning_content", "reasoning", "thinking", "rationale"),
-        "write the response as a message of 'messages', with it as that message's"
-        " 'reasoning_content'",
-    ),
+    "image images video videos audio audios": _NOT_TEXT,
+    "context documents passage passages choices options": "write it into the question where the"
+    " model is to read it, or remove the column",
+    "chosen rejected": "preferences are not learnt; name what is to be learnt 'response', or"
+    " 'messages' if it holds the question as well, and remove both columns",
+    "reasoning_content reasoning thinking rationale": "write the response as a message of"
+    " 'messages', with it as that message's 'reasoning_content'",
     "role": "a row is a whole conversation, not one message of it: write its messages, in order, as"
     " 'messages'; or remove the column",
     "weight": "rows count alike; take rows of weight 0 out, and remove the column",
@@ -67,86 +56,69 @@ ROW_REFUSED = {
     "history": "write the whole conversation as 'messages'",
     "chat_template_kwargs": "set data.template_kwargs for all rows, and remove the column",
 }
+_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
+_KINDS |= {int: "a number", float: "a number", type(None): "null"}
 
-_QUOTED = 60  # characters of a value in a message
+_MOST_QUOTED = 60  # characters of a value in a message
 _DEEPEST = 64  # nesting of tools and tool calls
 
 
 @dataclasses.dataclass(frozen=True)
 class Ambiguous:
-    """What a column of type arrow.json holds for a number, and for text that reads as one.
-
-    So for true, false and null.
-    """
+    """A value of an arrow.json column that may be a number, true, false or null, or its text."""
 
     text: str  # as it is stored
-    value: object  # what it is if it was no text
+    value: object  # unless it was text
 
 
 def text(value: object, where: str) -> str:
-    """`value` as it is, if it is text that a tokenizer can read and a model can learn from.
-
-    Line breaks of any kind and emoji are fine.
+    """`value`, if it is text that a tokenizer can read and a model can learn from.
 
     Raises:
       UserError: no string, nothing but white space, a NUL, or half of a surrogate pair.
     """
     value = encodable(value, where)
-    if not value.replace("\ufeff", "").strip():  # a byte order mark is none to Python
+    if not value.replace("\ufeff", "").strip():  # a byte order mark is no white space to Python
         raise UserError(f"{where} is {'nothing but white space' if value else 'empty'}")
     return value
 
 
 def encodable(value: object, where: str) -> str:
-    """The same, and text that says nothing is fine, too."""
+    """The same, but empty text and white space are fine."""
     if isinstance(value, Ambiguous):
         raise UserError(
-            f"{where} is {value.text[:40]}, and whether that is text is not known: a column of type"
-            " arrow.json stores it as the text of the same characters; name the JSON file that"
-            " the rows were in, or make each value of the column a string there"
-        )
-    if isinstance(value, datetime.date | datetime.time | datetime.timedelta | decimal.Decimal):
-        raise UserError(
-            f"{where} must be a string, not {kind(value)}: the table keeps no text of it; name the"
-            " JSON file that the rows were in, or write the column anew as strings"
+            f"{where} is {value.text[:40]}, and whether that is text is not known in a column of"
+            " type arrow.json; name the JSON file of the rows, or make all its values strings there"
         )
     if not isinstance(value, str):
-        raise UserError(f"{where} must be a string, not {kind(value)}")
+        advice = ""
+        if isinstance(value, datetime.date | datetime.time | datetime.timedelta | decimal.Decimal):
+            advice = (
+                ": the table keeps no text of it; name the JSON file of the rows, or write strings"
+            )
+        raise UserError(f"{where} must be a string, not {kind(value)}{advice}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where} is no valid Unicode: half of a surrogate pair, {value[error.start]!r}, at"
-            f" character {error.start}; remove it, or write the whole character"
-        ) from error
+        half = f"half of a surrogate pair, {value[error.start]!r}, at character {error.start}"
+        raise UserError(f"{where} is no valid Unicode: {half}; write the whole one") from error
     if "\0" in value:
-        raise UserError(
-            f"{where} has a NUL at character {value.index(chr(0))}; remove it: binary data?"
-        )
+        raise UserError(f"{where} has a NUL at character {value.index(chr(0))}; remove it")
     return value
 
 
 def answer_text(value: object, where: str) -> str:
-    """Text that an answer is compared with; a number as JSON writes it.
-
-    Raises:
-      UserError: as `text`, or a number that JSON does not have.
-    """
-    if isinstance(value, Ambiguous) and _is_number(value.value):
-        return value.text  # the same, whichever it was
-    if not _is_number(value):
+    """Text that an answer is compared with; a number as JSON writes it."""
+    number = value.value if isinstance(value, Ambiguous) else value
+    if not isinstance(number, int | float) or isinstance(number, bool):
         return text(value, where)
-    if not math.isfinite(value):
-        raise UserError(f"{where} is {value}, which is no number in JSON; write it as a string")
-    return json.dumps(value)
+    if isinstance(value, Ambiguous):
+        return value.text  # the same, whichever it was
+    return _json(value, where)
 
 
 def response_text(value: object, where: str) -> str:
-    """Text that is to be learnt; a whole number as its digits, which can be written in one way.
-
-    Raises:
-      UserError: as `text`; so are other numbers, as 1.50 is 1.5 by the time that it is read.
-    """
+    """Text that is learnt; a whole number as its digits, others are refused (1.50 is 1.5)."""
     if isinstance(value, Ambiguous) and type(value.value) is int:
         return value.text  # the same, whichever it was
     return str(value) if type(value) is int else text(value, where)
@@ -157,83 +129,22 @@ def messages(
 ) -> tuple[Message, ...]:
     """A list of {"role", "content"}, or of ShareGPT's {"from", "value"} -> Messages.
 
-    Args:
-      listed: what the data have.
-      where: it stands.
-      unread: takes in the names of fields that nothing reads.
-      roles: that stay as they are, beside those that are known.
+    `unread` takes in the names of fields that nothing reads; `roles` stay as they are.
 
     Raises:
-      UserError: no list, or a message without both fields, with both forms of them, by nobody
-        known, or with a field that would change what is learnt and that nothing reads.
+      UserError: no list, or a message without both fields, with both forms of them, of an unknown
+        role, or with a field that would change what is learnt and that nothing reads.
     """
     if not isinstance(listed, list | tuple):
         raise UserError(f"{where} must be a list of messages, not {kind(listed)}")
     found = (_message(item, f"{where}[{i}]", unread, roles) for i, item in enumerate(listed))
-    # A system message that says nothing is as good as absent, as an empty system column is.
+    # An empty system message is as good as absent, as an empty system column is.
     return tuple(m for m in found if m.role != "system" or m.content.strip() or m.fields)
 
 
-def tools(value: object, where: str) -> str:
-    """A list of tools, or the JSON text of one -> the JSON text of it; "" if there are none.
-
-    Raises:
-      UserError: something else, or what JSON cannot hold.
-    """
-    value = _parsed(value, where)
-    if value is None:
-        return ""
-    if not isinstance(value, list | tuple):
-        raise UserError(f"{where} must be a list of tools, not {kind(value)}")
-    for i, tool in enumerate(value):
-        if not isinstance(tool, dict):
-            raise UserError(f"{where}[{i}]: a tool is an object, not {kind(tool)}")
-    return _json(value, where) if value else ""
-
-
-def _parsed(value: object, where: str) -> object:
-    """What a JSON text holds, null if it is blank; other values as they are."""
-    if not isinstance(value, str):
-        return value
-    if not value.strip():
-        return None
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is text that does not parse as JSON: {error}") from error
-
-
-def refuse_unread(given: Mapping, refused: Mapping[str, str], where: str) -> None:
-    """Raises UserError for a field with a value that nothing reads and that would be missed."""
-    for field, advice in refused.items():
-        if field in given and not says_nothing(given[field]):
-            raise UserError(f"{where}: has {field!r}, which nothing reads: {advice}")
-
-
-def says_nothing(value: object) -> bool:
-    """Whether a field is as good as absent: null, an empty list, object or text."""
-    return value is None or (isinstance(value, str) and not value.strip()) or value in ([], {}, ())
-
-
-def shown(name: object) -> str:
-    """A column's name for people, on one line and in any encoding."""
-    name = str(name)
-    return name if name.isprintable() else ascii(name)
-
-
-def shown_value(value: object) -> str:
-    """A value for people, cut to what a message can hold."""
-    text = repr(value)
-    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
-
-
-def kind(value: object) -> str:
-    """A value's type, in JSON's words where JSON has it."""
-    if isinstance(value, Ambiguous):
-        return f"{value.text[:40]} (or its text, which looks the same in a column of arrow.json)"
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
-    kinds |= {int: "a number", float: "a number", type(None): "null"}
-    return kinds[type(value)] if type(value) in kinds else type(value).__name__
+def leading_system(messages: Sequence[Message]) -> int:
+    """How many system messages stand at the beginning."""
+    return sum(1 for _ in itertools.takewhile(lambda m: m.role == "system", messages))
 
 
 def _message(message: object, where: str, unread: set[str], roles: Sequence[str]) -> Message:
@@ -245,45 +156,43 @@ def _message(message: object, where: str, unread: set[str], roles: Sequence[str]
     if len(forms) > 1:
         found = " and ".join(repr(f) for form in forms for f in form if f in given)
         raise UserError(f"{where}: has {found}; keep 'role' and 'content', or 'from' and 'value'")
-    form = forms[0] if forms else ("role", "content")
+    speaker, content = forms[0] if forms else ("role", "content")
     unmasked = {f: v for f, v in given.items() if f not in _MASKS or not is_number(v, 0)}
     refuse_unread(unmasked, _MESSAGE_REFUSED, where)
-    calls = _tool_calls(given, where)
-    for field in form:
-        if field not in message and not (calls and field == form[1]):
+    calls = _parsed(given.get("tool_calls"), f"{where}: tool_calls")
+    if is_nothing(calls):
+        calls = None
+    elif not isinstance(calls, list | tuple) or not all(isinstance(call, dict) for call in calls):
+        raise UserError(f"{where}: tool_calls must be a list of objects, not {kind(calls)}")
+    for field in (speaker, content):
+        if field not in message and not (calls and field == content):
             there = shown_value(sorted(map(str, message)))
             raise UserError(f"{where}: has no {field!r}; there is {there}")
-    read = (*form, *_TEMPLATE_FIELDS, *_LEARN_FIELDS)
+    read = (speaker, content, "tool_calls", *_TEMPLATE_TEXTS, *_LEARN_FIELDS)
     unread.update(f"messages[].{shown(field)}" for field in given if field not in read)
-    role = _role(text(message[form[0]], f"{where}: {form[0]}"), f"{where}: {form[0]}", roles)
-    said = given.get(form[1])
-    may_be_empty = bool(calls) or role in ("system", *TOOL_ROLES)
-    content = _content(said, f"{where}: {form[1]}", unread, may_be_empty)
-    beside = calls | _told_beside(given, where)
-    fields = _json(dict(sorted(beside.items())), where) if beside else ""
-    return Message(role, content, fields, _is_learnt(given, where))
+    role = _role(given.get(speaker), f"{where}: {speaker}", roles)
+    may_be_empty = calls is not None or role in ("system", *TOOL_ROLES)
+    said = _content(given.get(content), f"{where}: {content}", unread, may_be_empty)
+    fields = {f: encodable(given[f], f"{where}: {f}") for f in _TEMPLATE_TEXTS if f in given}
+    fields = {field: value for field, value in fields.items() if value.strip()}
+    if calls is not None:
+        fields["tool_calls"] = calls
+    beside = _json(dict(sorted(fields.items())), where) if fields else ""
+    return Message(role, said, beside, _is_learnt(given, where))
 
 
-def known_role(said: str) -> str | None:
-    """Who is meant by a name that data sets use; None: nobody known."""
-    return _ROLES.get(said.lower())
-
-
-def _role(said: str, where: str, roles: Sequence[str]) -> str:
-    known = known_role(said)
-    if known is not None:
-        return known
-    if said.lower() in _CALLERS:
+def _role(value: object, where: str, roles: Sequence[str]) -> str:
+    name = text(value, where)
+    if name.lower() in ROLES:
+        return ROLES[name.lower()]
+    if name.lower() in _CALLERS:
+        raise UserError(f"{where} = {name!r}: write the call as 'tool_calls' of the assistant")
+    if name not in roles:
         raise UserError(
-            f"{where} = {said!r}: write the call as 'tool_calls', a list, of a message by the"
-            " assistant"
-        )
-    if said not in roles:
-        raise UserError(
-            f"{where} = {shown_value(said)} is nobody known: it is one of {', '.join(_ROLES)};"
+            f"{where} = {shown_value(name)} is nobody known: it is one of {', '.join(ROLES)};"
             " rename it, or name it in context.target_roles to train what it says"
         )
-    return said
+    return name
 
 
 def _content(value: object, where: str, unread: set[str], may_be_empty: bool) -> str:
@@ -299,44 +208,50 @@ def _part(part: object, where: str, unread: set[str]) -> str:
     if not isinstance(part, dict):
         raise UserError(f"{where}: must be {{'type': 'text', 'text': ...}}, not {kind(part)}")
     given = {field: value for field, value in part.items() if value is not None}
-    if "type" not in given or given["type"] != "text" or "text" not in given:
-        there = given["type"] if "type" in given else sorted(map(str, given))
-        found = f"{'type ' if 'type' in given else ''}{shown_value(there)}"
+    if given.get("type") != "text" or "text" not in given:
+        fields = shown_value(sorted(map(str, given)))
+        found = f"type {shown_value(given['type'])}" if "type" in given else fields
         raise UserError(f"{where}: only {{'type': 'text', 'text': ...}} is read, not {found}")
     unread.update(f"content[].{shown(field)}" for field in given if field not in ("type", "text"))
     return encodable(given["text"], f"{where}: text")
 
 
-def _tool_calls(given: Mapping, where: str) -> dict[str, object]:
-    calls = _parsed(given.get("tool_calls"), f"{where}: tool_calls")
-    if says_nothing(calls):
-        return {}
-    if not isinstance(calls, list | tuple) or not all(isinstance(call, dict) for call in calls):
-        raise UserError(f"{where}: tool_calls must be a list of objects, not {kind(calls)}")
-    return {"tool_calls": calls}
-
-
-def _told_beside(given: Mapping, where: str) -> dict[str, str]:
-    """Thoughts, the speaker's name, the call that is answered; empty ones count as absent."""
-    fields = (f for f in _TEMPLATE_FIELDS if f != "tool_calls" and f in given)
-    said = {field: encodable(given[field], f"{where}: {field}") for field in fields}
-    return {field: value for field, value in said.items() if value.strip()}
-
-
 def _is_learnt(given: Mapping, where: str) -> bool:
-    learnt = True
-    for field in _LEARN_FIELDS:
-        if field not in given:
-            continue
-        value = given[field]
-        value = value.value if isinstance(value, Ambiguous) else value
-        if not isinstance(value, bool | int | float) or value not in (0, 1):
+    values = {field: given[field] for field in _LEARN_FIELDS if field in given}
+    for field, value in values.items():
+        if not is_number(value, 0) and not is_number(value, 1):
+            value = value.value if isinstance(value, Ambiguous) else value
             raise UserError(
                 f"{where}: {field} = {shown_value(value)}: it is 1 or 0, true or false; a share of"
                 " a message is not learnt"
             )
-        learnt = learnt and bool(value)
-    return learnt
+    return not any(is_number(value, 0) for value in values.values())
+
+
+def tools(value: object, where: str) -> str:
+    """A list of tools, or the JSON text of one -> the JSON text of it; "" if there are none."""
+    value = _parsed(value, where)
+    if value is None:
+        return ""
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{where} must be a list of tools, not {kind(value)}")
+    for i, tool in enumerate(value):
+        if not isinstance(tool, dict):
+            raise UserError(f"{where}[{i}]: a tool is an object, not {kind(tool)}")
+    return _json(value, where) if value else ""
+
+
+def refuse_unread(given: Mapping, refused: Mapping[str, str], where: str) -> None:
+    """Raises UserError for a field with a value that nothing reads and that would be missed."""
+    for fields, advice in refused.items():
+        for field in fields.split():
+            if not is_nothing(given.get(field)):
+                raise UserError(f"{where}: has {field!r}, which nothing reads: {advice}")
+
+
+def is_nothing(value: object) -> bool:
+    """Whether a field is as good as absent: null, an empty list, object or text."""
+    return value is None or (isinstance(value, str) and not value.strip()) or value in ([], {}, ())
 
 
 def is_number(value: object, number: int) -> bool:
@@ -345,12 +260,37 @@ def is_number(value: object, number: int) -> bool:
     return isinstance(value, bool | int | float) and value == number
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def shown(name: object) -> str:
+    """A column's name for people, on one line and in any encoding."""
+    name = str(name)
+    return name if name.isprintable() else ascii(name)
+
+
+def shown_value(value: object) -> str:
+    """A value for people, cut to a length that a message can hold."""
+    quoted = repr(value)
+    return quoted if len(quoted) <= _MOST_QUOTED else f"{quoted[:_MOST_QUOTED]}..."
+
+
+def kind(value: object) -> str:
+    """A value's type, in JSON's words if JSON has it."""
+    if isinstance(value, Ambiguous):
+        return f"{value.text[:40]} (or its text, which looks the same in a column of arrow.json)"
+    return _KINDS[type(value)] if type(value) in _KINDS else type(value).__name__
+
+
+def _parsed(value: object, where: str) -> object:
+    """The value of a JSON text, null if it is blank; other values as they are."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is text that does not parse as JSON: {error}") from error
 
 
 def _json(value: object, where: str) -> str:
-    """Compact JSON; the order of keys is the data's, as templates write them in it."""
+    """Compact JSON; keys stay in the data's order, as templates write them in it."""
     _check_json(value, where, _DEEPEST)
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
@@ -359,12 +299,12 @@ def _check_json(value: object, where: str, depth: int) -> None:
     if depth == 0:
         raise UserError(f"{where[:200]}...: nests deeper than {_DEEPEST} levels")
     if isinstance(value, dict):
-        for key, one in value.items():
+        for key, item in value.items():
             encodable(key, f"{where}: a key")
-            _check_json(one, f"{where}.{key}", depth - 1)
+            _check_json(item, f"{where}.{key}", depth - 1)
     elif isinstance(value, list | tuple):
-        for i, one in enumerate(value):
-            _check_json(one, f"{where}[{i}]", depth - 1)
+        for i, item in enumerate(value):
+            _check_json(item, f"{where}[{i}]", depth - 1)
     elif isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where} is {value}, which is no number in JSON; write it as a string")
     elif value is not None and not isinstance(value, bool | int | float):

@@ -9,7 +9,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from gkdjax.config import Config
-from gkdjax.data import batching, buckets
+from gkdjax.data import batching
 from gkdjax.data.batching import BatchShape
 from gkdjax.data.dataset import DistillDataset
 from gkdjax.data.loss_mask import TargetRules
@@ -147,7 +147,7 @@ def _score(pairs, shapes, teacher: Teacher, config: Config, pad_id: int, mesh: M
         batch = batching.pad(filled, shape, pad_id)
         real_B1 = np.arange(rows)[:, None] < len(part)
         batch = dataclasses.replace(batch, target_mask_BN=batch.target_mask_BN & real_B1)
-        kept = batching.kept_targets(filled, shape.targets)
+        kept = batching.cached_targets(filled, shape.targets)
         names = [pair.name for pair in filled]
         batches.append((batch, request_targets(teacher, batch, names, kept, mesh)))
     return ScoredText([(batch, targets()) for batch, targets in batches], rows)
@@ -156,9 +156,9 @@ def _score(pairs, shapes, teacher: Teacher, config: Config, pad_id: int, mesh: M
 def _shapes_of(pairs: Sequence[ViewPair], config: Config) -> list[BatchShape]:
     """The padded shape of each batch of pairs; there are few different ones."""
     parts = _in_batches(pairs, config.eval.batch_size)
-    needs = [buckets.longest([batching.shape_of(pair) for pair in part]) for part in parts]
-    chosen = buckets.choose(needs, config.data.bucket_lengths)
-    return [BatchShape(*buckets.smallest(chosen, need)) for need in needs]
+    needs = [batching.longest([batching.shape_of(pair) for pair in part]) for part in parts]
+    chosen = batching.choose_shapes(needs, config.data.bucket_lengths)
+    return [BatchShape(*batching.smallest(chosen, need)) for need in needs]
 
 
 def _in_batches(rows: Sequence, size: int) -> list[Sequence]:

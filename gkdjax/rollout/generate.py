@@ -86,7 +86,7 @@ def write(
         written = generator.write([prompts[i] for i in places], keys)
         for i, completion in zip(places, written, strict=True):
             completions[i] = completion
-            refused[i] += dataset.responses.fate(completion, chat) is not RowStatus.KEPT
+            refused[i] += dataset.responses.status(completion, chat) is not RowStatus.KEPT
         places = [i for i in places if refused[i] == attempt + 1]
     return [
         dataclasses.replace(completion, refused=count, author=generator.name)

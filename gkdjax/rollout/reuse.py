@@ -56,7 +56,7 @@ class Source:
             place: number
             for place, number in matched.items()
             if len(records[number]["ids"]) <= rules.max_new_tokens
-            and rules.fate(files.completion_of(records[number]), chat) is RowStatus.KEPT
+            and rules.status(files.completion_of(records[number]), chat) is RowStatus.KEPT
         }
         kept = self._kept(records, set(found.values()))
         if not self.text_alone:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gkdjax.data import batching, buckets
+from gkdjax.data import batching
 from gkdjax.data.dataset import DistillDataset
 from gkdjax.data.views import RowStatus, ViewRules
 from gkdjax.rollout import files
@@ -108,7 +108,7 @@ class StudentRollouts:
         rows, completions = self._dataset.batch_rows(step), self._completions.pop(step)
         rules, pairs, statuses = self._dataset.rules, [], []
         for row, completion in zip(rows, completions, strict=True):
-            pair, status = None, self._dataset.responses.fate(completion, rules.student_chat)
+            pair, status = None, self._dataset.responses.status(completion, rules.student_chat)
             if status is RowStatus.KEPT:
                 pair, status = self._pair(rules, row, completion)
             statuses.append(status)
@@ -128,10 +128,10 @@ class StudentRollouts:
         for (step, _), completion in zip(wanted, completions, strict=True):
             self._completions[step].append(completion)
 
-    def _shape(self, rows: Sequence[int]) -> buckets.Shape:
+    def _shape(self, rows: Sequence[int]) -> batching.Shape:
         """(padded prompt, *BatchShape) for these rows."""
-        need = buckets.longest([self._longest_written[i] for i in rows])
-        return buckets.smallest(self._shapes, need)
+        need = batching.longest([self._longest_written[i] for i in rows])
+        return batching.smallest(self._shapes, need)
 
     def _pair(
         self, rules: ViewRules, row: int, completion: Completion
@@ -149,7 +149,7 @@ class StudentRollouts:
         return ViewPair(example.name, example.row_id, student, teacher, none)
 
     @functools.cached_property
-    def _longest_written(self) -> list[buckets.Shape]:
+    def _longest_written(self) -> list[batching.Shape]:
         """(prompt, *BatchShape) of each row if the student writes as much as it may."""
         rules = self._dataset.rules.with_whole_responses()
         ids = np.zeros(self._dataset.responses.max_new_tokens, np.int32)  # any: lengths matter
@@ -161,5 +161,5 @@ class StudentRollouts:
         return needs
 
     @functools.cached_property
-    def _shapes(self) -> Sequence[buckets.Shape]:
+    def _shapes(self) -> Sequence[batching.Shape]:
         return self._dataset.choose_shapes(self._longest_written)

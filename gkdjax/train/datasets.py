@@ -7,12 +7,10 @@ from absl import logging
 
 from gkdjax.config import Config, anchor_sets
 from gkdjax.data import truncation
-from gkdjax.data.bad_rows import BadRows
-from gkdjax.data.conversations import answers_apart, answers_of
-from gkdjax.data.dataset import DistillDataset, Rendered, RolloutFilter
+from gkdjax.data.dataset import DistillDataset
+from gkdjax.data.examples import BadRows
 from gkdjax.data.load import Examples
 from gkdjax.data.loss_mask import TargetRules
-from gkdjax.data.message_spans import is_plain
 from gkdjax.data.row_schema import TOOL_ROLES
 from gkdjax.data.views import ViewRules
 from gkdjax.models.hf import model_config
@@ -20,8 +18,6 @@ from gkdjax.rollout.schedule import needs_teacher_text
 from gkdjax.teachers.base import Capabilities, Teacher, hooks
 from gkdjax.train.models import Sources
 from gkdjax.types import ContextLimit, Example
-
-_MOST_PADDING = 0.2  # of either view; with more, rows of data.train share batches by length
 
 
 def contexts_of(
@@ -65,42 +61,13 @@ def build(
       UserError: rows that do not fit, named.
     """
     c = config.rollout
-    if not all(chat.earlier_answers for chat in (rules.student_chat, rules.teacher_chat)):
-        examples = answers_apart(examples, key, rules.targets)
-    elif divided := {example for example in examples if _is_divided(example, rules)}:
-        examples = answers_apart(examples, key, rules.targets, divided.__contains__)
     off_policy = key != "data.train" or needs_teacher_text(config.gkd)  # rows as they stand
-    rendered = []
-    for example in examples:
-        with bad_rows.row(example.name):
-            rendered.append(Rendered.of(example, rules, response=off_policy))
-    bad_rows.settle(key, key, len(rendered))
-    examples = [one.example for one in rendered]
-    truncation.require_room_beside_prefix(key, examples, rules, config.context)
-    dataset = DistillDataset(
-        key,
-        examples,
-        rules,
-        RolloutFilter(rules.targets, c.max_retries, c.max_new_tokens, rules.teacher_chat.shared),
-        per_prompt=per_prompt or c.per_prompt,
-        # Rows of one length may be of one kind of task; an anchor's batch has to hold every kind.
-        most_padding=_MOST_PADDING if key == "data.train" else 1.0,
-        batch_size=batch_size,
-        allowed_lengths=config.data.bucket_lengths,
-        seed=config.train.seed,
-        rendered=rendered,
-        unusable=bad_rows.dropped.get(key) or (),
-    )
+    how = {"per_prompt": per_prompt or c.per_prompt, "own_responses": off_policy}
+    dataset = DistillDataset(config, key, examples, rules, batch_size, bad_rows, **how)
     room = "rollout.max_new_tokens", c.max_new_tokens
-    rows = dataset.rows()
+    rows = dataset.examples()
     truncation.require_contexts(rows, rules, room, contexts, teacher_writes=off_policy)
     return dataset
-
-
-def _is_divided(example: Example, rules: ViewRules) -> bool:
-    """Whether a row with thoughts, tools or calls has to be learnt answer by answer."""
-    parts = [example] if is_plain(example) else answers_of(example, rules.targets)
-    return len(parts) > 1 and not rules.learns_at_once(example, parts)
 
 
 def anchor_targets(config: Config, anchors: dict[str, list[Example]]) -> TargetRules:

@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 
 from gkdjax.config import Config, rows_at_once
 from gkdjax.data import load, truncation
-from gkdjax.data.bad_rows import BadRows
 from gkdjax.data.dataset import DistillDataset
+from gkdjax.data.examples import BadRows
 from gkdjax.data.load import Examples
 from gkdjax.data.loss_mask import TargetRules
 from gkdjax.data.views import ViewRules
@@ -127,7 +127,7 @@ def read(
     dataset = datasets.build(config, "data.train", examples.train, rules, rows, contexts, bad_rows)
     if config.gkd.on_policy_fraction > 0:  # the student writes to rows with a response, too
         room = "rollout.max_new_tokens", config.rollout.max_new_tokens
-        prompts = _without_answers(dataset.rows())
+        prompts = _without_answers(dataset.examples())
         truncation.require_contexts(prompts, rules, room, contexts, teacher_writes=False)
     if toggles and not (config.teacher.adapter or config.student.lora.init_from):
         local.require_longer_view(dataset.views_differ())
@@ -143,7 +143,7 @@ def read(
         lengths=lengths,
         sources=sources,
         rules=rules,
-        examples=examples._replace(train=dataset.rows(), dropped=bad_rows.dropped),
+        examples=examples._replace(train=dataset.examples(), dropped=bad_rows.dropped),
         dataset=dataset,
         anchors=anchors,
         validation=validation,

@@ -272,7 +272,7 @@ _TALK = [
     [
         (
             [{"prompt": "a", "response": r} for r in ("yo", ["x"], "4.20")],
-            ":2: response is 4.20, and whether that is text is not known: .* arrow.json",
+            ":2: response is 4.20, and whether that is text is not known .* arrow.json",
         ),
         ([{"prompt": p} for p in ("yo", ["x"], "true")], ":2: prompt is true, and whether that"),
         (

@@ -1,40 +1,45 @@
-"""Conversations whose earlier messages become the prefix of their later ones."""
+"""Conversations whose earlier messages become the prefix of later ones, or given turns."""
 
 import dataclasses
-import logging
+import types
 
 import pytest
 
-from gkdjax.data import views
-from gkdjax.data.conversations import answers_apart, history_as_prefix
-from gkdjax.data.examples import read_examples
+from gkdjax.data import conversations
+from gkdjax.data.examples import BadRows, read_examples
 from gkdjax.data.loss_mask import TargetRules
+from gkdjax.data.views import ViewRules
 from gkdjax.types import Example, Expected, Message
 from gkdjax.utils.errors import UserError
 
 _ROLES = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+_OWN_PREFIX = [{"role": "system", "content": "p"}]
 
 
-def _said(words: str) -> tuple[Message, ...]:
+def _messages(words: str) -> tuple[Message, ...]:
     """ "u1 a1" -> the messages "u1" by the user and "a1" by the assistant."""
     return tuple(Message(_ROLES[word[0]], word) for word in words.split())
 
 
-def _rows(*conversations: str, **more) -> list[Example]:
-    rows = tuple({"messages": [m.for_template() for m in _said(c)], **more} for c in conversations)
-    return read_examples(rows, "data.train")
+def _rows(*talks: str, **more) -> list[Example]:
+    rows = [{"messages": [m.for_template() for m in _messages(t)], **more} for t in talks]
+    return read_examples(tuple(rows), "data.train")
+
+
+def _with_history(rows, **how) -> list[Example]:
+    return conversations.history_as_prefix(rows, "x", ("assistant",), BadRows(), **how)
 
 
 def _shown(examples: list[Example]) -> list[tuple[str, str, str | None]]:
     """(prefix, turns, response), in words."""
     return [
-        (*(" ".join(m.content for m in said) for said in (e.prefix, e.turns)), e.response)
+        (*(" ".join(m.content for m in part) for part in (e.prefix, e.turns)), e.response)
         for e in examples
     ]
 
 
 @pytest.mark.parametrize(
-    ("conversation", "expected"),
+    ("talk", "expected"),
     [
         ("u1 a1", [("", "u1", "a1")]),
         ("u1", [("", "u1", None)]),
@@ -51,71 +56,58 @@ def _shown(examples: list[Example]) -> list[tuple[str, str, str | None]]:
         ("u1 a1 t1 a2 u2 a3", [("", "u1 a1 t1", "a2"), ("u1 a1 t1 a2", "u2", "a3")]),
     ],
 )
-def test_each_turn_of_the_assistant_is_an_example_with_all_before_it(conversation, expected):
-    rows = _rows(conversation)
-    assert _shown(history_as_prefix(rows, "data.train")) == expected
-    assert _shown(history_as_prefix(rows, "data.train", last_only=True)) == expected[-1:]
+def test_each_turn_of_the_assistant_is_an_example_with_all_before_it(talk, expected):
+    rows = _rows(talk)
+    assert _shown(_with_history(rows)) == expected
+    assert _shown(_with_history(rows, last_only=True)) == expected[-1:]
+    rows = _rows(talk, prefix_messages=_OWN_PREFIX)
+    assert _with_history(rows) == rows
 
 
-def test_names_ids_and_answers(caplog):
-    rows = _rows("u1 a1", "u1 a1 u2 a2 u3", "s u1 a1")
-    with caplog.at_level(logging.INFO, "absl"):
-        made = history_as_prefix(rows, "data.train")
+def test_names_ids_and_answers_of_parts():
+    rows = [
+        dataclasses.replace(r, expected=Expected("exact", ("yes",)))
+        for r in _rows("u1 a1 u2", "u1")
+    ]
+    made = _with_history(rows)
     assert [(e.name, e.row_id) for e in made] == [
-        ("data.train:0", 0),
-        ("data.train:1[1]", 1),
-        ("data.train:1[3]", 2),
-        ("data.train:1[5]", 3),
-        ("data.train:2", 4),
+        ("data.train:0[1]", 0),
+        ("data.train:0[3]", 1),
+        ("data.train:1", 2),
     ]
-    assert [r.getMessage() for r in caplog.records] == [
-        "data.train: 3 rows, as 5 turns with their history"
-    ]
-    asked = [dataclasses.replace(row, expected=Expected("exact", ("yes",))) for row in rows]
-    (first, second, third) = history_as_prefix(asked, "eval.questions", last_only=True)
-    assert {one.expected.any_of for one in (first, second, third)} == {("yes",)}
-    assert (second.name, second.row_id) == ("data.train:1[5]", 1)
-
-
-def test_a_row_with_a_prefix_of_its_own_stays_as_it_is():
-    rows = _rows("u1 a1 u2 a2", prefix_messages=[{"role": "system", "content": "s"}])
-    assert history_as_prefix(rows, "data.train") == rows
-    rows = _rows("u1 a1 u2 a2", prefix_messages=[])
-    assert len(history_as_prefix(rows, "data.train")) == 2
-
-
-def test_a_conversation_that_the_assistant_begins_is_refused_by_name():
+    last = _with_history(rows, last_only=True)
+    assert [(e.name, e.row_id) for e in last] == [("data.train:0[3]", 0), ("data.train:1", 1)]
+    assert {e.expected.any_of for e in made} == {("yes",)}
     with pytest.raises(UserError, match=r"^data\.train:1: context\.history_as_prefix: the first"):
-        history_as_prefix(_rows("u1 a1", "a1 u1 a2"), "data.train")
-
-
-def test_every_message_of_the_assistant_is_a_target_once_and_the_student_reads_what_it_keeps(
-    chat_of,
-):
-    """`student_retained_turns` beyond the history keeps all of it."""
-    chat = chat_of("chatml")
-    made = history_as_prefix(_rows("s u1 a1 u2 a2 a3 u3 a4"), "data.train")
-    for retained, student_reads in (
-        (0, ["u1 a1", "u2 a2 a3", "u3 a4"]),
-        (2, ["s u1 a1", "u1 a1 u2 a2 a3", "a2 a3 u3 a4"]),
-        (99, ["s u1 a1", "s u1 a1 u2 a2 a3", "s u1 a1 u2 a2 a3 u3 a4"]),
-    ):
-        targets = []
-        for example, words in zip(made, student_reads, strict=True):
-            rules = views.ViewRules(chat, chat, retained, TargetRules(("assistant",)), 1000, "drop")
-            pair, fate = rules.pair(example, None)
-            assert fate is views.RowStatus.KEPT
-            whole, _ = chat.render(_said(words), (False,) * len(words.split()), "all")
-            assert list(pair.student.ids) == list(whole[: len(pair.student.ids)])
-            all_before = (*example.prefix, *example.turns, Message("assistant", example.response))
-            whole, _ = chat.render(all_before, (False,) * len(all_before), "all")
-            assert list(pair.teacher.ids) == list(whole[: len(pair.teacher.ids)])
-            targets.append(chat.decode(pair.target_ids))
-        assert targets == ["a1", "a2a3", "a4"]
+        _with_history(_rows("u1 a1", "a1 u1 a2"))
 
 
 @pytest.mark.parametrize(
-    ("conversation", "roles", "pattern", "expected"),
+    ("retained", "student_reads"),
+    [
+        (0, ["u1 a1", "u2 a2 a3", "u3 a4"]),
+        (2, ["s u1 a1", "u1 a1 u2 a2 a3", "a2 a3 u3 a4"]),
+        (99, ["s u1 a1", "s u1 a1 u2 a2 a3", "s u1 a1 u2 a2 a3 u3 a4"]),
+    ],
+)
+def test_each_answer_is_a_target_once_and_the_student_reads_the_retained_turns(
+    chat_of, retained, student_reads
+):
+    chat, talk = chat_of("chatml"), "s u1 a1 u2 a2 a3 u3 a4"
+    rules = ViewRules(chat, chat, retained, TargetRules(("assistant",)), 1000, "drop")
+    pairs = [rules.pair(example, None)[0] for example in _with_history(_rows(talk))]
+    for pair, words in zip(pairs, student_reads, strict=True):
+        for view, read in (
+            (pair.student, words),
+            (pair.teacher, talk[: talk.index(words[-2:]) + 2]),
+        ):
+            whole, _ = chat.render(_messages(read), (False,) * len(read.split()), "all")
+            assert list(view.ids) == list(whole[: len(view.ids)])
+    assert [chat.decode(pair.target_ids) for pair in pairs] == ["a1", "a2a3", "a4"]
+
+
+@pytest.mark.parametrize(
+    ("talk", "roles", "pattern", "expected"),
     [
         ("u1 a1", "a", None, [("u1", "a1", 0)]),
         ("u1", "a", None, [("u1", None, 0)]),
@@ -131,41 +123,35 @@ def test_every_message_of_the_assistant_is_a_target_once_and_the_student_reads_w
     ],
 )
 def test_each_answer_that_is_learnt_can_be_a_row_with_all_before_it_given(
-    conversation, roles, pattern, expected
+    talk, roles, pattern, expected, caplog
 ):
-    rows = _rows(conversation, prefix_messages=[{"role": "system", "content": "p"}])
-    rules = TargetRules(tuple(_ROLES[role] for role in roles), pattern)
-    made = answers_apart([*rows, *rows], "data.train", rules)
+    caplog.set_level("INFO", "absl")
+    chat = types.SimpleNamespace(earlier_answers=False)
+    targets = TargetRules(tuple(_ROLES[role] for role in roles), pattern)
+    rules = types.SimpleNamespace(student_chat=chat, teacher_chat=chat, targets=targets)
+    rows = _rows(talk, talk, prefix_messages=_OWN_PREFIX)
+    made = conversations.split_answers(rows, "x", rules)
     found = [(" ".join(m.content for m in e.turns), e.response, e.given) for e in made]
     assert found == expected * 2
     assert [e.row_id for e in made] == list(range(len(made)))
     assert {e.prefix for e in made} == {(Message("system", "p"),)}
-    assert len({e.name for e in made}) == len(expected)
-
-
-def test_answers_apart_are_counted_in_the_log(caplog):
-    rules = TargetRules(("assistant",))
-    with caplog.at_level(logging.INFO, "absl"):
-        assert len(answers_apart(_rows("u1 a1", "u2"), "data.train", rules)) == 2
-        assert "one answer each" not in caplog.text
-        answers_apart(_rows("u1 a1 u2 a2", "u2"), "data.train", rules)
-    assert "data.train: 2 rows, as 3 with one answer each" in caplog.text
+    assert len({e.name for e in made}) == len(made)
+    assert (f"x: 2 rows, as {len(made)} with one answer each" in caplog.text) == (len(made) > 2)
 
 
 def test_answers_that_are_not_learnt_are_history_alone():
-    said = [m.for_template() for m in _said("u1 a1 u2 a2 u3 a3 u4")]
-    said[3]["weight"] = 0
-    rows = ({"messages": said[:6]}, {"messages": said[:4]}, {"messages": said})
-    made = history_as_prefix(read_examples(rows, "data.train"), "data.train")
-    last = ("u1 a1 u2 a2", "u3", "a3")
+    talk = [m.for_template() for m in _messages("u1 a1 u2 a2 u3 a3 u4")]
+    talk[3]["weight"] = 0
+    rows = ({"messages": talk[:6]}, {"messages": talk[:4]}, {"messages": talk})
+    made = _with_history(read_examples(rows, "data.train"))
+    first, last = ("", "u1", "a1"), ("u1 a1 u2 a2", "u3", "a3")
     assert _shown(made) == [
-        *(("", "u1", "a1"), last, ("", "u1", "a1"), ("", "u1", "a1"), last),
+        *(first, last, first, first, last),
         ("u1 a1 u2 a2 u3 a3", "u4", None),
     ]
-    assert [row.row_id for row in made] == list(range(6))
     # A prompt that is a list is read and never learnt.
-    (row,) = read_examples(({"prompt": said[:5], "completion": said[5:6]},), "data.train")
-    (made,) = history_as_prefix([row], "data.train")
+    (row,) = read_examples(({"prompt": talk[:5], "completion": talk[5:6]},), "data.train")
+    (made,) = _with_history([row])
     assert (_shown([made]), made.given, made.name) == ([last], 1, "data.train:0[5]")
-    (part, _) = history_as_prefix([dataclasses.replace(row, given=1)], "data.train")
+    (part, _) = _with_history([dataclasses.replace(row, given=1)])
     assert (part.given, part.response) == (1, "a1")

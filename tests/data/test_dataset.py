@@ -1,20 +1,25 @@
-"""Which rows share a batch, and how much of it is padding."""
+"""Which rows share a batch, how much of it is padding, and whose completions they have."""
 
 import logging
 
 import numpy as np
 from feeds import feed_of
 
+from gkdjax.data import dataset
 from gkdjax.data.chat_template import load_chat
 from gkdjax.types import Completion
 
 
-def test_rows_of_similar_length_share_batches_where_others_would_be_padding(student, caplog):
+def test_rows_of_similar_length_share_batches_if_others_would_be_padding(
+    student, caplog, monkeypatch
+):
     chat, many = load_chat(student), {"rows": 160, "longest": 40, "max_length": 256}
     with caplog.at_level(logging.INFO, "absl"):
         grouped = feed_of(chat, **many)
     assert "160 rows; padded shapes" in caplog.text and "% of the student" in caplog.text
-    by_chance = feed_of(chat, most_padding=1.0, **many)
+    few = feed_of(chat, rows=40)
+    monkeypatch.setattr(dataset, "_MOST_PADDING", 1.0)
+    by_chance = feed_of(chat, **many)
     assert by_chance.padding["student"] > 0.25 > 0.2 > grouped.padding["student"] > 0
     for feed in (grouped, by_chance):
         rows = np.concatenate([feed.batch_rows(step) for step in range(40)])
@@ -23,19 +28,12 @@ def test_rows_of_similar_length_share_batches_where_others_would_be_padding(stud
         share = 1 - sum(mask.sum() for mask in padded) / sum(mask.size for mask in padded)
         np.testing.assert_allclose(share, feed.padding["student"])
         assert len({mask.shape for mask in padded}) <= 4
-    lengths = [
-        mask.shape[1] for mask in (grouped.batch(step)[0].student_mask_BS for step in range(40))
-    ]
+    lengths = [grouped.batch(step)[0].student_mask_BS.shape[1] for step in range(40)]
     assert lengths not in (sorted(lengths), sorted(lengths)[::-1])
-
-
-def test_rows_of_little_difference_stay_in_their_random_order(student):
-    feed = feed_of(load_chat(student), rows=40)
-    assert max(feed.padding[view] for view in ("student", "teacher")) < 0.2
-    by_chance = feed_of(load_chat(student), rows=40, most_padding=1.0)
-    assert [feed.batch_rows(s).tolist() for s in range(9)] == [
-        by_chance.batch_rows(s).tolist() for s in range(9)
-    ]
+    # Rows that differ little stay in their random order.
+    assert max(few.padding[view] for view in ("student", "teacher")) < 0.2
+    by_chance = feed_of(chat, rows=40)
+    assert all((few.batch_rows(s) == by_chance.batch_rows(s)).all() for s in range(9))
 
 
 def test_rollouts_make_another_dataset_and_leave_the_first_as_it_was(student):
@@ -55,4 +53,16 @@ def test_rollouts_make_another_dataset_and_leave_the_first_as_it_was(student):
     less = bare.with_rollouts(written(range(7), 60, 5) | written([7]))
     assert len(less) == 7 and less.report()["empty"] == ["data.train:7"]
     assert len(bare) == len(first) == 8 and "empty" not in bare.report()
-    assert (bare.refused, less.refused) == (0, 8)
+    assert [one.report()["refused_responses"] for one in (bare, less)] == [0, 8]
+
+
+def test_rows_that_are_cut_or_dropped_are_named(student, caplog):
+    chat, long = load_chat(student), {"rows": 4, "prefix": "p" * 30, "max_length": 50}
+    whole = feed_of(chat, too_long="truncate-prefix", **(long | {"max_length": 256}))
+    assert whole.report()["dropped"] == [] and "shortened" not in whole.report()
+    cut = feed_of(chat, too_long="truncate-prefix", **long)
+    names = cut.report()["shortened"]
+    assert names and cut.report()["dropped"] == []
+    assert f"{len(names)} rows longer than data.max_length=50 lost" in caplog.text
+    assert f"(truncate-prefix): {names[0]}" in caplog.text
+    assert cut.fingerprint() != whole.fingerprint()

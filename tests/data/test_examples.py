@@ -6,8 +6,7 @@ import logging
 
 import pytest
 
-from gkdjax.data.bad_rows import BadRows
-from gkdjax.data.examples import read_examples
+from gkdjax.data.examples import BadRows, read_examples
 from gkdjax.data.readers import LIST_NAMES
 from gkdjax.types import Example, Expected, Message
 from gkdjax.utils.errors import UserError

@@ -1,15 +1,165 @@
-"""Rows that are longer than data.max_length, or than what a model can read."""
+"""Rows that lose their oldest messages until they fit, or are too long for a model."""
 
 import dataclasses
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gkdjax.config import Context
 from gkdjax.data import truncation
 from gkdjax.data.loss_mask import TargetRules
+from gkdjax.data.truncation import without_oldest_rounds, without_prefix_rounds
 from gkdjax.data.views import ViewRules
 from gkdjax.types import ContextLimit, Example, Message
 from gkdjax.utils.errors import UserError
+
+_ROLES = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+
+
+def _messages(words: str) -> tuple[Message, ...]:
+    """ "u1 aaa" -> the messages "u1" by the user and "aaa" by the assistant."""
+    return tuple(Message(_ROLES[word[0]], word) for word in words.split())
+
+
+def _row(prefix: str, turns: str, given: int = 0) -> Example:
+    return Example("rows:0", 0, _messages(prefix), _messages(turns), None, None, given)
+
+
+class _Letters:
+    """A tokenizer with a token for each character."""
+
+    def tokenize(self, text):
+        return text, [(i, i + 1) for i in range(len(text))]
+
+
+def _cut(how, row, most, retained=0) -> Example | None:
+    def excess(example):
+        return sum(len(m.content) for m in (*example.prefix, *example.turns)) - most
+
+    return how(row, excess, _Letters(), retained)
+
+
+def _shown(example: Example | None) -> str | None:
+    """ "prefix | turns"."""
+    if example is None:
+        return None
+    return " | ".join(" ".join(m.content for m in p) for p in (example.prefix, example.turns))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "most", "expected"),
+    [
+        ("s1 u1 a1 u2 a2", 12, "s1 u1 a1 u2 a2"),
+        ("s1 u1 a1 u2 a2", 11, "s1 u2 a2"),
+        ("s1 u1 a1 u2 a2", 8, "s1 u2 a2"),
+        ("s1 u1 a1 u2 a2", 7, "s1"),
+        ("s1 u1 a1 u2 a2", 3, "s"),
+        ("s1 u1 a1 u2 a2", 2, None),  # nothing is left that the student would not read as well
+        ("s1 u1 a1 u2 a2", 1, None),
+        ("s1 s2 u1 a1", 6, "s1 s2"),
+        ("s1 s2 u1 a1", 5, "s s2"),
+        ("s1 s2 u1 a1", 4, "s2"),
+        ("s1 s2 u1 a1", 3, "s"),
+        ("u1 a1 t1 u2 a2 a3", 12, "u2 a2 a3"),  # a round is all up to the next question
+        ("u1 a1 u2 a2", 6, "u2 a2"),
+        ("u1 a1 u2 a2", 5, "u a2"),
+        ("u1 a1 u2 a2", 4, None),  # an answer alone answers nothing
+        ("sabcdef", 5, "sab"),
+        ("", 2, ""),
+        ("", 1, None),
+    ],
+)
+def test_the_prefix_loses_rounds_then_the_end_of_its_first_text(prefix, most, expected):
+    row = _row(prefix, "uu")
+    found = _cut(without_prefix_rounds, row, most)
+    assert _shown(found) == (None if expected is None else f"{expected} | uu")
+    assert (found is row) == (expected == prefix)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "turns", "most", "expected"),
+    [
+        ("s1 u1 a1", "s2 u2 a2 u3", 14, "s1 u1 a1 | s2 u2 a2 u3"),
+        ("s1 u1 a1", "s2 u2 a2 u3", 13, "s1 | s2 u2 a2 u3"),
+        ("s1 u1 a1", "s2 u2 a2 u3", 9, "s1 | s2 u3"),
+        ("s1 u1 a1", "s2 u2 a2 u3", 5, "1 | s2 u3"),
+        ("s1 u1 a1", "s2 u2 a2 u3", 4, None),  # nothing is left that only the teacher reads
+        ("", "s2 u2 a2 u3", 4, " | s2 u3"),
+        ("", "s2 u2 a2 u3", 3, " | 2 u3"),
+        ("", "s2 u2 a2 u3", 2, " | u3"),
+        ("", "s2 u2 a2 u3", 1, " | 3"),
+        ("", "s2 u2 a2 u3", 0, None),
+        ("u1 a1 u2 a2", "u3", 6, "u2 a2 | u3"),
+        ("u1 a1 u2 a2", "u3", 5, "2 a2 | u3"),
+        ("u1 a1 u2 a2", "u3", 4, None),  # an answer alone answers nothing
+        ("", "u1 u2abc", 5, " | u2abc"),
+        ("", "u1 u2abc", 4, " | 2abc"),
+        ("", "s1", 1, " | 1"),
+        ("", "s1", 0, None),
+    ],
+)
+def test_the_oldest_rounds_go_then_the_beginning_of_the_first_text(prefix, turns, most, expected):
+    row = _row(prefix, turns)
+    found = _cut(without_oldest_rounds, row, most)
+    assert _shown(found) == expected
+    assert (found is row) == (expected == f"{prefix} | {turns}")
+
+
+@pytest.mark.parametrize("how", [without_prefix_rounds, without_oldest_rounds])
+@pytest.mark.parametrize(
+    ("most", "retained", "expected"),
+    [
+        (8, 2, "s1 u2 a2 | u3"),
+        (8, 3, None),
+        (4, 0, "s1 | u3"),
+        (4, 1, None),
+        (12, 9, "s1 u1 a1 u2 a2 | u3"),
+        (12, 0, "s1 u1 a1 u2 a2 | u3"),
+        (8, 9, "s1 u2 a2 | u3"),  # the teacher read no more at first either
+    ],
+)
+def test_a_row_of_which_the_teacher_would_read_no_more_than_the_student_is_lost(
+    how, most, retained, expected
+):
+    assert _shown(_cut(how, _row("s1 u1 a1 u2 a2", "u3"), most, retained)) == expected
+
+
+@pytest.mark.parametrize(
+    ("given_", "most", "expected"),
+    [(3, 12, (3, 6)), (3, 11, (1, 4)), (3, 4, (1, 2)), (3, 2, (0, 1)), (6, 4, (2, 2))],
+)
+def test_given_turns_stay_counted(given_, most, expected):
+    found = _cut(without_oldest_rounds, _row("", "s1 u1 a1 u2 a2 u3", given_), most)
+    assert (found.given, len(found.turns)) == expected
+
+
+_text = st.text("ab .\n\u00e9\U0001f642", min_size=1, max_size=30).filter(str.strip)
+
+
+@settings(max_examples=80, deadline=None)
+@given(texts=st.lists(_text, min_size=3, max_size=7), data=st.data())
+def test_the_rest_is_as_long_as_it_may_be_but_for_a_few_tokens(chat_of, texts, data):
+    """Of a single message, where the text has to be cut, with a real tokenizer."""
+    chat = chat_of("chatml")
+
+    def length(example):
+        return len(chat.prompt_ids((*example.prefix, *example.turns)))
+
+    turns, whole = (Message("user", "so?"),), "x".join(texts)
+    row = Example("rows:0", 0, (Message("system", whole),), turns, None, None)
+    bare = length(dataclasses.replace(row, prefix=()))
+    most = data.draw(st.integers(bare + 1, max(bare + 1, length(row) - 1)))
+    for how, is_part in (
+        (without_prefix_rounds, whole.startswith),
+        (without_oldest_rounds, whole.endswith),
+    ):
+        found = how(row, lambda e: length(e) - most, chat)
+        assert length(found) <= most
+        # White space at the cut goes too: at most a word's worth of it.
+        if found.prefix:
+            assert is_part(found.prefix[0].content) and length(found) >= most - 12
+
 
 _PREFIX = (
     Message("system", "a.b.c.d.e.f."),
@@ -19,9 +169,10 @@ _PREFIX = (
 
 
 def _rows(*responses, prefix=_PREFIX):
+    answers = [r and Message("assistant", r) for r in responses]
+    turns = (Message("user", "so?"),)
     return [
-        Example(f"rows:{i}", i, prefix, (Message("user", "so?"),), answer, None)
-        for i, answer in enumerate(r and Message("assistant", r) for r in responses)
+        Example(f"rows:{i}", i, prefix, turns, answer, None) for i, answer in enumerate(answers)
     ]
 
 
@@ -36,58 +187,43 @@ def chat(chat_of):
 
 
 @pytest.mark.parametrize("too_long", ["truncate-prefix", "truncate-left"])
-def test_rows_fit_with_the_response_that_they_have_or_may_get(chat, too_long, caplog):
-    rows = _rows("yes", None)
-    whole = [max(_rules(chat).lengths(row)) for row in rows]
-    for i, room in ((0, 0), (1, 5)):
-        row = [rows[i]]
-        rules = _rules(chat, too_long=too_long, max_length=whole[i] + room)
-        assert truncation.shortened("data.train", row, rules, 5) == (row, [], [])
-        rules = dataclasses.replace(rules, max_length=whole[i] + room - 1)
-        (shorter,), cut, dropped = truncation.shortened("data.train", row, rules, 5)
-        assert shorter.prefix == (_PREFIX[0], *_PREFIX[3:])
-        assert (cut, dropped) == ([f"rows:{i}"], [])
-        lost = whole[i] - max(rules.lengths(shorter))
-        assert (
-            f"1 rows longer than data.max_length={rules.max_length} lost {lost} tok" in caplog.text
-        )
-    assert f"({too_long}): rows:1" in caplog.text
+@pytest.mark.parametrize(("response", "room"), [("yes", 0), (None, 5)])
+def test_rows_fit_with_the_response_that_they_have_or_may_get(chat, too_long, response, room):
+    (row,) = _rows(response)
+    whole = max(_rules(chat).lengths(row)) + room
+    rules = _rules(chat, too_long=too_long, max_length=whole)
+    assert truncation.shortened(row, rules, 5) is row
+    shorter = truncation.shortened(row, dataclasses.replace(rules, max_length=whole - 1), 5)
+    assert shorter.prefix == (_PREFIX[0], *_PREFIX[3:])
 
 
-def test_a_row_that_does_not_fit_without_its_prefix_is_dropped(chat):
-    rows = _rows("yes", "yes " * 50, None)
-    rules = _rules(chat, max_length=max(_rules(chat).lengths(rows[0])) - 1)
-    found = truncation.shortened("data.train", rows, rules, 1)
-    assert [e.name for e in found.examples] == ["rows:0", "rows:2"]
-    assert (found.cut, found.dropped) == (["rows:0"], ["rows:1"])
-    # What cannot lose its beginning does not: its end is cut later, if at all.
-    for too_long in ("drop", "truncate-right"):
+def test_only_rows_that_may_lose_their_beginning_do(chat, chat_of):
+    short, long = _rows("yes", "yes " * 50)
+    rules = _rules(chat, max_length=max(_rules(chat).lengths(short)) - 1)
+    assert truncation.shortened(short, rules, 1) is not short
+    assert truncation.shortened(long, rules, 1) is None
+    for too_long in ("drop", "truncate-right"):  # its end is cut later, if at all
         other = dataclasses.replace(rules, too_long=too_long)
-        assert truncation.shortened("data.train", rows, other, 1) == (rows, [], [])
-
-
-def test_a_response_gets_half_of_what_is_free_at_most(chat_of):
-    chat = chat_of("llama3")  # it has no system message of its own
-    (row,) = _rows(None)
+        assert truncation.shortened(long, other, 1) is long
+    # A response that is to be written gets half of what is free at most.
+    chat, (row,) = chat_of("llama3"), _rows(None)  # it has no system message of its own
     bare = max(_rules(chat).lengths(dataclasses.replace(row, prefix=())))
     rules = _rules(chat, max_length=bare + 20)
-    ((shorter,), _, _) = truncation.shortened("data.train", [row], rules, 1000)
-    assert bare < max(rules.lengths(shorter)) <= bare + 10
+    assert bare < max(rules.lengths(truncation.shortened(row, rules, 1000))) <= bare + 10
 
 
-def test_what_the_student_retains_of_a_shorter_prefix_is_its_end(chat):
+@pytest.mark.parametrize("retained", [2, 99])
+def test_the_student_retains_the_end_of_a_shorter_prefix(chat, retained):
     (row,) = _rows("yes")
-    for retained in (2, 99):
-        rules = _rules(chat, retained=retained)
-        rules = dataclasses.replace(rules, max_length=max(rules.lengths(row)) - 1)
-        ((shorter,), _, _) = truncation.shortened("data.train", [row], rules, 5)
-        pair, _ = rules.pair(shorter, None)
-        read = chat.decode(pair.student.ids)
-        assert "two?" in read and "one?" not in read and ("a.b" in read) == (retained == 99)
+    rules = _rules(chat, retained=retained)
+    rules = dataclasses.replace(rules, max_length=max(rules.lengths(row)) - 1)
+    pair, _ = rules.pair(truncation.shortened(row, rules, 5), None)
+    read = chat.decode(pair.student.ids)
+    assert "two?" in read and "one?" not in read and ("a.b" in read) == (retained == 99)
 
 
 @pytest.mark.parametrize(
-    ("context", "told"),
+    ("context", "expected"),
     [
         ({"prefix_file": "p.json"}, r"\(context\.prefix_file = p\.json\)"),
         ({"prefix_messages": ({"role": "user"},)}, r"\(context\.prefix_messages\)"),
@@ -95,20 +231,19 @@ def test_what_the_student_retains_of_a_shorter_prefix_is_its_end(chat):
         ({}, r"\(the rows' prefix_messages\)"),
     ],
 )
-def test_a_prefix_that_leaves_no_row_is_named_with_its_length(chat, context, told):
-    rows = _rows("yes", None)
-    rules = _rules(chat)
-    prompt = len(chat.prompt_ids(rows[0].turns))
-    prefix = max(rules.lengths(rows[1])) - prompt
+def test_a_prefix_that_leaves_no_row_is_named_with_its_length(chat, context, expected):
+    rows, context = _rows("yes", None), Context(**context)
+    prefix = max(_rules(chat).lengths(rows[1])) - len(chat.prompt_ids(rows[0].turns))
     rules = _rules(chat, max_length=prefix, too_long="drop")
-    with pytest.raises(UserError, match=rf"data\.train .*{told} has {prefix} tokens.*= {prefix}\."):
-        truncation.require_room_beside_prefix("data.train", rows, rules, Context(**context))
+    expected = rf"data\.train .*{expected} has {prefix} tokens.*= {prefix}\."
+    with pytest.raises(UserError, match=expected):
+        truncation.require_room_beside_prefix("data.train", rows, rules, context)
     for fine, examples in (
         (dataclasses.replace(rules, max_length=prefix + 1), rows),
         (dataclasses.replace(rules, too_long="truncate-prefix"), rows),
         (rules, [*rows, *_rows("yes", prefix=())]),
     ):
-        truncation.require_room_beside_prefix("data.train", examples, fine, Context(**context))
+        truncation.require_room_beside_prefix("data.train", examples, fine, context)
 
 
 def test_a_row_longer_than_a_models_context_is_named(chat):
@@ -121,8 +256,7 @@ def test_a_row_longer_than_a_models_context_is_named(chat):
             "the student (a)": ContextLimit(student_reads, "a/config.json"),
             "the teacher (b)": ContextLimit(teacher_reads, "b/config.json"),
         }
-        changed = dataclasses.replace(rules, **changes)
-        room = "rollout.max_new_tokens", 9
+        room, changed = ("rollout.max_new_tokens", 9), dataclasses.replace(rules, **changes)
         truncation.require_contexts(examples, changed, room, contexts, teacher_writes=True)
 
     require(student + 9, teacher + 9)
@@ -132,28 +266,26 @@ def test_a_row_longer_than_a_models_context_is_named(chat):
     with pytest.raises(UserError, match=r"the student \(a\) .* with the response .*max_length=\d+"):
         require(student + 8, teacher + 9)
     require(student + 8, None, rows[:2])
-    with pytest.raises(UserError, match=r"^rows:0: .*truncate-prefix"):
+    with pytest.raises(
+        UserError, match=r"^rows:0: .*reads 9 at most \(b/config.json\).*truncate-pr"
+    ):
         require(None, 9)
     # What data.max_length drops or cuts is not read.
     require(None, 9, rows[:2], max_length=teacher - 1)
     require(student + 8, None, rows[2:], max_length=teacher + 8)
     with pytest.raises(UserError, match=rf"^rows:0: the teacher \(b\) has to read {teacher - 1} "):
         require(None, 9, rows[:2], max_length=teacher - 1, too_long="truncate-right")
-    with pytest.raises(UserError, match=r"reads 9 at most \(b/config.json\)"):
-        require(None, 9)
 
 
-def test_who_writes_at_a_server_has_to_find_room_there(chat):
+def test_a_teacher_at_a_server_has_to_find_room_for_what_it_writes(chat):
     """Whatever data.max_length is going to cut off again: the server does not know of it."""
-    (row,) = _rows(None)
-    rules = _rules(chat)
-    _, prompt = rules.lengths(row)
+    rows, rules = _rows(None), _rules(chat)
+    _, prompt = rules.lengths(rows[0])
 
-    def require(tokens, writes=True, rows=(row,), max_length=prompt + 1):
+    def require(tokens, writes=True, rows=rows, max_length=prompt + 1):
         limit = ContextLimit(tokens - 1, f"max_model_len={tokens} of m", written=tokens)
         contexts = {"the student (a)": ContextLimit(None, ""), "the teacher (b)": limit}
-        changed = dataclasses.replace(rules, max_length=max_length)
-        room = "rollout.max_new_tokens", 9
+        room, changed = ("rollout.max_new_tokens", 9), _rules(chat, max_length=max_length)
         truncation.require_contexts(rows, changed, room, contexts, teacher_writes=writes)
 
     require(prompt + 9)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gkdjax.data.conversations import answers_apart, answers_of
+from gkdjax.data.conversations import answers_of
 from gkdjax.data.loss_mask import TargetRules
 from gkdjax.data.message_spans import is_plain
 from gkdjax.data.views import RowStatus, ViewRules
@@ -75,7 +75,7 @@ def _check(pair):
 
 def _parts(chat, example, roles=("assistant",)):
     """The example, or one for each answer where the template treats the last one apart."""
-    return [example] if chat.earlier_answers else answers_apart([example], "", TargetRules(roles))
+    return [example] if chat.earlier_answers else answers_of(example, TargetRules(roles))
 
 
 @settings(max_examples=60, deadline=None)

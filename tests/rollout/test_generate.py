@@ -66,11 +66,11 @@ def test_what_is_refused_is_written_again_up_to_a_bound(
     found = write(dataset, "teacher", wanted, Generator("a", answer))
     assert {one.author for one in found} <= {"a"} and calls in (None, made)
     assert expected == [
-        (CHAT.decode(one.ids), one.refused, rules.fate(one, CHAT).name) for one in found
+        (CHAT.decode(one.ids), one.refused, rules.status(one, CHAT).name) for one in found
     ]
 
 
 @pytest.mark.parametrize(("shared", "status"), [(None, "KEPT"), (10, "KEPT"), (9, "EMPTY")])
 def test_a_response_with_an_id_that_the_student_lacks_counts_as_one_without_a_token(shared, status):
     rules = RolloutFilter(TargetRules(("assistant",)), 0, 9, shared)
-    assert rules.fate(Completion(np.array([3, 9], np.int32), True), CHAT) is RowStatus[status]
+    assert rules.status(Completion(np.array([3, 9], np.int32), True), CHAT) is RowStatus[status]

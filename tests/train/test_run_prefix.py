@@ -58,10 +58,10 @@ def test_rows_of_one_prefix_share_batches_and_those_of_several_are_read_for_each
 def test_rows_whose_prefix_was_shortened_share_what_is_left_of_it(student):
     chat, text = load_chat(student), "".join(map(chr, range(40, 100)))
     feed = feed_of(chat, prefix=text, too_long="truncate-prefix")
-    assert len({example.prefix for example in feed.rows()}) > 1
+    assert len({example.prefix for example in feed.examples()}) > 1
     (prompts,) = feed.prompts_by_prefix([])
     shared = chat.decode(prefix_cache.common_beginning(prompts))
-    least = min(len(example.prefix[0].content) for example in feed.rows())
+    least = min(len(example.prefix[0].content) for example in feed.examples())
     assert 20 < least < 60 and text[:least] in shared
 
 

@@ -86,7 +86,7 @@ def test_a_teacher_that_wrote_the_text_is_not_asked_again(student, other, tmp_pa
     kept = [p.name for p in sorted((tmp_path / "kept" / "trajectories_train.kept").iterdir())]
     assert kept == ["00000000.safetensors", "00000004.safetensors"]
     # The same text, and a teacher that has to read it: the same losses, but for rounding.
-    monkeypatch.setattr("gkdjax.data.batching.kept_targets", lambda *a: None)
+    monkeypatch.setattr("gkdjax.data.batching.cached_targets", lambda *a: None)
     gkdjax.run(c, tmp_path / "read", teacher=None)
     assert len(asked) == 3
     both = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("kept", "read")]
