@@ -1,7 +1,7 @@
 """The subject of the planner's tests: a model of Gemma's kind, as numbers alone."""
 
 from gkdjax import config
-from gkdjax.benchmarks.case import STUDENTS, TEACHERS, decoder_spec
+from gkdjax.benchmarks.models import STUDENTS, TEACHERS, decoder_spec
 from gkdjax.train.planning.setup import PlanInputs, Weights, mesh_of
 
 STUDENT = decoder_spec(STUDENTS["small"], 4096)

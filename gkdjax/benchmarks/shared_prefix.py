@@ -1,108 +1,100 @@
-"""What a prefix costs that all rows share: read by each row, read once, or kept from before.
+"""What a prefix costs that all rows share: read by each row, read once, or cached from before.
 
-    JAX_PLATFORMS=cpu python -m gkdjax.benchmarks.shared_prefix
+    python -m gkdjax.benchmarks.shared_prefix [--prefix 512 2048 8192 --ways cached reading]
 
-Hidden states of rows x length tokens after a prefix, without the head. Each round times every way
-once, one after the other; ratios are of the same round's first way.
+Hidden states of rows x length tokens after a prefix, without the head. Ratios are of the same
+round's first way or, of several prefixes, first prefix. "work beside" and "attention" are XLA's
+count of a layer's floating-point operations, and what of it is attention to the prefix.
 """
 
 import argparse
 import functools
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
-from gkdjax.benchmarks.case import TEACHERS, Shape, decoder_spec
+from gkdjax.benchmarks import harness
+from gkdjax.benchmarks.models import TEACHERS, decoder_spec, random_model
 from gkdjax.models.decoder import Decoder, read_prefix
-from gkdjax.models.decoder_config import param_shapes
 from gkdjax.utils.text import table
 
 VOCAB = 1024  # only rows of the embedding are read
+WAYS = ("each row", "once", "cached", "reading")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser("shared_prefix", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=TEACHERS, default="small", help="Of the model.")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--prefix", type=int, default=2048, help="Tokens of the prefix.")
+    parser.add_argument("--prefix", type=int, nargs="+", default=[2048], help="Tokens of each.")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="Of reading it.")
     parser.add_argument("--rows", type=int, default=8, help="Of the batch.")
     parser.add_argument("--length", type=int, default=128, help="Tokens of a row after the prefix.")
     parser.add_argument("--rounds", type=int, default=5, help="Timed, after one that is not.")
     a = parser.parse_args()
-    decoder, params = model(TEACHERS[a.shape], jnp.dtype(a.dtype))
-    measured = measure(params, ways(decoder, a.rows, a.prefix, a.length), a.rounds)
-    first, _ = measured["each row reads it"]
+    decoder, params = random_model(decoder_spec(TEACHERS[a.shape], VOCAB), a.dtype)
+    programs, cases = {}, {}
+    for P in a.prefix:
+        for way, (function, arguments) in ways(decoder, params, a.rows, P, a.length).items():
+            if way in a.ways:
+                programs[P, way] = compiled = function.lower(params, *arguments).compile()
+                run = functools.partial(compiled, params, *arguments)
+                jax.block_until_ready(run())
+                cases[P, way] = functools.partial(harness.timed, run)
+    results = harness.rounds(cases, a.rounds)
     rows = []
-    for name, (seconds, temp_bytes) in measured.items():
-        ratios = [each / own for each, own in zip(first, seconds, strict=True)]
-        cells = f"{statistics.median(seconds):.3f}", f"{statistics.median(ratios):.1f}"
-        rows.append([name, *cells, f"{temp_bytes / 2**30:.2f}"])
-    print(table(["the prefix", "s", "times as fast", "scratch, GiB"], rows))
+    for (P, way), found in results.items():
+        first = results[(P, a.ways[0]) if len(a.prefix) == 1 else (a.prefix[0], way)]
+        numbers = harness.median(found), harness.median(found, over=first)
+        attention = attention_flops(decoder, a.rows, P, a.length)
+        beside = programs[P, way].cost_analysis()["flops"] - attention
+        work = [f"{n / 1e9:.2f}" if way == "cached" else "-" for n in (beside, attention)]
+        scratch = harness.temp_bytes(programs[P, way]) / harness.GIB
+        rows.append([f"{P:,}", way, *(f"{n:.3f}" for n in numbers), *work, f"{scratch:.2f}"])
+    header = ["prefix", "read", "s", "times the first", "GFLOP a layer, beside"]
+    print(table([*header, "attention to the prefix", "scratch, GiB"], rows, left=2))
 
 
-def model(shape: Shape, dtype: jnp.dtype) -> tuple[Decoder, dict]:
-    """Random weights of one of `case.STUDENTS` or `case.TEACHERS`."""
-    spec, rng = decoder_spec(shape, VOCAB), np.random.default_rng(0)
-    leaves = {
-        path: jnp.asarray(0.02 * rng.standard_normal(shape, np.float32), dtype)
-        for path, shape in param_shapes(spec).items()
-    }
-    decoder = Decoder(spec, param_dtype=dtype, compute_dtype=dtype)
-    return decoder, traverse_util.unflatten_dict(leaves, sep="/")
+def ways(decoder: Decoder, params: dict, B: int, P: int, T: int) -> dict:
+    """Name of `WAYS` -> (jitted function of the parameters and more, that more).
 
-
-def ways(decoder: Decoder, B: int, P: int, T: int) -> dict:
-    """Name -> (jitted function of the parameters and more, those to be made of the parameters).
-
-    All functions have the same result.
+    All but "reading", which reads the prefix alone, have the same result.
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(P)
     prefix_1P = rng.integers(0, VOCAB, (1, P)).astype(np.int32)
     tokens_BT = rng.integers(0, VOCAB, (B, T)).astype(np.int32)
     whole = np.concatenate([np.broadcast_to(prefix_1P, (B, P)), tokens_BT], axis=1)
 
+    def after(params, prefix, tokens):
+        return decoder.apply({"params": params}, tokens, jnp.ones(tokens.shape, bool), prefix)
+
     def each_row(params, tokens):
-        hidden = decoder.apply({"params": params}, tokens, jnp.ones(tokens.shape, bool))
-        return hidden[:, P:]
+        return after(params, None, tokens)[:, P:]
 
     def read(params, tokens):
         return read_prefix(decoder, params, tokens, jnp.ones(tokens.shape, bool))
 
-    def after(params, prefix, tokens):
-        return decoder.apply({"params": params}, tokens, jnp.ones(tokens.shape, bool), prefix)
-
     def once(params, prefix_tokens, tokens):
         return after(params, read(params, prefix_tokens), tokens)
 
-    return {
-        "each row reads it": (jax.jit(each_row), lambda params: (whole,)),
-        "read once": (jax.jit(once), lambda params: (prefix_1P, tokens_BT)),
-        "kept from before": (
-            jax.jit(after),
-            lambda params: (jax.jit(read)(params, prefix_1P), tokens_BT),
-        ),
-    }
+    cached = jax.jit(read)(params, prefix_1P)
+    functions = map(jax.jit, (each_row, once, after, read))
+    arguments = (whole,), (prefix_1P, tokens_BT), (cached, tokens_BT), (prefix_1P,)
+    return dict(zip(WAYS, zip(functions, jax.device_put(arguments), strict=True), strict=True))
 
 
-def measure(params: dict, ways: dict, rounds: int) -> dict:
-    """Name -> (seconds of each round, bytes of scratch memory)."""
-    programs, results = {}, {}
-    for name, (function, arguments) in ways.items():
-        others = jax.device_put(arguments(params))
-        compiled = function.lower(params, *others).compile()
-        programs[name] = functools.partial(compiled, params, *others)
-        results[name] = ([], compiled.memory_analysis().temp_size_in_bytes)
-        jax.block_until_ready(programs[name]())
-    for _ in range(rounds):
-        for name, program in programs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(program())
-            results[name][0].append(time.perf_counter() - start)
-    return results
+def attention_flops(decoder: Decoder, B: int, P: int, T: int) -> float:
+    """Floating-point operations of a batch's attention to a cached prefix in one layer.
+
+    XLA counts the body of the scan over the layers once, and of a branch the dearer side: so it is
+    a global layer if there is any.
+    """
+    spec = decoder.spec
+    keys = P if any(spec.is_global_L) else min(P, spec.window)
+    # Scores and the sum of values: two products of [T, C] and [C, P] for each head and row; and of
+    # each score scaling, masking and what softmax does, about eight.
+    return float(B * spec.num_heads * T * keys * (4 * spec.head_dim + 8))
 
 
 if __name__ == "__main__":

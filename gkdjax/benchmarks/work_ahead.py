@@ -10,28 +10,23 @@ answer is written to a store.
 
 import argparse
 import contextlib
-import dataclasses
 import http.server
+import itertools
 import json
 import pathlib
-import statistics
 import tempfile
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from gkdjax import config
-from gkdjax.benchmarks.case import STUDENTS
-from gkdjax.benchmarks.shared_prefix import VOCAB, model
-from gkdjax.benchmarks.table import GIB
-from gkdjax.benchmarks.worker import peak_bytes
-from gkdjax.parallel import mesh as parallel_mesh
+from gkdjax.benchmarks import harness
+from gkdjax.benchmarks.models import STUDENTS, decoder_spec, random_batch, random_model
+from gkdjax.parallel.mesh import make_mesh, replicate, shard_rows
 from gkdjax.teachers import scoring
 from gkdjax.teachers.server.answers import TeacherAnswer
 from gkdjax.teachers.server.connect import declared
@@ -48,9 +43,9 @@ from gkdjax.train.step import init_state, make_train_step
 from gkdjax.types import Batch
 from gkdjax.utils.text import table
 
+VOCAB = 1024
 _DIVERGENCE = "forward_kl"
 _FIRST_ROWS = 4  # of the batch by which the number of rows is found
-_PARTS = ("steps alone", "teacher alone", "both")
 
 
 def main() -> None:
@@ -63,64 +58,57 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="Of each part of a round.")
     parser.add_argument("--rounds", type=int, default=5, help="Timed.")
     a = parser.parse_args()
-    mesh = parallel_mesh.make_mesh()
     with (
         _server(a.answer_ms / 1000, a.top_k) as base,
         tempfile.TemporaryDirectory() as directory,
         contextlib.closing(_teacher(base, pathlib.Path(directory), a.top_k)) as teacher,
     ):
-        bench = _Bench(a, mesh, teacher, pathlib.Path(directory))
-        rounds = [bench.round() for _ in range(a.rounds)]
-    shown = [[p, f"{1000 * statistics.median(r[p] for r in rounds):.1f}"] for p in _PARTS]
+        bench = _Bench(a, teacher, pathlib.Path(directory))
+        parts = {
+            "steps alone": bench.steps_alone,
+            "teacher alone": bench.teacher_alone,
+            "both": bench.both,
+        }
+        results = harness.rounds(parts, a.rounds)
+    shown = [[part, f"{1000 * harness.median(found):.1f}"] for part, found in results.items()]
     print(table([f"{bench.rows} rows of {a.length} tokens", "ms a step"], shown))
-    ratios = [r["both"] / max(r["steps alone"], r["teacher alone"]) for r in rounds]
-    kind, most = peak_bytes()
-    print(f"both / the longer one: {statistics.median(ratios):.2f}; {kind} {most / GIB:.2f} GiB")
+    alone = zip(results["steps alone"], results["teacher alone"], strict=True)
+    longer = [max(pair, key=lambda one: one["seconds"]) for pair in alone]
+    kind, most = harness.peak_bytes()
+    ratio = harness.median(results["both"], over=longer)
+    print(f"both / the longer one: {ratio:.2f}; {kind} {most / harness.GIB:.2f} GiB")
 
 
 class _Bench:
-    """Student, step and batches."""
+    """Student, step and batches; a measurement is seconds a step."""
 
-    def __init__(
-        self,
-        a: argparse.Namespace,
-        mesh: Mesh,
-        teacher: ServerTeacher,
-        directory: pathlib.Path,
-    ):
-        self._a, self._mesh, self._teacher, self._directory = a, mesh, teacher, directory
-        self._rng, self._made = np.random.default_rng(0), 0
-        decoder, params = model(STUDENTS[a.shape], jnp.dtype("float32"))
+    def __init__(self, a: argparse.Namespace, teacher: ServerTeacher, directory: pathlib.Path):
+        self._a, self._mesh, self._teacher, self._directory = a, make_mesh(), teacher, directory
+        self._seeds = itertools.count()
+        decoder, params = random_model(decoder_spec(STUDENTS[a.shape], VOCAB), "float32")
         self._config = c = config.Config(gkd=config.Gkd(divergence=_DIVERGENCE))
-        optimizer, schedule = (
-            train_optimizer.optimizer(c.optim, 1000),
-            train_optimizer.schedule(c.optim, 1000),
-        )
-        self._step = make_train_step(decoder, optimizer, schedule, c, mesh)
-        self._state = parallel_mesh.replicate(mesh, init_state(params, optimizer))
-        devices = mesh.shape["data"]
+        optimizer = train_optimizer.optimizer(c.optim, 1000)
+        schedule = train_optimizer.schedule(c.optim, 1000)
+        self._step = make_train_step(decoder, optimizer, schedule, c, self._mesh)
+        self._state = replicate(self._mesh, init_state(params, optimizer))
+        devices = self._mesh.shape["data"]
         self.rows = -(-_FIRST_ROWS // devices) * devices
-        wanted = a.step_ms / 1000 / self._steps_alone() * self.rows
+        wanted = a.step_ms / 1000 / self.steps_alone()["seconds"] * self.rows
         self.rows = max(round(wanted / devices), 1) * devices
-        self._steps_alone()  # compiles, if the rows are others now
+        self.steps_alone()  # compiles, if the rows are others now
 
-    def round(self) -> dict[str, float]:
-        """Seconds a step of each part."""
-        parts = self._steps_alone, self._teacher_alone, self._both
-        return {name: part() for name, part in zip(_PARTS, parts, strict=True)}
-
-    def _steps_alone(self) -> float:
+    def steps_alone(self) -> dict[str, float]:
         batch = self._batch()
         targets = scoring.request_targets(self._teacher, batch, _names(batch), None, self._mesh)()
-        batch = parallel_mesh.shard_rows(self._mesh, batch)
+        batch = shard_rows(self._mesh, batch)
         jax.block_until_ready(self._take_step(batch, targets))  # compiled, perhaps
         return self._timed(lambda step: self._take_step(batch, targets))
 
-    def _teacher_alone(self) -> float:
+    def teacher_alone(self) -> dict[str, float]:
         ahead = self._ahead()
         return self._timed(lambda step: ahead.take(step, self._state).targets)
 
-    def _both(self) -> float:
+    def both(self) -> dict[str, float]:
         ahead = self._ahead()
 
         def step(number: int):
@@ -129,8 +117,16 @@ class _Bench:
 
         return self._timed(step)
 
+    def _batch(self) -> Batch:
+        T = self._a.length
+        return random_batch(next(self._seeds), VOCAB, self.rows, T, T // 2, T - 1)
+
     def _ahead(self) -> BatchPrefetcher:
-        dataset = _Dataset([self._batch() for _ in range(self._a.steps)])
+        """As a run has it, of new batches, none of which the student writes."""
+        batches = [self._batch() for _ in range(self._a.steps)]
+        dataset = types.SimpleNamespace(
+            batch=lambda step: (batches[step], None), names=lambda step: _names(batches[step])
+        )
         inputs = types.SimpleNamespace(
             config=self._config, mesh=self._mesh, dataset=dataset, anchors={}
         )
@@ -138,51 +134,19 @@ class _Bench:
         return BatchPrefetcher(run, self._directory, 0, self._a.steps)
 
     def _take_step(self, batch: Batch, targets) -> dict:
-        self._state, sums = self._step(
-            self._state, None, batch, targets, {}, divergence=_DIVERGENCE
-        )
+        arguments = self._state, None, batch, targets, {}
+        self._state, sums = self._step(*arguments, divergence=_DIVERGENCE)
         return sums
 
-    def _timed(self, step: Callable) -> float:
-        """Seconds a step; as in a run, the numbers of one are waited for when the next is begun."""
+    def _timed(self, step: Callable) -> dict[str, float]:
+        """As in a run, the numbers of a step are waited for when the next one is begun."""
         before, start = None, time.perf_counter()
         for number in range(self._a.steps):
             made = step(number)
             jax.block_until_ready(before)
             before = made
         jax.block_until_ready(before)
-        return (time.perf_counter() - start) / self._a.steps
-
-    def _batch(self) -> Batch:
-        """Random tokens that both read; the second half of each row is predicted."""
-        B, T = self.rows, self._a.length
-        tokens_BT = self._rng.integers(0, VOCAB, (B, T)).astype(np.int32)
-        at_N = np.arange(T // 2, T - 1, dtype=np.int32)
-        at_BN, mask_BT = np.broadcast_to(at_N, (B, at_N.size)), np.ones((B, T), bool)
-        return Batch(
-            student_tokens_BS=tokens_BT,
-            student_mask_BS=mask_BT,
-            student_at_BN=at_BN,
-            teacher_tokens_BT=tokens_BT,
-            teacher_mask_BT=mask_BT,
-            teacher_at_BN=at_BN,
-            target_ids_BN=tokens_BT[:, at_N + 1],
-            target_mask_BN=np.ones(at_BN.shape, bool),
-            row_id_B=np.arange(B, dtype=np.int32),
-        )
-
-
-@dataclasses.dataclass
-class _Dataset:
-    """Batches as `data.dataset.DistillDataset` has them."""
-
-    batches: Sequence[Batch]
-
-    def batch(self, step: int) -> tuple[Batch, None]:
-        return self.batches[step], None
-
-    def names(self, step: int) -> list[str]:
-        return _names(self.batches[step])
+        return {"seconds": (time.perf_counter() - start) / self._a.steps}
 
 
 def _names(batch: Batch) -> list[str]:
@@ -241,8 +205,8 @@ def _server(seconds: float, top_k: int) -> Iterator[str]:
             pass
 
     def rows(ids: list[int]) -> list[dict | None]:
-        said = [{i: -20.0} | best for i in ids[1:]]
-        return [None, *({i: {"logprob": p} for i, p in row.items()} for row in said)]
+        known = [{i: -20.0} | best for i in ids[1:]]
+        return [None, *({i: {"logprob": p} for i, p in row.items()} for row in known)]
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)

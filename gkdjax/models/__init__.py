@@ -1,14 +1,11 @@
 """Decoders, their families and their files."""
 
-import importlib
-
-_NAMES = {  # where they are; they are loaded when they are asked for
-    "load_pretrained": "gkdjax.models.hf.load",
-}
 __all__ = ["load_pretrained"]
 
 
 def __getattr__(name: str):
-    if name not in _NAMES:
+    if name != "load_pretrained":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_NAMES[name]), name)
+    from gkdjax.models.hf.load import load_pretrained  # when it is asked for: it loads transformers
+
+    return load_pretrained

@@ -1,14 +1,14 @@
-"""The numbers that tell one decoder family from another, and the parameters they imply."""
+"""The numbers that describe a decoder of any family, and the shapes of its parameters."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
-    """Llama 3.1's frequencies: the slow ones divided by `factor`, the fast ones as they are.
+    """Llama 3.1 divides slow frequencies by `factor` and leaves fast ones as they are.
 
-    Slow turns less than `low_freq_factor` times within `original_length` positions, fast more than
-    `high_freq_factor` times; in between the two are mixed, linearly in the number of turns.
+    Slow: fewer than `low_freq_factor` turns within `original_length` positions; fast: more than
+    `high_freq_factor`; in between the two are mixed, linearly in the number of turns.
     """
 
     factor: float
@@ -28,51 +28,30 @@ class RopeSpec:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Everything `models.decoder.Decoder` needs to know of a family; hashable, so it can be static.
+    """Describes a decoder; hashable, so that it can be a static argument."""
 
-    Attributes:
-      family: name of the module in `gkdjax.models` that knows its checkpoints.
-      vocab_size: V, rows of the embedding, padding rows of the checkpoint included.
-      width: D, hidden size.
-      num_heads: H query heads, `num_kv_heads` G key/value heads, `head_dim` C channels each.
-      ffn_width: F, inner width of the gated MLP.
-      query_scale: factor on q·k.
-      activation: "gelu_tanh" or "silu", on the gate of the MLP.
-      tied_embedding: the unembedding is the embedding.
-      is_global_L: per layer: full causal attention (True) or the last `window` positions (False).
-      norm_offset: added to the RMSNorm scale (Gemma stores scale - 1).
-      embedding_scale: factor on the token embeddings, rounded to their dtype before use.
-      qkv_bias: queries, keys and values have a bias.
-      qk_norm: RMSNorm on queries and keys, per head, before the rotation.
-      post_norms: a second RMSNorm after attention and after the MLP, before the residual sum.
-      window: key j is seen from i iff i - window < j <= i, in local layers; None without any.
-      rope_local: None without local layers.
-      final_softcap: c in c * tanh(logits / c), or None.
-      context_length: tokens that the model was made to read at most; None: nobody says.
-    """
-
-    family: str
-    vocab_size: int
-    width: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    ffn_width: int
+    family: str  # its module in `gkdjax.models.families`
+    vocab_size: int  # V, rows of the embedding, padding rows of the checkpoint included
+    width: int  # D
+    num_heads: int  # H, of queries
+    num_kv_heads: int  # G
+    head_dim: int  # C
+    ffn_width: int  # F, inner width of the gated MLP
     norm_eps: float
-    query_scale: float
-    activation: str
-    tied_embedding: bool
-    is_global_L: tuple[bool, ...]
+    query_scale: float  # factor on q·k
+    activation: str  # of the MLP's gate: "gelu_tanh" or "silu"
+    tied_embedding: bool  # the unembedding is the embedding
+    is_global_L: tuple[bool, ...]  # full causal attention, or only the last `window` positions
     rope_global: RopeSpec
-    norm_offset: float = 0.0
-    embedding_scale: float = 1.0
+    norm_offset: float = 0.0  # added to the scale of an RMSNorm (Gemma stores scale - 1)
+    embedding_scale: float = 1.0  # factor on token embeddings, rounded to their dtype before use
     qkv_bias: bool = False
-    qk_norm: bool = False
-    post_norms: bool = False
-    window: int | None = None
-    rope_local: RopeSpec | None = None
-    final_softcap: float | None = None
-    context_length: int | None = None
+    qk_norm: bool = False  # RMSNorm of queries and keys, per head, before the rotation
+    post_norms: bool = False  # RMSNorm after attention and after the MLP, before the residual sum
+    window: int | None = None  # in local layers, i sees key j if i - window < j <= i
+    rope_local: RopeSpec | None = None  # None without local layers
+    final_softcap: float | None = None  # c in c * tanh(logits / c)
+    context_length: int | None = None  # most tokens that the model was made to read, if known
 
     @property
     def num_layers(self) -> int:
@@ -105,7 +84,8 @@ def layer_shapes(spec: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 def param_shapes(spec: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Path -> shape of every parameter of the decoder, paths as in `gkdjax.utils.tree`."""
-    shapes = {"embedding": (spec.vocab_size, spec.width), "final_norm": (spec.width,)}
+    table = (spec.vocab_size, spec.width)
+    shapes = {"embedding": table, "final_norm": (spec.width,)}
     if not spec.tied_embedding:
-        shapes["unembedding"] = (spec.vocab_size, spec.width)
+        shapes["unembedding"] = table
     return shapes | {f"layers/{name}": shape for name, shape in layer_shapes(spec).items()}

@@ -1,6 +1,6 @@
-"""Keys and values that outlive a call: of rows being written, and of a prefix that rows share.
+"""Keys and values that outlive a call.
 
-Global and local layers have stacks of their own lengths. Shape letters as in
+Global and local layers have a stack each, of different lengths. Shape letters as in
 `gkdjax.models.layers`, and L layers of one kind.
 """
 
@@ -14,20 +14,20 @@ from gkdjax.models.decoder_config import DecoderConfig
 
 
 class Stack(NamedTuple):
-    """Keys and values of all layers of one kind, in slots that the rows share."""
+    """Keys and values of all layers of one kind."""
 
-    k_LBSGC: jax.Array  # compute dtype
-    v_LBSGC: jax.Array  # compute dtype
-    positions_BS: jax.Array  # int32, position within the row, the prefix counted
-    mask_BS: jax.Array  # bool, the slot holds a real token
+    k: jax.Array  # [L,B,S,G,C], compute dtype
+    v: jax.Array  # [L,B,S,G,C], compute dtype
+    positions: jax.Array  # int32 [B,S], position within the row, the prefix counted
+    mask: jax.Array  # bool [B,S], the slot holds a real token
 
 
 class Cache(NamedTuple):
-    """What the rows have read so far.
+    """Everything that the rows have read so far, or, of one row, the prefix that all rows share.
 
     Rows of different lengths are padded on the left, so that the next slot is the same for all.
-    The slots of local layers are a ring as long as the window: a new token takes the place of one
-    that no later token sees.
+    The slots of local layers are a ring as long as the window: a new token replaces one that no
+    later token sees.
     """
 
     global_layers: Stack | None
@@ -36,33 +36,16 @@ class Cache(NamedTuple):
     real_B: jax.Array  # int32, those that are no padding
 
 
-class PrefixStack(NamedTuple):
-    """One batch row's keys and values of all layers of one kind."""
-
-    k_LSGC: jax.Array
-    v_LSGC: jax.Array
-    positions_S: jax.Array  # int32
-    mask_S: jax.Array  # bool
-
-
-class Prefix(NamedTuple):
-    """What all rows begin with, read once; local layers keep as many tokens of it as a window."""
-
-    global_layers: PrefixStack | None
-    local_layers: PrefixStack | None
-    length: jax.Array  # int32 scalar, its real tokens
-
-
 def init_cache(spec: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
     """An empty cache for `batch` rows of at most `slots` tokens, padding included."""
 
-    def stack(layers, length):
+    def stack(layers: int, length: int) -> Stack:
         shape = (layers, batch, length, spec.num_kv_heads, spec.head_dim)
         return Stack(
-            k_LBSGC=jnp.zeros(shape, dtype),
-            v_LBSGC=jnp.zeros(shape, dtype),
-            positions_BS=jnp.zeros((batch, length), jnp.int32),
-            mask_BS=jnp.zeros((batch, length), bool),
+            k=jnp.zeros(shape, dtype),
+            v=jnp.zeros(shape, dtype),
+            positions=jnp.zeros((batch, length), jnp.int32),
+            mask=jnp.zeros((batch, length), bool),
         )
 
     num_global = sum(spec.is_global_L)
@@ -76,40 +59,34 @@ def init_cache(spec: DecoderConfig, batch: int, slots: int, dtype: jnp.dtype) ->
 
 
 def index_in_stack(spec: DecoderConfig) -> jax.Array:
-    """int32 [all layers]: the how-manyth of its kind each layer is."""
+    """int32 [all layers]: each layer's number among the layers of its kind."""
     is_global = np.asarray(spec.is_global_L)
     return jnp.asarray(np.where(is_global, np.cumsum(is_global), np.cumsum(~is_global)) - 1)
 
 
 def write(spec: DecoderConfig, cache: Cache, k_new, v_new, positions_BT, mask_BT) -> Cache:
-    """The cache after T more tokens of each row, k_new and v_new being [all layers,B,T,G,C]."""
-    T = mask_BT.shape[1]
-    chosen = np.asarray(spec.is_global_L)
+    """The cache after T more tokens of each row; k_new and v_new are [all layers,B,T,G,C]."""
+    is_global = np.asarray(spec.is_global_L)
 
-    def written(stack, layers, put):
+    def written(stack: Stack | None, layers: np.ndarray, put) -> Stack | None:
+        if stack is None:
+            return None
         return Stack(
-            put(stack.k_LBSGC, k_new[layers], 2),
-            put(stack.v_LBSGC, v_new[layers], 2),
-            put(stack.positions_BS, positions_BT, 1),
-            put(stack.mask_BS, mask_BT, 1),
+            put(stack.k, k_new[layers], cache.columns, 2),
+            put(stack.v, v_new[layers], cache.columns, 2),
+            put(stack.positions, positions_BT, cache.columns, 1),
+            put(stack.mask, mask_BT, cache.columns, 1),
         )
 
-    def append(old, new, axis):
-        return jax.lax.dynamic_update_slice_in_dim(old, new, cache.columns, axis)
-
-    def put_in_ring(old, new, axis):
-        return _put_in_ring(old, new, cache.columns, axis)
-
-    global_layers, local_layers = cache.global_layers, cache.local_layers
-    if global_layers is not None:
-        global_layers = written(global_layers, np.flatnonzero(chosen), append)
-    if local_layers is not None:
-        local_layers = written(local_layers, np.flatnonzero(~chosen), put_in_ring)
-    real_B = cache.real_B + jnp.sum(mask_BT, axis=1, dtype=jnp.int32)
-    return Cache(global_layers, local_layers, cache.columns + T, real_B)
+    return Cache(
+        written(cache.global_layers, *np.nonzero(is_global), jax.lax.dynamic_update_slice_in_dim),
+        written(cache.local_layers, *np.nonzero(~is_global), _put_in_ring),
+        cache.columns + mask_BT.shape[1],
+        cache.real_B + jnp.sum(mask_BT, axis=1, dtype=jnp.int32),
+    )
 
 
-def _put_in_ring(old, new, columns, axis: int):
+def _put_in_ring(old: jax.Array, new: jax.Array, columns: jax.Array, axis: int) -> jax.Array:
     """Column c goes to slot c modulo the ring's length; of more columns than slots, the last."""
     slots, T = old.shape[axis], new.shape[axis]
     if T == 1:
@@ -119,15 +96,3 @@ def _put_in_ring(old, new, columns, axis: int):
         return jnp.roll(last, columns + T, axis)
     at = (slice(None),) * axis + ((columns + jnp.arange(T)) % slots,)
     return old.at[at].set(new, unique_indices=True)
-
-
-def prefix_of(cache: Cache) -> Prefix:
-    """What a cache of one row holds, for all rows to share."""
-
-    def shared(stack):
-        if stack is None:
-            return None
-        k_LSGC, v_LSGC = stack.k_LBSGC[:, 0], stack.v_LBSGC[:, 0]
-        return PrefixStack(k_LSGC, v_LSGC, stack.positions_BS[0], stack.mask_BS[0])
-
-    return Prefix(shared(cache.global_layers), shared(cache.local_layers), cache.real_B[0])

@@ -6,12 +6,11 @@ G key/value heads, R = H / G query heads that share one key, C channels of a hea
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from gkdjax.models.decoder_config import Llama3Scaling, RopeSpec
+from gkdjax.models.decoder_config import RopeSpec
 
 
 @functools.partial(
@@ -21,16 +20,16 @@ from gkdjax.models.decoder_config import Llama3Scaling, RopeSpec
 )
 @dataclasses.dataclass(frozen=True)
 class LoraKernel:
-    """A kernel with a low-rank update kept apart: w + scale * a @ b, never formed.
+    """A kernel with a low-rank update beside it: w + scale * a @ b, which is never formed.
 
-    `w` is the first leaf on purpose: linen compares the shape of a parameter's first leaf with the
-    declared one. Each leaf may carry a leading layer axis, which `lax.scan` takes off.
+    `w` comes first on purpose: linen compares the shape of a parameter's first leaf with the
+    declared one. Each leaf may have a leading layer axis, which `lax.scan` removes.
     """
 
     w: jax.Array  # [in, out], the frozen base, any float dtype
     a: jax.Array  # float32 [in, r]
     b: jax.Array  # float32 [r, out]
-    dropout_key: jax.Array | None  # a key: drop inputs of `a` (training); None: do not
+    dropout_key: jax.Array | None  # a key drops inputs of `a` (training); None drops nothing
     scale: float
     dropout: float
 
@@ -40,7 +39,7 @@ def dense(x: jax.Array, kernel: jax.Array | LoraKernel) -> jax.Array:
 
     LoRA: x W + scale * drop(x) A B (Hu et al. 2021, arXiv:2106.09685, eq. 3).
     """
-    # As a matrix of rows: XLA's CPU backend takes three times as long for the gradient of a kernel
+    # A matrix of rows: XLA's CPU backend takes three times as long for the gradient of a kernel
     # when two axes, batch and position, are contracted.
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(kernel, LoraKernel):
@@ -63,35 +62,27 @@ def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float, offset: float) -> ja
     return (x32 * inverse_rms * scale32).astype(x.dtype)
 
 
-class Rotation(NamedTuple):
-    """Cosines and sines of the rotary angles, float32 [B,T,1,C/2]."""
+def rotation(positions_BT: jax.Array, rope: RopeSpec, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, float32 [B,T,1,C/2], of rotary angles (Su et al. 2021, arXiv:2104.09864).
 
-    cos: jax.Array
-    sin: jax.Array
-
-
-def rotation(positions_BT: jax.Array, rope: RopeSpec, head_dim: int) -> Rotation:
-    """Rotary angles of integer positions (Su et al. 2021, arXiv:2104.09864)."""
+    Llama 3's frequencies: see `Llama3Scaling` (Grattafiori et al. 2024, arXiv:2407.21783).
+    """
     exponent_c = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     frequency_c = 1.0 / (rope.theta**exponent_c) / rope.linear_factor
-    if rope.llama3 is not None:
-        frequency_c = _llama3_frequencies(frequency_c, rope.llama3)
+    if (scaling := rope.llama3) is not None:
+        turns_c = scaling.original_length * frequency_c / (2.0 * jnp.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        fast_c = jnp.clip((turns_c - low) / (high - low), 0.0, 1.0)
+        frequency_c = frequency_c * (fast_c + (1.0 - fast_c) / scaling.factor)
     angle = positions_BT.astype(jnp.float32)[:, :, None, None] * frequency_c[None, None, None, :]
-    return Rotation(jnp.cos(angle), jnp.sin(angle))
+    return jnp.cos(angle), jnp.sin(angle)
 
 
-def _llama3_frequencies(frequency_c: jax.Array, scaling: Llama3Scaling) -> jax.Array:
-    """See `Llama3Scaling` (Grattafiori et al. 2024, arXiv:2407.21783, for the context of 128k)."""
-    turns_c = scaling.original_length * frequency_c / (2.0 * jnp.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept_c = jnp.clip((turns_c - low) / (high - low), 0.0, 1.0)
-    return frequency_c * (kept_c + (1.0 - kept_c) / scaling.factor)
-
-
-def rotate(x_BTHC: jax.Array, by: Rotation) -> jax.Array:
+def rotate(x_BTHC: jax.Array, by: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Half-split rotation: channel c is paired with channel c + C/2, as in the HF checkpoints."""
+    cos, sin = by
     first, second = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
-    rotated = (first * by.cos - second * by.sin, second * by.cos + first * by.sin)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(rotated, axis=-1).astype(x_BTHC.dtype)
 
 

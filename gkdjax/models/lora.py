@@ -35,10 +35,7 @@ class Adapter:
 def init(rng: jax.Array, params: dict, rules: Lora) -> dict[str, Adapter]:
     """New adapters, an identity: `a` uniform in ±1/sqrt(in) (as PEFT has it), b zero.
 
-    Args:
-      rng: a key; the values of a kernel's adapter depend on it and on the kernel's path only.
-      params: the decoder's parameters (arrays or `jax.ShapeDtypeStruct`).
-      rules: what to adapt, and how.
+    Their values depend on the key and on a kernel's path only; `params` may be shapes.
 
     Raises:
       ValueError: a target that matches no kernel; it is named, and the kernels there are.
@@ -63,10 +60,7 @@ def attach(
 ) -> dict:
     """`params` with adapted kernels replaced by `LoraKernel` leaves, for `decoder.apply`.
 
-    Args:
-      params: the frozen base.
-      adapters: from `init`.
-      dropout_rng: a key turns dropout on (training); None turns it off.
+    A key turns dropout on (training), None turns it off.
 
     Raises:
       ValueError: an adapter whose path or shape does not fit `params`, named.

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 
 from gkdjax.utils.errors import UserError
 
-_STEP = 8  # a short length is rounded up to a multiple of it
-
 
 def round_up(length: int, allowed: Sequence[int]) -> int:
     """The least allowed length that holds `length`; with (): 13 -> 16, 100 -> 104, 1000 -> 1024.
@@ -14,7 +12,7 @@ def round_up(length: int, allowed: Sequence[int]) -> int:
       UserError: it is longer than all that are allowed.
     """
     if not allowed:
-        step = max(_STEP, 1 << max(length.bit_length() - 4, 0))
+        step = max(8, 1 << max(length.bit_length() - 4, 0))
         return -(-length // step) * step
     fitting = [n for n in allowed if n >= length]
     if not fitting:
@@ -26,9 +24,9 @@ def round_up(length: int, allowed: Sequence[int]) -> int:
 
 
 def ladder(max_length: int, allowed: Sequence[int]) -> tuple[int, ...]:
-    """Lengths for prompts that are not known beforehand.
+    """Lengths for prompts that are not known beforehand: the allowed ones.
 
-    The allowed ones, or 16, 32, 48, 64, 96, 128, ... up to `max_length`, which is always the last.
+    With (): 16, 32, 48, 64, 96, 128, ... up to `max_length`, which is always the last.
     """
     if allowed:
         return tuple(sorted(allowed))

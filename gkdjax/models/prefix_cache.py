@@ -1,4 +1,4 @@
-"""Prefixes that many rows begin with: their keys and values are computed once, and kept."""
+"""Prefixes that many rows begin with: their keys and values are computed once, and cached."""
 
 import collections
 import functools
@@ -10,33 +10,31 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gkdjax.models.decoder import Decoder, read_prefix
-from gkdjax.models.kv_cache import Prefix
+from gkdjax.models.kv_cache import Cache
 from gkdjax.models.padding import round_up
 from gkdjax.models.sampler import sample
-from gkdjax.parallel import mesh as parallel_mesh
+from gkdjax.parallel.mesh import shard_rows
 from gkdjax.types import Batch, Completion, SamplingParams
 
 LEAST_TOKENS = 128  # a shorter one costs less to read again than its programs cost to compile
+_NONE = np.zeros(0, np.int32)
 
 
 class PrefixCache:
-    """Of one frozen model; the least recently used prefixes make room for new ones."""
+    """The prefixes of one frozen model; the least recently used ones make room for new ones."""
 
     def __init__(self, decoder: Decoder, params: dict, max_bytes: int):
-        """Keeps `params`, without a copy.
+        """Keeps `params`, without a copy, and the prefixes on their devices.
 
-        Args:
-          decoder: the model's.
-          params: its parameters, on the devices that the prefixes are to lie on.
-          max_bytes: of keys and values that are kept; a larger prefix is read at each use.
+        A prefix of more than `max_bytes` of keys and values is read at each use.
         """
         self._decoder, self._params, self._max_bytes = decoder, params, max_bytes
         self._known: list[np.ndarray] = []  # the longest first
-        self._kept: collections.OrderedDict[bytes, Prefix] = collections.OrderedDict()
+        self._cached: collections.OrderedDict[bytes, Cache] = collections.OrderedDict()
         self.num_reads = 0
 
     def register(self, groups: Iterable[Sequence[np.ndarray]]) -> None:
-        """Takes the prefix of each group of prompts that is worth keeping."""
+        """Takes the prefix of each group of prompts that is worth caching."""
         for ids in map(worth_keeping, groups):
             if ids is not None and not any(np.array_equal(ids, other) for other in self._known):
                 self._known.append(ids)
@@ -45,35 +43,28 @@ class PrefixCache:
     def predicting_hidden(self, batch: Batch, mesh: Mesh) -> jax.Array:
         """Hidden states [B,N,E] of the teacher's view, at the positions that predict the targets.
 
-        Args:
-          batch: NumPy arrays. A prefix is left out of the rows that begin with it; rows of several
-            prefixes are read once for each of them, if that is less than to read all of each row.
-          mesh: its devices share the rows.
+        A prefix is left out of the rows (NumPy) that begin with it; rows of several prefixes are
+        read once for each of them, if that is less than to read all of each row.
         """
         hidden_BNE = None
-        for ids, rows_B in self._readings(batch):
-            view = parallel_mesh.shard_rows(mesh, _without(len(ids), batch))
-            found_BNE = predicting_hidden(self._decoder, self._params, *view, self._read(ids))
+        for prefix, rows in self._readings(batch):
+            view = shard_rows(mesh, _without(len(prefix), batch))
+            found_BNE = predicting_hidden(self._decoder, self._params, *view, self._keys(prefix))
             if hidden_BNE is not None:
-                rows_B = parallel_mesh.shard_rows(mesh, rows_B)
-                found_BNE = jnp.where(rows_B[:, None, None], found_BNE, hidden_BNE)
+                here_B = shard_rows(mesh, np.isin(np.arange(len(hidden_BNE)), rows))
+                found_BNE = jnp.where(here_B[:, None, None], found_BNE, hidden_BNE)
             hidden_BNE = found_BNE
         return hidden_BNE
 
-    def _readings(self, batch: Batch) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(prefix, bool [B]: the rows that it is right for), of all rows together."""
-        tokens_BT = batch.teacher_tokens_BT
-        B, T = tokens_BT.shape
-        # The hidden states of the prefix are gone, and the last one predicts the first target.
-        first_used_B = np.where(batch.target_mask_BN, batch.teacher_at_BN, T).min(axis=1)
-        readings: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
-        for row, (tokens_T, first_used) in enumerate(zip(tokens_BT, first_used_B, strict=True)):
-            ids = self._beginning_of(tokens_T[: first_used + 1])
-            _, rows_B = readings.setdefault(ids.tobytes(), (ids, np.zeros(B, bool)))
-            rows_B[row] = True
-        if sum(T - len(ids) for ids, _ in readings.values()) > T:
-            return [(np.zeros(0, np.int32), np.ones(B, bool))]
-        return list(readings.values())
+    def _readings(self, batch: Batch) -> list[tuple[np.ndarray, Sequence[int]]]:
+        """(prefix, the rows that it is right for), each of which is a pass over all rows."""
+        B, T = batch.teacher_tokens_BT.shape
+        # The hidden states of a prefix are not cached, and its last one may predict a target.
+        used_B = np.where(batch.target_mask_BN, batch.teacher_at_BN, T).min(axis=1) + 1
+        pairs = zip(batch.teacher_tokens_BT, used_B, strict=True)
+        groups = self._by_prefix([tokens_T[:used] for tokens_T, used in pairs])
+        dear = sum(T - len(prefix) for prefix, _ in groups) > T
+        return [(_NONE, range(B))] if dear else groups
 
     def sample(
         self,
@@ -84,60 +75,54 @@ class PrefixCache:
     ) -> list[Completion]:
         """`models.sampler.sample`, with the prompts of one prefix computed together.
 
-        A row's draws depend on what it reads and on its seed, so the grouping changes nothing.
+        A completion depends on what its row reads and on its seed, so the grouping changes nothing.
         """
-        written: list[Completion | None] = [None] * len(prompts)
-        for ids, rows in self._groups(prompts, sampling.max_new_tokens):
+        groups = self._by_prefix(prompts)
+        longest, num_new = max(map(len, prompts), default=0), sampling.max_new_tokens
+        left = [len(prompts[row]) - len(prefix) for prefix, rows in groups for row in rows]
+        # Each group fills batches of its own: many groups of few rows cost more than they save.
+        if len(groups) * (max(left, default=0) + num_new) > longest + num_new:
+            groups = [(_NONE, range(len(prompts)))]
+        completions: list[Completion | None] = [None] * len(prompts)
+        for prefix, rows in groups:
             found = sample(
                 self._decoder,
                 self._params,
-                [prompts[row][len(ids) :] for row in rows],
+                [prompts[row][len(prefix) :] for row in rows],
                 [seeds[row] for row in rows],
                 sampling,
-                prefix=self._read(ids),
+                prefix=self._keys(prefix),
                 **how,
             )
             for row, completion in zip(rows, found, strict=True):
-                written[row] = completion
-        return written
+                completions[row] = completion
+        return completions
 
-    def _groups(self, prompts: Sequence[np.ndarray], num_new: int):
-        """(prefix, rows) of prompts that are computed together."""
-        groups: dict[bytes, list[int]] = {}
-        prefixes = [self._beginning_of(np.asarray(prompt)) for prompt in prompts]
-        for row, prefix in enumerate(prefixes):
-            groups.setdefault(prefix.tobytes(), []).append(row)
-        pairs = zip(prompts, prefixes, strict=True)
-        left = max((len(prompt) - len(prefix) for prompt, prefix in pairs), default=0)
-        # Each group fills batches of its own: many groups of few rows cost more than they save.
-        if len(groups) * (left + num_new) > max(map(len, prompts), default=0) + num_new:
-            return [(np.zeros(0, np.int32), range(len(prompts)))]
-        return [(prefixes[rows[0]], rows) for rows in groups.values()]
+    def _by_prefix(self, beginnings: Sequence[np.ndarray]) -> list[tuple[np.ndarray, list[int]]]:
+        """(the longest known prefix that leaves a token, its rows); it may be empty."""
+        groups: dict[bytes, tuple[np.ndarray, list[int]]] = {}
+        for row, ids in enumerate(beginnings):
+            fitting = (p for p in self._known if np.array_equal(ids[: len(p)], p))
+            prefix = next((p for p in fitting if len(p) < len(ids)), _NONE)
+            groups.setdefault(prefix.tobytes(), (prefix, []))[1].append(row)
+        return list(groups.values())
 
-    def _beginning_of(self, tokens_T: np.ndarray) -> np.ndarray:
-        """The longest known prefix of a row that leaves a token of it; empty for none."""
-        for prefix in self._known:
-            P = len(prefix)
-            if len(tokens_T) > P and np.array_equal(tokens_T[:P], prefix):
-                return prefix
-        return np.zeros(0, np.int32)
-
-    def _read(self, ids: np.ndarray) -> Prefix | None:
+    def _keys(self, ids: np.ndarray) -> Cache | None:
         """Keys and values; None for the empty prefix."""
         if not len(ids):
             return None
         key = ids.tobytes()
-        if key not in self._kept:
+        if key not in self._cached:
             self.num_reads += 1
-            # Padded on the left, as it would be a row of a batch, to one of a few lengths.
+            # Padded on the left, as it would be in a row of a batch, to one of a few lengths.
             padding = round_up(len(ids), ()) - len(ids)
             tokens_1P = np.pad(ids, (padding, 0))[None]
             mask_1P = (np.arange(tokens_1P.shape[1]) >= padding)[None]
-            self._kept[key] = _read(self._decoder, self._params, tokens_1P, mask_1P)
-        self._kept.move_to_end(key)
-        prefix = self._kept[key]
-        while sum(map(_nbytes, self._kept.values())) > self._max_bytes:
-            self._kept.popitem(last=False)
+            self._cached[key] = _read(self._decoder, self._params, tokens_1P, mask_1P)
+        self._cached.move_to_end(key)
+        prefix = self._cached[key]
+        while sum(x.nbytes for x in jax.tree.leaves([*self._cached.values()])) > self._max_bytes:
+            self._cached.popitem(last=False)
         return prefix
 
 
@@ -160,23 +145,20 @@ def common_beginning(prompts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _without(P: int, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(tokens, mask, positions that predict) of the teacher's view behind its first P tokens."""
+    """(tokens, mask, positions that predict) of the teacher's view after its first P tokens."""
     tokens_BT, mask_BT, at_BN = batch.teacher_tokens_BT, batch.teacher_mask_BT, batch.teacher_at_BN
     if not P:
         return tokens_BT, mask_BT, at_BN
     # Prefixes of many lengths must not leave rows of as many: each is a program to compile.
     left = tokens_BT.shape[1] - P
     filler = ((0, 0), (0, round_up(left, ()) - left))
-    return (
-        np.pad(tokens_BT[:, P:], filler),
-        np.pad(mask_BT[:, P:], filler),
-        np.maximum(at_BN - P, 0),
-    )
+    view = np.pad(tokens_BT[:, P:], filler), np.pad(mask_BT[:, P:], filler)
+    return *view, np.maximum(at_BN - P, 0)
 
 
 @functools.partial(jax.jit, static_argnames="decoder")
 def predicting_hidden(
-    decoder: Decoder, params, tokens_BT, mask_BT, at_BN, prefix: Prefix | None = None
+    decoder: Decoder, params, tokens_BT, mask_BT, at_BN, prefix: Cache | None = None
 ) -> jax.Array:
     """Hidden states [B,N,E] at the positions that predict the targets, which follow the prefix."""
     hidden_BTE = decoder.apply({"params": params}, tokens_BT, mask_BT, prefix)
@@ -184,7 +166,3 @@ def predicting_hidden(
 
 
 _read = jax.jit(read_prefix, static_argnames=("decoder", "chunk"))
-
-
-def _nbytes(prefix: Prefix) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(prefix))

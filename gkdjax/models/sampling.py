@@ -1,7 +1,7 @@
-"""Drawing a token of each row from its logits: greedy, or by temperature, top k and top p.
+"""Samples a token of each row from its logits: greedy, or by temperature, top k and top p.
 
-Shape letters: B rows, V vocabulary, C candidates (V of them, or the k most probable ones); 1 is a
-kept axis of length one.
+Shape letters: B rows, V vocabulary, C candidates (V of them, or the k most probable ones); 1 is an
+axis of length one.
 """
 
 import jax
@@ -17,14 +17,7 @@ def sample_token(
 ) -> jax.Array:
     """int32 [B], by inverting the cumulative sum of the probabilities (one uniform a row).
 
-    Args:
-      logits_BV: float32.
-      keys_B: a key a row.
-      temperature: float32 scalar; 0 takes the most probable token.
-      top_k: the k most probable tokens alone are candidates, the lowest ids first among equals;
-        None: all are.
-      top_p: float32 scalar; draw from the smallest set of candidates whose probability among them
-        reaches it.
+    The logits are float32; for the last three see `gkdjax.types.SamplingParams`.
     """
 
     def greedy():
@@ -45,7 +38,7 @@ def sample_token(
 
 
 def _probabilities(scaled_BC: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Of the candidates; 0 outside the nucleus."""
+    """Probabilities of the candidates; 0 outside the nucleus."""
     probs_BC = jax.nn.softmax(scaled_BC, axis=-1)
     return jax.lax.cond(top_p < 1.0, lambda: _nucleus(probs_BC, top_p), lambda: probs_BC)
 

@@ -1,4 +1,4 @@
-"""The planner beside what XLA compiles, by the command that the README names."""
+"""The planner beside what XLA compiles."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from readme_commands import README, ROOMS
+from readme_commands import README
 
 from gkdjax.benchmarks import planned_memory
 from gkdjax.benchmarks.planned_memory import CASES, READINGS
@@ -39,10 +39,3 @@ def test_a_step_on_a_mesh_takes_what_was_planned():
 def test_a_forward_pass_takes_what_was_planned(rows, length):
     planned, measured = planned_memory.compare_reading(rows, length)
     assert planned == pytest.approx(measured, rel=0.15)
-
-
-def test_the_readme_names_it():
-    assert (
-        "python -m gkdjax.benchmarks.planned_memory"
-        in (ROOMS / "parallel" / "README.md").read_text()
-    )

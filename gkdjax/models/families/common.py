@@ -1,11 +1,14 @@
-"""What the families' tables share: names in checkpoints, rope fields of configs, refusals."""
+"""What the families share: names in checkpoints, and fields of configs.
+
+What the decoder does not compute is a ValueError.
+"""
 
 import sys
 from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
-from gkdjax.models.decoder_config import Llama3Scaling, RopeSpec
+from gkdjax.models.decoder_config import DecoderConfig, Llama3Scaling, RopeSpec
 
 # Keys of a config.json that every family's `decoder_spec` reads, by itself or by way of the class.
 KEYS = frozenset(
@@ -18,63 +21,67 @@ KEYS = frozenset(
 )
 
 
-SILU = ("silu", "swish")  # transformers has both names for one function
-
-
 class CheckpointNames(NamedTuple):
-    """How the checkpoints of one model_type name the tensors that a family's `TENSORS` lists.
+    """How the checkpoints of one model_type name the tensors of a family's `TENSORS`."""
 
-    Attributes:
-      body: stands in place of "model." at the start of a name.
-      head: stands in place of "lm_head.".
-      foreign: starts of the names of tensors that are no part of the text decoder; they are not
-        read, and pass from the source to an export as they are.
-    """
-
-    body: str = "model."
-    head: str = "lm_head."
+    body: str = "model."  # stands in place of "model." at the start of a name
+    head: str = "lm_head."  # stands in place of "lm_head."
+    # Starts of the names of tensors that are no part of the text decoder; they are not read, and
+    # pass from the source to an export as they are.
     foreign: tuple[str, ...] = ()
 
     def name(self, template: str) -> str:
-        """A name of `TENSORS` as it stands in a checkpoint of this layout."""
+        """A name of `TENSORS` as these checkpoints have it."""
         start, _, rest = template.partition(".")
         return {"model": self.body, "lm_head": self.head}[start] + rest
 
 
-def one_rope(family: str, c: PretrainedConfig) -> RopeSpec:
-    """Reads the spec of a config whose layers all turn alike.
+def silu_spec(
+    title: str, c: PretrainedConfig, layer_types: list[str], window: int | None = None, **own
+) -> DecoderConfig:
+    """The spec of a family in Llama's mould: silu, and one rope for all layers.
 
-    Raises:
-      ValueError: as `rope_spec`.
+    Args:
+      title: the family's name in errors.
+      c: its config; the class has filled in what the file leaves out.
+      layer_types: the kind of each layer, as transformers calls them.
+      window: of the local ones.
+      own: further fields of `DecoderConfig`.
     """
+    silu = c.hidden_act in ("silu", "swish")  # transformers has both names for one function
+    refuse(title, not silu, f"activation {c.hidden_act!r}")
     c.standardize_rope_params()  # as its model does: only now are keys beside the object looked at
-    return rope_spec(family, c.rope_parameters)
+    rope = rope_spec(title, c.rope_parameters)
+    is_global_L = global_layers(title, layer_types)
+    return DecoderConfig(
+        **sizes(c),
+        query_scale=head_dim(c) ** -0.5,
+        activation="silu",
+        tied_embedding=c.tie_word_embeddings,
+        is_global_L=is_global_L,
+        window=window,
+        rope_global=rope,
+        rope_local=None if all(is_global_L) else rope,
+        **own,
+    )
 
 
-def rope_spec(family: str, parameters: dict) -> RopeSpec:
-    """The spec of a config's rope_parameters, or of one layer kind's part of them.
-
-    Raises:
-      ValueError: a kind of scaling that the decoder does not compute.
-    """
+def rope_spec(title: str, parameters: dict) -> RopeSpec:
+    """The spec of a config's rope_parameters, or of one layer kind's part of them."""
     theta, kind = parameters["rope_theta"], parameters["rope_type"]
     partial = parameters.get("partial_rotary_factor")
-    refuse(family, partial not in (None, 1.0), f"partial_rotary_factor={partial}")
+    refuse(title, partial not in (None, 1.0), f"partial_rotary_factor={partial}")
     _check_positive("rope_theta", theta)
     if kind == "default":
         return RopeSpec(theta)
-    refuse(family, kind not in ("linear", "llama3"), f"rope_type {kind!r}")
+    refuse(title, kind not in ("linear", "llama3"), f"rope_type {kind!r}")
     _check_positive("the rope factor", parameters["factor"])
     if kind == "linear":
         return RopeSpec(theta, linear_factor=parameters["factor"])
-    for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+    keys = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    for key in keys:
         _check_positive(f"rope: {key}", parameters[key])
-    scaling = Llama3Scaling(
-        factor=parameters["factor"],
-        low_freq_factor=parameters["low_freq_factor"],
-        high_freq_factor=parameters["high_freq_factor"],
-        original_length=parameters["original_max_position_embeddings"],
-    )
+    scaling = Llama3Scaling(parameters["factor"], *(parameters[key] for key in keys))
     return RopeSpec(theta, llama3=scaling)
 
 
@@ -84,15 +91,11 @@ def _check_positive(name: str, value) -> None:
         raise ValueError(f"{name} must be positive, not {value!r}")
 
 
-def global_layers(family: str, layer_types: list[str]) -> tuple[bool, ...]:
-    """`DecoderConfig.is_global_L` of a config's layer_types.
-
-    Raises:
-      ValueError: a kind of layer that is neither full nor sliding attention.
-    """
+def global_layers(title: str, layer_types: list[str]) -> tuple[bool, ...]:
+    """`DecoderConfig.is_global_L` of a config's layer_types."""
     for kind in layer_types:  # transformers knows more kinds than these families have
         known = kind in ("full_attention", "sliding_attention")
-        refuse(family, not known, f"layer type {kind!r}")
+        refuse(title, not known, f"layer type {kind!r}")
     return tuple(kind == "full_attention" for kind in layer_types)
 
 
@@ -103,13 +106,19 @@ def sizes(c: PretrainedConfig) -> dict:
         "width": c.hidden_size,
         "num_heads": c.num_attention_heads,
         "num_kv_heads": c.num_key_value_heads,
+        "head_dim": head_dim(c),
         "ffn_width": c.intermediate_size,
         "norm_eps": c.rms_norm_eps,
         "context_length": c.max_position_embeddings,
     }
 
 
-def refuse(family: str, found, what: str) -> None:
+def head_dim(c: PretrainedConfig) -> int:
+    """No field of Qwen 2's class, but transformers' model takes it where a config.json has it."""
+    return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+
+
+def refuse(title: str, found, what: str) -> None:
     """Raises ValueError if `found`: a number that the decoder would silently leave out."""
     if found:
-        raise ValueError(f"{family} with {what} is not supported")
+        raise ValueError(f"{title} with {what} is not supported")

@@ -1,14 +1,12 @@
-"""Gemma 3 (text decoder): HF config -> DecoderSpec, and where each tensor of a checkpoint goes."""
+"""Gemma 3 (text decoder): HF config -> DecoderConfig, and where each tensor goes."""
 
 from transformers import Gemma3Config, Gemma3TextConfig
 
 from gkdjax.models.decoder_config import DecoderConfig
-from gkdjax.models.families import llama
-from gkdjax.models.families.common import KEYS as COMMON_KEYS
-from gkdjax.models.families.common import CheckpointNames, global_layers, refuse, rope_spec, sizes
+from gkdjax.models.families import common, llama
 
 CONFIGS = {"gemma3_text": (Gemma3TextConfig,), "gemma3": (Gemma3Config, Gemma3TextConfig)}
-KEYS = COMMON_KEYS | {
+KEYS = common.KEYS | {
     *("attention_bias", "use_bidirectional_attention", "hidden_activation", "layer_types"),
     *("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"),
     *("sliding_window", "sliding_window_pattern", "rope_local_base_freq"),
@@ -17,14 +15,14 @@ KEYS = COMMON_KEYS | {
 # 4B and up are multimodal: an image encoder stands beside the text decoder. Their files have
 # mostly the first layout; the second has the names of the modules in torch.
 LAYOUTS = {
-    "gemma3_text": (CheckpointNames(),),
+    "gemma3_text": (common.CheckpointNames(),),
     "gemma3": (
-        CheckpointNames(
+        common.CheckpointNames(
             "language_model.model.",
             "language_model.lm_head.",
             foreign=("vision_tower.", "multi_modal_projector."),
         ),
-        CheckpointNames(
+        common.CheckpointNames(
             "model.language_model.",
             "lm_head.",
             foreign=("model.vision_tower.", "model.multi_modal_projector."),
@@ -42,37 +40,27 @@ TENSORS = llama.TENSORS | {
 
 
 def decoder_spec(config: dict) -> DecoderConfig:
-    """The spec of a config.json, old or new form: transformers' own class fills in and converts.
-
-    Raises:
-      ValueError: the config asks for something that this decoder does not compute.
-    """
-    if config["model_type"] == "gemma3":
-        whole = Gemma3Config.from_dict(config)
-        c, tied = whole.text_config, whole.tie_word_embeddings
-    else:
-        c = Gemma3TextConfig.from_dict(config)
-        tied = c.tie_word_embeddings
-    refuse("Gemma 3", c.attention_bias, "attention_bias=true")
-    refuse("Gemma 3", c.use_bidirectional_attention, "use_bidirectional_attention=true")
+    whole = CONFIGS[config["model_type"]][0].from_dict(config)
+    c = whole.get_text_config()
+    for name in ("attention_bias", "use_bidirectional_attention"):
+        common.refuse("Gemma 3", getattr(c, name), f"{name}=true")
     cap = c.attn_logit_softcapping
-    refuse("Gemma 3", cap is not None, f"attn_logit_softcapping={cap}")
+    common.refuse("Gemma 3", cap is not None, f"attn_logit_softcapping={cap}")
     other = c.hidden_activation != "gelu_pytorch_tanh"
-    refuse("Gemma 3", other, f"activation {c.hidden_activation!r}")
+    common.refuse("Gemma 3", other, f"activation {c.hidden_activation!r}")
     return DecoderConfig(
         family="gemma3",
-        **sizes(c),
-        head_dim=c.head_dim,
+        **common.sizes(c),
         norm_offset=1.0,
         embedding_scale=c.hidden_size**0.5,
         query_scale=c.query_pre_attn_scalar**-0.5,
         activation="gelu_tanh",
         qk_norm=True,
         post_norms=True,
-        tied_embedding=tied,
-        is_global_L=global_layers("Gemma 3", c.layer_types),
+        tied_embedding=whole.tie_word_embeddings,
+        is_global_L=common.global_layers("Gemma 3", c.layer_types),
         window=c.sliding_window,
-        rope_global=rope_spec("Gemma 3", c.rope_parameters["full_attention"]),
-        rope_local=rope_spec("Gemma 3", c.rope_parameters["sliding_attention"]),
+        rope_global=common.rope_spec("Gemma 3", c.rope_parameters["full_attention"]),
+        rope_local=common.rope_spec("Gemma 3", c.rope_parameters["sliding_attention"]),
         final_softcap=c.final_logit_softcapping,
     )

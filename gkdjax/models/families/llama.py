@@ -1,14 +1,13 @@
-"""Llama 3: HF config -> DecoderSpec, and where each tensor of a checkpoint goes."""
+"""Llama 3: HF config -> DecoderConfig, and where each tensor of a checkpoint goes."""
 
 from transformers import LlamaConfig
 
 from gkdjax.models.decoder_config import DecoderConfig
-from gkdjax.models.families.common import KEYS as COMMON_KEYS
-from gkdjax.models.families.common import SILU, CheckpointNames, one_rope, refuse, sizes
+from gkdjax.models.families import common
 
 CONFIGS = {"llama": (LlamaConfig,)}
-KEYS = COMMON_KEYS | {"attention_bias", "mlp_bias", "hidden_act"}
-LAYOUTS = {"llama": (CheckpointNames(),)}
+KEYS = common.KEYS | {"attention_bias", "mlp_bias", "hidden_act"}
+LAYOUTS = {"llama": (common.CheckpointNames(),)}
 
 # Leaf path -> HF tensor name ({} is the layer) of the leaf; kernels are stored (out, in) there.
 TENSORS = {
@@ -28,23 +27,7 @@ TENSORS = {
 
 
 def decoder_spec(config: dict) -> DecoderConfig:
-    """The spec of a config.json, old or new form: transformers' own class fills in and converts.
-
-    Raises:
-      ValueError: the config asks for something that this decoder does not compute.
-    """
     c = LlamaConfig.from_dict(config)
-    refuse("Llama", c.attention_bias, "attention_bias=true")
-    refuse("Llama", c.mlp_bias, "mlp_bias=true")
-    refuse("Llama", c.hidden_act not in SILU, f"activation {c.hidden_act!r}")
-    rope = one_rope("Llama", c)
-    return DecoderConfig(
-        family="llama",
-        **sizes(c),
-        head_dim=c.head_dim,
-        query_scale=c.head_dim**-0.5,
-        activation="silu",
-        tied_embedding=c.tie_word_embeddings,
-        is_global_L=(True,) * c.num_hidden_layers,
-        rope_global=rope,
-    )
+    common.refuse("Llama", c.attention_bias, "attention_bias=true")
+    common.refuse("Llama", c.mlp_bias, "mlp_bias=true")
+    return common.silu_spec("Llama", c, ["full_attention"] * c.num_hidden_layers, family="llama")
