@@ -142,6 +142,7 @@ def _check_text(config) -> None:
     top_p = config.rollout.top_p
     require(0 < top_p <= 1, "rollout.top_p", top_p, "must be in (0, 1]")
     at_least_or_none(config, 1, "rollout.top_k")
+    at_least_or_none(config, 1, "train.max_seconds")
     at_least_or_none(config, 1, "rollout.refresh_every_steps")
     require(config.data.train != "", "data.train", "", "name a file or a dataset, or give rows")
     choice("data.too_long", config.data.too_long, TOO_LONG)

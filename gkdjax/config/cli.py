@@ -37,6 +37,8 @@ def run(main: Callable[[schema.Config, pathlib.Path], None]) -> None:
     except GkdjaxError as error:
         print(f"gkdjax: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:  # a run has its own answer, see train.stopping
+        sys.exit(130)
 
 
 def _is_for_people(record) -> bool:

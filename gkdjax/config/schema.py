@@ -241,6 +241,8 @@ class Train:
     steps: int | None = None  # optimizer steps; set it and epochs to None, or the other way
     batch_size: int = 8  # rows of one whole optimizer step
     grad_accum_steps: int = 1  # micro-batches that such a batch is computed in
+    # Seconds after which a run saves its state and ends with 75, as after SIGTERM; None: no limit.
+    max_seconds: float | None = None
     # A step changes nothing if its loss or gradient is not finite; so many in a row end the run.
     max_bad_steps: int = 3
     remat: bool = False  # a layer's activations are computed again for its backward pass

@@ -3,8 +3,6 @@
 import contextlib
 import math
 import pathlib
-import signal
-import threading
 from collections.abc import Callable
 
 from absl import logging
@@ -20,6 +18,7 @@ from gkdjax.train.evals import EvalSchedule, measured_steps
 from gkdjax.train.metrics import MetricsRecorder
 from gkdjax.train.setup import Run, initial_state, total_steps
 from gkdjax.train.step import TrainBatch, make_loss, make_train_step
+from gkdjax.train.stopping import StopRequest
 from gkdjax.types import TrainState
 from gkdjax.utils.errors import (
     Preempted,
@@ -31,7 +30,9 @@ from gkdjax.utils.errors import (
 from gkdjax.utils.files import read_lines
 
 
-def train(run: Run, workdir: pathlib.Path, shared: pathlib.Path) -> tuple[TrainState, dict]:
+def train(
+    run: Run, workdir: pathlib.Path, shared: pathlib.Path, stop: StopRequest
+) -> tuple[TrainState, dict]:
     """Trains to the last step -> (state, what results.json has of the steps)."""
     config = run.inputs.config
     steps = total_steps(config, len(run.inputs.dataset))
@@ -57,12 +58,13 @@ def train(run: Run, workdir: pathlib.Path, shared: pathlib.Path) -> tuple[TrainS
         contextlib.closing(checkpoints),
         contextlib.closing(MetricsRecorder(workdir, first, steps, config)) as record,
         contextlib.closing(EvalSchedule(run, workdir, first, measured)) as evaluate,
-        _stop_signal() as stop,
+        stop.deferred(),
     ):
-        hooks(run.teacher).stop_on(stop)
+        hooks(run.teacher).stop_on(stop.event)
         for step in range(first, steps):
             try:
-                evaluate.if_due(step, state, record)
+                with stop.raising():
+                    evaluate.if_due(step, state, record)
                 batch = batches.take(step, state)
             except TEACHER_FAILS as error:
                 record.read()
@@ -71,12 +73,15 @@ def train(run: Run, workdir: pathlib.Path, shared: pathlib.Path) -> tuple[TrainS
                     checkpoints.wait()
                 saved = f", and is saved{_advice(error)}" if step else ""
                 how_far = f"The run got to step {step} of {steps}{saved}"
+                if stop.event.is_set():
+                    how_far = f"saved at step {step}" if step else "before its first step"
+                    raise stop.error(how_far) from None
                 raise type(error)(f"{error}. {how_far}") from None
             state, sums = train_step(state, run.frozen, *batch[:3], divergence=batch.divergence)
             record.record(step, sums, batch)
             last = step + 1 == steps
             due = (step + 1) % config.checkpoint.every_steps == 0 or step + 1 in kept
-            stopped = stopping.asked(stop.is_set())
+            stopped = stopping.asked(stop.event.is_set())
             if last or due or stopped:
                 record.read()
                 if last:
@@ -87,9 +92,9 @@ def train(run: Run, workdir: pathlib.Path, shared: pathlib.Path) -> tuple[TrainS
                 checkpoints.save(state)
             if stopped and not last:
                 checkpoints.wait()
-                raise Preempted(f"stopped by SIGTERM, saved at step {step + 1}; run again")
+                raise stop.error(f"saved at step {step + 1}")
         checkpoints.wait()
-        with message_if_teacher_fails("All steps are made and saved"):
+        with message_if_teacher_fails("All steps are made and saved"), stop.raising():
             evaluate.if_due(steps, state, record)
     found = results.training(read_lines(workdir / "metrics.jsonl")) | {"steps": steps}
     if bad := [line["step"] for line in read_lines(workdir / bad_steps.LINES)]:
@@ -121,17 +126,3 @@ def message_if_teacher_fails(how_far: str):
 def _advice(error: Exception) -> str:
     """Ends a sentence; a UserError has to be mended first, perhaps in the config."""
     return "" if isinstance(error, UserError) else "; the same command goes on from there"
-
-
-@contextlib.contextmanager
-def _stop_signal():
-    """Yields an event that SIGTERM sets; the old handler is back afterwards."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event  # Python delivers signals to the main thread alone
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, before)

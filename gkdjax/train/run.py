@@ -23,6 +23,7 @@ from gkdjax.train.evals import eval_model
 from gkdjax.train.loop import message_if_teacher_fails, train
 from gkdjax.train.planning import check
 from gkdjax.train.setup import Run, RunInputs, assemble
+from gkdjax.train.stopping import StopRequest
 from gkdjax.types import TrainState
 from gkdjax.utils.errors import UserError
 from gkdjax.utils.files import read_json, read_lines, write_json, write_lines
@@ -48,20 +49,26 @@ def run(
       TrainingFailure: too many steps in a row were not finite, or a server's answer is wrong (3);
         the last good checkpoint stays.
       TeacherUnreachable: a server stays away (4); the state is saved.
-      Preempted: SIGTERM came; the state is saved (75).
+      Preempted: SIGTERM or SIGHUP came, or train.max_seconds are over; the state is saved (75).
+      Interrupted: the same by Ctrl-C (130).
     """
     config = config if isinstance(config, Config) else parse(config)
-    shared = pathlib.Path(workdir)
+    shared, stop = pathlib.Path(workdir), StopRequest()
     with (
         multihost.own_directory(shared) as own,
         workdirs.locked(own),
         multihost.quiet_unless_leading(),
+        stop.listening(config.train.max_seconds),
     ):
-        return _run_in(own, shared, config, teacher)
+        return _run_in(own, shared, config, teacher, stop)
 
 
 def _run_in(
-    workdir: pathlib.Path, shared: pathlib.Path, config: Config, teacher: Teacher | None
+    workdir: pathlib.Path,
+    shared: pathlib.Path,
+    config: Config,
+    teacher: Teacher | None,
+    stop: StopRequest,
 ) -> dict:
     """Runs in the directories of this process and of all, see `multihost.own_directory`."""
     began = time.monotonic()
@@ -84,14 +91,15 @@ def _run_in(
             steps = setup.total_steps(config, len(inputs.dataset))
             offline.require_filled(config, workdir, inputs.teacher, steps)
         check.check_memory(inputs)
-        found = _distil(assemble(inputs, workdir), workdir, shared, began)
+        found = _distil(assemble(inputs, workdir), workdir, shared, stop)
+        found["seconds"] = time.monotonic() - began
     print(report.render(found, workdir))
     write_json(workdir / "results.json", found)
     report.write_html(workdir)
     return found
 
 
-def _distil(run: Run, workdir: pathlib.Path, shared: pathlib.Path, began: float) -> dict:
+def _distil(run: Run, workdir: pathlib.Path, shared: pathlib.Path, stop: StopRequest) -> dict:
     chat = run.inputs.sources.chat
     print(f"{run.inputs.config.student.model}: a response ends with {chat.stop_tokens()}")
     ending = export.Ending(chat.stop_ids, chat.pad_id)
@@ -104,7 +112,7 @@ def _distil(run: Run, workdir: pathlib.Path, shared: pathlib.Path, began: float)
     workdirs.claim_rows(workdir, {name: rows.fingerprint() for name, rows in datasets.items()})
     before = _before(run, workdir)
     with workdirs.failure_kept(workdir):
-        state, training = train(run, workdir, shared)
+        state, training = train(run, workdir, shared, stop)
     with message_if_teacher_fails("All steps are made and saved"):
         student = eval_model(run, state, run.inputs.config.teacher.prefix_bytes)
         student.prefixes.register(run.inputs.prompts_by_prefix)
@@ -112,7 +120,6 @@ def _distil(run: Run, workdir: pathlib.Path, shared: pathlib.Path, began: float)
     write_lines(workdir / "answers.jsonl", before["answers"] + after["answers"])
     training["exports"] = _export(run, state, workdir, ending)
     report.draw(workdir)
-    training["seconds"] = time.monotonic() - began
     if counts := hooks(run.teacher).report():
         training["teacher"] = counts
     if run.inputs.examples.dropped:

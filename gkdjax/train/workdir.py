@@ -199,7 +199,7 @@ def _lasting(raw: dict) -> dict:
     """Copies a config without what a run may change; on other devices it is the same run."""
     raw = copy.deepcopy(raw)
     teacher = {key: v for key, v in raw["teacher"].items() if key not in REACH_KEYS}
-    return raw | {"teacher": teacher, "mesh": None}
+    return raw | {"teacher": teacher, "mesh": None, "train": raw["train"] | {"max_seconds": None}}
 
 
 def _differences(mine, theirs, key: str) -> Iterator[str]:

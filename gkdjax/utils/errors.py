@@ -20,9 +20,15 @@ class TrainingFailure(GkdjaxError):
 
 
 class Preempted(GkdjaxError):
-    """SIGTERM came; the state is saved, and the same command continues."""
+    """Asked to stop; the state is saved, and the same command continues."""
 
     exit_code = 75
+
+
+class Interrupted(Preempted):
+    """Asked to stop by Ctrl-C."""
+
+    exit_code = 130
 
 
 class TeacherRefused(UserError):
