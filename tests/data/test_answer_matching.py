@@ -1,4 +1,4 @@
-"""What counts as right, and what of an answer is looked at."""
+"""Which answers are right, and what of them is compared."""
 
 import pytest
 
@@ -15,11 +15,13 @@ from gkdjax.utils.errors import UserError
         ("keywords", ["Lyon", "paris"], "Paris", True),
         ("keywords", ["paris"], "Lyon", False),
         ("keywords", ["paris"], "", False),
+        ("keywords", ["paris"], "<think>Paris?</think>Lyon", False),
         ("exact", ["Paris"], " Paris\n", True),
         ("exact", [" Paris "], "Paris", True),
         ("exact", ["Paris"], "paris", False),
         ("exact", ["Paris"], "Paris.", False),
         ("exact", ["Lyon", "Paris"], "Paris", True),
+        ("exact", ["Paris"], "<think>Lyon?</think>\nParis", True),
         ("regex", [r"^Answer: 7\b"], "Answer: 7 apples", True),
         ("regex", [r"^Answer: 7\b"], "3 + 4 = 7\nAnswer: 7", False),
         ("regex", [r"(?m)^Answer: 7\b"], "3 + 4 = 7\nAnswer: 7", True),
@@ -28,24 +30,22 @@ from gkdjax.utils.errors import UserError
     ],
 )
 def test_the_three_ways(match, any_of, answer, right):
-    assert is_right(answer, Expected(match, tuple(any_of))) is right
+    expected = Expected(match, tuple(any_of))
+    check_patterns(expected, "x")
+    assert is_right(answer, expected) is right
 
 
 @pytest.mark.parametrize(
     ("answer", "left"),
     [
-        ("Paris", "Paris"),
         ("<think>Lyon?\nNo.</think>Paris", "Paris"),
         ("<think>a</think>b<think>c</think>d", "bd"),
-        ("<think>it is Lyon, or", ""),  # cut off: nothing was said yet
-        ("Well, <think>it is Lyon, or", "Well, "),
+        ("Well, <think>it is Lyon, or", "Well, "),  # cut off
         ("it is Lyon?\n</think>\nParis", "\nParis"),  # the template began the thoughts
     ],
 )
 def test_thoughts_are_no_answer(answer, left):
     assert without_thoughts(answer) == left
-    expected = Expected("keywords", ("lyon",))
-    assert is_right(answer, expected) == ("lyon" in left.lower())
 
 
 def test_a_pattern_is_checked_where_it_is_read():

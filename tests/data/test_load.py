@@ -37,29 +37,17 @@ def test_a_share_of_the_rows_is_taken_out_for_validation_and_stays_the_same():
         assert {e.prefix[0].content for e in examples.validation} == {"be brief"}
     # Whatever the seed: so that runs can be compared.
     assert asked(found[0].validation) == asked(found[1].validation)
-
-
-@pytest.mark.parametrize("share", [0.01, 0.99])
-def test_each_side_of_the_share_has_a_row(share):
-    examples = read(data__validation=share)
-    assert min(len(examples.train), len(examples.validation)) == 1
+    for share in (0.01, 0.99):  # each side has a row
+        examples = read(data__validation=share)
+        assert min(len(examples.train), len(examples.validation)) == 1
 
 
 def test_a_conversation_is_not_divided_between_training_and_validation():
-    talks = [
-        {
-            "messages": [
-                {"role": r, "content": f"{i}{j}"} for j, r in enumerate(("user", "assistant") * 2)
-            ]
-        }
-        for i in range(6)
-    ]
-    examples = read(
-        data__train=talks,
-        data__validation=0.5,
-        context__prefix_messages=(),
-        context__history_as_prefix=True,
-    )
+    roles = ("user", "assistant") * 2
+    talks = [[{"role": r, "content": f"{i}{j}"} for j, r in enumerate(roles)] for i in range(6)]
+    history = {"context__prefix_messages": (), "context__history_as_prefix": True}
+    train = [{"messages": talk} for talk in talks]
+    examples = read(data__train=train, data__validation=0.5, **history)
     of_train, of_validation = (
         {row.turns[0].content[0] for row in side} for side in (examples.train, examples.validation)
     )
@@ -67,7 +55,7 @@ def test_a_conversation_is_not_divided_between_training_and_validation():
     assert len(examples.validation) == 6  # two turns each, with their history
 
 
-def test_validation_rows_that_are_trained_are_told(caplog):
+def test_validation_rows_that_are_trained_are_named(caplog):
     caplog.set_level(logging.WARNING, "absl")
     read(data__validation=rows("new"))
     assert caplog.text == ""
@@ -77,8 +65,12 @@ def test_validation_rows_that_are_trained_are_told(caplog):
     assert asked(examples.validation) == ["ask 3", "new"]
 
 
+ASKED_UNDER_IT = {"messages": [*PREFIX, {"role": "user", "content": "q"}], "answer": "x"}
+TALK = {"messages": [{"role": r, "content": r} for r in ("user", "tool", "assistant")]}
+
+
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "expected"),
     [
         (
             {"data__train": rows("one"), "data__validation": 0.5},
@@ -86,19 +78,13 @@ def test_validation_rows_that_are_trained_are_told(caplog):
         ),
         ({"eval__questions": rows("q")}, r"eval\.questions:0: .* needs an 'answer'.*eval\.prompts"),
         ({"eval__heldout": rows("q")}, r"eval\.heldout:0: .* needs an 'answer'"),
-        (
-            {"eval__retention": {"sort": rows("q")}},
-            r"eval\.retention\.sort:0: .* needs an 'answer'",
-        ),
+        ({"eval__retention": {"sort": rows("q")}}, r"eval\.retention\.sort:0: .* an 'answer'"),
         (
             {"eval__heldout": rows("new", "ask 2", answer="x")},
             r"eval\.heldout:1: .* is a row of data\.train as well \(data\.train:2\)",
         ),
         (
-            {
-                "eval__questions": rows("q", answer="x"),
-                "eval__heldout": rows("q", answer="y"),
-            },
+            {name: rows("q", answer="x") for name in ("eval__questions", "eval__heldout")},
             r"eval\.heldout:0: .* is a row of eval\.questions as well \(eval\.questions:0\)",
         ),
         (
@@ -106,13 +92,7 @@ def test_validation_rows_that_are_trained_are_told(caplog):
             r"eval\.retention\.sort:0: a question of a retention set carries the prefix",
         ),
         (
-            {
-                "eval__retention": {
-                    "sort": [
-                        {"messages": [*PREFIX, {"role": "user", "content": "q"}], "answer": "x"}
-                    ]
-                }
-            },
+            {"eval__retention": {"sort": [ASKED_UNDER_IT]}},
             r"eval\.retention\.sort:0: a question of a retention set carries the prefix",
         ),
         (
@@ -123,71 +103,68 @@ def test_validation_rows_that_are_trained_are_told(caplog):
             {"eval__side_effects": rows("q", prefix_messages=PREFIX)},
             r"eval\.side_effects:0: a prompt for side effects carries the prefix",
         ),
+        (  # the prefix of a single row is baked too
+            {
+                "data__train": [*rows("a", prefix_messages=OTHER), *rows("b")],
+                "eval__retention": {"sort": rows("q", answer="x", prefix_messages=OTHER)},
+            },
+            "carries the prefix that is being baked",
+        ),
+        *(
+            ({"context__target_roles": (role,)}, rf"names '{role}', which rows are read as 'assis")
+            for role in ("gpt", "model", "Assistant")
+        ),
+        (
+            {"data__train": [TALK], "context__target_roles": ("assistant", "tool")},
+            r"target_roles names 'tool': results of tools are never",
+        ),
     ],
 )
-def test_sets_that_do_not_measure_what_they_are_for_are_refused(changes, told):
-    with pytest.raises(UserError, match=told):
+def test_sets_that_do_not_show_what_they_are_for_are_refused(changes, expected):
+    with pytest.raises(UserError, match=expected):
         read(**changes)
 
 
-def test_the_prefix_of_a_single_row_is_baked_too():
-    trained = [{"prompt": "a", "prefix_messages": OTHER}, {"prompt": "b"}]
-    retention = {"sort": rows("q", answer="x", prefix_messages=OTHER)}
-    assert read(eval__retention=retention).retention["sort"][0].prefix == ()
-    with pytest.raises(UserError, match="carries the prefix that is being baked"):
-        read(data__train=trained, eval__retention=retention)
-
-
-def test_what_is_not_named_is_taken_from_what_is():
-    questions, retention = rows("q", answer="x"), rows("r", answer="y", prefix_messages=OTHER)
-    examples = read(eval__questions=questions, eval__retention={"sort": retention})
+def test_sets_that_are_not_named_are_taken_from_others():
+    retention = {
+        "a": rows("a 0", "a 1", "a 2", answer="y", prefix_messages=OTHER),
+        "b": rows("b 0", answer="y"),
+    }
+    examples = read(eval__questions=rows("q", answer="x"), eval__retention=retention)
     assert examples.prompts is examples.questions
-    assert asked(examples.side_effects) == ["r"]
-    assert [turn.content for turn in examples.side_effects[0].turns] == ["be long", "r"]
+    assert asked(examples.side_effects) == ["a 0", "b 0", "a 1", "a 2"]  # of every set in turn
+    assert [turn.content for turn in examples.side_effects[0].turns] == ["be long", "a 0"]
+    assert examples.retention["a"][0].prefix == ()
     examples = read(eval__prompts=rows("p"), eval__side_effects=rows("s"))
     assert (asked(examples.prompts), asked(examples.side_effects)) == (["p"], ["s"])
     assert examples.prompts[0].expected is None
 
 
-def test_the_first_prompts_for_side_effects_are_of_every_retention_set():
-    sets = {
-        name: rows(*(f"{name} {i}" for i in range(n)), answer="x")
-        for name, n in (("a", 3), ("b", 1))
-    }
-    examples = read(eval__retention=sets)
-    assert asked(examples.side_effects) == ["a 0", "b 0", "a 1", "a 2"]
-
-
 def test_runs_are_comparable_by_what_is_asked_and_not_by_where_it_stands(tmp_path):
     def task(**changes):
-        return load.fingerprints(read(**changes))
+        return load.fingerprints(read(**{"eval__questions": rows("q", answer="x")} | changes))
 
     (tmp_path / "q.json").write_text('[{"prompt": "q", "answer": "x"}]')
-    here, there = (
-        task(eval__questions=q) for q in (rows("q", answer="x"), str(tmp_path / "q.json"))
-    )
-    assert here == there and here["questions"]["rows"] == 1
-    assert set(here) == {"questions"}
+    here = task()
+    assert here == task(eval__questions=str(tmp_path / "q.json"))
+    assert set(here) == {"questions"} and here["questions"]["rows"] == 1
     for changes in (
         {"eval__questions": rows("q", answer="z")},
         {"eval__questions": rows("q", answer="x", match="exact")},
         {"eval__questions": rows("other", answer="x")},
         {"context__prefix_messages": OTHER},
     ):
-        assert task(**{"eval__questions": rows("q", answer="x")} | changes) != here
-    more = task(
-        eval__questions=rows("q", answer="x"), eval__retention={"sort": rows("r", answer="y")}
-    )
+        assert task(**changes) != here
+    more = task(eval__retention={"sort": rows("r", answer="y")})
     assert set(more) == {"questions", "retention.sort"}
-    other = {"eval__prompts": rows("p"), "eval__side_effects": rows("s")}
-    assert set(task(**other, data__validation=rows("v"))) == {
-        *("prompts", "side_effects", "validation")
-    }
+    other = {"eval__prompts": rows("p"), "eval__side_effects": rows("s"), "eval__questions": None}
+    names = {"prompts", "side_effects", "validation"}
+    assert set(task(**other, data__validation=rows("v"))) == names
 
 
 @pytest.fixture
 def rendered(tmp_path):
-    """rendered(changes) -> the Rows of a run whose chat template does not take "no"."""
+    """rendered(changes) -> the inputs of a run whose chat template does not take "no"."""
     student = tmp_path / "student"
     shutil.copytree(config.ASSETS / "quickstart/student", student)
     with (student / "chat_template.jinja").open("a") as template:
@@ -202,7 +179,7 @@ def rendered(tmp_path):
     return read
 
 
-def test_rows_that_cannot_be_rendered_are_told_before_anything_is_written(rendered):
+def test_rows_that_cannot_be_read_or_rendered_are_named_before_anything_is_written(rendered):
     weightless = {"role": "assistant", "content": "yo", "weight": 0}
     sets = {
         "data__train": [
@@ -211,6 +188,7 @@ def test_rows_that_cannot_be_rendered_are_told_before_anything_is_written(render
             {"messages": [{"role": "user", "content": "hi"}, weightless]},
             *rows("good", response="yo"),
         ],
+        "data__validation": rows("v", "no v"),
         "eval__questions": rows("q", "no q", answer="x"),
         "eval__retention": {"sort": rows("r", "no r", answer="x")},
         "anchor__data": rows("a", "no a"),
@@ -225,46 +203,13 @@ def test_rows_that_cannot_be_rendered_are_told_before_anything_is_written(render
     assert told.startswith("data.train: 4 rows cannot be used; data.bad_rows='drop' would")
     assert told.count("not that") == 2 and "data.train:0, " in told and "1 more: data.tra" in told
     assert "data.train:4: no target tokens: it has no message of" in told and "'weight': 0" in told
+    sets["data__train"] += rows("")  # cannot be read
     found = rendered(data__bad_rows="drop", **sets)
-    dropped = [f"data.train:{i}" for i in (0, 2, 3, 4)]
-    assert found.dataset.report()["unusable"] == dropped
-    assert found.examples.dropped == {
-        "data.train": dropped,
-        **{key: [f"{key}:1"] for key in ("eval.questions", "eval.retention.sort", "anchor.data")},
-    }
+    dropped = {"data.train": [f"data.train:{i}" for i in (6, 0, 2, 3, 4)]}
+    assert found.dataset.report()["unusable"] == dropped["data.train"]
+    for key in ("data.validation", "eval.questions", "eval.retention.sort", "anchor.data"):
+        dropped[key] = [f"{key}:1"]
+    assert found.examples.dropped == dropped
     assert asked(found.examples.train) == ["fine", "good"]
     assert asked(found.examples.questions) == asked(found.examples.prompts) == ["q"]
     assert asked(found.examples.side_effects) == ["r"]
-
-
-@pytest.mark.parametrize("role", ["gpt", "model", "Assistant"])
-def test_a_role_to_be_trained_has_the_name_that_rows_are_read_with(role):
-    talk = [{"from": "human", "value": "hi"}, {"from": role, "value": "yo"}]
-    with pytest.raises(UserError, match=rf"names '{role}', which rows are read as 'assistant': wr"):
-        read(data__train=[{"messages": talk}], context__target_roles=("assistant", role))
-
-
-def test_the_roles_of_tools_are_never_learnt():
-    talk = [{"role": role, "content": role} for role in ("user", "tool", "assistant")]
-    with pytest.raises(UserError, match=r"target_roles names 'tool': results of tools are never"):
-        read(data__train=[{"messages": talk}], context__target_roles=("assistant", "tool"))
-    assert [turn.role for turn in read(data__train=[{"messages": talk}]).train[0].turns] == [
-        *("user", "tool")
-    ]
-
-
-def test_empty_rows_are_dropped_of_every_set_if_wanted():
-    sets = {
-        "data__train": rows("a", ""),
-        "data__validation": rows("", "b"),
-        "eval__questions": rows("q", "", answer="x"),
-    }
-    with pytest.raises(UserError, match=r"^data\.train:1: prompt is empty; data\.bad_rows='drop'"):
-        read(**sets)
-    examples = read(data__bad_rows="drop", **sets)
-    assert examples.dropped == {
-        "data.train": ["data.train:1"],
-        "data.validation": ["data.validation:0"],
-        "eval.questions": ["eval.questions:1"],
-    }
-    assert asked(examples.train) + asked(examples.questions) == ["a", "q"]
