@@ -48,16 +48,22 @@ class Reply:
     cut: int | None = None  # it is closed after so many bytes of the body
     reset: bool = False  # and that with a reset, not in good order
 
-    def head(self, size: int) -> bytes:
-        framing = {"Content-Length": size if self.length is None else self.length}
-        if self.chunked:
-            framing = {"Transfer-Encoding": "chunked"}
+    def payload(self) -> bytes:
+        return self.body if isinstance(self.body, bytes) else json.dumps(self.body).encode()
+
+    def head(self) -> bytes:
+        length = len(self.payload()) if self.length is None else self.length
+        framing = {"Transfer-Encoding": "chunked"} if self.chunked else {"Content-Length": length}
         fields = {"Content-Type": "application/json"} | framing | dict(self.headers)
         lines = [f"HTTP/1.1 {self.status} Said", *(f"{k}: {v}" for k, v in fields.items())]
         return "\r\n".join([*lines, "", ""]).encode()
 
-    def payload(self) -> bytes:
-        return self.body if isinstance(self.body, bytes) else json.dumps(self.body).encode()
+    def sent_body(self) -> bytes:
+        body = self.payload()
+        if self.chunked:
+            pieces = [body[i : i + 16] for i in range(0, len(body), 16)]
+            body = b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n"
+        return body[: self.cut]
 
 
 def script(*replies: Reply) -> Callable[[Request], Reply]:
@@ -73,9 +79,8 @@ class FakeServer:
 
     def __init__(self, handler: Callable[[Request], Reply], *, tls: ssl.SSLContext | None = None):
         self.handler = handler  # may be replaced at any time
-        self._tls = tls
-        self._lock = threading.Lock()
-        self._requests: list[Request] = []
+        self.requests: list[Request] = []  # all so far
+        self._tls, self._lock = tls, threading.Lock()
         self._errors: list[Exception] = []
         self._port = 0  # a free one, and from then on the same
         self._http: _Server | None = None
@@ -83,12 +88,6 @@ class FakeServer:
     @property
     def base(self) -> str:
         return f"{'http' if self._tls is None else 'https'}://127.0.0.1:{self._port}"
-
-    @property
-    def requests(self) -> list[Request]:
-        """All so far."""
-        with self._lock:
-            return list(self._requests)
 
     def start(self) -> None:
         self._http = _Server(("127.0.0.1", self._port), self)
@@ -118,8 +117,8 @@ class FakeServer:
 
     def reply_to(self, **fields) -> Reply:
         with self._lock:
-            request = Request(len(self._requests), **fields)
-            self._requests.append(request)
+            request = Request(len(self.requests), **fields)
+            self.requests = [*self.requests, request]
         try:
             return self.handler(request)
         except Exception as error:
@@ -132,8 +131,7 @@ class _Server(http.server.ThreadingHTTPServer):
     request_queue_size = 128
 
     def __init__(self, address: tuple[str, int], fake: FakeServer):
-        self.fake = fake
-        self.stopping = threading.Event()
+        self.fake, self.stopping = fake, threading.Event()
         self._connections: set[socket.socket] = set()
         super().__init__(address, _Handler)
 
@@ -161,50 +159,34 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         size = int(self.headers["Content-Length"] or 0)
-        said = self.rfile.read(size)
-        if len(said) < size:  # whoever asked is gone
+        received = self.rfile.read(size)
+        if len(received) < size:  # whoever asked is gone
             self.close_connection = True
             return
         reply = self.server.fake.reply_to(
             method=self.command,
             path=self.path,
             headers=self.headers,
-            body=json.loads(said) if said else None,
+            body=json.loads(received) if received else None,
             connection=self.client_address[1],
         )
-        if not self.server.stopping.wait(reply.delay_s):
-            self._send(reply)
+        if self.server.stopping.wait(reply.delay_s):
+            return
+        self.close_connection = reply.silent or reply.cut is not None or self.close_connection
+        if not reply.silent:
+            self._write(reply.head(), reply.drip_headers_s)
+            self._write(reply.sent_body(), reply.drip_body_s)
+        if reply.reset:  # to close with nothing left to linger for sends one
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            os.close(self.connection.detach())
 
     do_POST = do_GET
 
     def log_message(self, format, *args):
         pass
 
-    def _send(self, reply: Reply) -> None:
-        payload = reply.payload()
-        body = _chunks(payload) if reply.chunked else payload
-        self.close_connection = reply.silent or reply.cut is not None or self.close_connection
-        if not reply.silent:
-            self._write(reply.head(len(payload)), reply.drip_headers_s)
-            self._write(body[: reply.cut], reply.drip_body_s)
-        if reply.reset:
-            self._reset()
-
     def _write(self, data: bytes, drip_s: float) -> None:
-        if not drip_s:
-            self.wfile.write(data)
-            return
-        for i in range(len(data)):
-            if self.server.stopping.wait(drip_s):
+        for part in [data[i : i + 1] for i in range(len(data))] if drip_s else [data]:
+            if drip_s and self.server.stopping.wait(drip_s):
                 return
-            self.wfile.write(data[i : i + 1])
-
-    def _reset(self) -> None:
-        """To close with nothing left to linger for is what sends a reset."""
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        os.close(self.connection.detach())
-
-
-def _chunks(payload: bytes) -> bytes:
-    pieces = [payload[i : i + 16] for i in range(0, len(payload), 16)]
-    return b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n"
+            self.wfile.write(part)

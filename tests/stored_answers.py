@@ -22,8 +22,8 @@ def answer(seed: int, n: int = 4, top_k: int = 5) -> TeacherAnswer:
     return TeacherAnswer(np.arange(n, dtype=np.int32), top[:, 0].copy(), ids, top, tail)
 
 
-def noisy(of: TeacherAnswer, std: float, seed: int = 0) -> TeacherAnswer:
-    noise = np.random.default_rng(seed).normal(0, std, of.top_logprobs.shape)
+def noisy(of: TeacherAnswer, std: float) -> TeacherAnswer:
+    noise = np.random.default_rng(0).normal(0, std, of.top_logprobs.shape)
     return dataclasses.replace(of, top_logprobs=(of.top_logprobs + noise).astype(np.float32))
 
 
@@ -35,12 +35,11 @@ def items(*numbers: int) -> list[tuple[str, str, TeacherAnswer]]:
     return [(key(number), "score", answer(number)) for number in numbers]
 
 
-def teacher(seed: int = 100, **change) -> TeacherIdentity:
-    names = {"model": "big", "tokenizer": "ab" * 32} | change
+def teacher(seed: int = 100, model: str = "big", tokenizer: str = "ab" * 32) -> TeacherIdentity:
     probe = answer(seed)
-    fingerprint = fingerprint_of(names["model"], names["tokenizer"], probe)
-    made = {"fingerprint": fingerprint, "probe": probe, "findings": {"top_k": 5, "bos": None}}
-    return TeacherIdentity(**(made | {"checked": "2026-11-23T02:00:00+00:00"} | names))
+    fingerprint = fingerprint_of(model, tokenizer, probe)
+    findings, checked = {"top_k": 5, "bos": None}, "2026-11-23T02:00:00+00:00"
+    return TeacherIdentity(fingerprint, model, tokenizer, probe, findings, checked)
 
 
 BIG = teacher()
@@ -57,11 +56,8 @@ def same(a: TeacherAnswer, b: TeacherAnswer) -> bool:
     return codec.encode(a) == codec.encode(b)
 
 
-def assert_holds(opened: AnswerStore, *numbers: int) -> None:
-    found = opened.get([key(number) for number in numbers])
+def assert_holds(opened: AnswerStore, *numbers: int, of: range = range(0)) -> None:
+    """It has these answers, and of all in `of` no others."""
+    found = opened.get([key(number) for number in {*numbers, *of}])
     assert sorted(found) == sorted(map(key, numbers))
     assert all(same(found[key(number)], answer(number)) for number in numbers)
-
-
-def missing(opened: AnswerStore, keys: list[str]) -> set[str]:
-    return set(keys) - set(opened.get(keys))

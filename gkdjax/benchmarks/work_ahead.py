@@ -31,10 +31,9 @@ from gkdjax.teachers import scoring
 from gkdjax.teachers.server.answers import TeacherAnswer
 from gkdjax.teachers.server.connect import declared
 from gkdjax.teachers.server.dialects.vllm import PromptLogprobs
-from gkdjax.teachers.server.scheduler import Pool
+from gkdjax.teachers.server.scheduler import Pool, Suspects
 from gkdjax.teachers.server.store.answers import AnswerStore
 from gkdjax.teachers.server.store.fingerprint import TeacherIdentity
-from gkdjax.teachers.server.store.suspects import Suspects
 from gkdjax.teachers.server.teacher import ServerTeacher
 from gkdjax.teachers.server.transport.client import Limits, Transport
 from gkdjax.train import optimizer as train_optimizer

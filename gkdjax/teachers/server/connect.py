@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 
 import jax
@@ -19,12 +20,10 @@ from gkdjax.parallel import multihost
 from gkdjax.teachers.base import Capabilities
 from gkdjax.teachers.server.dialects import openai, sglang, vllm
 from gkdjax.teachers.server.preflight import Findings, Server, examine, probe_again
-from gkdjax.teachers.server.scheduler import Pool
+from gkdjax.teachers.server.scheduler import Pool, Suspects
 from gkdjax.teachers.server.store import codec
-from gkdjax.teachers.server.store import multihost as store_multihost
 from gkdjax.teachers.server.store.answers import AnswerStore
 from gkdjax.teachers.server.store.fingerprint import TeacherIdentity, fingerprint_of, same_teacher
-from gkdjax.teachers.server.store.suspects import Suspects
 from gkdjax.teachers.server.teacher import ServerTeacher
 from gkdjax.teachers.server.transport.client import Limits, Transport
 from gkdjax.types import ContextLimit, SamplingParams
@@ -51,15 +50,8 @@ DIALECTS = {
 def declared(c: Teacher) -> Capabilities:
     """What a server can do at best, before it is asked."""
     limits = "teacher.offline=True: the store holds what was asked ahead of the run"
-    return Capabilities(
-        max_top_k=c.top_k,
-        dense=False,
-        samples=True,
-        temperature=False,
-        scores=True,
-        on_policy=not c.offline,
-        limits=limits if c.offline else "",
-    )
+    can = Capabilities(max_top_k=c.top_k, dense=False, samples=True, temperature=False)
+    return dataclasses.replace(can, on_policy=False, limits=limits) if c.offline else can
 
 
 def connect(
@@ -67,17 +59,13 @@ def connect(
 ) -> ServerTeacher:
     """Tries the server of a config, or, offline, finds it in the store.
 
-    The leader of several processes is the first: answers to the probe differ a little each time,
-    and all processes have to know the server by the same one.
-
     Args:
-      c: of a parsed config, with a backend of `DIALECTS`.
+      c: with a backend of `DIALECTS`.
       chat: renders the teacher's view; a server with another tokenizer is refused.
       vocab_size: limit of the ids that the server may name, see `train.models.ids_of_server`.
-      workdir: of the run; its teacher.json says which weights it began with.
-      shared: the run's directory, where the stores of all processes lie.
-      how: `sampling` of the run, and `template_kwargs`, `data.template_kwargs` for a server that
-        renders the prompt itself.
+      workdir: of the run; its teacher.json says with which weights it began.
+      shared: the run's directory, where the stores of all processes are.
+      how: the run's `sampling`, and `data.template_kwargs` for a server that renders the prompt.
 
     Raises:
       UserError: the server cannot be used, has other weights than the run began with, or is not
@@ -85,19 +73,51 @@ def connect(
       TeacherUnreachable: it does not answer.
     """
     path = shared / "answers.sqlite" if c.store == "" else c.store
-    if path is None:
-        with multihost.fail_together():
-            return _connect(c, chat, vocab_size, workdir, None, **how)
 
     def open_own() -> ServerTeacher:
-        own = store_multihost.of_process(path, jax.process_index())
+        own = None if path is None else file_of_process(path, jax.process_index())
         return _connect(c, chat, vocab_size, workdir, own, **how)
 
-    multihost.on_leader(lambda: store_multihost.gather(path))
+    if path is None:
+        with multihost.fail_together():
+            return open_own()
+    # The leader first: answers to the probe differ a little each time, and all processes have to
+    # know the server by the same one.
+    multihost.on_leader(lambda: gather_answers(path))
     leaders = multihost.on_leader(open_own)
-    multihost.on_leader(lambda: store_multihost.spread(path))
+    multihost.on_leader(lambda: spread_answers(path))
     with multihost.fail_together():
         return leaders or open_own()
+
+
+def file_of_process(path: str | pathlib.Path, number: int) -> pathlib.Path:
+    """STORE.1.sqlite for process 1, as a file is for one machine; STORE.sqlite for the leader."""
+    path = pathlib.Path(path)
+    return path if number == 0 else path.with_name(f"{path.stem}.{number}{path.suffix}")
+
+
+def gather_answers(path: str | pathlib.Path) -> None:
+    """Copies into the leader's store what others hold, also of an earlier start with more."""
+    path = pathlib.Path(path)
+    name = re.compile(rf"{re.escape(path.stem)}\.\d+{re.escape(path.suffix)}")
+    for other in sorted(path.parent.glob("*")):
+        if name.fullmatch(other.name):
+            _copy_answers(other, path)
+
+
+def spread_answers(path: str | pathlib.Path) -> None:
+    """Copies what the leader's store holds into those of all other processes of this run."""
+    for number in range(1, jax.process_count()):
+        _copy_answers(pathlib.Path(path), file_of_process(path, number))
+
+
+def _copy_answers(source: pathlib.Path, target: pathlib.Path) -> None:
+    with AnswerStore(source, read_only=True) as held, AnswerStore(target) as store:
+        for teacher in held.teachers():
+            store.add_teacher(teacher)
+        for one in held.all():
+            if not store.get([one.key]):
+                store.put(one.fingerprint, [(one.key, one.kind, one.answer)])
 
 
 def _connect(
@@ -135,7 +155,7 @@ def _connect(
         after_error.pop_all()
     findings = Findings(**teacher.findings)
     dialect = DIALECTS[c.backend][findings.dialect](findings.model, vocab_size, chat.tokenizer)
-    suspects = Suspects(store_multihost.of_process(workdir / _SUSPECTS, jax.process_index()))
+    suspects = Suspects(file_of_process(workdir / _SUSPECTS, jax.process_index()))
     pool = Pool(
         *(dialect, transport, store, teacher, suspects),
         probe=probe,

@@ -88,17 +88,15 @@ def examine(
     """Tries a server.
 
     Args:
-      transport: to the server.
-      api_model: its name for the model, or "" for the only one.
+      transport, api_model: the server, and its name for the model; "" for the only one.
       dialects: by name, in the order in which they are tried.
       chat: the tokenizer that the teacher should have.
       vocab_size: limit of the ids that the server may name, see `train.models.ids_of_server`.
-      top_k: K of every request.
-      sampling: of the run.
+      top_k, sampling: of the run.
       must_score: refuse a server that does not score given ids.
 
     Raises:
-      UserError: it cannot be used, or not for this; with the reasons.
+      UserError: it cannot be used, with the reasons.
       TeacherUnreachable: it does not answer.
     """
     model, listed = served.model_of(transport, api_model)
@@ -108,9 +106,9 @@ def examine(
 
     def scores(name: str, most_same: int) -> bool:
         dialect = dialects[name](model, vocab_size, chat.tokenizer)
-        found = Findings(model, name, False, "", limit.tokens, top_k, compared, None)
-        found = dataclasses.replace(
-            found, context_source=limit.source, context_written=limit.written
+        found = Findings(
+            *(model, name, False, "", limit.tokens, top_k, compared, None),
+            *(limit.source, limit.written),
         )
         trials[name] = Trial(transport, dialect, chat, top_k, most_same)
         trials[name].run(found, sampling)
@@ -122,15 +120,15 @@ def examine(
     # back just after the better ones were given up.
     is_down = all(trial.is_broken and trial.server is None for trial in trials.values())
     any(scores(name, 0 if is_down else 1) for name in broken)
-    usable = [trials[name].server for name in dialects if name in trials and trials[name].server]
-    for server in usable:
-        if server.findings.scores:
-            return server
+    usable = [trials[name] for name in dialects if name in trials and trials[name].server]
+    best = max(usable, key=lambda trial: trial.scores, default=None)
+    if best and best.scores:
+        return best.server
     reasons = "; ".join(trial.reason for trial in trials.values() if trial.reason)
-    if must_score or not usable:
+    if must_score or not best:
         raise UserError(f"{transport.root} cannot be used: {reasons}")
     logging.warning("%s: only its own text can be learnt: %s", transport.root, reasons)
-    return usable[0]
+    return best.server
 
 
 def probe_again(transport: Transport, server: Server, chat: Chat) -> TeacherAnswer:
@@ -212,12 +210,11 @@ class Trial:
             raise WrongAnswer(
                 f"{NAME}: {answer.unreadable}: if the tokenizer is not that of"
                 f" {self._chat.directory}, name the teacher's own in config.teacher.tokenizer; else"
-                " it names tokens by their text, and text does not tell which part of a character a"
-                " token is: use teacher.backend='vllm' or 'sglang', which name tokens by id"
+                " the server names tokens by text, which cannot name parts of characters: use"
+                " teacher.backend='vllm' or 'sglang'"
             )
         if answer.lost:
             raise WrongAnswer(f"{NAME}: it wrote nothing")
-        self._check_count(answer)
         behind = answer.top_logprobs[:, 0] - answer.target_logprob
         worst = int(behind.argmax())
         if behind[worst] > _MAX_BEHIND:
@@ -229,14 +226,6 @@ class Trial:
                 f" probable than the best there: {reason}"
             )
         return answer
-
-    def _check_count(self, answer: TeacherAnswer) -> None:
-        most = (answer.top_logprobs > -np.inf).sum(axis=-1).max()
-        if answer.unmapped == 0 and most < self._top_k:
-            raise WrongAnswer(
-                f"{NAME}: {self._top_k} logprobs a token were asked for, and {most} came; set"
-                f" config.teacher.top_k={most}"
-            )
 
     def _check_temperature(self, greedy: TeacherAnswer, sampling: SamplingParams) -> None:
         """Raises WrongAnswer if logprobs change with the temperature or top p of the run."""
@@ -251,15 +240,14 @@ class Trial:
             if distance > MAX_DRIFT:
                 raise WrongAnswer(
                     f"{NAME}: with rollout.temperature={sampling.temperature}, .top_p="
-                    f"{sampling.top_p} and .top_k={sampling.top_k} the same token has logprobs"
-                    f" {distance:.3f} nats apart from those at temperature 0: they are taken after"
-                    " sampling's changes. Have the server give raw ones (vLLM: --logprobs-mode"
-                    " raw_logprobs), or draw at temperature 1 with top_p=1 and top_k=None"
+                    f"{sampling.top_p} and .top_k={sampling.top_k} logprobs are {distance:.3f} nats"
+                    " apart from those at temperature 0: they are not raw. Have the server return"
+                    " raw ones (vLLM: --logprobs-mode raw_logprobs), or sample at temperature 1"
+                    " with top_p=1 and top_k=None"
                 )
             return
         logging.warning(
-            "%s: none of %d answers, sampled as in the run, has a token; whether their logprobs are"
-            " raw is not known",
+            "%s: none of %d sampled answers has a token: whether their logprobs are raw is unknown",
             *(self._transport.root, _MAX_EMPTY),
         )
 
@@ -287,12 +275,11 @@ class Trial:
             verdict = draws.judge(tokens) if tokens else None
             if verdict and verdict.caught:
                 raise WrongAnswer(
-                    f"{NAME}: {len(tokens)} tokens that it drew at temperature 1 are not from the"
-                    " distributions that it reports: their mean negative logprob is"
-                    f" {verdict.surprise:.2f} nats and should be {verdict.entropy:.2f}, and chance"
-                    " makes that of an honest server less than once in a million times. Most likely"
-                    f" {verdict.kind}. Switch that off where the model is served, or use another"
-                    " server"
+                    f"{NAME}: {len(tokens)} tokens that it sampled at temperature 1 are not from"
+                    " the distributions that it reports (by chance less than once in a million"
+                    f" times): the mean negative logprob is {verdict.surprise:.2f} nats, and should"
+                    f" be {verdict.entropy:.2f}. Most likely {verdict.kind}. Switch that off where"
+                    " the model is served, or use another server"
                 )
             if verdict and verdict.enough:
                 return texts
@@ -317,7 +304,6 @@ class Trial:
         wholes = [np.concatenate([text.request.ids, text.answer.target_ids]) for text in texts]
         first, *rest = [score_request(ids, self._top_k) for ids in wholes]
         answers = self.ask(first)
-        self._check_count(answers[0])
         together = self._dialect.rows_per_request and len(rest) > 0
         for requests in [rest] if together else [[request] for request in rest]:
             answers += self.ask(*requests)
@@ -333,16 +319,15 @@ class Trial:
         if not found.within(most):
             sampled, again = found.worst
             raise WrongAnswer(
-                f"{NAME}: tokens that it drew have other logprobs when they are scored, one of them"
+                f"{NAME}: tokens that it sampled have other logprobs when they are scored, such as"
                 f" {sampled:.3f} and then {again:.3f}: {found.median:.3f} nats apart (median of"
-                f" {found.tokens}; its own noise of {noise:.4f} allows {most:.3f}), and a scored"
-                f" logprob moves by {found.slope:.2f} where a drawn one moves by 1 (from 0.95 to"
-                " 1.05 is right): it shifts positions, adds a token, or does not compute at"
-                " temperature 1"
+                f" {found.tokens}; its own noise of {noise:.4f} allows {most:.3f}), with a slope of"
+                f" {found.slope:.2f} (0.95 to 1.05 is right): it shifts positions, adds a token, or"
+                " does not compute at temperature 1"
             )
         logging.warning(
-            "sampled and scored logprobs of the same tokens differ by %.3f nats (median), those of"
-            " the server with itself by %.3f (mean): it computes in a low precision",
+            "sampled and scored logprobs differ by %.3f nats (median), those of the server with"
+            " itself by %.3f (mean): it computes in a low precision",
             *(found.median, noise),
         )
         return answers[0], found.median

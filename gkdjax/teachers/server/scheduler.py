@@ -8,8 +8,9 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import pathlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -24,9 +25,8 @@ from gkdjax.teachers.server.store.fingerprint import (
     sample_key,
     score_key,
 )
-from gkdjax.teachers.server.store.suspects import Suspects
 from gkdjax.teachers.server.transport.client import RepeatedServerError, ServerCrashed, Transport
-from gkdjax.utils import errors
+from gkdjax.utils import errors, files
 from gkdjax.utils.errors import GkdjaxError, UserError
 from gkdjax.utils.text import some
 
@@ -38,6 +38,31 @@ _PROBE_EVERY = 256  # requests, and after each outage: other weights may be serv
 
 _Batch = dict[str, Request]  # key -> request
 _Answers = dict[str, TeacherAnswer]
+
+
+class Suspects:
+    """Keys of requests during which a server went away: they are sent alone until it answers.
+
+    They are kept in a file of the run: otherwise each start would send them together again, and
+    never find out which of them the server does not survive. For threads of one process.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self._path, self._lock = path, threading.Lock()
+        self._keys = set(files.read_object(path)["keys"]) if path.exists() else set()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._keys
+
+    def update(self, *, add: Iterable[str] = (), remove: Iterable[str] = ()) -> None:
+        """Adds and removes keys, and writes the file if they have changed."""
+        with self._lock:
+            keys = (self._keys | set(add)) - set(remove)
+            if keys != self._keys:
+                self._keys = keys
+                files.write_json(self._path, {"keys": sorted(keys)})
+            if not keys:
+                self._path.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass
@@ -155,10 +180,18 @@ class Pool:
             if error.came_back and not alone:
                 # Requests under way at the same time fail alike: one by one shows which it was.
                 return self._buy(*_batches(batch), alone=True)
-            crash = _crash_error(requests, error, alone=alone)
+            names = some([request.name for request in requests])
             if alone:
-                self._fatal = crash
-            raise crash from None
+                self._fatal = ServerCrashed(
+                    f"{names}: {error}. This process asked nothing else meanwhile: the server does"
+                    " not survive this row. Its log says why; leave the row out, or serve the model"
+                    " otherwise. All other answers that came are kept"
+                )
+                raise self._fatal from None
+            raise ServerCrashed(
+                f"{error}. It was asked about {names}, perhaps among others: the same command asks"
+                " for these one by one, and names what the server does not survive"
+            ) from None
         except GkdjaxError as error:
             if len(requests) == 1:
                 own = f"{requests[0].name}: {error}"
@@ -227,11 +260,10 @@ class Pool:
             lost, written = self._unreadable, self._counts["responses"]
             if len(lost) >= _MIN_UNREADABLE and len(lost) > self.max_unreadable * written:
                 raise errors.WrongAnswer(
-                    f"{len(lost)} of {written} responses bought are lost, more than"
-                    f" config.teacher.max_unreadable={self.max_unreadable} allows, for a token"
-                    f" that names no id here: {'; '.join(lost[:3])}. Where they are named by text,"
-                    " use teacher.backend='vllm' or 'sglang' if one of them serves the model: they"
-                    " name tokens by id. Where it is an id, the student has no such token: raise"
+                    f"{len(lost)} of {written} responses bought are lost to tokens without an id"
+                    f" here, more than config.teacher.max_unreadable={self.max_unreadable} allows:"
+                    f" {'; '.join(lost[:3])}. If the server names tokens by text, use"
+                    " teacher.backend='vllm' or 'sglang'; if by id, the student lacks them: raise"
                     " config.teacher.max_unreadable if so much may be lost"
                 )
 
@@ -274,22 +306,6 @@ def _empty_answer(request: Request) -> TeacherAnswer:
     logprobs = np.full((len(ids), request.top_k), -np.inf, np.float32)
     zeros, top_ids = np.zeros(len(ids), np.float32), np.zeros(logprobs.shape, np.int32)
     return TeacherAnswer(ids, zeros, top_ids, logprobs, zeros, finished=sampled)
-
-
-def _crash_error(
-    requests: Sequence[Request], error: ServerCrashed, *, alone: bool
-) -> ServerCrashed:
-    names = some([request.name for request in requests])
-    if alone:
-        return ServerCrashed(
-            f"{names}: {error}. This process asked nothing else meanwhile: the server does not"
-            " survive this row. Its log says why; leave the row out, or serve the model otherwise."
-            " All other answers that came are kept"
-        )
-    return ServerCrashed(
-        f"{error}. It was asked about {names}, perhaps among others: the same command asks for"
-        " these one by one, and names what the server does not survive"
-    )
 
 
 def _batches(requests: _Batch, most_tokens: int = 0) -> list[_Batch]:

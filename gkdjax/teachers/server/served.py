@@ -12,11 +12,7 @@ from gkdjax.utils.errors import TeacherRefused, TeacherUnreachable, UserError, W
 
 
 def model_of(transport: Transport, api_model: str) -> tuple[str, ContextLimit | None]:
-    """(the model's name, its context length by the server's list of models).
-
-    Raises:
-      UserError: there is no such model, or several and none is named; the message lists them.
-    """
+    """(the model's name, its context length by the server's list of models)."""
     try:
         listed = transport.get("/v1/models")
     except TeacherRefused:
@@ -50,11 +46,7 @@ def model_of(transport: Transport, api_model: str) -> tuple[str, ContextLimit | 
 def compare_tokenizers(
     transport: Transport, model: str, chat: Chat, text: str
 ) -> tuple[str, ContextLimit | None]:
-    """(how the tokenizers were compared, the context length by the same response).
-
-    Raises:
-      UserError: the server writes other ids for the same text.
-    """
+    """(how the tokenizers were compared, the context length by the same response)."""
     ours = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
     for body in (
         {"model": model, "prompt": text, "add_special_tokens": False},

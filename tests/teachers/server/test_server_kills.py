@@ -7,39 +7,35 @@ import server_kills
 MOMENTS = ((2, 0.0), (6, 0.01), (8, 0.0), (6, 0.02), (3, 0.0))
 
 
-FIVE = pytest.param(MOMENTS, id="five times", marks=pytest.mark.slow(100))
+@pytest.mark.parametrize(
+    "moments",
+    [
+        pytest.param(MOMENTS[2:3], id="once"),
+        pytest.param(MOMENTS, id="five times", marks=pytest.mark.slow(100)),
+    ],
+)
+def test_a_killed_run_is_equal_to_the_bit_and_its_key_is_nowhere(moments, tmp_path):
+    """What was stored and asked for again would have been told by `kill_many`.
 
-
-@pytest.fixture(scope="module", params=[pytest.param(MOMENTS[2:3], id="once"), FIVE])
-def runs(request, tmp_path_factory):
-    base = tmp_path_factory.mktemp("kills")
-    made = server_kills.KilledRuns(base)
-    with made.server:
-        made.finish(base / "whole")
-        kills = made.kill_many(base / "killed", request.param)
-    assert len(kills) == len(request.param), kills
-    return made, base, kills
-
-
-def test_a_killed_run_is_equal_to_the_bit(runs):
-    """What was stored and asked for again would have been told by `kill_many`."""
-    _, base, kills = runs
+    Only processes can be killed, and only they have command lines.
+    """
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    runs = server_kills.KilledRuns(tmp_path)
+    with runs.server:
+        runs.finish(whole)
+        kills = runs.kill_many(killed, moments)
+    assert len(kills) == len(moments), kills
     assert any(kill.stored < kill.asked for kill in kills), kills  # some were on their way
     if len(kills) > 1:
         assert any(kill.step > 0 for kill in kills) and kills[-1].stored > kills[0].stored, kills
-    wanted, got = (server_kills.outcome(base / name) for name in ("whole", "killed"))
+    wanted, got = server_kills.outcome(whole), server_kills.outcome(killed)
     assert wanted.keys() == got.keys()
     assert [name for name in wanted if wanted[name] != got[name]] == []
-
-
-def test_the_key_is_in_no_file_no_log_and_no_command_line(runs):
-    made, base, _ = runs
-    assert len(made.command_lines) >= 1
     key = server_kills.KEY.encode()
-    sent = {request.headers["Authorization"] for request in made.server.requests}
+    sent = {request.headers["Authorization"] for request in runs.server.requests}
     assert sent == {f"Bearer {server_kills.KEY}"}
-    assert not any(key in line for line in made.command_lines)
-    logs = [made.log(base / name) for name in ("whole", "killed")]
-    files = [path for path in (*base.glob("*/**/*"), *logs) if path.is_file()]
+    assert runs.command_lines and not any(key in line for line in runs.command_lines)
+    logs = [runs.log(whole), runs.log(killed)]
+    files = [path for path in (*tmp_path.glob("*/**/*"), *logs) if path.is_file()]
     assert len(files) > 20
     assert [path for path in files if key in path.read_bytes()] == []

@@ -91,17 +91,10 @@ class _Failure:
     retry_after_s: float = 0.0
     server_error: tuple[int, bytes] | None = None  # status and body of 5xx, without `_VARIABLE`
     is_down: bool = False  # nobody listens at the address
-    times_down: int = 0  # that any request has found so until now
 
 
 class Transport:
-    """JSON over HTTP(S) to one server; safe to use from several threads.
-
-    Attributes:
-      root: the address without "/v1", to which paths are appended.
-      retries: all attempts so far that were not the first of their request.
-      outages: failures so far after which another server may answer.
-    """
+    """JSON over HTTP(S) to one server; safe to use from several threads."""
 
     def __init__(self, api_base: str, api_key_env: str, limits: Limits, *, trust_env: bool):
         """Sends nothing yet.
@@ -115,8 +108,10 @@ class Transport:
         Raises:
           UserError: the address or the key is malformed.
         """
-        self.root = session.root_of(api_base)
-        self.retries = self.outages = self._times_down = 0
+        self.root = session.root_of(api_base)  # paths are appended to it
+        self.retries = 0  # attempts that were not the first of their request
+        self.outages = 0  # failures after which another server may answer
+        self._times_down = 0
         self._limits = limits
         self._key = session.read_key(api_key_env)
         self._session = session.open_session(self._key, trust_env=trust_env)
@@ -141,8 +136,7 @@ class Transport:
         429 and 5xx lead to another attempt.
 
         Args:
-          path: such as "/v1/completions".
-          body: a JSON object.
+          path, body: such as "/v1/completions", and its JSON object.
           max_bytes: of the response.
           most_same: give up when the same 5xx response came so often in a row; 0: never.
           once: make a single attempt, for a route that the server need not have.
@@ -165,31 +159,29 @@ class Transport:
     def _ask(self, request: _Request, *, most_same: int = 0, once: bool = False) -> dict | list:
         start = time.monotonic()
         most_attempts = 1 if once else 1 + self._limits.max_retries
-        same = outages = 0
+        same = outages = times_down = 0
         last = _Failure("", is_down=True)
         for attempt in itertools.count(1):
             outcome = self._attempt(request, start + self._limits.deadline_s)
             if not isinstance(outcome, _Failure):
                 return outcome
-            if outcome.server_error is None:
-                same = 0
-            else:
-                same = same + 1 if last.server_error == outcome.server_error else 1
-            if not last.is_down:  # another request may have seen that it went away meanwhile
-                outages += outcome.times_down > last.times_down
+            same = 1 + same * (outcome.server_error == last.server_error)
+            before, times_down = times_down, self._times_down
+            # Another request may have seen that the server went away meanwhile.
+            outages += not last.is_down and times_down > before
             last = outcome
             longest_s = max(0.25, min(2.0 ** min(attempt - 1, 10), _LONGEST_WAIT_S))
             wait_s = max(random.uniform(0.25, longest_s), last.retry_after_s)
             seconds = time.monotonic() - start
-            is_repeated = 0 < most_same <= same
+            is_repeated = last.server_error is not None and 0 < most_same <= same
             is_late = attempt >= most_attempts or seconds + wait_s >= self._limits.deadline_s
             if is_repeated or is_late or outages >= _MOST_OUTAGES or self._closed.is_set():
                 break
             with self._lock:
                 self.retries += 1
                 self.outages += last.server_error is not None or not last.has_response
-            text = "%s: %s; trying again in %.1f s"
-            logging.log_every_n_seconds(logging.WARNING, text, 60, self.root, last.reason, wait_s)
+            text = f"{self.root}: {last.reason}; trying again in {wait_s:.1f} s"
+            logging.log_every_n_seconds(logging.WARNING, "%s", 60, text)
             pause(self._closed, wait_s)
         message = (
             f"{self._where(request)} got no usable answer in {seconds:.1f} s; attempts: {attempt};"
@@ -215,12 +207,8 @@ class Transport:
         # Errors are raised outside of the handler: the library's hold the request's headers, with
         # the key, and must not become the context of ours.
         if isinstance(outcome, _Response):
-            outcome = self._read(request, outcome)
-        else:
-            outcome = self._explain(request, outcome, seconds)
-        if isinstance(outcome, _Failure):
-            outcome.times_down = self._times_down
-        return outcome
+            return self._read(request, outcome)
+        return self._explain(request, outcome, seconds)
 
     def _send(self, request: _Request, seconds: float) -> _Response:
         with self._session.request(

@@ -17,13 +17,8 @@ from gkdjax.teachers.server.store.fingerprint import (
 )
 from gkdjax.types import Message, SamplingParams
 
-
-def test_the_same_teacher_in_spite_of_noise():
-    probe = answer(100, n=64, top_k=20)
-    for other in (probe, noisy(probe, 0.02), noisy(probe, 0.05)):
-        assert same_teacher(probe, other) and same_teacher(other, probe)
-    for other in (answer(101, n=64, top_k=20), noisy(probe, 0.2)):
-        assert not same_teacher(probe, other) and not same_teacher(other, probe)
+PROBE, LONG = answer(100), answer(100, n=64, top_k=20)
+FEWER = {"top_ids": PROBE.top_ids[:, :-1], "top_logprobs": PROBE.top_logprobs[:, :-1]}
 
 
 def listing(*best: tuple[int, float]) -> TeacherAnswer:
@@ -35,66 +30,61 @@ def listing(*best: tuple[int, float]) -> TeacherAnswer:
     return TeacherAnswer(np.zeros(1, np.int32), target, ids[None], tops, tail)
 
 
-def test_a_tie_at_the_last_rank_is_no_difference():
-    flat = listing((1, 0.1), (2, 0.1), (3, 0.1))
-    swapped = listing((1, 0.1), (2, 0.1), (4, 0.1))
-    assert same_teacher(flat, swapped) and same_teacher(swapped, flat)
-    sure = listing((1, 0.8), (2, 0.1), (3, 0.05))
-    assert not same_teacher(sure, listing((4, 0.8), (2, 0.1), (3, 0.05)))
+def parted(rows: int) -> TeacherAnswer:
+    """A greedy answer that parts at its third token, by the same weights in the first `rows`."""
+    other, ids = answer(101), PROBE.target_ids.copy()
+    ids[2] += 1
+    mixed = {
+        name: np.concatenate([getattr(PROBE, name)[:rows], getattr(other, name)[rows:]])
+        for name in ("top_ids", "top_logprobs", "tail_logprob")
+    }
+    return dataclasses.replace(PROBE, target_ids=ids, **mixed)
 
 
-def test_what_one_answer_leaves_out_is_in_its_tail():
-    whole, cut = listing((1, 0.7), (2, 0.29)), listing((1, 0.7), (2, 0.0))
-    assert same_teacher(whole, cut) and same_teacher(cut, whole)
-    other = listing((1, 0.5), (2, 0.29))
-    assert not same_teacher(other, cut) and not same_teacher(cut, other)
-    nothing = listing((1, 0.0), (2, 0.0))
-    assert not same_teacher(whole, nothing) and not same_teacher(nothing, whole)
+SURE, WHOLE = listing((1, 0.8), (2, 0.1), (3, 0.05)), listing((1, 0.7), (2, 0.29))
 
 
-def test_probes_of_other_texts_prove_nothing():
-    probe = answer(100)
-    assert not same_teacher(probe, answer(101, n=3))
-    assert not same_teacher(answer(1, n=0), answer(1, n=0))
-    fewer = dataclasses.replace(
-        probe, top_ids=probe.top_ids[:, :-1], top_logprobs=probe.top_logprobs[:, :-1]
-    )
-    assert not same_teacher(probe, fewer)
-
-
-def test_greedy_answers_are_compared_up_to_where_they_part():
-    probe, other = answer(100), answer(101)
-    parted = probe.target_ids.copy()
-    parted[2] += 1
-
-    def after(rows: int):
-        """Of the same weights in so many rows, and of others in the rest."""
-        mixed = {
-            name: np.concatenate([getattr(probe, name)[:rows], getattr(other, name)[rows:]])
-            for name in ("top_ids", "top_logprobs", "tail_logprob")
-        }
-        return dataclasses.replace(probe, target_ids=parted, **mixed)
-
-    assert same_teacher(probe, after(3)) and same_teacher(after(3), probe)
-    assert not same_teacher(probe, after(2))  # what is to follow the same two tokens differs
+@pytest.mark.parametrize(
+    "a, b, same",
+    [
+        (LONG, LONG, True),
+        (LONG, noisy(LONG, 0.05), True),
+        (LONG, noisy(LONG, 0.2), False),
+        (LONG, answer(101, n=64, top_k=20), False),
+        # A tie at the last rank is no difference, another best token is.
+        (listing((1, 0.1), (2, 0.1), (3, 0.1)), listing((1, 0.1), (2, 0.1), (4, 0.1)), True),
+        (SURE, listing((4, 0.8), (2, 0.1), (3, 0.05)), False),
+        # Tokens that one answer leaves out are in its tail.
+        (WHOLE, listing((1, 0.7), (2, 0.0)), True),
+        (listing((1, 0.5), (2, 0.29)), listing((1, 0.7), (2, 0.0)), False),
+        (WHOLE, listing((1, 0.0), (2, 0.0)), False),
+        # Other texts prove nothing.
+        (PROBE, answer(101, n=3), False),
+        (answer(1, n=0), answer(1, n=0), False),
+        (PROBE, dataclasses.replace(PROBE, **FEWER), False),
+        # Greedy answers are compared up to where they part, and the place after the same tokens.
+        (PROBE, parted(3), True),
+        (PROBE, parted(2), False),
+    ],
+)
+def test_the_same_teacher_in_spite_of_noise(a, b, same):
+    assert same_teacher(a, b) == same_teacher(b, a) == same
 
 
 def test_fingerprints_differ():
     probe = answer(1)
     flipped = probe.top_ids.copy()
     flipped[-1, -1] += 1
-    made = [
-        fingerprint_of("m", "t", probe),
-        fingerprint_of("n", "t", probe),
-        fingerprint_of("m", "u", probe),
-        fingerprint_of("m", "t", noisy(probe, 1e-6)),
-        fingerprint_of("m", "t", dataclasses.replace(probe, top_ids=flipped)),
-        fingerprint_of("m", "t", dataclasses.replace(probe, tail_logprob=probe.tail_logprob - 1)),
-        fingerprint_of("m", "t", dataclasses.replace(probe, target_ids=probe.target_ids + 1)),
-    ]
-    assert len(set(made)) == len(made)
+    changes = (
+        {"top_ids": flipped},
+        {"tail_logprob": probe.tail_logprob - 1},
+        {"target_ids": probe.target_ids + 1},
+    )
+    probes = [probe, noisy(probe, 1e-6), *(dataclasses.replace(probe, **c) for c in changes)]
+    made = [fingerprint_of("m", "t", one) for one in probes]
+    made += [fingerprint_of("n", "t", probe), fingerprint_of("m", "u", probe)]
+    assert len(set(made)) == len(made) and all(len(fingerprint) == 64 for fingerprint in made)
     assert fingerprint_of("m", "t", codec.decode(codec.encode(probe))) == made[0]
-    assert all(len(fingerprint) == 64 for fingerprint in made)
 
 
 PLAIN = TeacherIdentity("0123456789abcdef", "big", "ab" * 32, answer(1), {}, "2026-11-23")
@@ -103,64 +93,65 @@ SAMPLE = SampleRequest(
     *("a:1", np.arange(5, 9, dtype=np.int32), (Message("user", "é \ud800"),)),
     *(SamplingParams(16, 1.0, 0.9), 7, (1, 106), 20),
 )
-RENAMED = {"checked": "2027", "findings": {"x": 1}, "probe": answer(2)}
-OTHERS = [{"fingerprint": "f" * 16}, {"model": "small"}, {"tokenizer": "cd" * 32}]
+KINDS = {
+    "score": (score_key, SCORE),
+    "ids": (lambda *asked: sample_key(*asked, by_messages=False), SAMPLE),
+    "messages": (lambda *asked: sample_key(*asked, by_messages=True), SAMPLE),
+}
 
 
-def test_keys_are_what_they_were():
+@pytest.mark.parametrize(
+    "kind, key",
+    [
+        ("score", "0c9abb3a07df9d47313316acd25dcc0f0e578525a9385fa9d819490aae571502"),
+        ("ids", "97dbd873f5f16cf9da2a59cab8fc5c5c1d627c8e84a50098301c1bf87d57ac7c"),
+        ("messages", "549e26a1afa4a4f41ccc9a316af3b72f639aab2ba140ab1d68273b91fe00ee67"),
+    ],
+)
+def test_keys_are_what_they_were(kind, key):
     """These digests find answers that people have paid for."""
-    assert (
-        score_key(PLAIN, SCORE)
-        == "0c9abb3a07df9d47313316acd25dcc0f0e578525a9385fa9d819490aae571502"
-    )
-    assert (
-        sample_key(PLAIN, SAMPLE, by_messages=False)
-        == "97dbd873f5f16cf9da2a59cab8fc5c5c1d627c8e84a50098301c1bf87d57ac7c"
-    )
-    assert (
-        sample_key(PLAIN, SAMPLE, by_messages=True)
-        == "549e26a1afa4a4f41ccc9a316af3b72f639aab2ba140ab1d68273b91fe00ee67"
-    )
+    key_of, request = KINDS[kind]
+    assert key_of(PLAIN, request) == key
 
 
-def test_score_keys():
-    changed = [score_key(dataclasses.replace(PLAIN, **change), SCORE) for change in OTHERS]
-    for change in (
-        {"ids": np.arange(6, 13, dtype=np.int32)},
-        {"ids": SCORE.ids[:-1]},
-        {"at": np.array([2, 3], np.int32)},
-        {"at": np.array([2], np.int32)},
-        {"top_k": 19},
-    ):
-        changed.append(score_key(PLAIN, dataclasses.replace(SCORE, **change)))
-    assert len({score_key(PLAIN, SCORE), *changed}) == 1 + len(changed)
-    same_thing = dataclasses.replace(SCORE, name="b:2", ids=SCORE.ids.astype(np.int64), top_k=20)
-    assert score_key(dataclasses.replace(PLAIN, **RENAMED), same_thing) == score_key(PLAIN, SCORE)
+SAMPLING_CHANGES = [
+    {"sampling": SamplingParams(*how)}
+    for how in ((17, 1.0, 0.9), (16, 0.5, 0.9), (16, 1.0, 1.0), (16, 1.0, 0.9, 64))
+]
+SAMPLE_CHANGES = [{"seed": 8}, {"stop_ids": (1,)}, {"top_k": 19}, *SAMPLING_CHANGES]
+IDS_CHANGE = {"ids": SAMPLE.ids + 1}
+MESSAGE_CHANGES = [
+    {"messages": (Message(*message),)} for message in (("user", "è"), ("system", "é \ud800"))
+]
+SAME_SAMPLE = {
+    "seed": np.int64(7),
+    "stop_ids": (np.int32(106), 1),
+    "sampling": SamplingParams(np.int32(16), 1, np.float64(0.9)),
+}
 
 
-@pytest.mark.parametrize("by_messages", [False, True])
-def test_sample_keys(by_messages):
-    def made(request=SAMPLE, by=PLAIN):
-        return sample_key(by, request, by_messages=by_messages)
-
-    changed = [made(by=dataclasses.replace(PLAIN, **change)) for change in OTHERS]
-    for change in (
-        *({"seed": 8}, {"stop_ids": (1,)}, {"top_k": 19}),
-        *(
-            {"sampling": SamplingParams(*how)}
-            for how in ((17, 1.0, 0.9), (16, 0.5, 0.9), (16, 1.0, 1.0))
+@pytest.mark.parametrize(
+    "kind, changes, same",
+    [
+        (
+            "score",
+            [
+                *({"ids": SCORE.ids + 1}, {"ids": SCORE.ids[:-1]}, {"at": SCORE.at[:1]}),
+                *({"at": np.array([2, 3], np.int32)}, {"top_k": 19}),
+            ],
+            {"ids": SCORE.ids.astype(np.int64)},
         ),
-        {"sampling": SamplingParams(16, 1.0, 0.9, 64)},
-    ):
-        changed.append(made(dataclasses.replace(SAMPLE, **change)))
-    for role, content in (("user", "è"), ("system", "é \ud800")):
-        other = dataclasses.replace(SAMPLE, messages=(Message(role, content),))
-        assert (made(other) != made()) == by_messages
-    other = dataclasses.replace(SAMPLE, ids=SAMPLE.ids + 1)
-    assert (made(other) != made()) == (not by_messages)
-    changed.append(sample_key(PLAIN, SAMPLE, by_messages=not by_messages))
-    assert len({made(), *changed}) == 1 + len(changed)
-    same_thing = {"name": "b:2", "seed": np.int64(7), "stop_ids": (np.int32(106), 1)}
-    same_thing["sampling"] = SamplingParams(np.int32(16), 1, np.float64(0.9))
-    assert made(dataclasses.replace(SAMPLE, **same_thing)) == made()
-    assert made(by=dataclasses.replace(PLAIN, **RENAMED)) == made()
+        ("ids", [*SAMPLE_CHANGES, IDS_CHANGE], SAME_SAMPLE | MESSAGE_CHANGES[0]),
+        ("messages", [*SAMPLE_CHANGES, *MESSAGE_CHANGES], SAME_SAMPLE | IDS_CHANGE),
+    ],
+)
+def test_keys_differ_by_all_that_an_answer_depends_on(kind, changes, same):
+    key_of, request = KINDS[kind]
+    others = [{"fingerprint": "f" * 16}, {"model": "small"}, {"tokenizer": "cd" * 32}]
+    made = [key_of(dataclasses.replace(PLAIN, **change), request) for change in others]
+    made += [key_of(PLAIN, dataclasses.replace(request, **change)) for change in changes]
+    made += [key_of(PLAIN, request) for key_of, request in KINDS.values()]
+    assert len(set(made)) == len(made)
+    renamed = dataclasses.replace(PLAIN, checked="2027", findings={"x": 1}, probe=answer(2))
+    same_request = dataclasses.replace(request, name="b:2", **same)
+    assert key_of(renamed, same_request) == key_of(PLAIN, request)

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 from fake_server import FakeServer, Reply
 from fake_teacher import MODEL, VOCAB, FakeTeacher
-from stored_answers import teacher as known_teacher
+from stored_answers import BIG
 
 from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest
 from gkdjax.teachers.server.dialects.vllm import PromptLogprobs
-from gkdjax.teachers.server.scheduler import Pool
+from gkdjax.teachers.server.scheduler import Pool, Suspects
 from gkdjax.teachers.server.store.answers import AnswerStore
-from gkdjax.teachers.server.store.suspects import Suspects
 from gkdjax.teachers.server.transport import client
 from gkdjax.teachers.server.transport.client import Limits, Transport
 from gkdjax.types import SamplingParams
@@ -23,17 +22,14 @@ BAD = 66  # the first id of the row that is too much
 PAUSES = 3  # that somebody takes to start the server again
 
 
-def scored(count: int) -> list[ScoreRequest]:
-    """Rows for one request; the sixth is bad."""
-    rows = [np.asarray([BAD if i == 5 else 10 + i, 7, 8, 9], np.int32) for i in range(count)]
-    return [
-        ScoreRequest(f"row {i}", ids, np.asarray([1, 2], np.int32), 5) for i, ids in enumerate(rows)
-    ]
-
-
-def sampled(count: int) -> list[SampleRequest]:
+def rows(kind: str) -> list[ScoreRequest] | list[SampleRequest]:
+    """Eight, of which the sixth is bad; those to score fit into one request."""
+    ids = [np.asarray([BAD if i == 5 else 10 + i, 7, 8, 9], np.int32) for i in range(8)]
+    if kind == "scores":
+        at = np.asarray([1, 2], np.int32)
+        return [ScoreRequest(f"row {i}", row, at, 5) for i, row in enumerate(ids)]
     how = SamplingParams(4, 1.0, 1.0)
-    return [SampleRequest(r.name, r.ids, (), how, 0, (1,), 5) for r in scored(count)]
+    return [SampleRequest(f"row {i}", row, (), how, 0, (1,), 5) for i, row in enumerate(ids)]
 
 
 class Ending(FakeTeacher):
@@ -51,9 +47,8 @@ class Ending(FakeTeacher):
         prompts = prompts if isinstance(prompts[0], list) else [prompts]
         with self._lock:
             self.asked.append([ids[0] for ids in prompts])
-            bad = BAD in self.asked[-1] and not self._down.is_set()
-            self.ends += bad
-            if bad:
+            if BAD in self.asked[-1] and not self._down.is_set():
+                self.ends += 1
                 self._down.set()
                 self._stops = threading.Thread(target=self.server.stop)
                 self._stops.start()
@@ -83,15 +78,12 @@ def ending(monkeypatch):
 
 @contextlib.contextmanager
 def pool(teacher, directory, max_retries=1000):
-    limits = Limits(timeout_s=10.0, deadline_s=60.0, max_retries=max_retries)
-    known = known_teacher()
     store = AnswerStore(directory / "answers.sqlite")
-    store.add_teacher(known)
-    transport = Transport(teacher.server.base, "", limits, trust_env=False)
+    store.add_teacher(BIG)
+    transport = Transport(teacher.server.base, "", Limits(10.0, 60.0, max_retries), trust_env=False)
     made = Pool(
-        *(PromptLogprobs(MODEL, VOCAB), transport, store, known),
-        Suspects(directory / "ended.json"),
-        probe=lambda: known.probe,
+        *(PromptLogprobs(MODEL, VOCAB), transport, store, BIG, Suspects(directory / "ended.json")),
+        probe=lambda: BIG.probe,
         concurrency=4,
         max_unreadable=0.0,
     )
@@ -106,11 +98,11 @@ def in_store(directory) -> int:
 
 @pytest.mark.parametrize("kind", ["scores", "samples"])
 def test_the_row_that_a_server_does_not_survive_is_named(kind, ending, tmp_path):
-    requests = (scored if kind == "scores" else sampled)(8)
+    requests = rows(kind)
     named = pytest.raises(TeacherUnreachable, match=r"^row 5: .*does not survive this row")
-    with pool(ending, tmp_path) as asked, named as told:
+    with pool(ending, tmp_path) as asked, named as error:
         getattr(asked, kind)(requests)()
-    assert told.value.exit_code == 4
+    assert error.value.exit_code == 4
     ends = ending.ends
     assert 4 <= ends <= 5  # twice among others, or once more until all have seen it; twice alone
     assert ending.asked.count([BAD]) >= 2
@@ -119,24 +111,22 @@ def test_the_row_that_a_server_does_not_survive_is_named(kind, ending, tmp_path)
     # The next start asks for what is missing, and first of all not for others with it.
     ending.asked.clear()
     with pool(ending, tmp_path) as asked:
-        good = [request for request in requests if request.name != "row 5"]
-        getattr(asked, kind)(good)()
+        getattr(asked, kind)(requests[:5] + requests[6:])()
         assert sum(map(len, ending.asked)) == 7 - kept
         with pytest.raises(TeacherUnreachable, match=r"^row 5: "):
             getattr(asked, kind)(requests)()
-    assert ending.ends == ends + 2
-    assert in_store(tmp_path) == 7
+    assert (ending.ends, in_store(tmp_path)) == (ends + 2, 7)
 
 
 def test_a_server_that_nobody_starts_again_is_asked_one_by_one_at_the_next_start(ending, tmp_path):
     ending.comes_back = False
     named = pytest.raises(TeacherUnreachable, match=r"about row 0, row 1, .*one by one")
-    with pool(ending, tmp_path, max_retries=8) as asked, named as told:
-        asked.scores(scored(8))()
-    assert "survive this row" not in str(told.value) and ending.ends == 1
+    with pool(ending, tmp_path, max_retries=8) as asked, named as error:
+        asked.scores(rows("scores"))()
+    assert "survive this row" not in str(error.value) and ending.ends == 1
     ending.start_again()
     named = pytest.raises(TeacherUnreachable, match=r"^row 5: .*does not survive this row")
     with pool(ending, tmp_path, max_retries=8) as asked, named:
-        asked.scores(scored(8))()
+        asked.scores(rows("scores"))()
     assert ending.ends == 2 and ending.asked[-1] == [BAD]
     assert in_store(tmp_path) >= 4
