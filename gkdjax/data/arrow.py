@@ -1,12 +1,9 @@
 """Rows of Parquet files and of Hugging Face datasets, both read as Arrow tables.
 
-pyarrow and datasets are extras: they are imported where they are used, and asked for by name.
-
 A column whose values are of several types is one of JSON texts (arrow.json), and `datasets` writes
 a string as it stands if it reads as JSON, and with quotes if not. So strings, lists and objects are
 decoded, and a value that may be a number or the text of one stays `Ambiguous`, and is refused where
-it is read. A text in quotes of its own loses them, and the log warns. Objects in a table have all
-fields of all rows: null ones are left out.
+it is read. Objects in a table have all fields of all rows: null ones are left out.
 """
 
 import contextlib
@@ -28,11 +25,7 @@ _JSON = (".json", ".jsonl", ".ndjson")
 
 
 def parquet_rows(source: str, where: str) -> Iterator[tuple[str, dict]]:
-    """("rows.parquet:17", row) for each row of a Parquet file.
-
-    Raises:
-      UserError: no such file, none that pyarrow reads, a string that is not UTF-8, or no pyarrow.
-    """
+    """("rows.parquet:17", row) for each row of a Parquet file."""
     arrow, parquet = _extra("pyarrow", where), _extra("pyarrow.parquet", where)
     if not os.path.exists(source):  # pyarrow's own message for it is long
         raise UserError(f"{where}: No such file or directory")
@@ -45,10 +38,9 @@ def parquet_rows(source: str, where: str) -> Iterator[tuple[str, dict]]:
 
 
 def json_files(directory: str, config: str | None, where: str) -> dict[str, list[str]] | None:
-    """Split -> its files, of a directory that is JSON and nothing else, as `datasets` finds them.
+    """Split -> its files, as `datasets` finds them, of a directory of plain JSON; None: another.
 
-    None if it is another: a dataset saved to disk, files of another kind, or metadata that say how
-    the files are to be changed.
+    That is a dataset saved to disk, other files, or metadata by which JSON is to be changed.
     """
     datasets = _extra("datasets", where)
     if _is_saved(directory):
@@ -86,14 +78,7 @@ def dataset_rows(
 ) -> Iterator[tuple[str, dict]]:
     """("name:split:17", row) for each row of a directory or of a dataset of the hub.
 
-    Args:
-      name: a directory, of `save_to_disk` or that `datasets.load_dataset` reads, or a hub id.
-      config: None: the only one.
-      split: as "train[:500]"; None: the only one.
-      where: starts the errors.
-
-    Raises:
-      UserError: no such split or config, several and none named, a damaged file, or no datasets.
+    Without a config or a split, such as "train[:500]", it is the only one. `where` starts errors.
     """
     datasets = _extra("datasets", where)
     is_directory, is_saved = os.path.isdir(name), _is_saved(name)
@@ -126,10 +111,7 @@ def dataset_rows(
 
 
 def _loaded(datasets, name: str, config: str | None, split: str | None):
-    """What `load_dataset` makes of it; of CSV, every cell that is not empty as its text.
-
-    pandas would make 1 of 01, and nothing of the words None, NA, null and nan.
-    """
+    """The dataset; cells of CSV are their text: pandas would change 01, None and NA."""
     loaded = datasets.load_dataset(name, config, split=split)
     part = next(iter(loaded.values())) if isinstance(loaded, dict) else loaded
     if part.info.builder_name != "csv":
@@ -203,11 +185,9 @@ def _values(batch, place: int, decode: Callable | None, label: str, start: int) 
             try:
                 value.as_py()
             except (ValueError, OverflowError) as error:
-                is_text = isinstance(error, UnicodeDecodeError)
-                what = (
-                    f"{batch.column_names[place]} {'is not UTF-8' if is_text else 'cannot be read'}"
-                )
-                raise UserError(f"{label}:{row}: {what}: {error}") from error
+                is_text, name = isinstance(error, UnicodeDecodeError), batch.column_names[place]
+                what = "is not UTF-8" if is_text else "cannot be read"
+                raise UserError(f"{label}:{row}: {name} {what}: {error}") from error
         raise
     return values if decode is None else [None if v is None else decode(v) for v in values]
 
@@ -215,7 +195,7 @@ def _values(batch, place: int, decode: Callable | None, label: str, start: int) 
 def _decoder(field, dataset: str | None) -> Callable | None:
     """A function of the values of an Arrow field that are not null; None: they stay.
 
-    Strings of a `dataset` that was made from JSON are looked at, see `_watch`.
+    `dataset` is the name of one that was made from JSON: see `_watch`.
     """
     types, of = _extra("pyarrow.types", field.name), field.type
     named = [getattr(of, "extension_name", None)]

@@ -34,12 +34,8 @@ def history_as_prefix(
     other, with the results of tools, stay in one Example. Answers that are not to be learnt
     (`Message.learn`, `Example.given`, other `roles`) are history alone.
 
-    Args:
-      examples: as read; they get new `row_id`s.
-      key: of the config, as "data.train".
-      roles: `context.target_roles`.
-      bad_rows: takes in conversations that begin with the assistant.
-      last_only: only the last turn of each row, for prompts of the evaluation.
+    All get new `row_id`s. With `last_only` there is only the last turn of each row, for prompts of
+    the evaluation. `bad_rows` takes in conversations that begin with the assistant.
     """
     made: list[Example] = []
     for example in examples:

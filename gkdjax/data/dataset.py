@@ -31,19 +31,12 @@ _MOST_PADDING = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class RolloutFilter:
-    """Which completions are learnt from.
+    """Which completions are learnt from."""
 
-    Attributes:
-      targets: a completion must have a target by them, if the assistant's messages are trained.
-      max_retries: a completion that is refused is written again at most so many times.
-      max_new_tokens: its longest length.
-      shared: the student has only the ids below it; None: it has all.
-    """
-
-    targets: TargetRules
-    max_retries: int
+    targets: TargetRules  # a completion must have a target, if the assistant's messages are trained
+    max_retries: int  # a completion that is refused is written again so many times
     max_new_tokens: int
-    shared: int | None = None
+    shared: int | None = None  # the student has only the ids below; None: it has all
 
     def status(self, completion: Completion, chat: Chat) -> RowStatus:
         """KEPT, EMPTY or UNMATCHED."""

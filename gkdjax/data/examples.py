@@ -50,15 +50,9 @@ class BadRows:
             self._found.append((name, error))
 
     def settle(self, key: str, where: str, left: int) -> None:
-        """Ends a source.
+        """Ends the source `where`, which has `left` good rows; `key` is the config's.
 
-        Args:
-          key: of the config, as "data.train".
-          where: the source, for people.
-          left: how many good rows it has.
-
-        Raises:
-          UserError: bad rows are refused and there are some, or no other row is left.
+        UserError: there are bad rows, and they are refused or all that there is.
         """
         found, self._found = self._found, []
         if not found:
@@ -97,16 +91,14 @@ def read_examples(
 ) -> list[Example]:
     """All rows of `source`, in order.
 
-    Columns that nothing reads are named in the log, once, and so are the kinds of rows and their
-    numbers if there are several.
+    The log names columns that nothing reads, and counts the kinds of rows if there are several.
 
     Args:
-      source: a file, a dataset (see `gkdjax.data.readers`), or the rows themselves.
+      source: a file, a dataset (see `read_rows`), or the rows themselves.
       key: of the config, as "data.train"; it names the rows that have no file.
-      match: how answers to questions of the evaluation are compared, unless a row names it; an
-        expected answer is no response. None: rows to train on.
-      roles: `context.target_roles`; they stay as they are.
-      bad_rows: what becomes of rows that cannot be used; None: they are refused.
+      match: how answers to questions are compared, unless a row names it; None: rows to train on.
+      roles: `context.target_roles`, which stay as they are.
+      bad_rows: takes in rows that cannot be used; None: they are refused.
 
     Raises:
       UserError: naming the file or key, the line or row, the field, and what is wrong with it.
@@ -146,7 +138,7 @@ class _Reader:
     def example(self, row: object, row_id: int) -> tuple[Example, str]:
         """The Example, and for people what it was made of."""
         if not isinstance(row, dict):
-            raise UserError(f"{self.name}: a row must be an object with columns, not {kind(row)}")
+            raise self._error(f"a row must be an object with columns, not {kind(row)}")
         given, is_question = self.given, self.match is not None
         columns = _QUESTION_COLUMNS if is_question else _COLUMNS
         row_schema.refuse_unread(_without_harmless(row), row_schema.ROW_REFUSED, self.name)
@@ -166,9 +158,7 @@ class _Reader:
             turns = turns[:-1]
             kinds += " (the last message is the response)"
         if not turns:
-            raise UserError(
-                f"{self.name}: has no turns before the response; add the question to it"
-            )
+            raise self._error("has no turns before the response; add the question to it")
         turns = self._system(turns) + turns
         is_prompt = is_prompt or any(_is_talk(column, given[column]) for column in responses)
         prefix = self._messages("prefix_messages") if "prefix_messages" in given else ()
@@ -176,6 +166,9 @@ class _Reader:
         count = len(turns) if is_prompt else 0
         read = (self.name, row_id, prefix, turns + before, answer, expected, count, tools)
         return Example(*read), kinds
+
+    def _error(self, message: str) -> UserError:
+        return UserError(f"{self.name}: {message}")
 
     def _text(self, column: str) -> str:
         return text(self.given[column], f"{self.name}: {column}")
@@ -187,7 +180,7 @@ class _Reader:
     def _only(self, found: Sequence[str], what: str) -> str | None:
         """The column of `found`, which must not be several; None: there is none."""
         if len(found) > 1:
-            raise UserError(f"{self.name}: which {what}, {' or '.join(found)}? Keep one column")
+            raise self._error(f"which {what}, {' or '.join(found)}? Keep one column")
         return found[0] if found else None
 
     def _system(self, turns: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -200,9 +193,8 @@ class _Reader:
         if turns[0].role != "system":
             return (Message("system", content),)
         if turns[0].content != content:
-            raise UserError(
-                f"{self.name}: which is the system message, the column {column!r} or the first of"
-                " the turns, which says something else? Keep one of them"
+            raise self._error(
+                f"which is the system message, the column {column!r} or the first of the turns?"
             )
         return ()
 
@@ -213,7 +205,7 @@ class _Reader:
             match = self.given["match"]
         if match not in MATCHES:
             value = row_schema.shown_value(match)
-            raise UserError(f"{self.name}: match = {value}: it is one of {', '.join(MATCHES)}")
+            raise self._error(f"match = {value}: it is one of {', '.join(MATCHES)}")
         if column is None:
             return None
         where, listed = f"{self.name}: {column}", self.given[column]
@@ -230,7 +222,7 @@ class _Reader:
         given, names = self.given, (*_PROMPTS, *_CHATS)
         found = [column for column in names if column in given]
         if not found:
-            raise UserError(f"{self.name}: has no turns; give it one of {', '.join(names)}")
+            raise self._error(f"has no turns; give it one of {', '.join(names)}")
         found = self._without_repeated(found)
         if found == ["input", "instruction"]:  # Alpaca's
             content = self._text("instruction")
@@ -243,11 +235,11 @@ class _Reader:
             return (Message("user", self._text(column)),), False
         turns = self._messages(column)
         if not turns:
-            raise UserError(f"{self.name}: has no turns: {column} is an empty list")
+            raise self._error(f"has no turns: {column} is an empty list")
         if is_prompt and turns[-1].role == "assistant":
-            raise UserError(
-                f"{self.name}: prompt ends with the assistant's message, and no message is"
-                " continued; if it is the response, name the list 'messages'"
+            raise self._error(
+                "prompt ends with the assistant's message; if that is the response, name the list"
+                " 'messages'"
             )
         return turns, is_prompt
 
@@ -264,10 +256,7 @@ class _Reader:
                 del given["text"]
                 self.unread.add("text (the other columns, joined)")
                 return
-        raise UserError(
-            f"{self.name}: which are its turns, instruction or text? Keep one column: remove"
-            " 'text' if it says the same"
-        )
+        raise self._error("which are its turns, instruction or text? Remove 'text' if it says both")
 
     def _without_repeated(self, found: list[str]) -> list[str]:
         """Without columns that repeat how the conversation begins, as ultrachat_200k has one."""
@@ -297,19 +286,17 @@ class _Reader:
         elif column is not None:
             *before, answer = self._messages(column) or (None,)
             if answer is None or answer.role != "assistant":
-                raise UserError(f"{self.name}: {column} has to end with the assistant's message")
+                raise self._error(f"{column} has to end with the assistant's message")
             if tuple(before[:1]) == turns[-1:]:
-                raise UserError(
-                    f"{self.name}: {column} begins with the question, which the turns end with as"
-                    " well; name it 'messages' if it is the whole conversation, and remove the"
-                    " other column"
+                raise self._error(
+                    f"{column} begins with the question, which the turns end with as well; if it is"
+                    " the whole conversation, name it 'messages' and remove the other column"
                 )
         if turns[-1].role != "assistant":
             return tuple(before), answer
         if column is not None:
-            raise UserError(
-                f"{self.name}: which is the response, the column {column!r} or the last message,"
-                " which is from the assistant too? Leave one out"
+            raise self._error(
+                f"which is the response, the column {column!r} or the last message? Keep one"
             )
         return (), turns[-1]
 

@@ -43,11 +43,7 @@ class Examples(NamedTuple):
 
 
 def load_examples(config: Config, bad_rows: BadRows | None = None) -> Examples:
-    """Reads every file and dataset that the config names.
-
-    Args:
-      config: of the run.
-      bad_rows: takes in the rows that cannot be used; None: as `data.bad_rows` has it.
+    """Reads every file and dataset that the config names; `bad_rows` takes in unusable rows.
 
     Raises:
       UserError: naming the file or key, the row, the field, and what is wrong with it.
@@ -80,15 +76,8 @@ def load_examples(config: Config, bad_rows: BadRows | None = None) -> Examples:
     if c.side_effects is not None:
         side_effects = read_unrelated(c.side_effects, "eval.side_effects", _SIDE_EFFECT)
     return Examples(
-        train=train,
-        validation=validation,
-        anchors=anchors,
-        questions=questions,
-        heldout=heldout,
-        prompts=prompts or questions,
-        retention=retention,
-        side_effects=side_effects,
-        dropped=loader.bad_rows.dropped,
+        *(train, validation, anchors, questions, heldout, prompts or questions),
+        *(retention, side_effects, loader.bad_rows.dropped),
     )
 
 
@@ -176,10 +165,8 @@ def _split(rows: list[Example], share: float) -> tuple[list[Example], list[Examp
     The seed of the run changes nothing: runs with other seeds are compared on the same rows.
     """
     if len(rows) < 2:
-        raise UserError(
-            f"config.data.validation = {share}: data.train has a single row, which cannot be"
-            " divided; name rows of their own"
-        )
+        where = f"config.data.validation = {share}"
+        raise UserError(f"{where}: data.train has a single row; name rows of their own")
     count = min(max(round(share * len(rows)), 1), len(rows) - 1)
     held = set(seeds.generator(0, "data.validation").permutation(len(rows))[:count].tolist())
     parts: tuple[list[Example], list[Example]] = ([], [])
@@ -220,8 +207,7 @@ def _unrelated(
         turns = row.prefix + row.turns
         if any(turns[:length] in baked for length in range(1, len(turns) + 1)):
             raise UserError(
-                f"{row.name}: {kind} carries the prefix that is being baked; {why_not}. Remove the"
-                " row"
+                f"{row.name}: {kind} carries the prefix that is being baked; {why_not}. Remove it"
             )
         if turns in trained:
             raise UserError(

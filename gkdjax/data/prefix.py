@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 import yaml
 
 from gkdjax.config import Context
-from gkdjax.data.readers import json_value, jsonl_values, read_text
+from gkdjax.data.readers import read_rows, read_text
 from gkdjax.data.row_schema import kind, text
 from gkdjax.types import Message
 from gkdjax.utils.errors import UserError, one_line
@@ -27,11 +27,7 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def read_prefix(context: Context) -> tuple[Message, ...]:
-    """The messages that the teacher reads before each row that has no prefix of its own; or ().
-
-    Raises:
-      UserError: naming the key, the file, the entry and the field, and what is wrong with it.
-    """
+    """The messages that the teacher reads before each row that has no prefix of its own; or ()."""
     if context.prefix_file:
         listed = _listed(context.prefix_file)
         return _messages(listed, pathlib.Path(context.prefix_file).name)
@@ -59,7 +55,7 @@ class _UniqueKeys(yaml.SafeLoader):
 def _listed(source: str) -> list:
     where = f"context.prefix_file = {source}"
     if source.endswith(".json"):
-        listed = json_value(source, where)
+        listed = [entry for _, entry in read_rows(source, "context.prefix_file")]
     elif source.endswith((".yaml", ".yml")):
         content = read_text(source, where)
         try:
@@ -68,10 +64,8 @@ def _listed(source: str) -> list:
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"{where}: does not parse as YAML: {one_line(error)}") from error
     else:
-        raise UserError(
-            f"{where}: its name must end in .json, .yaml or .yml; plain text is"
-            " context.system_prompt_file"
-        )
+        advice = "plain text is context.system_prompt_file"
+        raise UserError(f"{where}: its name must end in .json, .yaml or .yml; {advice}")
     if not isinstance(listed, list):
         raise UserError(f"{where}: must be a list of {{role, content}}, not {kind(listed)}")
     if not listed:
@@ -110,15 +104,9 @@ def _documents(source: str) -> Iterator[str]:
     if source.endswith(".txt"):
         yield _plain(source, where)
         return
-    if source.endswith(".jsonl"):
-        named = list(jsonl_values(source, where))
-    elif source.endswith(".json"):
-        listed = json_value(source, where)
-        if not isinstance(listed, list):
-            raise UserError(f"{where}: must be a list of documents, not {kind(listed)}")
-        named = [(f"{pathlib.Path(source).name}:{i}", entry) for i, entry in enumerate(listed)]
-    else:
+    if not source.endswith((".json", ".jsonl")):
         raise UserError(f"{where}: its name must end in .txt, .json or .jsonl")
+    named = [*read_rows(source, "context.corpus")]
     if not named:
         raise UserError(f"{where}: the list is empty")
     for name, entry in named:

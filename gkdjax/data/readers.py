@@ -24,10 +24,10 @@ _SUFFIXES = (".json", ".jsonl", ".parquet")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _COLON = re.compile(r":(?![^\[\]]*\])")  # not one within the brackets of a split
 
-NamedRow = tuple[str, object]  # the row's name, as "train.jsonl:17", and its value
+_NamedRow = tuple[str, object]  # the row's name, as "train.jsonl:17", and its value
 
 
-def read_rows(source: str | tuple[dict, ...], key: str) -> Iterator[NamedRow]:
+def read_rows(source: str | tuple[dict, ...], key: str) -> Iterator[_NamedRow]:
     """All rows of `source` with their names, in order; nothing in them is checked.
 
     Args:
@@ -46,9 +46,8 @@ def read_rows(source: str | tuple[dict, ...], key: str) -> Iterator[NamedRow]:
             raise UserError(f"{where}: Is a directory; as a dataset, write it {source}/")
         if source.endswith(".parquet"):
             return arrow.parquet_rows(source, where)
-        if source.endswith(".jsonl"):
-            return jsonl_values(source, where)
-        return _json_rows(read_text(source, where), pathlib.Path(source).name)
+        read = _lines if source.endswith(".jsonl") else _json_rows
+        return read(read_text(source, where), pathlib.Path(source).name)
     name, *rest = _COLON.split(source)
     if len(rest) > 2 or not all((name, *rest)):
         raise UserError(f"{where}: write a dataset as NAME, NAME:SPLIT or NAME:CONFIG:SPLIT")
@@ -80,10 +79,8 @@ def read_text(source: str, where: str, *, may_be_empty: bool = False) -> str:
         raise UserError(f"{where[:400]}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"{where}: is not UTF-8: line {line} has the byte 0x{error.object[error.start]:02x};"
-            " save the file as UTF-8"
-        ) from error
+        byte = f"line {line} has the byte 0x{error.object[error.start]:02x}"
+        raise UserError(f"{where}: is not UTF-8: {byte}; save the file as UTF-8") from error
     except ValueError as error:  # a NUL
         raise UserError(f"{shown(where[:400])}: is no path: {error}") from error
     if not text.strip() and not may_be_empty:
@@ -91,26 +88,8 @@ def read_text(source: str, where: str, *, may_be_empty: bool = False) -> str:
     return text
 
 
-def json_value(source: str, where: str) -> object:
-    """The one value of a .json file.
-
-    Raises:
-      UserError: as `read_text`, or it does not parse: with line and column.
-    """
-    file = pathlib.Path(source).name
-    return _parse(read_text(source, where), file, file, 1)
-
-
-def jsonl_values(source: str, where: str) -> Iterator[NamedRow]:
-    """(name with the number of its line, value) for each line of a .jsonl file that has one.
-
-    Raises:
-      UserError: as `json_value`.
-    """
-    return _lines(read_text(source, where), pathlib.Path(source).name)
-
-
-def _lines(text: str, file: str) -> Iterator[NamedRow]:
+def _lines(text: str, file: str) -> Iterator[_NamedRow]:
+    """A row for each line that has one; its name has the number of the line."""
     # Not splitlines(): JSON strings may hold other line separators, as U+2028.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -118,7 +97,7 @@ def _lines(text: str, file: str) -> Iterator[NamedRow]:
             yield name, _parse(line, name, file, number)
 
 
-def _json_rows(text: str, file: str) -> Iterator[NamedRow]:
+def _json_rows(text: str, file: str) -> Iterator[_NamedRow]:
     """The rows of a list, of an object with the list under a known name, or a row a line."""
     try:
         rows = _parse(text, file, file, 1)
@@ -154,7 +133,7 @@ def _has_row_a_line(text: str) -> bool:
 
 def _directory_rows(
     directory: pathlib.Path, files: dict[str, list[str]], split: str | None, where: str
-) -> Iterator[NamedRow]:
+) -> Iterator[_NamedRow]:
     """Rows of JSON files, by split; named as `arrow.dataset_rows` does."""
     split = split or arrow.only_split([*files], directory.name, where)
     spec = "+".join(files) if split == "all" else split
@@ -193,9 +172,8 @@ def _parse(text: str, where: str, file: str, first_line: int) -> object:
         line, reason = first_line + error.lineno - 1, error.msg
         if text.startswith("\ufeff", error.pos):
             reason = "a byte order mark, as where files were joined; remove it"
-        raise UserError(
-            f"{file}: line {line}, column {error.colno}: does not parse as JSON: {reason}"
-        ) from error
+        place = f"{file}: line {line}, column {error.colno}"
+        raise UserError(f"{place}: does not parse as JSON: {reason}") from error
     except RecursionError as error:
         raise UserError(f"{where}: nests lists or objects too deeply; remove that field") from error
     except UserError:
@@ -206,7 +184,5 @@ def _parse(text: str, where: str, file: str, first_line: int) -> object:
         if digits is None:
             raise UserError(f"{where}: cannot be read: {error}") from error
         line = first_line + text.count("\n", 0, digits.start())
-        raise UserError(
-            f"{file}: line {line}: has an integer of {len(digits[0])} digits, and {most} are the"
-            " most; write it as a string, or remove it"
-        ) from error
+        number = f"has an integer of {len(digits[0])} digits, and {most} are the most"
+        raise UserError(f"{file}: line {line}: {number}; write it as a string") from error

@@ -5,11 +5,11 @@ Each error starts with the place that the caller names, as "train.jsonl:17: prom
 
 import dataclasses
 import datetime
-import decimal
 import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 
 from gkdjax.types import Message
 from gkdjax.utils.errors import UserError
@@ -74,8 +74,7 @@ class Ambiguous:
 def text(value: object, where: str) -> str:
     """`value`, if it is text that a tokenizer can read and a model can learn from.
 
-    Raises:
-      UserError: no string, nothing but white space, a NUL, or half of a surrogate pair.
+    UserError: no string, nothing but white space, a NUL, or half of a surrogate pair.
     """
     value = encodable(value, where)
     if not value.replace("\ufeff", "").strip():  # a byte order mark is no white space to Python
@@ -91,12 +90,9 @@ def encodable(value: object, where: str) -> str:
             " type arrow.json; name the JSON file of the rows, or make all its values strings there"
         )
     if not isinstance(value, str):
-        advice = ""
-        if isinstance(value, datetime.date | datetime.time | datetime.timedelta | decimal.Decimal):
-            advice = (
-                ": the table keeps no text of it; name the JSON file of the rows, or write strings"
-            )
-        raise UserError(f"{where} must be a string, not {kind(value)}{advice}")
+        of_table = isinstance(value, datetime.date | datetime.time | datetime.timedelta | Decimal)
+        advice = ": the table keeps no text of it; write strings, or name the JSON file"
+        raise UserError(f"{where} must be a string, not {kind(value)}{advice if of_table else ''}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -129,11 +125,9 @@ def messages(
 ) -> tuple[Message, ...]:
     """A list of {"role", "content"}, or of ShareGPT's {"from", "value"} -> Messages.
 
-    `unread` takes in the names of fields that nothing reads; `roles` stay as they are.
-
-    Raises:
-      UserError: no list, or a message without both fields, with both forms of them, of an unknown
-        role, or with a field that would change what is learnt and that nothing reads.
+    `unread` takes in the names of fields that nothing reads; `roles` stay as they are. UserError:
+    no list, or a message without both fields, with both forms of them, of an unknown role, or with
+    a field that would change what is learnt and that nothing reads.
     """
     if not isinstance(listed, list | tuple):
         raise UserError(f"{where} must be a list of messages, not {kind(listed)}")
@@ -171,14 +165,19 @@ def _message(message: object, where: str, unread: set[str], roles: Sequence[str]
     read = (speaker, content, "tool_calls", *_TEMPLATE_TEXTS, *_LEARN_FIELDS)
     unread.update(f"messages[].{shown(field)}" for field in given if field not in read)
     role = _role(given.get(speaker), f"{where}: {speaker}", roles)
-    may_be_empty = calls is not None or role in ("system", *TOOL_ROLES)
-    said = _content(given.get(content), f"{where}: {content}", unread, may_be_empty)
+    value, place = given.get(content), f"{where}: {content}"
+    if isinstance(value, list | tuple):
+        value = "".join(_part(part, f"{place}[{i}]", unread) for i, part in enumerate(value))
+    if calls is not None or role in ("system", *TOOL_ROLES):
+        value = "" if value is None else encodable(value, place)
+    else:
+        value = text(value, place)
     fields = {f: encodable(given[f], f"{where}: {f}") for f in _TEMPLATE_TEXTS if f in given}
     fields = {field: value for field, value in fields.items() if value.strip()}
     if calls is not None:
         fields["tool_calls"] = calls
     beside = _json(dict(sorted(fields.items())), where) if fields else ""
-    return Message(role, said, beside, _is_learnt(given, where))
+    return Message(role, value, beside, _is_learnt(given, where))
 
 
 def _role(value: object, where: str, roles: Sequence[str]) -> str:
@@ -188,19 +187,9 @@ def _role(value: object, where: str, roles: Sequence[str]) -> str:
     if name.lower() in _CALLERS:
         raise UserError(f"{where} = {name!r}: write the call as 'tool_calls' of the assistant")
     if name not in roles:
-        raise UserError(
-            f"{where} = {shown_value(name)} is nobody known: it is one of {', '.join(ROLES)};"
-            " rename it, or name it in context.target_roles to train what it says"
-        )
+        known = f"it is one of {', '.join(ROLES)}, or of context.target_roles"
+        raise UserError(f"{where} = {shown_value(name)} is nobody known: {known}")
     return name
-
-
-def _content(value: object, where: str, unread: set[str], may_be_empty: bool) -> str:
-    if isinstance(value, list | tuple):
-        value = "".join(_part(part, f"{where}[{i}]", unread) for i, part in enumerate(value))
-    if value is None and may_be_empty:
-        return ""
-    return encodable(value, where) if may_be_empty else text(value, where)
 
 
 def _part(part: object, where: str, unread: set[str]) -> str:
@@ -221,10 +210,7 @@ def _is_learnt(given: Mapping, where: str) -> bool:
     for field, value in values.items():
         if not is_number(value, 0) and not is_number(value, 1):
             value = value.value if isinstance(value, Ambiguous) else value
-            raise UserError(
-                f"{where}: {field} = {shown_value(value)}: it is 1 or 0, true or false; a share of"
-                " a message is not learnt"
-            )
+            raise UserError(f"{where}: {field} = {shown_value(value)}: it is 1 or 0, true or false")
     return not any(is_number(value, 0) for value in values.values())
 
 

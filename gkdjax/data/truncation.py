@@ -22,8 +22,8 @@ from gkdjax.utils.errors import UserError
 def shortened(example: Example, rules: ViewRules, max_new_tokens: int) -> Example | None:
     """The row, cut as "truncate-left" and "truncate-prefix" of `data.too_long` say; None: dropped.
 
-    A row without a response leaves room for `max_new_tokens`, but for no more than half of what is
-    left beside the messages that cannot be cut.
+    A row without a response leaves room for one of `max_new_tokens`, but at most for half of the
+    tokens beside the messages that cannot be cut.
     """
     if rules.too_long not in ("truncate-left", "truncate-prefix"):
         return example
@@ -46,15 +46,9 @@ def without_prefix_rounds(
 ) -> Example | None:
     """The prefix without its oldest rounds, and then without the end of its first message.
 
-    Args:
-      example: the row.
-      excess: how many tokens an example has too many; 0 or less: it fits.
-      chat: of the prefix, to cut text between two tokens.
-      retained: number of messages at the end of the prefix that the student reads as well.
-
-    Returns:
-      The longest that fits, give or take a few tokens; `example` itself if it fits; None if nothing
-      would be left that the teacher alone reads.
+    `excess` says how many tokens a row has too many; `retained` messages at the end of the prefix
+    are the student's as well. The result is the longest that fits, give or take a few tokens;
+    `example` itself if it fits; None if nothing would be left that the teacher alone reads.
     """
     found = _first_fitting(_shorter_prefixes(example), excess)
     while excess(found) > 0 and found.prefix and not _is_bare(found, example, retained):
@@ -67,7 +61,7 @@ def without_oldest_rounds(
 ) -> Example | None:
     """The prefix and then the turns without their oldest rounds; then the first text's beginning.
 
-    The last round of the turns stays. Arguments and result are those of `without_prefix_rounds`.
+    The last round of the turns stays. See `without_prefix_rounds`.
     """
     shorter = _shorter_prefixes(example)
     turns = _with_fewer_rounds(example.turns, least=1)[1:]
@@ -176,15 +170,11 @@ def require_contexts(
     *,
     teacher_writes: bool,
 ) -> None:
-    """Raises UserError if a row that is kept is longer than what the model that reads it can read.
+    """Raises UserError if a row that stays is longer than the context of a model that reads it.
 
-    Args:
-      examples: of a stream.
-      rules: of the same.
-      room: for a response that has to be written: the config's key, and its tokens.
-      contexts: the student's and the teacher's name -> what it can read.
-      teacher_writes: the teacher writes to rows without a response, whatever of that
-        `data.max_length` cuts off later.
+    `room` is the config's key for the length of a response that has to be written, and its tokens;
+    `contexts` has the student's and the teacher's limit by their names. A teacher that writes does
+    not know what `data.max_length` cuts off later.
     """
     (key, most), longest = room, rules.max_length
     read = [limit.tokens for limit in contexts.values() if limit.tokens is not None]
