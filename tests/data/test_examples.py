@@ -37,23 +37,14 @@ def _nested(levels):
 
 
 def test_rows_of_the_config_are_named_by_its_key():
-    rows = (
-        {"prompt": "hi"},
-        {"prompt": "hi", "response": " yo "},
-        {"turns": [_HI], "prefix_messages": [_turn("system", "s")]},
-        {"messages": [_HI, _ANSWER]},
-        {"messages": [_HI, _ANSWER, _turn("user", "so?")], "response": None},
-        {"prompt": "hi", "response": 7},
-    )
-    more = (*_ASK, _YO, Message("user", "so?"))
+    system = _turn("system", "s")
+    rows = ({"turns": [_HI], "prefix_messages": [system]}, {"messages": [_HI, _ANSWER, _HI]})
     assert read_examples(rows, "data.train") == [
-        Example("data.train:0", 0, (), _ASK, None, None),
-        Example("data.train:1", 1, (), _ASK, Message("assistant", " yo "), None),
-        Example("data.train:2", 2, (Message("system", "s"),), _ASK, None, None),
-        Example("data.train:3", 3, (), _ASK, _YO, None),
-        Example("data.train:4", 4, (), more, None, None),
-        Example("data.train:5", 5, (), _ASK, Message("assistant", "7"), None),
+        Example("data.train:0", 0, (Message("system", "s"),), _ASK, None, None),
+        Example("data.train:1", 1, (), (*_ASK, _YO, *_ASK), None, None),
     ]
+    with pytest.raises(UserError, match=r"^data.train: holds no rows"):
+        read_examples((), "data.train")
 
 
 def test_rows_of_files_are_named_by_line_or_index(tmp_path):
@@ -227,11 +218,6 @@ def test_bad_rows_are_refused_by_name(row, expected):
         read_examples(({"prompt": "fine"}, row), "data.train")
 
 
-def test_no_rows_in_the_config_are_refused():
-    with pytest.raises(UserError, match=r"^data.train: holds no rows"):
-        read_examples((), "data.train")
-
-
 _PARTS = [{"type": "text", "text": "h"}, {"type": "text", "text": "i", "image_url": None}]
 _KEPT = " a\r\nb \N{PARTY POPPER}\N{ZERO WIDTH JOINER} \n"
 _TALK = [_turn("system", "s"), _HI, _ANSWER]
@@ -257,10 +243,8 @@ _TALK = [_turn("system", "s"), _HI, _ANSWER]
         ({"system": " ", "prompt": "hi"}, "hi", 0, None),
         ({"instruction": "a", "input": "b", "output": "yo"}, "a\n\nb", 0, "yo"),
         ({"instruction": "a", "input": " ", "output": "yo"}, "a", 0, "yo"),
-        (
-            {"instruction": "a", "input": "b", "output": "yo", "text": "Do a:\nIn: b\nOut: yo\n"},
-            *("a\n\nb", 0, "yo"),
-        ),
+        ({"instruction": "a", "output": "yo", "text": "Do a:\nOut: yo\n"}, "a", 0, "yo"),
+        ({"prompt": "hi", "response": 7}, "hi", 0, "7"),
         ({"messages": [_HI, _turn("gpt", "so: 4")], "answer": "4"}, "hi", 0, "so: 4"),
         ({"messages": [_turn("system", ""), _HI, _ANSWER]}, "hi", 0, "yo"),
         ({"messages": [_turn(content=_PARTS)]}, "hi", 0, None),
@@ -268,19 +252,14 @@ _TALK = [_turn("system", "s"), _HI, _ANSWER]
         ({"prompt": [_HI, _turn("gpt", "a"), _turn(content="b")]}, "hi a b", 3, None),
         ({"prompt": [_HI], "completion": [_ANSWER]}, "hi", 1, "yo"),
         ({"prompt": "hi", "completion": [_ANSWER]}, "hi", 1, "yo"),
-        (
-            {"system": "s", "prompt": [_HI], "completion": [_turn("gpt", "a"), _HI, _ANSWER]},
-            *("s hi a hi", 2, "yo"),
-        ),
+        ({"prompt": [_HI], "completion": [_ANSWER, _HI, _ANSWER]}, "hi yo hi", 1, "yo"),
+        ({"system": "s", "prompt": [_HI], "completion": [_ANSWER]}, "s hi", 2, "yo"),
         # The chosen one is what is learnt anyway.
         ({"messages": _TALK, "chosen": _TALK, "rejected": [_turn()]}, "s hi", 0, "yo"),
         # The prompt only repeats how the conversation begins.
         ({"prompt": "hi", "messages": _TALK}, "s hi", 0, "yo"),
         ({"prompt": _TALK[:2], "messages": _TALK}, "s hi", 0, "yo"),
-        (
-            {"prompt": "hi ", "conversations": [{"from": "human", "value": " hi\n"}, _ANSWER]},
-            *(" hi\n", 0, "yo"),
-        ),
+        ({"prompt": "hi ", "conversations": [{"from": "human", "value": " hi"}]}, " hi", 0, None),
     ],
 )
 def test_columns_and_lists_with_one_clear_meaning(row, turns, given, response):
@@ -429,7 +408,7 @@ def test_questions_expect_one_answer_or_several_compared_as_they_say(column):
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "expected"),
     [
         ({"answer": "a", "target": "b"}, "which is the answer, answer or target"),
         ({"answer": []}, "answer is an empty list; name at least one"),
@@ -441,6 +420,6 @@ def test_questions_expect_one_answer_or_several_compared_as_they_say(column):
         ({"answer": "a", "output": "b", "response": "c"}, "which is the response, response or out"),
     ],
 )
-def test_answers_that_cannot_be_meant_are_refused(row, told):
-    with pytest.raises(UserError, match=rf"^x:0: {told}"):
+def test_answers_that_cannot_be_meant_are_refused(row, expected):
+    with pytest.raises(UserError, match=rf"^x:0: {expected}"):
         _one({"question": "hi", **row}, match="exact")

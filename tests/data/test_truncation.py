@@ -51,16 +51,12 @@ def _shown(example: Example | None) -> str | None:
     ("prefix", "most", "expected"),
     [
         ("s1 u1 a1 u2 a2", 12, "s1 u1 a1 u2 a2"),
-        ("s1 u1 a1 u2 a2", 11, "s1 u2 a2"),
         ("s1 u1 a1 u2 a2", 8, "s1 u2 a2"),
         ("s1 u1 a1 u2 a2", 7, "s1"),
         ("s1 u1 a1 u2 a2", 3, "s"),
         ("s1 u1 a1 u2 a2", 2, None),  # nothing is left that the student would not read as well
-        ("s1 u1 a1 u2 a2", 1, None),
-        ("s1 s2 u1 a1", 6, "s1 s2"),
         ("s1 s2 u1 a1", 5, "s s2"),
         ("s1 s2 u1 a1", 4, "s2"),
-        ("s1 s2 u1 a1", 3, "s"),
         ("u1 a1 t1 u2 a2 a3", 12, "u2 a2 a3"),  # a round is all up to the next question
         ("u1 a1 u2 a2", 6, "u2 a2"),
         ("u1 a1 u2 a2", 5, "u a2"),
@@ -81,19 +77,15 @@ def test_the_prefix_loses_rounds_then_the_end_of_its_first_text(prefix, most, ex
     ("prefix", "turns", "most", "expected"),
     [
         ("s1 u1 a1", "s2 u2 a2 u3", 14, "s1 u1 a1 | s2 u2 a2 u3"),
-        ("s1 u1 a1", "s2 u2 a2 u3", 13, "s1 | s2 u2 a2 u3"),
         ("s1 u1 a1", "s2 u2 a2 u3", 9, "s1 | s2 u3"),
         ("s1 u1 a1", "s2 u2 a2 u3", 5, "1 | s2 u3"),
         ("s1 u1 a1", "s2 u2 a2 u3", 4, None),  # nothing is left that only the teacher reads
-        ("", "s2 u2 a2 u3", 4, " | s2 u3"),
         ("", "s2 u2 a2 u3", 3, " | 2 u3"),
         ("", "s2 u2 a2 u3", 2, " | u3"),
         ("", "s2 u2 a2 u3", 1, " | 3"),
         ("", "s2 u2 a2 u3", 0, None),
-        ("u1 a1 u2 a2", "u3", 6, "u2 a2 | u3"),
         ("u1 a1 u2 a2", "u3", 5, "2 a2 | u3"),
         ("u1 a1 u2 a2", "u3", 4, None),  # an answer alone answers nothing
-        ("", "u1 u2abc", 5, " | u2abc"),
         ("", "u1 u2abc", 4, " | 2abc"),
         ("", "s1", 1, " | 1"),
         ("", "s1", 0, None),
