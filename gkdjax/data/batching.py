@@ -33,7 +33,7 @@ class BatchShape(NamedTuple):
 
 
 class CachedTargets(NamedTuple):
-    """What the teacher predicted while it wrote a batch: it need not read those rows again."""
+    """The teacher's predictions while it wrote a batch: it need not read those rows again."""
 
     targets: TopKTargets  # NumPy
     known_B: np.ndarray  # bool, the rows that have such targets

@@ -34,7 +34,7 @@ def history_as_prefix(
     other, with the results of tools, stay in one Example. Answers that are not to be learnt
     (`Message.learn`, `Example.given`, other `roles`) are history alone.
 
-    All get new `row_id`s. With `last_only` there is only the last turn of each row, for prompts of
+    All get new `row_id`s. If `last_only`, there is only the last turn of each row, for prompts of
     the evaluation. `bad_rows` takes in conversations that begin with the assistant.
     """
     made: list[Example] = []

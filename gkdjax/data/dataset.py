@@ -84,7 +84,7 @@ class DistillDataset:
         """Renders all rows; UserError if one of them must not be dropped, or none is left.
 
         `purpose` is the config's key of the rows, as "data.train"; `bad_rows` takes in those that
-        the chat template refuses. With `own_responses`, rows are rendered with theirs at once.
+        the chat template refuses. If `own_responses`, rows are rendered with theirs at once.
         """
         c, self._config, self._batch_size = config.rollout, config, batch_size
         self.purpose, self.rules, self.seed = purpose, rules, config.train.seed
@@ -126,7 +126,7 @@ class DistillDataset:
         return any(not np.array_equal(*row.prompts) for row in self._rows)
 
     def prompts_by_prefix(self, others: Sequence[Example]) -> list[list[np.ndarray]]:
-        """What the teacher reads before a target, by prefix; of `others` before the response."""
+        """The teacher's prompts up to their first target, by prefix; those of `others` whole."""
         groups = self._untargeted_prompts()
         for example in others:
             groups[example.prefix].append(self.rules.prompts(example)[1])
@@ -137,7 +137,6 @@ class DistillDataset:
         return list({row.example.row_id: row.example for row in self._rows}.values())
 
     def needs_responses(self) -> bool:
-        """Whether any row comes without a response."""
         return any(row.example.answer is None for row in self._rows)
 
     def needs_scores(self) -> bool:
@@ -222,14 +221,13 @@ class DistillDataset:
         return self._order.rows(step)
 
     def names(self, step: int) -> list[str]:
-        """The names of the rows of a step's batch."""
         return [self._rows[row].example.name for row in self.batch_rows(step)]
 
     def example(self, row: int) -> Example:
         return self._rows[row].example
 
     def prompt(self, row: int, who: str) -> Prompt:
-        """What "teacher" or "student" is given to write the completion of a row."""
+        """The prompt of a row, for "teacher" or "student"."""
         example, ids = self._rows[row].example, self._rows[row].prompts[who == "teacher"]
         prefix, number = len(example.prefix), self._rows[row].number
         messages = example.prefix + example.turns

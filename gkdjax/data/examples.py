@@ -30,7 +30,7 @@ _MOST_SHOWN = 3  # reasons, and names of rows for each, in a message about bad r
 
 
 class BadRows:
-    """What becomes of rows that cannot be used (`data.bad_rows`).
+    """Collects rows that cannot be used, and refuses or drops them (`data.bad_rows`).
 
     Attributes:
       dropped: the config's key of a source -> the names of its rows that were dropped.

@@ -82,7 +82,7 @@ def load_examples(config: Config, bad_rows: BadRows | None = None) -> Examples:
 
 
 def fingerprints(examples: Examples) -> dict[str, dict[str, int]]:
-    """What makes runs comparable: of each set that is asked, {"rows", "crc32" of their content}."""
+    """Set that is asked -> {"rows", "crc32" of their content}: equal in comparable runs."""
     sets = {
         "questions": examples.questions,
         "heldout": examples.heldout,
@@ -127,17 +127,15 @@ class _Loader:
         rows = [] if source is None else self.read(source, key, question=True)
         return self.with_prefix(rows, key, last_only=True) if rows else []
 
-    def with_prefix(
-        self, rows: list[Example], key: str, *, last_only: bool = False
-    ) -> list[Example]:
-        """With their history as the prefix, if wanted; a row's own wins, unless it is empty."""
+    def with_prefix(self, rows: list[Example], key: str, last_only: bool = False) -> list[Example]:
+        """Rows with their history as the prefix, if wanted; a row's own prefix stays."""
         if self.config.context.history_as_prefix:
             roles = self.config.context.target_roles
             rows = history_as_prefix(rows, key, roles, self.bad_rows, last_only=last_only)
         return [dataclasses.replace(row, prefix=row.prefix or self.prefix) for row in rows]
 
     def train_and_validation(self) -> tuple[list[Example], list[Example]]:
-        """Conversations stay whole: what is said in one is not in the other's history."""
+        """Both sets of rows; a conversation is in one of them, with all of its history."""
         validation = self.config.data.validation
         train, held = self.read(self.config.data.train, "data.train"), []
         if isinstance(validation, float):
@@ -145,9 +143,7 @@ class _Loader:
         elif validation is not None:
             held = self.read(validation, "data.validation")
         train = self.with_prefix(train, "data.train")
-        if not held:
-            return train, []
-        held = self.with_prefix(held, "data.validation")
+        held = self.with_prefix(held, "data.validation") if held else []
         trained = {(row.prefix, row.turns) for row in train}
         both = [row.name for row in held if (row.prefix, row.turns) in trained]
         if both:

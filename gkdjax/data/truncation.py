@@ -1,8 +1,7 @@
 """Rows that are too long lose their oldest messages, or are refused.
 
-Whole messages go first, so that templates still work. A round is a message by the user and what
-follows it, up to the user's next one. System messages at the beginning belong to no round, and go
-last.
+Whole rounds go first, so that templates still work: a message by the user and all up to the user's
+next one. System messages at the beginning belong to no round, and go last.
 """
 
 import bisect
