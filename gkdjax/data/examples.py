@@ -145,7 +145,8 @@ class _Reader:
         self.unread.update(shown(column) for column in row if column not in columns)
         given.update((c, row[c]) for c in columns if c in row and row[c] is not None)
         self._drop_joined_text()
-        turns, is_prompt = self._turns()
+        self._drop_repeated()
+        turns = self._turns()
         if not is_question and "answer" in given and turns[-1].role == "assistant":
             del given["answer"]  # the result of the last message
             self.unread.add("answer (beside a response)")
@@ -160,6 +161,7 @@ class _Reader:
         if not turns:
             raise self._error("has no turns before the response; add the question to it")
         turns = self._system(turns) + turns
+        is_prompt = isinstance(given.get("prompt"), list | tuple)
         is_prompt = is_prompt or any(_is_talk(column, given[column]) for column in responses)
         prefix = self._messages("prefix_messages") if "prefix_messages" in given else ()
         tools = row_schema.tools(given["tools"], f"{self.name}: tools") if "tools" in given else ""
@@ -217,31 +219,27 @@ class _Reader:
         check_patterns(expected, where)
         return expected
 
-    def _turns(self) -> tuple[tuple[Message, ...], bool]:
-        """The turns, and whether they are a prompt as a list, which is read and never learnt."""
+    def _turns(self) -> tuple[Message, ...]:
         given, names = self.given, (*_PROMPTS, *_CHATS)
         found = [column for column in names if column in given]
         if not found:
             raise self._error(f"has no turns; give it one of {', '.join(names)}")
-        found = self._without_repeated(found)
         if found == ["input", "instruction"]:  # Alpaca's
             content = self._text("instruction")
             if not is_nothing(given["input"]):
                 content += "\n\n" + self._text("input")
-            return (Message("user", content),), False
+            return (Message("user", content),)
         column = self._only(found, "are its turns")
         is_prompt = column == "prompt" and isinstance(given[column], list | tuple)
         if column in _PROMPTS and not is_prompt:
-            return (Message("user", self._text(column)),), False
+            return (Message("user", self._text(column)),)
         turns = self._messages(column)
         if not turns:
             raise self._error(f"has no turns: {column} is an empty list")
         if is_prompt and turns[-1].role == "assistant":
-            raise self._error(
-                "prompt ends with the assistant's message; if that is the response, name the list"
-                " 'messages'"
-            )
-        return turns, is_prompt
+            advice = "if that is the response, name the list 'messages'"
+            raise self._error(f"prompt ends with the assistant's message; {advice}")
+        return turns
 
     def _drop_joined_text(self) -> None:
         """Drops Alpaca's `text`: its other columns in a prompt, with the output at the end."""
@@ -258,22 +256,22 @@ class _Reader:
                 return
         raise self._error("which are its turns, instruction or text? Remove 'text' if it says both")
 
-    def _without_repeated(self, found: list[str]) -> list[str]:
-        """Without columns that repeat how the conversation begins, as ultrachat_200k has one."""
-        given, chats = self.given, [column for column in found if column in _CHATS]
-        if len(found) == 1 or len(chats) != 1 or not isinstance(given[chats[0]], list | tuple):
-            return found
+    def _drop_repeated(self) -> None:
+        """Drops columns that repeat how the conversation begins, as ultrachat_200k has one."""
+        given = self.given
+        prompts, chats = ([c for c in names if c in given] for names in (_PROMPTS, _CHATS))
+        if not prompts or len(chats) != 1 or not isinstance(given[chats[0]], list | tuple):
+            return
         messages = self._messages(chats[0])
         first = next((m.content.strip() for m in messages if m.role != "system"), "")
-
-        def repeats(column: str) -> bool:
+        for column in prompts:
             value = given[column]
+            repeats = isinstance(value, str) and value.strip() == first != ""
             if column == "prompt" and isinstance(value, list | tuple):
                 prompt = self._messages(column)
-                return bool(prompt) and prompt == messages[: len(prompt)]
-            return isinstance(value, str) and value.strip() == first != ""
-
-        return [column for column in found if column in chats or not repeats(column)]
+                repeats = bool(prompt) and prompt == messages[: len(prompt)]
+            if repeats:
+                del given[column]
 
     def _answer(
         self, found: list[str], turns: tuple[Message, ...]

@@ -8,7 +8,6 @@ import pytest
 from gkdjax.data import conversations
 from gkdjax.data.examples import BadRows, read_examples
 from gkdjax.data.loss_mask import TargetRules
-from gkdjax.data.views import ViewRules
 from gkdjax.types import Example, Expected, Message
 from gkdjax.utils.errors import UserError
 
@@ -80,30 +79,6 @@ def test_names_ids_and_answers_of_parts():
     assert {e.expected.any_of for e in made} == {("yes",)}
     with pytest.raises(UserError, match=r"^data\.train:1: context\.history_as_prefix: the first"):
         _with_history(_rows("u1 a1", "a1 u1 a2"))
-
-
-@pytest.mark.parametrize(
-    ("retained", "student_reads"),
-    [
-        (0, ["u1 a1", "u2 a2 a3", "u3 a4"]),
-        (2, ["s u1 a1", "u1 a1 u2 a2 a3", "a2 a3 u3 a4"]),
-        (99, ["s u1 a1", "s u1 a1 u2 a2 a3", "s u1 a1 u2 a2 a3 u3 a4"]),
-    ],
-)
-def test_each_answer_is_a_target_once_and_the_student_reads_the_retained_turns(
-    chat_of, retained, student_reads
-):
-    chat, talk = chat_of("chatml"), "s u1 a1 u2 a2 a3 u3 a4"
-    rules = ViewRules(chat, chat, retained, TargetRules(("assistant",)), 1000, "drop")
-    pairs = [rules.pair(example, None)[0] for example in _with_history(_rows(talk))]
-    for pair, words in zip(pairs, student_reads, strict=True):
-        for view, read in (
-            (pair.student, words),
-            (pair.teacher, talk[: talk.index(words[-2:]) + 2]),
-        ):
-            whole, _ = chat.render(_messages(read), (False,) * len(read.split()), "all")
-            assert list(view.ids) == list(whole[: len(view.ids)])
-    assert [chat.decode(pair.target_ids) for pair in pairs] == ["a1", "a2a3", "a4"]
 
 
 @pytest.mark.parametrize(

@@ -204,16 +204,6 @@ def test_only_rows_that_may_lose_their_beginning_do(chat, chat_of):
     assert bare < max(rules.lengths(truncation.shortened(row, rules, 1000))) <= bare + 10
 
 
-@pytest.mark.parametrize("retained", [2, 99])
-def test_the_student_retains_the_end_of_a_shorter_prefix(chat, retained):
-    (row,) = _rows("yes")
-    rules = _rules(chat, retained=retained)
-    rules = dataclasses.replace(rules, max_length=max(rules.lengths(row)) - 1)
-    pair, _ = rules.pair(truncation.shortened(row, rules, 5), None)
-    read = chat.decode(pair.student.ids)
-    assert "two?" in read and "one?" not in read and ("a.b" in read) == (retained == 99)
-
-
 @pytest.mark.parametrize(
     ("context", "expected"),
     [
