@@ -18,9 +18,9 @@ SPECIAL = ("<eos>", "<turn|>")
 TEXT = ["the cat's café — naïve 狐狸 🦊🦊", "x = 1\n\n\tprint(x)  # ▁ Ġ", "the the cat cat 狐狸"]
 
 
-def fast(inner, decoder, special=SPECIAL):
+def fast(inner, decoder):
     inner.decoder = decoder
-    inner.add_special_tokens([AddedToken(token, special=True) for token in special])
+    inner.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner)
 
 
@@ -47,88 +47,83 @@ def byte_fallback(decoder=GEMMA, pieces=PIECES, byte_tokens=range(256)):
     return fast(Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True)), decoder)
 
 
-MADE = {
-    "byte level": byte_level,
-    "byte fallback": byte_fallback,
-    "byte fallback, stripped": lambda: byte_fallback(LLAMA2),
-    "metaspace": lambda: byte_fallback(decoders.Metaspace(), byte_tokens=()),
-    "plain": factories.tokenizer,
-    "no decoder": lambda: fast(Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[])), None),
-}
-
-
 def decoded(tokenizer, ids):
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def check(tokenizer):
+def check(tokenizer) -> TokenMap:
     """Every id reads as the tokenizer reads it, and leads back to itself or nowhere."""
     tokens, names = TokenMap(tokenizer), {i: name for name, i in tokenizer.get_vocab().items()}
     before = tokenizer.get_vocab()[SPECIAL[0]]  # some decoders strip the start of a text
-    for i in names:
+    counts = collections.Counter(map(tokens.string, names))
+    for i, name in names.items():
         text = tokens.string(i)
         whole, alone = decoded(tokenizer, [before, i]), decoded(tokenizer, [before])
         if tokenizer.backend_tokenizer.decoder is None:  # then it puts spaces between tokens
             alone += " "
         assert whole == alone + text, (i, text)
-        assert tokens.of_string(text) in (i, None) or BYTE_TOKEN.fullmatch(names[i])
         assert tokens.is_whole(i) == ("\ufffd" not in text)
-    texts = collections.Counter(map(tokens.string, names))
-    return tokens, [i for i in names if texts[tokens.string(i)] == 1]
+        found = tokens.of_string(text)
+        assert found in (i, None) or BYTE_TOKEN.fullmatch(name)
+        if counts[text] == 1 and tokens.is_whole(i) and text:
+            assert found == tokens.of_bytes(text.encode()) == i
+    assert tokens.of_string(SPECIAL[0]) == before
+    return tokens
 
 
-@pytest.mark.parametrize("kind", MADE)
-def test_every_id_reads_as_it_decodes_and_leads_back(kind):
-    tokenizer = MADE[kind]()
-    tokens, alone = check(tokenizer)
-    for i in alone:
-        if tokens.is_whole(i) and tokens.string(i):
-            assert tokens.of_string(tokens.string(i)) == i
-            assert tokens.of_bytes(tokens.string(i).encode()) == i
-    assert tokens.of_string("<eos>") == tokenizer.get_vocab()["<eos>"]
+@pytest.mark.parametrize(
+    "make",
+    [
+        byte_level,
+        byte_fallback,
+        lambda: byte_fallback(LLAMA2),
+        lambda: byte_fallback(decoders.Metaspace(), byte_tokens=()),
+        factories.tokenizer,
+        lambda: fast(Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[])), None),
+    ],
+    ids=["byte level", "byte fallback", "stripped", "metaspace", "plain", "no decoder"],
+)
+def test_every_id_reads_as_it_decodes_and_leads_back(make):
+    check(make())
 
 
-def test_bytes_tell_more_than_text():
-    tokenizer = byte_level()
-    tokens, vocab = TokenMap(tokenizer), tokenizer.get_vocab()
+LEVEL, FALLBACK = byte_level(), byte_fallback()
+SHARED = byte_fallback(pieces=("a", "▁", " ", "▁a", " a", "\ufffd"))
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text", "token"),
+    [
+        (LEVEL, b"\xc3", "Ã"),
+        (LEVEL, b"\xa9", "©"),
+        (LEVEL, b" ", "Ġ"),
+        (LEVEL, " the", "Ġthe"),
+        (LEVEL, "two words", "two words"),
+        *(
+            (LEVEL, text, None)
+            for text in ("\ufffd", "a\ufffd", "no such token", "\ud800", "", b"")
+        ),
+        # a byte token gives way to the token of its character
+        (FALLBACK, "\n", "\n"),
+        (FALLBACK, "\t", "<0x09>"),
+        (FALLBACK, b"\xc3", "<0xC3>"),
+        # shared text names none, and the replacement character is a token in bytes only
+        *((SHARED, text, None) for text in (" ", " a", "\ufffd")),
+        (SHARED, "a", "a"),
+        (SHARED, "\ufffd".encode(), "\ufffd"),
+    ],
+)
+def test_which_token_text_and_bytes_name(tokenizer, text, token):
+    tokens = TokenMap(tokenizer)
+    found = tokens.of_bytes(text) if isinstance(text, bytes) else tokens.of_string(text)
+    assert found == (None if token is None else tokenizer.get_vocab()[token])
+
+
+def test_parts_of_characters_and_ids_that_are_none():
+    tokens, vocab = TokenMap(LEVEL), LEVEL.get_vocab()
     assert tokens.string(vocab["Ã"]) == tokens.string(vocab["©"]) == "\ufffd"
-    assert tokens.of_bytes(b"\xc3") == vocab["Ã"]
-    assert tokens.of_bytes(b"\xa9") == vocab["©"]
-    assert tokens.of_bytes(b" ") == vocab["Ġ"]
-    assert tokens.of_string(" the") == vocab["Ġthe"]
-    assert tokens.of_string("two words") == vocab["two words"]
-
-
-def test_text_that_names_no_token():
-    tokens = TokenMap(byte_level())
-    for text in ("\ufffd", "a\ufffd", "no such token", "", "\ud800"):
-        assert tokens.of_string(text) is None
-    assert tokens.of_bytes(b"") is None
-    assert tokens.string(10**6) is None
-    assert not tokens.is_whole(10**6)
-
-
-def test_the_replacement_character_is_a_token_in_bytes_only():
-    tokenizer = byte_fallback(pieces=("\ufffd",))
-    tokens = TokenMap(tokenizer)
-    assert tokens.of_bytes("\ufffd".encode()) == tokenizer.get_vocab()["\ufffd"]
-    assert tokens.of_string("\ufffd") is None
-
-
-def test_shared_text_names_no_token():
-    tokenizer = byte_fallback(pieces=("a", "▁", " ", "▁a", " a"))
-    tokens = TokenMap(tokenizer)
-    assert tokens.of_string(" ") is tokens.of_string(" a") is None
-    assert tokens.of_string("a") == tokenizer.get_vocab()["a"]
-
-
-def test_a_byte_token_gives_way_to_the_token_of_its_character():
-    tokenizer = byte_fallback()
-    tokens, vocab = TokenMap(tokenizer), tokenizer.get_vocab()
-    assert tokens.of_string("\n") == vocab["\n"]
-    assert tokens.string(vocab["<0x0A>"]) == "\n"
-    assert tokens.of_string("\t") == vocab["<0x09>"]  # which has no token of its own
-    assert tokens.of_bytes(b"\xc3") == vocab["<0xC3>"]
+    assert tokens.string(10**6) is None and not tokens.is_whole(10**6)
+    assert TokenMap(FALLBACK).string(FALLBACK.get_vocab()["<0x0A>"]) == "\n"
 
 
 @pytest.mark.parametrize(
@@ -152,23 +147,15 @@ def test_any_byte_fallback_vocabulary(pieces, byte_tokens):
 @settings(deadline=None, max_examples=30)
 @given(st.sets(st.binary(min_size=1, max_size=4), min_size=1, max_size=20))
 def test_any_byte_level_vocabulary(tokens):
-    spell = bytes_spelled()
-    vocab = {"".join(spell[byte] for byte in raw): i for i, raw in enumerate(sorted(tokens))}
-    made = fast(Tokenizer(models.BPE(vocab=vocab, merges=[])), decoders.ByteLevel())
-    found, _ = check(made)
-    for i, raw in enumerate(sorted(tokens)):
-        assert found.of_bytes(raw) == i
-
-
-def bytes_spelled():
-    """Byte -> its character, read off a tokenizer; those that no UTF-8 has are left to themselves
-    by giving them the characters that are over, in order."""
-    cut = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    spelled = {}
-    for character in map(chr, (*range(0x800), *range(0x800, 0x10000, 0x40), 0x10000, 0x50000)):
-        if "\ud800" <= character <= "\udfff":
-            continue
+    """The bytes that UTF-8 has are spelled by a tokenizer, the others in order."""
+    cut, spelled = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), {}
+    for character in map(
+        chr, (*range(0x800), *range(0x800, 0xD800, 0x40), 0xE000, 0x10000, 0x50000)
+    ):
         word = "".join(piece for piece, _ in cut.pre_tokenize_str(character))
         spelled |= dict(zip(character.encode(), word, strict=True))
     over = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(spelled.values()))
-    return spelled | dict(zip(sorted(set(range(256)) - set(spelled)), over, strict=True))
+    spelled |= dict(zip(sorted(set(range(256)) - set(spelled)), over, strict=True))
+    vocab = {"".join(spelled[byte] for byte in raw): i for i, raw in enumerate(sorted(tokens))}
+    found = check(fast(Tokenizer(models.BPE(vocab=vocab, merges=[])), decoders.ByteLevel()))
+    assert [found.of_bytes(raw) for raw in sorted(tokens)] == list(range(len(tokens)))
