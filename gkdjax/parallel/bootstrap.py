@@ -24,12 +24,12 @@ from absl import logging
 from jax._src import clusters, distributed
 
 from gkdjax.parallel import shutdown
-from gkdjax.utils.errors import CoordinatorUnreachable, UserError
+from gkdjax.utils.errors import CoordinatorUnreachable, UserError, one_line
+from gkdjax.utils.text import cut, some
 
 _RETRY_S = 0.5
 _LEAST_WAIT_S = 1.0
 _JAX_ABORTS_LATER_S = 60  # at its own deadline JAX aborts the process; ours has to come first
-_MOST_NAMED = 5
 
 
 class Place(NamedTuple):
@@ -47,16 +47,13 @@ def joined(
 ) -> Iterator[int]:
     """A run's time in its cluster -> the number of processes.
 
-    What is given wins; else JAX looks for a cluster (TPU metadata, Slurm, Open MPI). Alone, nothing
-    is connected. In a cluster, a process that ends with an error ends all, see `parallel.shutdown`.
-
-    Args:
-      coordinator, processes, process: as in `Place`; all of them or none.
-      timeout_s: within which all processes have to be there.
+    What is given, all three as in `Place`, wins; else JAX looks for a cluster (TPU metadata, Slurm,
+    Open MPI). Alone, nothing is connected. In a cluster, a process that ends with an error ends
+    all, see `parallel.shutdown`.
 
     Raises:
       UserError: the three do not go together.
-      CoordinatorUnreachable: not all processes came, or process 0 could not be reached.
+      CoordinatorUnreachable: not all processes came in time, or process 0 could not be reached.
     """
     deadline = time.monotonic() + timeout_s
     place = _given(coordinator, processes, process) or _detected(timeout_s)
@@ -75,15 +72,11 @@ def joined(
 
 
 def require_same(named: dict[str, Any], timeout_s: float) -> None:
-    """Returns when every process has been found to have the same as process 0.
-
-    Args:
-      named: what must be equal, as JSON has it.
-      timeout_s: within which every process has to come here.
+    """Returns when every process has been found to have the same JSON values as process 0.
 
     Raises:
       UserError: in all processes, naming those that differ, and in what.
-      CoordinatorUnreachable: a process did not come.
+      CoordinatorUnreachable: a process did not come in time.
     """
     client, process = distributed.global_state.client, distributed.global_state.process_id
     if client is None:
@@ -95,12 +88,12 @@ def require_same(named: dict[str, Any], timeout_s: float) -> None:
         theirs = json.loads(client.blocking_key_value_get("gkdjax/same/0", within))
         found = list(differences(json.loads(json.dumps(named)), theirs))
         if found:
-            client.key_value_set(f"gkdjax/differs/{process}", _some(found))
+            client.key_value_set(f"gkdjax/differs/{process}", some(found))
         client.wait_at_barrier("gkdjax/same", within)
     except jax.errors.JaxRuntimeError as error:
         raise CoordinatorUnreachable(
             f"not all processes told within {timeout_s:g} s what they run; one of them may have"
-            f" ended, or have another gkdjax: {_first_line(error)}"
+            f" ended, or have another gkdjax: {one_line(error)}"
         ) from None
     differing = [
         f"process {key.rpartition('/')[2]} differs from process 0 in {names}"
@@ -108,12 +101,12 @@ def require_same(named: dict[str, Any], timeout_s: float) -> None:
     ]
     if differing:
         raise UserError(
-            f"{_some(differing)}. All processes of a run need the same config and the same code"
+            f"{some(differing)}. All processes of a run need the same config and the same code"
         )
 
 
 def code() -> dict[str, Any]:
-    """What `require_same` has to find equal beside the config: versions, and every source file."""
+    """Versions and hashes of every source file, which `require_same` compares beside the config."""
     package = pathlib.Path(__file__).parents[1]
     files = {
         str(file.relative_to(package)): hashlib.sha256(file.read_bytes()).hexdigest()[:12]
@@ -133,21 +126,7 @@ def differences(mine: Any, theirs: Any, name: str = "") -> Iterator[str]:
             else:
                 yield f"{below} ({'missing there' if key in mine else 'only there'})"
     elif mine != theirs:
-        yield f"{name} ({_short(mine)} and not {_short(theirs)})"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _some(found: list[str]) -> str:
-    more = len(found) - _MOST_NAMED
-    return "; ".join(found[:_MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
+        yield f"{name} ({cut(json.dumps(mine), 60)} and not {cut(json.dumps(theirs), 60)})"
 
 
 def _given(coordinator: str | None, processes: int | None, process: int | None) -> Place | None:
@@ -178,7 +157,7 @@ def _detected(timeout_s: float) -> Place | None:
     except Exception as error:  # of metadata servers, name servers, Kubernetes, variables
         raise CoordinatorUnreachable(
             f"a cluster was found, but not its process 0: {type(error).__name__}:"
-            f" {_first_line(error)}. --coordinator, --num_processes and --process_id name it"
+            f" {one_line(error)}. --coordinator, --num_processes and --process_id name it"
         ) from error
     return None if found[0] is None else Place(*found)
 
@@ -187,8 +166,8 @@ def _connect(place: Place, deadline: float, timeout_s: float) -> None:
     """Connects this process with all others."""
     host, _, port = place.coordinator.rpartition(":")
     within = host == "localhost" or host.startswith("127.")  # this machine: not open to others
-    listening = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
-    listening = listening or (place.coordinator if within else f"[::]:{port}")
+    listening = place.coordinator if within else f"[::]:{port}"
+    listening = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS") or listening
     if place.process:
         _reach(place.coordinator, deadline, timeout_s)
     else:

@@ -29,15 +29,11 @@ def make_mesh(
     dcn_data: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """The devices on the axes "data", "fsdp" and "tensor".
+    """The devices, all by default, on the axes "data", "fsdp" and "tensor" of each slice.
 
-    Args:
-      data, fsdp, tensor: devices along each axis, within a slice.
-      dcn_data: slices (TPU), or processes where devices know of no slices, that a slower network
-        joins. They share the rows only: the axis "data" has dcn_data * data devices, those of one
-        slice side by side.
-      devices: None: all, of all processes.
-      One of the four numbers may be -1: what the others leave.
+    `dcn_data` is the number of slices (TPU), or of processes where devices know no slices, that a
+    slower network joins. They share the rows only: the axis "data" has dcn_data * data devices,
+    those of one slice side by side. One of the four numbers may be -1: what the others leave.
 
     Raises:
       UserError: their product is not the number of devices, or there are not dcn_data slices.
@@ -56,10 +52,8 @@ def make_mesh(
             f"config.mesh.dcn_data = {sizes['dcn_data']}: the devices are in {len(places)}"
             f" {'slices' if of_slices else 'processes'}; set it to that number, or to 1"
         )
-    across = (sizes["dcn_data"], 1, 1)
-    grid = mesh_utils.create_hybrid_device_mesh(
-        within, across, devices, process_is_granule=not of_slices
-    )
+    how = {"devices": devices, "process_is_granule": not of_slices}
+    grid = mesh_utils.create_hybrid_device_mesh(within, (sizes["dcn_data"], 1, 1), **how)
     return Mesh(grid, AXES, axis_types=auto)
 
 
@@ -126,9 +120,7 @@ def holders(mesh: Mesh, rows: int) -> list[list[int]]:
 def shard_rows(mesh: Mesh, tree: Any):
     """Every leaf cut along its first axis, the rows of a batch.
 
-    Args:
-      mesh: of one process, or of all of them.
-      tree: arrays of all rows, the same on every process; each sends its devices only their own.
+    The arrays are the same on every process; each sends its devices their own rows only.
     """
     rows = NamedSharding(mesh, ROWS)
 

@@ -82,11 +82,7 @@ def fail_together() -> Iterator[None]:
 
 
 def on_leader(work: Callable[[], Result]) -> Result | None:
-    """The leader works and the others wait for it -> its result; None for them.
-
-    Raises:
-      GkdjaxError: as `fail_together`.
-    """
+    """The leader works and the others wait for it, as `fail_together` -> its result; else None."""
     with fail_together():
         return work() if leads() else None
 
@@ -96,10 +92,7 @@ def split_over_processes(
 ) -> list:
     """The results of `count` items, shared out: process p of P works on p, p + P, p + 2P, ...
 
-    Args:
-      work: numbers of items -> a result for each.
-      count: of the items.
-      encode, decode: of a result, to what JSON can hold and back.
+    `work` takes numbers of items; `encode` makes JSON of a result, and `decode` the result again.
 
     Raises:
       GkdjaxError: as `fail_together`.
@@ -115,12 +108,7 @@ def split_over_processes(
 
 
 def rows_from(process_B: np.ndarray, tree: Any) -> Any:
-    """NumPy leaves [B,...] in which all rows are right.
-
-    Args:
-      process_B: the process in which each row is right.
-      tree: this process's leaves, of the same shapes in all of them.
-    """
+    """Leaves [B,...] with each row from process `process_B`; NumPy, of the same shapes in all."""
     row_B = np.arange(len(process_B))
     return jax.tree.map(lambda x: x[process_B, row_B], multihost_utils.process_allgather(tree))
 
@@ -130,10 +118,7 @@ def own_directory(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
     """The run's directory for the leader, and for every other process a copy of its own.
 
     All of them read and write their files as if they were alone. What is large stays in the run's
-    directory, which all processes must see.
-
-    Raises:
-      UserError: it cannot be made, or not all processes see it.
+    directory; UserError if it cannot be made, or not all processes see it.
     """
     if jax.process_count() == 1:
         yield workdir

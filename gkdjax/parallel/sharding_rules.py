@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from absl import logging
@@ -47,14 +47,6 @@ _KV_WHOLE: tuple[Rule, ...] = (
 )
 
 
-class Sizes(Protocol):
-    """What the rules ask of a model."""
-
-    num_heads: int
-    num_kv_heads: int
-    vocab_size: int
-
-
 @dataclasses.dataclass(frozen=True)
 class ShardingRules:
     """The rules for one model on one mesh; hashable, so that programs can be made for it."""
@@ -66,12 +58,12 @@ class ShardingRules:
     def of(
         cls,
         mesh: Mesh | AbstractMesh,
-        spec: Sizes,
+        spec: Any,
         own: Sequence[Rule] = (),
         *,
         warn: bool = True,
     ) -> "ShardingRules":
-        """The rules for a model of these sizes; `own` come before `RULES`.
+        """The rules for a model with this decoder config; `own` come before `RULES`.
 
         Raises:
           UserError: the devices along "tensor" do not divide the query heads, or the vocabulary:
@@ -95,12 +87,7 @@ class ShardingRules:
         return cls(mesh, (*own, *_KV_WHOLE, *RULES))
 
     def sharding_of(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
-        """How a leaf lies.
-
-        Raises:
-          ValueError: no rule covers it.
-          UserError: an axis of the mesh does not divide the dimension that it cuts; both are named.
-        """
+        """How a leaf lies; an error names it if no rule covers it or an axis does not divide."""
         cut = self._cut(path)
         if len(cut) > len(shape):
             raise UserError(f"{path}: {cut} has more axes than the leaf, which is {shape}")
@@ -198,7 +185,6 @@ def _cannot_be_cut(size: int, axis: str, devices: int) -> str:
 def all_but_gathered_weights(primitive, *_, **__) -> bool:
     """A policy for `jax.checkpoint`: what a layer keeps for its backward pass.
 
-    Weights are gathered by a sharding constraint, and may be cast after it. The results of both are
-    made again, of activations, too: that costs next to nothing.
+    Weights are gathered by a sharding constraint and then cast: results of both are made again.
     """
     return primitive.name not in ("sharding_constraint", "convert_element_type")

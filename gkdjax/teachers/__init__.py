@@ -16,20 +16,7 @@ _NAMES = {  # where they are; they are loaded when they are asked for
     "TopKTargets": "gkdjax.losses.objective",
     "Completion": "gkdjax.types",
 }
-__all__ = [
-    "Batch",
-    "Capabilities",
-    "Completion",
-    "DenseTargets",
-    "Message",
-    "Prompt",
-    "RemoteTeacher",
-    "SamplingParams",
-    "Teacher",
-    "TokenTopK",
-    "TopKLogprobs",
-    "TopKTargets",
-]
+__all__ = list(_NAMES)
 
 
 def __getattr__(name: str):

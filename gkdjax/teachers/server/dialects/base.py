@@ -32,32 +32,17 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Dialect(LogprobsReader, abc.ABC):
-    """Builds requests for scores and samples and reads the answers; does no I/O.
+    """Builds requests for scores and samples and reads the answers; does no I/O."""
 
-    A wrong answer is a `WrongAnswer` that names the row and the field.
-
-    Attributes:
-      model: the server's name for the model.
-      vocab_size: see `LogprobsReader`.
-      tokenizer: the teacher's, for dialects in which tokens come as text.
-      rows_per_request: whether one score request may hold several rows.
-      by_messages: a sample request holds the messages of the prompt, not its ids, and there is no
-        score request.
-    """
-
-    model: str
-    vocab_size: int
-    tokenizer: Any = None
-    rows_per_request: ClassVar[bool] = False
-    by_messages: ClassVar[bool] = False
+    model: str  # the server's name for it
+    vocab_size: int  # see `LogprobsReader`
+    tokenizer: Any = None  # the teacher's, for dialects in which tokens come as text
+    rows_per_request: ClassVar[bool] = False  # one score request may hold several rows
+    by_messages: ClassVar[bool] = False  # sample requests hold messages, not ids; none scores
 
     @abc.abstractmethod
     def score(self, *requests: ScoreRequest) -> Call:
-        """A call for these rows, one of them unless `rows_per_request`.
-
-        Raises:
-          NotImplementedError: the server scores nothing.
-        """
+        """A call for these rows; NotImplementedError if the server scores nothing."""
 
     @abc.abstractmethod
     def read_scores(self, root: JsonField, *requests: ScoreRequest) -> list[TeacherAnswer]:
@@ -65,11 +50,7 @@ class Dialect(LogprobsReader, abc.ABC):
 
     @abc.abstractmethod
     def sample(self, request: SampleRequest) -> Call:
-        """A call for one response.
-
-        Raises:
-          UserError: the server cannot sample like that.
-        """
+        """A call for one response; UserError if the server cannot sample like that."""
 
     @abc.abstractmethod
     def read_sample(self, root: JsonField, request: SampleRequest) -> TeacherAnswer:

@@ -34,7 +34,7 @@ def sampling_fields(model: str, request: SampleRequest) -> dict[str, Any]:
 
 
 def echo(dialect: Dialect, request: ScoreRequest, **also: Any) -> Call:
-    """Has the server repeat the prompt with logprobs; `also` holds more fields of the body."""
+    """Has the server repeat the prompt with logprobs; `also`: more fields of the body."""
     body = {
         "model": dialect.model,
         "prompt": request.ids.tolist(),
@@ -73,14 +73,9 @@ def only_choice(root: JsonField) -> JsonField:
 
 
 def token_lists(logprobs: JsonField, first: int = 0) -> tuple[list[str], list[TokenLogprobs]]:
-    """The form of three lists side by side: `tokens`, `token_logprobs`, `top_logprobs`.
+    """(all tokens as strings, what is reported about each from `first` on; before it are nulls).
 
-    Args:
-      logprobs: the object that holds the lists.
-      first: token from which on there are logprobs; before it there are nulls.
-
-    Returns:
-      All tokens as strings, and what is reported about each from `first` on.
+    This is the form of three lists side by side: `tokens`, `token_logprobs`, `top_logprobs`.
     """
     keys = [token.text() for token in logprobs["tokens"].entries()]
     own = logprobs["token_logprobs"].entries(len(keys))

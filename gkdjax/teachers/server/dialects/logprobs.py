@@ -12,13 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from gkdjax.losses.topk import EPS
-from gkdjax.teachers.server.answers import (
-    Request,
-    SampleRequest,
-    ScoreRequest,
-    TeacherAnswer,
-    lost_sample,
-)
+from gkdjax.teachers.server import answers
+from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest, TeacherAnswer
 from gkdjax.teachers.server.json_fields import JsonField
 from gkdjax.utils.errors import WrongAnswer
 
@@ -55,13 +50,11 @@ def id_in(key: Key) -> int | None:
 class LogprobsReader:
     """Checks what a server reports about tokens; a base of all dialects.
 
-    Attributes:
-      vocab_size: student and teacher have the ids below it in common.
-      by_id: tokens come as ids.
+    Whatever cannot be is a `WrongAnswer` that names the row and the field.
     """
 
-    vocab_size: int
-    by_id = True
+    vocab_size: int  # student and teacher have the ids below it in common
+    by_id = True  # tokens come as ids
 
     def id_of(self, key: Key) -> int | None:
         """The id of what the server writes for a token; None if it names none."""
@@ -72,12 +65,7 @@ class LogprobsReader:
         return id_in(key) == i
 
     def scored(self, tokens: Sequence[TokenLogprobs], request: ScoreRequest) -> TeacherAnswer:
-        """The answer to a score request, from what is reported about its targets.
-
-        Raises:
-          WrongAnswer: see `collect`; or too few entries (the server has a limit of its own) or too
-            many, no ids where they were asked for, or hidden entries that matter.
-        """
+        """The answer to a score request, from what is reported about its targets."""
         self._check_counts(tokens, request.top_k)
         for token in tokens:
             if hidden := self._hidden(token, request.top_k):
@@ -99,17 +87,7 @@ class LogprobsReader:
 
         What follows a stop id does not belong to the response: not every server knows where to
         stop. A response whose stop id is not shown is not finished: it has no end-of-turn target.
-
-        Args:
-          tokens: that were sampled.
-          ids: of the tokens; None: the token has no id here.
-          request: that is answered.
-          finish_reason: why the server stopped.
-          stated: how many tokens it says that it wrote, where it says so.
-
-        Raises:
-          WrongAnswer: see `scored`; or the server writes more than it shows or than was asked for,
-            or stops at a limit of its own.
+        A token has the id None if it has none here; `stated` tokens were written, by the server.
         """
         most, shown = request.sampling.max_new_tokens, len(tokens)
         self._check_counts(tokens, request.top_k)
@@ -138,16 +116,16 @@ class LogprobsReader:
             if unreadable:
                 pairs = zip(tokens, ids, strict=True)
                 unmapped = sum(self._best(*pair, request.top_k)[1] for pair in pairs)
-                return lost_sample(request.top_k, unmapped, unreadable)
+                return answers.lost_sample(request.top_k, unmapped, unreadable)
         if not tokens:
-            return lost_sample(request.top_k)
+            return answers.lost_sample(request.top_k)
         return self.collect(tokens, ids, request, finished=bool(stops))
 
     def collect(
         self,
         tokens: Sequence[TokenLogprobs],
         ids: Sequence[int],
-        request: Request,
+        request: answers.Request,
         *,
         finished: bool = False,
     ) -> TeacherAnswer:
@@ -155,11 +133,6 @@ class LogprobsReader:
 
         The best K entries are kept. Those without an id below `vocab_size` are dropped and counted:
         a larger embedding has them beside the same tokenizer, with next to no mass.
-
-        Raises:
-          WrongAnswer: a target is outside the vocabulary; a logprob is not a number or above 0, or
-            an id has two; the mass is above 1; a target that is not among the best is more probable
-            than one of them; or ids beyond the vocabulary have real mass.
         """
         n, K, V = len(tokens), request.top_k, self.vocab_size
         top_ids, top_logprobs = np.zeros((n, K), np.int32), np.full((n, K), -np.inf, np.float32)
@@ -214,13 +187,16 @@ class LogprobsReader:
 
     def _missing(self, token: TokenLogprobs, top_k: int) -> int:
         """How many of the best K are not there because others have the same text."""
-        by_text = token.by_key and any(id_in(key) is None for key, _ in token.top)
-        return max(0, min(top_k, self.vocab_size) - len(token.top)) if by_text else 0
+        if self.by_id or not token.by_key or all(id_in(key) is not None for key, _ in token.top):
+            return 0
+        return max(0, min(top_k, self.vocab_size) - len(token.top))
 
     def _hidden(self, token: TokenLogprobs, top_k: int) -> str:
         """A sentence about those, where their probability may matter; else ""."""
+        if not self._missing(token, top_k):
+            return ""
         rest = 1.0 - sum(math.exp(min(logprob, 0.0)) for _, logprob in token.top)
-        if rest <= _MOST_HIDDEN or not self._missing(token, top_k):
+        if rest <= _MOST_HIDDEN:
             return ""
         return (
             f"{token.where} has {len(token.top)} texts for {top_k} tokens, so several have one"

@@ -38,14 +38,12 @@ class _ByText(Dialect):
         return TokenMap(self.tokenizer)
 
     def id_of(self, key: Key) -> int | None:
-        """See `base.Dialect`."""
         stated = id_in(key)
         if stated is not None:
             return stated
         return self._tokens.of_bytes(key) if isinstance(key, bytes) else self._tokens.of_string(key)
 
     def names(self, key: str, i: int) -> bool:
-        """See `base.Dialect`."""
         return id_in(key) == i or key == self._tokens.string(i)
 
     def _sample(self, request: SampleRequest, path: str, prompt: dict[str, Any]) -> Call:
@@ -101,26 +99,22 @@ class Completions(_ByText):
     """/v1/completions, of servers that take token ids as a prompt; some repeat it with logprobs."""
 
     def score(self, request: ScoreRequest) -> Call:
-        """See `base.Dialect`."""
         ids = {"return_tokens_as_token_ids": True} if self.asks_for_ids else {}
         return echo(self, request, **ids)
 
     def read_scores(self, root: JsonField, request: ScoreRequest) -> list[TeacherAnswer]:
-        """See `base.Dialect`.
+        """An echo; only numbers show a fault in it: compare them with what the server samples.
 
         A token whose text is no UTF-8 or is shared can be another one than was sent; and logprobs
-        that are all one position off look right. Only numbers tell: compare them with what the
-        server samples.
+        that are all one position off look right.
         """
         return read_echo(self, root, request)
 
     def sample(self, request: SampleRequest) -> Call:
-        """See `base.Dialect`; the server's own limits on sampling, if any, stay."""
         prompt = {"prompt": request.ids.tolist(), "logprobs": request.top_k}
         return self._sample(request, PATH, prompt)
 
     def read_sample(self, root: JsonField, request: SampleRequest) -> TeacherAnswer:
-        """See `base.Dialect`; most servers do not show the stop id, so nothing is finished."""
         check_read(root.find("usage", "prompt_tokens"), len(request.ids))
         return self._read_sample(root, only_choice(root)["text"], request)
 
@@ -141,15 +135,12 @@ class Chat(_ByText):
     by_messages: ClassVar[bool] = True
 
     def score(self, *requests: ScoreRequest) -> Call:
-        """See `base.Dialect`; there is no such request."""
         raise NotImplementedError("/v1/chat/completions takes no token ids and scores none")
 
     def read_scores(self, root: JsonField, *requests: ScoreRequest) -> list[TeacherAnswer]:
-        """See `base.Dialect`; there is no such answer."""
         return self.score()
 
     def sample(self, request: SampleRequest) -> Call:
-        """See `base.Dialect`."""
         prompt = {"messages": _messages(request), "logprobs": True, "top_logprobs": request.top_k}
         if request.tools:
             # What is sampled is read as text. A server that leaves the tools out of the prompt then
@@ -161,10 +152,9 @@ class Chat(_ByText):
         return self._sample(request, "/v1/chat/completions", prompt)
 
     def read_sample(self, root: JsonField, request: SampleRequest) -> TeacherAnswer:
-        """See `base.Dialect`.
+        """Some servers list the sampled token first and cut to K: it need not be of the best K.
 
-        Some servers list the sampled token first and cut to K. It then stands among the best K
-        though it may not be one of them: the mass outside is right all the same.
+        The mass outside is right all the same.
         """
         read = root.find("usage", "prompt_tokens")
         # A few tokens are nothing: not all servers count those that stand before the first message.

@@ -13,14 +13,12 @@ class Generate(Dialect):
     """Scores and samples by the server's native route; it serves one model, whatever its name."""
 
     def score(self, request: ScoreRequest) -> Call:
-        """See `base.Dialect`; logprobs are asked for from the first predicting position on."""
         start = int(request.at[0])
         sampling = {"max_new_tokens": 0, "temperature": 0}
         more = {"logprob_start_len": start}
         return _call(request, sampling, len(request.ids) - start, **more)
 
     def read_scores(self, root: JsonField, request: ScoreRequest) -> list[TeacherAnswer]:
-        """See `base.Dialect`."""
         meta = root["meta_info"]
         check_read(meta.find("prompt_tokens"), len(request.ids))
         start = int(request.at[0])
@@ -36,7 +34,6 @@ class Generate(Dialect):
         return [self.scored(tokens, request)]
 
     def sample(self, request: SampleRequest) -> Call:
-        """See `base.Dialect`."""
         sampling = request.sampling
         if sampling.temperature not in (0, 1):  # greedy ones are those of temperature 1
             raise UserError(
@@ -60,7 +57,6 @@ class Generate(Dialect):
         return _call(request, fields, sampling.max_new_tokens)
 
     def read_sample(self, root: JsonField, request: SampleRequest) -> TeacherAnswer:
-        """See `base.Dialect`; a stop id is shown, and is the response's last."""
         meta = root["meta_info"]
         check_read(meta.find("prompt_tokens"), len(request.ids))
         if is_lost(meta["finish_reason"]["type"]):

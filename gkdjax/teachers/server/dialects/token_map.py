@@ -30,19 +30,12 @@ class TokenMap:
     """The bytes of a tokenizer's tokens, and the way back where it is one to one.
 
     The tokenizer's own decoder says which bytes a token has: byte-level BPE (Qwen, Llama 3), "▁"
-    for a space and byte tokens "<0x0A>" (Gemma, Llama 2), or the token as it stands. A decoder that
-    strips the start of a text does not make a token another one.
-
-    A byte token whose byte is a character with a token of its own is left out of the way back: a
-    tokenizer does not write it, and "\\n" should name the token that it does write.
+    for a space and byte tokens "<0x0A>" (Gemma, Llama 2), or the token as it stands. No tokenizer
+    writes a byte token whose byte is a character with a token of its own: there is no way back.
     """
 
     def __init__(self, tokenizer: transformers.PreTrainedTokenizerFast):
-        """Reads the vocabulary, added tokens included.
-
-        Raises:
-          UserError: the decoder is of another kind, so that text cannot be taken apart.
-        """
+        """Reads the vocabulary; UserError if a decoder of this kind cannot be taken apart."""
         steps = _steps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
         read = {i: _read(token, steps) for token, i in tokenizer.get_vocab().items()}
         self._bytes = {i: raw for i, (raw, _) in read.items()}

@@ -23,7 +23,6 @@ class _Vllm(Dialect):
     """Samples."""
 
     def sample(self, request: SampleRequest) -> Call:
-        """See `base.Dialect`."""
         body = {"top_k": -1} | sampling_fields(self.model, request)
         body |= {
             "prompt": request.ids.tolist(),
@@ -39,7 +38,6 @@ class _Vllm(Dialect):
         return Call(PATH, body, tokens, request.top_k)
 
     def read_sample(self, root: JsonField, request: SampleRequest) -> TeacherAnswer:
-        """See `base.Dialect`; a stop id is shown, and is the response's last."""
         check_read(root.find("usage", "prompt_tokens"), len(request.ids))
         choice = only_choice(root)
         if is_lost(choice["finish_reason"]):
@@ -59,7 +57,6 @@ class PromptLogprobs(_Vllm):
     rows_per_request: ClassVar[bool] = True
 
     def score(self, *requests: ScoreRequest) -> Call:
-        """See `base.Dialect`; all rows are asked for the same K."""
         (top_k,) = {request.top_k for request in requests}
         body = {
             "model": self.model,
@@ -71,7 +68,6 @@ class PromptLogprobs(_Vllm):
         return Call(PATH, body, sum(len(request.ids) for request in requests), top_k)
 
     def read_scores(self, root: JsonField, *requests: ScoreRequest) -> list[TeacherAnswer]:
-        """See `base.Dialect`."""
         sent = sum(len(request.ids) for request in requests)
         check_read(root.find("usage", "prompt_tokens"), sent)
         choices = root["choices"].entries(len(requests))
@@ -97,24 +93,20 @@ class EchoLogprobs(_Vllm):
     """Scores by `echo`, for servers that refuse `prompt_logprobs`."""
 
     def score(self, request: ScoreRequest) -> Call:
-        """See `base.Dialect`."""
         return echo(self, request, return_tokens_as_token_ids=True)
 
     def read_scores(self, root: JsonField, request: ScoreRequest) -> list[TeacherAnswer]:
-        """See `base.Dialect`."""
         return read_echo(self, root, request)
 
 
 def _by_id(row: JsonField, target_id: int) -> TokenLogprobs:
     """A row {"608": {"logprob": -8.03}, ...}."""
-    top = [(_id_of_key(row, key), entry["logprob"].number()) for key, entry in row.items()]
-    return TokenLogprobs(row.path, target_id, dict(top)[target_id], top)
-
-
-def _id_of_key(row: JsonField, key: str) -> int:
-    if not _ID.fullmatch(key):
-        raise row.wrong(f"has the key {key!r}, which is no token id")
-    return int(key)
+    top = {}
+    for key, entry in row.items():
+        if not _ID.fullmatch(key):
+            raise row.wrong(f"has the key {key!r}, which is no token id")
+        top[int(key)] = entry["logprob"].number()
+    return TokenLogprobs(row.path, target_id, top[target_id], [*top.items()])
 
 
 def _check_sent(choice: JsonField, request: ScoreRequest | SampleRequest) -> None:
