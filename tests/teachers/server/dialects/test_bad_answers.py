@@ -89,25 +89,18 @@ def inserted_bos(answer):
     if "meta_info" in answer:
         answer["meta_info"]["input_token_logprobs"].insert(1, [-1.0, 2, None])
         answer["meta_info"]["input_top_logprobs"].insert(1, [[-1.0, 2, None]])
-    elif answer["choices"][0].get("prompt_logprobs"):
-        answer["choices"][0]["prompt_logprobs"].insert(1, {"2": {"logprob": -1.0}})
     else:
-        del answer["usage"]
-        for values in answer["choices"][0]["logprobs"].values():
-            values.insert(1, copy.deepcopy(values[1]))
+        answer["choices"][0]["prompt_logprobs"].insert(1, {"2": {"logprob": -1.0}})
 
 
-def inserted_bos_and_cut(answer):
-    inserted_bos(answer)
-    for values in answer["choices"][0]["logprobs"].values():
-        values.pop()
+def places(*which):
+    """Only these of the lists' entries, without what the server states beside them."""
 
-
-def of_length(count):
     def spoil(answer):
+        answer["usage"] = None
         logprobs = answer["choices"][0]["logprobs"]
         for key, values in logprobs.items():
-            logprobs[key] = [*values, values[-1]][:count]
+            logprobs[key] = [copy.deepcopy(values[place]) for place in which]
 
     return spoil
 
@@ -138,12 +131,6 @@ def shared_text(answer):
     del row[next(iter(row))]
 
 
-def without_usage_more_tokens(answer):
-    logprobs = answer["choices"][0]["logprobs"]
-    for key, values in logprobs.items():
-        logprobs[key] = [copy.deepcopy(values[0]) for _ in range(5)]
-
-
 BEST = ("prompt_logprobs", 4, "3389", "logprob")
 TOP, OWN = ("logprobs", "top_logprobs"), ("logprobs", "token_logprobs")
 FIRST = ("logprobs", "content", 0)
@@ -154,20 +141,15 @@ FAULTS = {
         (at("usage", "prompt_tokens", to=13), "usage.prompt_tokens is 13, and 12"),
         (choice("prompt_logprobs", 2, to=None), r"prompt_logprobs\[2\] is null"),
         (choice("prompt_logprobs", 0, to={}), r"prompt_logprobs\[0\] is {}, not null"),
-        (choice("prompt_logprobs", to=None), "prompt_logprobs is null, not a list"),
         # no target, but it was sent
         (without("choices", 0, "prompt_logprobs", 2, "78"), r"prompt_logprobs\[2\] has no '78'"),
         (choice("prompt_token_ids", to=[1, 2]), "are not the ids that were sent"),
         (repeated_choice, "choices has 2 entries, not 1"),
         (without("choices"), "answer has no 'choices'"),
         (choice("index", to=1), r"indices \[1\]"),
-        (choice("index", to="0"), 'is "0", not a whole number'),
-        (choice("index", to=False), "is false, not a whole number"),
         (choice("index", to=0.0), "is 0.0, not a whole number"),
         (choice(*BEST, to=0.5), "above 1"),
         (choice(*BEST, to=-0.01), "together"),
-        (choice(*BEST, to="-1"), 'is "-1", not a number'),
-        (choice(*BEST, to=True), "is true, not a number"),
         (choice(*BEST, to=math.nan), "is nan"),
         (choice(*BEST, to=-(10**400)), "not a number of that size"),
         (choice("prompt_logprobs", 4, "03389", to={"logprob": -9.0}), "'03389', which is no"),
@@ -182,21 +164,17 @@ FAULTS = {
         (choice("logprobs", "tokens", 2, to="token_id:79"), "'token_id:79' at 2, where id 78"),
         (choice("logprobs", "tokens", to=["token_id:321"]), "token_logprobs has 13 entries"),
         (choice(*OWN, 0, to=-1.0), r"\[0\] is -1.0, not null"),
-        (choice(*OWN, 3, to=None), "is null, not a number"),
         (choice(*OWN, 4, to=-8.0), "among the best"),
         (choice(*TOP, 4, "x", to=-8.0), "lists 5 most"),
         (choice(*TOP, 4, to=dict.fromkeys("abc", -9)), "by their text"),
-        *((of_length(n), f"are of {n} tokens, not of the 12") for n in (1, 11, 14)),
+        *((places(*range(n)), f"are of {n} tokens, not of the 12") for n in (1, 11)),
     ],
     "sample": [
         (choice("token_ids", to=None), "token_ids is null"),
         (choice("token_ids", 1, to=5), "other tokens in token_ids"),
-        (choice("token_ids", to=[992, 992]), "other tokens in token_ids"),
         (choice("token_ids", 1, to=992.0), "992.0, not a whole number"),
         (choice("prompt_token_ids", to=[1]), "are not the ids that were sent"),
         (choice("finish_reason", to="abort"), "gave up"),
-        (choice("finish_reason", to=None), "finish_reason is null"),
-        (choice(*OWN, 0, to=None), "is null, not a number"),
         (at("usage", "prompt_tokens", to=13), "13, and 12 token ids were sent"),
         (at("usage", "completion_tokens", to=5), "5, and the answer shows 3"),
         (repeated_choice, "choices has 2 entries, not 1"),
@@ -206,46 +184,36 @@ FAULTS = {
         (meta("prompt_tokens", to=13), "13, and 12 token ids were sent"),
         (shifted, "is of id 338, where 10 was sent"),
         (meta("input_token_logprobs", 2, 1, to=5), "is of id 5, where 355 was sent"),
-        (meta("input_token_logprobs", 2, 1, to=355.0), "355.0, not a whole number"),
         (meta("input_token_logprobs", 2, to=[-1.0, 355]), "has 2 entries, not 3"),
-        (meta("input_token_logprobs", 1, 0, to=None), "is null, not a number"),
         (meta("input_token_logprobs", 0, 0, to=-1.0), "is -1.0, not null"),
         (meta("input_top_logprobs", 0, to=[]), r"is \[\], not null"),
-        (meta("input_top_logprobs", 1, to=None), "is null, not a list"),
         (meta("input_top_logprobs", 1, to=[]), "lists 0 most probable tokens, and 3"),
-        (meta("input_top_logprobs", 1, 0, 0, to=0.5), "above 1"),
         (doubled, "lists id 3389 twice"),
         (meta("input_top_logprobs", to=[]), "has 0 entries, not 9"),
-        (at("meta_info", to=None), "meta_info is null, not an object"),
     ],
     "sglang sample": [
         (at("output_ids", to=[2969]), "are other tokens than"),
-        (at("output_ids", 1, to=True), "true, not a whole number"),
         (meta("output_top_logprobs", to=[]), "has 0 entries, not 3"),
         (meta("finish_reason", to={"type": "abort", "message": "x"}), "gave up"),
-        (meta("finish_reason", to=None), "finish_reason is null"),
         (meta("completion_tokens", to=9), "9, and the answer shows 3"),
         (meta("prompt_tokens", to=13), "13, and 12 token ids were sent"),
     ],
     "text echo": [
-        (inserted_bos, "of 14 tokens, not of the 12"),
-        (inserted_bos_and_cut, "at 2, where id 780 was sent"),
+        (places(0, 1, *range(1, 13)), "of 14 tokens, not of the 12"),
+        (places(0, 1, *range(1, 12)), "at 2, where id 780 was sent"),
         (shared_text, "2 texts for 3 tokens.*backend='vllm'"),
     ],
     "classic": [
         (at("usage", "prompt_tokens", to=13), "13, and 12 token ids were sent"),
         # parts of characters may be shown as anything, whole ones may not
         (choice("token_ids", to=[321, 608]), "has 608, where .* says 'lo'"),
-        (without_usage_more_tokens, "5 tokens were drawn, and 4"),
+        (places(*[0] * 5), "5 tokens were drawn, and 4"),
     ],
     "chat": [
         (choice("logprobs", to=None), "has no logprobs: the server ignores"),
         (choice("logprobs", to={"content": None}), "has no 'tokens'"),
         (choice("finish_reason", to="abort"), "gave up"),
         (choice(*FIRST, "id", to=1371.0), "1371.0, not a whole number"),
-        (choice(*FIRST, "logprob", to="-1"), "not a number"),
-        (choice(*FIRST, "logprob", to=0.5), "above 1"),
-        (choice(*FIRST, "top_logprobs", to=None), "is null, not a list"),
         (choice(*FIRST, "top_logprobs", 0, "logprob", to=-0.001), "together"),
         (ids_twice, "lists id 3553 twice"),
         (at("usage", "completion_tokens", to=40), "think in secret"),
