@@ -44,20 +44,16 @@ class LocalTeacher(TeacherHooks):
         mesh: Mesh,
         prefix_bytes: int,
     ):
-        """Keeps `params`, without a copy.
+        """Keeps `params`, which lie on the mesh as the decoder's layout says, without a copy.
 
         Args:
-          decoder: the teacher's.
-          params: as the decoder's layout has them on the mesh.
-          chat: renders the teacher's view.
-          description: a few words for the log.
+          decoder, params, chat, description: the teacher's.
           top_k: None for `DenseTargets`, K for `TopKTargets`.
           temperature: of the logprobs in `TopKTargets`.
           vocab_size: of the student, whose checkpoint may pad the same vocabulary to another size;
             top-k entries come from the ids that both have, and where `chat.shared` says that the
             tokenizers differ, from all of the teacher's tokens: see `losses.within`.
-          lengths: padded prompt lengths for sampling.
-          batch_size: rows sampled at once.
+          lengths, batch_size: padded prompt lengths and rows at once for sampling.
           chunk_size: of the head that finds the top k, see `losses.fused_top_k`.
           mesh: its devices share the rows.
           prefix_bytes: most of the keys and values of prefixes that are cached.
@@ -77,12 +73,8 @@ class LocalTeacher(TeacherHooks):
         self._keep = None if top_k is None else Keep(top_k, temperature, vocab)
         self._chunk_size = chunk_size
         self.prefixes = PrefixCache(decoder, params, prefix_bytes)
-
-    @property
-    def context(self) -> ContextLimit:
-        """See `base.TeacherHooks`; the checkpoint says it."""
         where = "max_position_embeddings in config.json"
-        return ContextLimit(self.decoder.spec.context_length, where)
+        self.context = ContextLimit(decoder.spec.context_length, where)
 
     @property
     def weights(self) -> "LocalTeacher":

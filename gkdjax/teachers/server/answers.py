@@ -68,8 +68,7 @@ class TeacherAnswer:
 
     def rows(self, which: slice) -> "TeacherAnswer":
         """The same about some of the targets."""
-        arrays = ("target_ids", "target_logprob", "top_ids", "top_logprobs", "tail_logprob")
-        cut = {name: getattr(self, name)[which] for name in arrays}
+        cut = {k: v[which] for k, v in vars(self).items() if isinstance(v, np.ndarray)}
         return dataclasses.replace(self, finished=False, **cut)
 
     def kept(self) -> TokenTopK:

@@ -6,6 +6,7 @@ they are asked: text does not tell the tokens that are parts of characters.
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -187,18 +188,16 @@ def _after_part(token: TokenLogprobs) -> TokenLogprobs:
 
 def _messages(request: SampleRequest) -> list[dict]:
     """As the route has them: calls have an id and a type, and their arguments are JSON text."""
-    messages, waiting, count = [m.for_template() for m in request.messages], [], 0
+    messages, waiting, ids = [m.for_template() for m in request.messages], [], itertools.count()
     for message in messages:
         if message.get("tool_calls"):
-            calls = []
-            for call in map(_wrapped, message["tool_calls"]):
+            calls = message["tool_calls"] = list(map(_wrapped, message["tool_calls"]))
+            for i, call in enumerate(calls):
                 function = {"arguments": {}} | call["function"]
                 if not isinstance(function["arguments"], str):
                     function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
-                new = {"id": f"call{count:05d}", "type": "function"}  # 9 characters, as Mistral's
-                calls.append(new | call | {"function": function})
-                count += 1
-            message["tool_calls"] = calls
+                new = {"id": f"call{next(ids):05d}", "type": "function"}  # 9 characters: Mistral's
+                calls[i] = new | call | {"function": function}
             waiting = [call["id"] for call in calls]
         elif message["role"] == "tool" and "tool_call_id" not in message and waiting:
             message["tool_call_id"] = waiting.pop(0)
