@@ -6,6 +6,7 @@ from gkdjax.teachers.server import json_fields
 from gkdjax.teachers.server.json_fields import JsonField, opened
 from gkdjax.utils.errors import WrongAnswer
 
+
 @pytest.mark.parametrize(
     "body, message",
     [
