@@ -15,42 +15,62 @@ from gkdjax.teachers.base import Capabilities
 from gkdjax.types import Completion
 
 PREFIX = [{"role": "system", "content": "be brief"}]
+SMALL = {
+    "student__lora__rank": 2,
+    "student__lora__dropout": 0.0,
+    "student__lora__targets": ("q_proj", "down_proj"),  # fewer leaves compile sooner
+    "context__prefix_messages": PREFIX,
+    "data__train": [{"prompt": f"ask {i}"} for i in range(6)],
+    "data__max_length": 64,
+    "data__bucket_lengths": (32, 64),
+    "rollout__per_prompt": 1,
+    "rollout__max_new_tokens": 4,
+    "optim__learning_rate": 1e-2,
+    "train__batch_size": 4,
+    "train__epochs": None,
+    "train__steps": 4,
+    "anchor__batch_size": 4,
+    "eval__max_new_tokens": 4,
+    "eval__batch_size": 4,
+    "checkpoint__every_steps": 2,
+    "log__tensorboard": False,
+    "log__progress_bar": False,
+}
 
 
 def small(student: str, **changes):
     """A config of few shapes and steps; `changes` are like gkd__divergence="mixed"."""
     c = config.default()
-    c.student.model = student
-    c.student.lora.rank = 2
-    c.student.lora.dropout = 0.0
-    c.student.lora.targets = ("q_proj", "down_proj")  # fewer leaves compile sooner
-    c.context.prefix_messages = PREFIX
-    c.data.train = [{"prompt": f"ask {i}"} for i in range(6)]
-    c.data.max_length = 64
-    c.data.bucket_lengths = (32, 64)
-    c.rollout.per_prompt = 1
-    c.rollout.max_new_tokens = 4
-    c.optim.learning_rate = 1e-2
-    c.train.batch_size = 4
-    c.train.epochs = None
-    c.train.steps = 4
-    c.eval.max_new_tokens = 4
-    c.eval.batch_size = 4
-    c.checkpoint.every_steps = 2
-    c.log.tensorboard = False
-    c.log.progress_bar = False
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        c[section][name] = value
+    for key, value in ({"student__model": student} | SMALL | changes).items():
+        *sections, name = key.split("__")
+        section = c
+        for each in sections:
+            section = section[each]
+        section[name] = value
     return c
+
+
+def talk(*texts: str) -> dict:
+    """A row of messages, by the user and the assistant in turn."""
+    roles = ("user", "assistant") * len(texts)
+    pairs = zip(roles, texts, strict=False)
+    return {"messages": [{"role": role, "content": text} for role, text in pairs]}
 
 
 def metrics(workdir: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def losses(workdir: pathlib.Path) -> list[float]:
+    return [line["loss"] for line in metrics(workdir)]
+
+
 def losses_hex(workdir: pathlib.Path) -> list[str]:
-    return [line["loss"].hex() for line in metrics(workdir)]
+    return [loss.hex() for loss in losses(workdir)]
+
+
+def merged_weights(workdir: pathlib.Path) -> bytes:
+    return (workdir / "merged" / "model.safetensors").read_bytes()
 
 
 class ConstantTeacher:
@@ -61,7 +81,11 @@ class ConstantTeacher:
     description = "a constant"
 
     def __init__(
-        self, token: int, stop: int, fails_at: int | None = None, stopped_at: int | None = None
+        self,
+        token: int = 50,  # "K"
+        stop: int = 5,  # <end_of_turn>
+        fails_at: int | None = None,
+        stopped_at: int | None = None,
     ):
         self.token, self.stop = token, stop
         self.calls, self.fails_at, self.stopped_at = 0, fails_at, stopped_at

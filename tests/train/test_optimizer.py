@@ -1,7 +1,5 @@
 """The schedules at their ends, and the optimizer by hand."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,38 +12,31 @@ PEAK = 0.5
 
 
 def rates(schedule: str, warmup_ratio: float, steps: int) -> np.ndarray:
+    """The rate of each step, and of the one after the last."""
     config = Optim(learning_rate=PEAK, schedule=schedule, warmup_ratio=warmup_ratio)
     function = train_optimizer.schedule(config, steps)
-    return np.array([float(function(jnp.int32(step))) for step in range(steps)])
+    return np.array([float(function(jnp.int32(step))) for step in range(steps + 1)])
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-@pytest.mark.parametrize("warmup_ratio, warmup", [(0.0, 0), (0.1, 1), (0.4, 4), (1.0, 10)])
-def test_warm_up_ramps_to_the_peak_and_the_rest_decays_from_it(schedule, warmup_ratio, warmup):
-    got = rates(schedule, warmup_ratio, 10)
-    assert got[0] > 0
+@pytest.mark.parametrize(
+    ("warmup_ratio", "steps", "warmup"),
+    [(0.0, 10, 0), (0.1, 10, 1), (0.4, 10, 4), (1.0, 10, 10), (0.03, 1, 0), (1.0, 2, 2)],
+)
+def test_warm_up_ramps_to_the_peak_and_the_rest_decays_from_it(
+    schedule, warmup_ratio, steps, warmup
+):
+    got = rates(schedule, warmup_ratio, steps)
+    assert (got[:steps] > 0).all()  # the 0 lies behind the last step
     ramp = PEAK * np.arange(1, warmup + 1) / max(warmup, 1)
     np.testing.assert_allclose(got[:warmup], ramp, rtol=1e-6)
-    done = np.arange(10 - warmup) / max(10 - warmup, 1)
+    done = np.arange(steps - warmup + (warmup < steps)) / max(steps - warmup, 1)
     wanted = {
         "cosine": PEAK * (1 + np.cos(np.pi * done)) / 2,
         "linear": PEAK * (1 - done),
         "constant": np.full_like(done, PEAK),
     }[schedule]
-    np.testing.assert_allclose(got[warmup:], wanted, atol=1e-6)
-    assert (got > 0).all()  # the 0 lies behind the last step
-
-
-@pytest.mark.parametrize("schedule, end", [("cosine", 0.0), ("linear", 0.0), ("constant", PEAK)])
-def test_the_decay_ends_with_the_run(schedule, end):
-    function = train_optimizer.schedule(Optim(learning_rate=PEAK, schedule=schedule), 100)
-    np.testing.assert_allclose(function(jnp.int32(100)), end, atol=1e-7)
-
-
-@pytest.mark.parametrize("steps", [1, 2])
-def test_a_run_of_a_step_or_two_learns(steps):
-    for warmup_ratio in (0.0, 0.03, 1.0):
-        assert (rates("cosine", warmup_ratio, steps) > 0).all()
+    np.testing.assert_allclose(got[warmup : warmup + len(done)], wanted, atol=1e-6)
 
 
 def test_two_steps_of_adamw_behind_the_clip():
@@ -64,7 +55,4 @@ def test_two_steps_of_adamw_behind_the_clip():
         np.testing.assert_allclose(updates["w"], wanted, rtol=1e-4)
         w = w + wanted
         params = {"w": params["w"] + updates["w"]}
-
-
-def test_no_decay_by_default():
-    assert dataclasses.asdict(Optim())["weight_decay"] == 0.0
+    assert Optim().weight_decay == 0.0
