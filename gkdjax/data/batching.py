@@ -32,13 +32,6 @@ class BatchShape(NamedTuple):
     targets: int  # N
 
 
-class CachedTargets(NamedTuple):
-    """The teacher's predictions while it wrote a batch: it need not read those rows again."""
-
-    targets: TopKTargets  # NumPy
-    known_B: np.ndarray  # bool, the rows that have such targets
-
-
 class RowOrder:
     """The rows of each step's batch.
 
@@ -168,14 +161,16 @@ def pad(pairs: Sequence[ViewPair], shape: BatchShape, pad_id: int) -> Batch:
     )
 
 
-def cached_targets(pairs: Sequence[ViewPair], num_targets: int) -> CachedTargets | None:
-    """The predictions that came with the rows, padded; None if no row has any."""
+def cached_targets(pairs: Sequence[ViewPair], num_targets: int) -> TopKTargets | None:
+    """The teacher's predictions while it wrote the rows, in NumPy; None if no row has any.
+
+    All entries of a row without them are absent: their logprobs are -inf.
+    """
     known = [pair.kept for pair in pairs if pair.kept is not None]
     if not known:
         return None
     nothing = jax.tree.map(lambda tokens: tokens[:0], known[0])
-    targets = pad_top_k([pair.kept or nothing for pair in pairs], num_targets)
-    return CachedTargets(targets, np.asarray([pair.kept is not None for pair in pairs]))
+    return pad_top_k([pair.kept or nothing for pair in pairs], num_targets)
 
 
 def pad_top_k(rows: Sequence[TokenTopK], num_targets: int) -> TopKTargets:

@@ -14,12 +14,13 @@ from absl import logging
 
 from gkdjax.config import Config
 from gkdjax.data import batching, truncation
-from gkdjax.data.batching import BatchShape, CachedTargets, Shape
+from gkdjax.data.batching import BatchShape, Shape
 from gkdjax.data.chat_template import Chat
 from gkdjax.data.conversations import split_answers
 from gkdjax.data.examples import BadRows
 from gkdjax.data.loss_mask import TargetRules
 from gkdjax.data.views import RowStatus, ViewRules
+from gkdjax.losses.objective import TopKTargets
 from gkdjax.models.prefix_cache import worth_keeping
 from gkdjax.types import Batch, Completion, Example, Message, Prompt, ViewPair
 from gkdjax.utils.errors import UserError
@@ -209,7 +210,7 @@ class DistillDataset:
         )
         return new
 
-    def batch(self, step: int) -> tuple[Batch, CachedTargets | None]:
+    def batch(self, step: int) -> tuple[Batch, TopKTargets | None]:
         """The off-policy batch of a step, all of it in NumPy, and what its writer predicted."""
         pairs = [self._pairs[i] for i in self.batch_rows(step)]
         need = batching.longest(self._row_shapes(step))

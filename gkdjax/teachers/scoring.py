@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gkdjax.data.batching import CachedTargets
-from gkdjax.losses.objective import TeacherTargets
+from gkdjax.losses.objective import TeacherTargets, TopKTargets
 from gkdjax.parallel.mesh import holders, shard_rows
 from gkdjax.parallel.multihost import fail_together, rows_from
 from gkdjax.teachers.base import RemoteTeacher, Teacher
@@ -23,7 +22,7 @@ def steps_ahead(teacher: Teacher) -> int:
 
 
 def request_targets(
-    teacher: Teacher, batch: Batch, names: Sequence[str], cached: CachedTargets | None, mesh: Mesh
+    teacher: Teacher, batch: Batch, names: Sequence[str], cached: TopKTargets | None, mesh: Mesh
 ) -> Callable[[], TeacherTargets]:
     """Asks for a teacher's targets -> a function that gives them, on the devices.
 
@@ -31,13 +30,14 @@ def request_targets(
       teacher: any; one that works elsewhere begins at once.
       batch: NumPy arrays.
       names: of its rows, for errors.
-      cached: the targets of rows that the teacher wrote itself: it is not asked about them again.
+      cached: the targets of rows that the teacher wrote itself: it is not asked about them again;
+        see `data.batching.cached_targets`.
       mesh: its devices share the rows.
     """
-    known_B = np.zeros(len(names), bool) if cached is None else cached.known_B
+    known_B = np.zeros(len(names), bool) if cached is None else _known(np, cached)
     batch = _of_rows(batch, ~known_B)
     if known_B.all():
-        ready = functools.partial(shard_rows, mesh, cached.targets)
+        ready = functools.partial(shard_rows, mesh, cached)
     elif isinstance(teacher, RemoteTeacher):
         ready = _ask(teacher, batch, names, cached, mesh)
     else:
@@ -50,7 +50,7 @@ def request_targets(
 
 
 def _ask(
-    teacher: RemoteTeacher, batch: Batch, names: Sequence[str], cached: CachedTargets | None, mesh
+    teacher: RemoteTeacher, batch: Batch, names: Sequence[str], cached: TopKTargets | None, mesh
 ) -> Callable[[], TeacherTargets]:
     """Each row is asked for by one of the processes whose devices hold it."""
     held_by = holders(mesh, len(names))
@@ -72,12 +72,19 @@ def _of_rows(batch: Batch, which_B: np.ndarray) -> Batch:
     return dataclasses.replace(batch, target_mask_BN=batch.target_mask_BN & which_B[:, None])
 
 
-def _filled(numpy, cached: CachedTargets | None, found: TeacherTargets) -> TeacherTargets:
+def _known(numpy, cached: TopKTargets):
+    """bool [B]: the rows that have cached targets."""
+    return numpy.isfinite(cached.topk.logprobs[:, 0, 0])
+
+
+def _filled(numpy, cached: TopKTargets | None, found: TeacherTargets) -> TeacherTargets:
     """`found` with the cached targets in the rows that have some."""
     if cached is None:
         return found
 
-    def choose(known, new):
-        return numpy.where(cached.known_B.reshape(-1, *[1] * (new.ndim - 1)), known, new)
+    known_B = _known(numpy, cached)
 
-    return jax.tree.map(choose, cached.targets, found)
+    def choose(known, new):
+        return numpy.where(known_B.reshape(-1, *[1] * (new.ndim - 1)), known, new)
+
+    return jax.tree.map(choose, cached, found)

@@ -1,10 +1,10 @@
 """What is known of a batch is not asked again, wherever the teacher works."""
 
 import builders
+import jax
 import numpy as np
 import pytest
 
-from gkdjax.data.batching import CachedTargets
 from gkdjax.losses import TopKLogprobs
 from gkdjax.losses.objective import TopKTargets
 from gkdjax.parallel import mesh
@@ -48,7 +48,9 @@ class Elsewhere(Here):
 def test_only_what_is_not_known_is_asked(make, known):
     """A teacher elsewhere is asked at once, and one here when its turn comes."""
     teacher = make()
-    cached = None if known is None else CachedTargets(targets(3), np.asarray(known))
+    cached = None if known is None else jax.tree.map(np.array, targets(3))
+    if known is not None:
+        cached.topk.logprobs[~np.asarray(known)] = -np.inf
     wait = request_targets(teacher, BATCH, NAMES, cached, MESH)
     asks = known != (True,) * B
     assert len(teacher.asked) == (asks and make is Elsewhere)
