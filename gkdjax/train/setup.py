@@ -115,11 +115,14 @@ def read(
     toggles = teacher is None and config.teacher.is_base
     c = config.context
     targets = TargetRules(c.target_roles, c.target_content_pattern, c.target_span)
-    max_length, too_long, retained = (
-        *(config.data.max_length, config.data.too_long),
-        c.student_retained_turns,
+    rules = ViewRules(
+        student_chat=sources.chat,
+        teacher_chat=sources.teacher_chat,
+        retained=c.student_retained_turns,
+        targets=targets,
+        max_length=config.data.max_length,
+        too_long=config.data.too_long,
     )
-    rules = ViewRules(sources.chat, sources.teacher_chat, retained, targets, max_length, too_long)
     contexts = datasets.contexts_of(config, sources, teacher)
     examples = _renderable(config, examples, rules, bad_rows)
     _check_questions(config, examples, rules, contexts)
