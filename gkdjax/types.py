@@ -46,13 +46,13 @@ class Prompt(NamedTuple):
     number: int = 0  # of this completion among those of the row
 
     def key(self) -> tuple[str, int, str]:
-        """What its completion is found by in a file: row, number, digest of the ids."""
+        """Returns what finds its completion in a file: row, number, digest of the ids."""
         return self.name, self.number, digest(np.asarray(self.ids, np.int32).tobytes())
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are sampled."""
+    """Settings of a sampler."""
 
     max_new_tokens: int  # at least 1; a row that has not stopped by then is cut off
     temperature: float  # divides the logits; 0 takes the most probable token
@@ -103,7 +103,7 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What one model reads of an example, and the positions that predict the targets."""
+    """The ids that one model reads, and the positions that predict the targets."""
 
     ids: np.ndarray  # int32 [T]
     at: np.ndarray  # int32 [N], position whose logits predict target n
@@ -138,7 +138,7 @@ class Batch:
 
 
 class ContextLimit(NamedTuple):
-    """How many tokens a model can read."""
+    """The context length of a model."""
 
     tokens: int | None  # None: unknown
     source: str  # what says so, for people

@@ -22,15 +22,10 @@ _PROBED = factories.tokenizer()(PROBE)["input_ids"][:32]
 
 
 def config_for(student: str, base: str, **changes):
-    """`small_runs.small` with a teacher at a server, which is not waited for long."""
-    c = small(student)
-    c.teacher.backend, c.teacher.api_base, c.teacher.top_k = "vllm", base, 8
-    c.teacher.deadline_s, c.teacher.max_retries = 60.0, 8
-    c.data.train = MIXED_ROWS
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        c[section][name] = value
-    return c
+    """`small_runs.small` with a teacher at a server, whose deadline is near."""
+    server = {"backend": "vllm", "api_base": base, "top_k": 8, "deadline_s": 60.0, "max_retries": 8}
+    server = {f"teacher__{key}": value for key, value in server.items()}
+    return small(student, **(server | {"data__train": MIXED_ROWS} | changes))
 
 
 def rows_asked(requests: list[Request]) -> list[str]:
@@ -68,7 +63,13 @@ class Failing(FakeTeacher):
         self._steps: dict[tuple[int, ...], int] = {}  # of each row
 
     def __call__(self, request: Request) -> Reply:
-        step = self._step(request)
+        step = None
+        if any("prompt_logprobs" in row for row in rows_asked([request])):
+            rows = [tuple(row) for row in request.body["prompt"]]
+            with self._lock:
+                if rows[0] not in self._steps:
+                    self._steps |= dict.fromkeys(rows, len({*self._steps.values()}))
+            step = self._steps[rows[0]]
         return self.faults[step](request) if step in self.faults else self.well(request)
 
     def once(self, fault: Fault) -> Fault:
@@ -76,30 +77,26 @@ class Failing(FakeTeacher):
         left = [fault]
         return lambda request: left.pop()(request) if left else self.well(request)
 
+    def spoiled(self, spoil: Callable[[Reply], object]) -> Fault:
+        """What is right, changed by `spoil`."""
+
+        def fault(request: Request) -> Reply:
+            reply = self.well(request)
+            spoil(reply)
+            return reply
+
+        return fault
+
     def well(self, request: Request) -> Reply:
         """The answer as it should be."""
         return super().__call__(request)
-
-    def _step(self, request: Request) -> int | None:
-        if not any("prompt_logprobs" in row for row in rows_asked([request])):
-            return None
-        rows = [tuple(row) for row in request.body["prompt"]]
-        with self._lock:
-            if rows[0] not in self._steps:
-                self._steps |= dict.fromkeys(rows, len({*self._steps.values()}))
-        return self._steps[rows[0]]
 
 
 def restarting(server) -> Fault:
     """The server goes away without an answer, and comes back."""
 
-    def restart() -> None:
-        server.stop()
-        server.start()
-
     def fault(request: Request) -> Reply:
-        thread = threading.Thread(target=restart)
-        thread.start()
+        threading.Thread(target=lambda: (server.stop(), server.start())).start()
         return Reply(delay_s=60.0)  # the end of the server cuts it short
 
     return fault

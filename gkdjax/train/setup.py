@@ -43,7 +43,7 @@ from gkdjax.utils.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class RunInputs:
-    """What is known of a run before any weights are read."""
+    """All that is known before any weights are read."""
 
     config: Config
     mesh: Mesh

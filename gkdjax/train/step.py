@@ -30,7 +30,7 @@ LARGEST_UPDATE = 1.0
 
 
 class TrainBatch(NamedTuple):
-    """What a step computes with, on the devices, and how the batch came about."""
+    """All that a step computes with, on the devices, and how the batch came about."""
 
     batch: Batch
     targets: TeacherTargets

@@ -30,7 +30,7 @@ _BEGUN_WITH = ("models.json", "clock.json", "teacher.json", "ending.json", "rows
 # What it measures before its first step; cheap enough to be measured once more.
 _MEASURED = ("before.json", "answers.jsonl", "eval.jsonl", "samples.jsonl", "tensorboard")
 _MEASURED += ("bad_steps.jsonl", "bad_steps", _FAILURE, "history.jsonl")
-_MEASURED += ("report.html", "report.png")  # of an unfinished run, if somebody asked for them
+_MEASURED += ("report.html", "report.png")  # of an unfinished run, by `tools.report`
 # Rollouts, steps, and what a run hands over: these make the directory the run's own.
 _COMPUTED = ("trajectories_*.jsonl", "metrics.jsonl", "checkpoints/[!.]*", "results.json")
 _COMPUTED += ("merged/*", "adapter/*")

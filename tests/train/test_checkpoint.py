@@ -1,6 +1,10 @@
-"""Checkpoints come back to the bit, and damage is found, named and passed over."""
+"""Checkpoints come back to the bit; damage is found, named and passed over; so are killed saves."""
 
+import contextlib
 import pathlib
+import signal
+import subprocess
+import sys
 
 import builders
 import jax
@@ -11,7 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gkdjax.models import lora
-from gkdjax.parallel import mesh as parallel_mesh
+from gkdjax.parallel.mesh import make_mesh
 from gkdjax.parallel.sharding_rules import ShardingRules
 from gkdjax.train import checkpoint
 from gkdjax.train.checkpoint import Checkpoints
@@ -21,11 +25,11 @@ from gkdjax.utils.errors import UserError
 
 DECODER, PARAMS = builders.small_model(intermediate_size=256)  # one leaf large enough to hit
 OPTIMIZER = optax.adamw(1e-3)
+TESTS = pathlib.Path(__file__).parents[1]
 
 
 def state_at(step: int) -> TrainState:
     """A state in which every leaf, the optimizer's too, is random and belongs to `step` alone."""
-    like = init_state(builders.adapters(DECODER), OPTIMIZER)
     rng = np.random.default_rng(step)
 
     def fill(leaf):
@@ -33,27 +37,27 @@ def state_at(step: int) -> TrainState:
             return jnp.full(leaf.shape, step, leaf.dtype)
         return jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype)
 
-    return jax.tree.map(fill, like)
+    return jax.tree.map(fill, init_state(builders.adapters(DECODER), OPTIMIZER))
 
 
-def fresh() -> TrainState:
-    return init_state(builders.adapters(DECODER, seed=99), OPTIMIZER)
+def opened(workdir: pathlib.Path, keep: int = 5):
+    return contextlib.closing(Checkpoints(workdir, keep))
 
 
 def save(workdir: pathlib.Path, *steps: int, keep: int = 5) -> None:
-    checkpoints = Checkpoints(workdir, keep)
-    for step in steps:
-        checkpoints.save(state_at(step))
-    checkpoints.wait()
-    checkpoints.close()
+    with opened(workdir, keep) as checkpoints:
+        for step in steps:
+            checkpoints.save(state_at(step))
+        checkpoints.wait()
 
 
-def restore(workdir: pathlib.Path) -> TrainState | None:
-    checkpoints = Checkpoints(workdir, keep=5)
-    try:
-        return checkpoints.restore(fresh())
-    finally:
-        checkpoints.close()
+def restore(workdir: pathlib.Path, like: TrainState | None = None) -> TrainState | None:
+    with opened(workdir) as checkpoints:
+        return checkpoints.restore(like or state_at(99))
+
+
+def names(workdir: pathlib.Path) -> set[str]:
+    return {path.name for path in (workdir / "checkpoints").iterdir()}
 
 
 def assert_is(state: TrainState, step: int) -> None:
@@ -64,9 +68,10 @@ def assert_is(state: TrainState, step: int) -> None:
         np.testing.assert_array_equal(got, leaf)
 
 
-def flip_a_bit(directory: pathlib.Path) -> None:
+def flip_a_bit(workdir: pathlib.Path, step: int) -> None:
     """In the middle of the largest file, where the numbers of the largest leaves are."""
-    largest = max((f for f in directory.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    files = [path for path in (workdir / "checkpoints" / f"{step}").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 0x10
     largest.write_bytes(content)
@@ -76,9 +81,8 @@ def flip_a_bit(directory: pathlib.Path) -> None:
 def errors(monkeypatch) -> list[str]:
     """What is logged as an error."""
     lines = []
-    monkeypatch.setattr(
-        "gkdjax.train.checkpoint.logging.error", lambda text, *args: lines.append(text % args)
-    )
+    log = "gkdjax.train.checkpoint.logging.error"
+    monkeypatch.setattr(log, lambda text, *args: lines.append(text % args))
     return lines
 
 
@@ -95,70 +99,53 @@ def test_a_state_comes_back_to_the_bit(tmp_path, errors):
 
 def test_only_the_newest_are_kept_and_a_step_is_saved_once(tmp_path):
     save(tmp_path, 1, 2, 3, 3, keep=2)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()) == [
-        "2",
-        "3",
-    ]
-
-
-def test_a_flipped_bit_is_named_and_the_checkpoint_before_is_used(tmp_path, errors):
-    save(tmp_path, 5, 6)
-    flip_a_bit(tmp_path / "checkpoints" / "6")
-    assert_is(restore(tmp_path), 5)
-    assert len(errors) == 1
-    assert "checkpoint 6" in errors[0]
-    assert any(f"{path}/{half}" in errors[0] for path in fresh().trainable for half in "ab")
-
-
-def test_an_empty_directory_of_a_later_step_fools_nobody(tmp_path, errors):
-    save(tmp_path, 5)
-    (tmp_path / "checkpoints" / "99").mkdir()
-    assert_is(restore(tmp_path), 5)
+    assert {name for name in names(tmp_path) if name.isdigit()} == {"2", "3"}
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "empty directory"])
-def test_a_run_that_passed_over_damage_goes_on_saving(tmp_path, errors, damage):
+def test_damage_is_named_and_passed_over_and_the_run_goes_on_saving(tmp_path, errors, damage):
     """Steps up to and past the damaged one are saved anew, and then found."""
     save(tmp_path, 5, 7)
+    whole = 7
     if damage == "flipped bit":
-        flip_a_bit(tmp_path / "checkpoints" / "7")
+        flip_a_bit(tmp_path, 7)
+        whole = 5
     else:
         (tmp_path / "checkpoints" / "99").mkdir()
-    checkpoints = Checkpoints(tmp_path, keep=5)
-    first = 5 if damage == "flipped bit" else 7
-    assert_is(checkpoints.restore(fresh()), first)
-    checkpoints.save(state_at(first + 1))
-    checkpoints.save(state_at(first + 2))
-    checkpoints.wait()
-    checkpoints.close()
+    with opened(tmp_path) as checkpoints:
+        assert_is(checkpoints.restore(state_at(0)), whole)
+        for step in (whole + 1, whole + 2):
+            checkpoints.save(state_at(step))
+        checkpoints.wait()
+    if damage == "flipped bit":
+        (error,) = errors
+        leaves = [f"{path}/{half}" for path in state_at(0).trainable for half in "ab"]
+        assert "checkpoint 7" in error and any(leaf in error for leaf in leaves)
     errors.clear()
-    assert_is(restore(tmp_path), first + 2)
+    assert_is(restore(tmp_path), whole + 2)
     assert errors == []
 
 
 def test_nothing_whole_is_an_error_and_not_a_new_start(tmp_path, errors):
     save(tmp_path, 5, 6)
-    for step in ("5", "6"):
-        flip_a_bit(tmp_path / "checkpoints" / step)
+    for step in (5, 6):
+        flip_a_bit(tmp_path, step)
     with pytest.raises(UserError, match=r"none of the checkpoints \[6, 5\]"):
         restore(tmp_path)
     assert len(errors) == 2
-    # Told apart from the damage: nothing was thrown away.
-    assert {"5", "6"} <= {p.name for p in (tmp_path / "checkpoints").iterdir()}
+    assert {"5", "6"} <= names(tmp_path)  # nothing was thrown away
 
 
 def test_a_fingerprint_sees_each_number_and_its_place_but_not_the_mesh():
-    mesh = parallel_mesh.make_mesh(fsdp=2, tensor=2)
     numbers = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
 
     def found(x):
         return checkpoint._fingerprints({"x": x})["x"]
 
-    whole = found(numbers)
-    for cut in (("fsdp",), (None, "tensor"), ("fsdp", "tensor")):
-        placed = jax.device_put(numbers, NamedSharding(mesh, PartitionSpec(*cut)))
-        assert found(placed) == whole
-    assert found(numbers.reshape(6, 4)) == whole  # of the same shape it is by the checkpoint's
+    whole, mesh = found(numbers), make_mesh(fsdp=2, tensor=2)
+    for axes in (("fsdp",), (None, "tensor"), ("fsdp", "tensor")):
+        assert found(jax.device_put(numbers, NamedSharding(mesh, PartitionSpec(*axes)))) == whole
+    assert found(numbers.reshape(6, 4)) == whole  # the checkpoint compares the shape
     swapped = numbers.copy()
     swapped[0, :2] = swapped[0, 1::-1]
     assert found(swapped) != whole
@@ -172,16 +159,61 @@ def test_a_fingerprint_sees_each_number_and_its_place_but_not_the_mesh():
 
 def test_a_state_is_restored_onto_another_mesh(tmp_path, errors):
     def placed(state, **sizes):
-        layout = ShardingRules.of(parallel_mesh.make_mesh(**sizes), DECODER.spec)
+        layout = ShardingRules.of(make_mesh(**sizes), DECODER.spec)
         return jax.device_put(state, layout.shardings_of(state))
 
-    checkpoints = Checkpoints(tmp_path, keep=5)
-    checkpoints.save(placed(state_at(5), fsdp=2))
-    checkpoints.wait()
-    like = placed(fresh(), tensor=2)
-    state = checkpoints.restore(like)
-    checkpoints.close()
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(placed(state_at(5), fsdp=2))
+        checkpoints.wait()
+    like = placed(state_at(0), tensor=2)
+    state = restore(tmp_path, like)
     assert_is(state, 5)
     for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True):
         assert leaf.sharding == wanted.sharding
     assert errors == []
+
+
+# Killed when all that belongs into the directory NAME ("state" or "7") is written, and the
+# directory is about to get that name: whatever had been begun by then is left behind.
+_KILLED = """
+import os, pathlib, signal, sys
+import jax.numpy as jnp
+from gkdjax.train.checkpoint import Checkpoints
+from gkdjax.types import TrainState
+
+def state(step):
+    return TrainState(jnp.int32(step), {"a": jnp.full(9, float(step))}, ())
+
+def renamed(source, target, rename=os.rename, **options):
+    if pathlib.Path(target).name == sys.argv[2]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, target, **options)
+
+checkpoints = Checkpoints(pathlib.Path(sys.argv[1]), keep=5)
+checkpoints.save(state(5))
+checkpoints.wait()
+os.rename = renamed
+checkpoints.save(state(7))
+checkpoints.wait()
+"""
+
+
+def plain(step: int) -> TrainState:
+    return TrainState(jnp.int32(step), {"a": jnp.full(9, float(step))}, ())
+
+
+@pytest.mark.parametrize("name", ["state", "7"])
+def test_a_killed_save_is_as_if_it_had_not_begun(tmp_path, monkeypatch, name):
+    """SIGKILL ends the process that saves, so that it is another one than this."""
+    monkeypatch.setenv("PYTHONPATH", str(TESTS.parent))
+    command = [sys.executable, "-c", _KILLED, str(tmp_path), name]
+    assert subprocess.run(command, timeout=600).returncode == -signal.SIGKILL
+    left = names(tmp_path)
+    assert len(left) == 2 and "5" in left and "7" not in left
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints.restore(plain(0)).trainable["a"][0] == 5
+        assert names(tmp_path) == {"5"}  # what was left is gone: it may be as large as a model
+        checkpoints.save(plain(7))  # the resumed run comes there again
+        checkpoints.wait()
+    assert restore(tmp_path, plain(0)).trainable["a"][0] == 7
+    assert names(tmp_path) == {"5", "7"}

@@ -106,14 +106,14 @@ REFUSED = {
     ),
     r"loss would be (zero)": ({"context__student_retained_turns": 1}, None),
     "empty.jsonl": ({"data__train": "DIR/empty.jsonl"}, None),
-    r"data\.train:0\b.*data\.max_length": (
+    r"no row of data\.train is left: 1 rows: longer than data\.max_length=64": (
         {"data__train": [{"prompt": "x" * 100, "response": "b"}]},
         None,
     ),
     r"r_proj.*q_proj": ({"student__lora__targets": ("r_proj",)}, None),
     r"mamba.*gemma3_text": ({"student__model": "DIR/mamba"}, None),
     "System role": ({"student__model": "DIR/no system"}, None),
-    r"other tokenizer.*student.*tokenizer": (
+    "the teacher's tokenizer is not the student's: .*other tokenizer": (
         {"teacher__backend": "flax", "teacher__model": "DIR/other tokenizer"},
         None,
     ),

@@ -116,7 +116,7 @@ def test_full_fine_tuning_frees_the_untrained_parameters_if_nothing_reads_them(
 ):
     held = []
 
-    def train(parts, workdir, shared):
+    def train(parts, *others):
         leaves = [weakref.ref(leaf) for leaf in jax.tree.leaves(parts.base)]
         assert not parts.keeps_base and len(leaves) > 5
         parts.base = None  # as the real one does

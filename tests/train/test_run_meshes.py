@@ -1,36 +1,28 @@
-"""Whole runs on meshes that cut weights, rows and heads; conftest.py makes four devices."""
+"""Whole runs on meshes that shard weights, rows and heads; conftest.py makes four devices."""
 
 import factories
 import numpy as np
 import pytest
-from small_runs import ConstantTeacher, metrics, small
+from small_runs import ConstantTeacher, losses, small
 
 import gkdjax
-from gkdjax import config
-from gkdjax.data.chat_template import load_chat
-from gkdjax.utils.errors import Preempted, UserError
+from gkdjax.utils.errors import Preempted
 
 HEADS = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
-CUT = {"mesh__fsdp": 2, "mesh__tensor": 2}
+SHARDED = {"mesh__fsdp": 2, "mesh__tensor": 2}
 PROMPTS = [{"prompt": "hi"}, {"prompt": "yo"}]
 
 
 @pytest.fixture(scope="module")
-def student(tmp_path_factory):
-    return factories.model_dir(tmp_path_factory.mktemp("student"), **HEADS)
+def models(tmp_path_factory) -> list[str]:
+    """Student and teacher."""
+    made = [tmp_path_factory.mktemp(name) for name in ("student", "teacher")]
+    return [factories.model_dir(path, seed=seed, **HEADS) for seed, path in enumerate(made)]
 
 
-@pytest.fixture(scope="module")
-def other(tmp_path_factory):
-    return factories.model_dir(tmp_path_factory.mktemp("teacher"), seed=1, **HEADS)
-
-
-def losses_of(workdir):
-    return [line["loss"] for line in metrics(workdir)]
-
-
-def test_a_run_on_a_mesh_is_the_run_on_rows_alone(student, other, tmp_path):
+def test_a_run_on_a_mesh_is_the_run_on_rows_alone(models, tmp_path):
     """All parts of it: both write, top k, anchor, validation, distances, side effects, exports."""
+    student, other = models
     changes = {
         "teacher__backend": "flax",
         "teacher__model": other,
@@ -38,46 +30,32 @@ def test_a_run_on_a_mesh_is_the_run_on_rows_alone(student, other, tmp_path):
         "student__adapter": "none",
         "gkd__on_policy_fraction": 0.5,
         "anchor__data": PROMPTS * 2,
-        "anchor__batch_size": 4,
         "data__validation": [{"prompt": f"v {i}", "response": "ok"} for i in range(4)],
         "eval__prompts": PROMPTS,
         "eval__side_effects": [{"prompt": "unrelated"}],
         "eval__every_steps": 2,
     }
     expected = gkdjax.run(small(student, **changes), tmp_path / "rows")
-    # The teacher's output projections are cut along the other axis than the student's.
+    # The teacher's output projections are sharded along the other axis than the student's.
     rules = [{"leaves": "layers/(o|down)_proj", "axes": [None, "fsdp", "tensor"]}]
-    c = small(student, **changes, **CUT, mesh__teacher_rules=rules)
-    found = gkdjax.run(c, tmp_path / "cut")
-    np.testing.assert_allclose(
-        losses_of(tmp_path / "cut"), losses_of(tmp_path / "rows"), rtol=1e-5, atol=1e-6
-    )
-    text = [(tmp_path / name / "samples.jsonl").read_text() for name in ("rows", "cut")]
-    assert text[0] == text[1]
+    c = small(student, **changes, **SHARDED, mesh__teacher_rules=rules)
+    found = gkdjax.run(c, tmp_path / "sharded")
+    both = [tmp_path / name for name in ("rows", "sharded")]
+    np.testing.assert_allclose(*map(losses, both), rtol=1e-5, atol=1e-6)
+    text, other_text = ((path / "samples.jsonl").read_text() for path in both)
+    assert text == other_text
     for key in ("student", "reprompted_student", "side_effects"):
         assert found[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6)
 
 
-def test_a_run_goes_on_on_another_mesh(student, tmp_path):
-    stop = load_chat(student).stop_ids[0]
-    whole = small(student, teacher__top_k=1)
-    gkdjax.run(whole, tmp_path / "whole", ConstantTeacher(40, stop))
+def test_a_run_goes_on_on_another_mesh(models, tmp_path):
+    whole, moved = (tmp_path / name for name in ("whole", "moved"))
+    c = small(models[0], teacher__top_k=1)
+    gkdjax.run(c, whole, ConstantTeacher())
     with pytest.raises(Preempted):
-        c = small(student, teacher__top_k=1, **CUT)
-        gkdjax.run(c, tmp_path / "moved", ConstantTeacher(40, stop, stopped_at=2))
-    assert len(metrics(tmp_path / "moved")) < 4
-    gkdjax.run(whole, tmp_path / "moved", ConstantTeacher(40, stop))
-    np.testing.assert_allclose(
-        losses_of(tmp_path / "moved"), losses_of(tmp_path / "whole"), rtol=1e-5
-    )
-
-
-def test_rows_that_the_mesh_cannot_share_are_refused(student, tmp_path):
-    c = small(student, train__batch_size=6, mesh__fsdp=4)
-    with pytest.raises(UserError, match=r"config.train.batch_size: 6 rows .* by 4 devices"):
-        gkdjax.run(c, tmp_path)
-
-
-def test_a_mesh_of_more_devices_than_there_are_is_refused(student, tmp_path):
-    with pytest.raises(UserError, match=r"config.mesh: tensor=3 needs a multiple of 3 devices"):
-        gkdjax.run(config.parse(small(student, mesh__tensor=3)), tmp_path)
+        gkdjax.run(
+            small(models[0], teacher__top_k=1, **SHARDED), moved, ConstantTeacher(stopped_at=2)
+        )
+    assert len(losses(moved)) < 4
+    gkdjax.run(c, moved, ConstantTeacher())
+    np.testing.assert_allclose(losses(moved), losses(whole), rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Whose a run's directory is, and who may work in it."""
+"""Which config a run's directory belongs to, and who may work in it."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from gkdjax.utils.errors import TeacherRefused, TeacherUnreachable, UserError
 
 
 def claims(run, c) -> bool:
-    """Whether another config may have the directory, as it is written there then."""
+    """Whether a config may have the directory, as it is written there then."""
     try:
         workdir.claim(run, config.parse(c))
     except UserError as error:
@@ -27,28 +27,28 @@ class Unreachable(ConstantTeacher):
     """A server that is away before it has written anything."""
 
     def sample(self, prompts, seeds, sampling):
-        raise TeacherUnreachable("nobody there")
+        raise TeacherUnreachable("away")
 
 
+TOP_1 = {"teacher__top_k": 1}
 AWAY = {"backend": "vllm", "api_base": "http://127.0.0.1:9/v1", "deadline_s": 0.1}
-AWAY = {f"teacher__{key}": value for key, value in AWAY.items()}
-# What is said -> what is wrong with a config, and with which teacher, if it is not the config's.
+# Message -> what is wrong with a config, and with which teacher, if it is not the config's.
 REFUSALS = {
     r"data\.train:0": ({"data__train": [{"prompt": 5}]}, None),
     "no/such-model": ({"student__model": "no/such-model"}, None),
     r"mesh": ({"mesh__data": 3}, None),
-    "127.0.0.1:9": (AWAY, None),
-    "set it to 1": ({}, ConstantTeacher(50, 5)),
+    "127.0.0.1:9": ({f"teacher__{key}": value for key, value in AWAY.items()}, None),
+    "set it to 1": ({}, ConstantTeacher()),
     "row of data.train as well": ({"anchor__data": [{"prompt": "ask 0"}]}, None),
-    "nobody there": ({"teacher__top_k": 1}, Unreachable(50, 5)),
+    "away. No step was made yet; the same command goes on": (TOP_1, Unreachable()),
 }
 
 
-@pytest.mark.parametrize("told", REFUSALS)
-def test_a_run_that_was_refused_leaves_its_directory_to_the_next(student, tmp_path, told):
-    changes, teacher = REFUSALS[told]
+@pytest.mark.parametrize("message", REFUSALS)
+def test_a_run_that_was_refused_leaves_its_directory_to_the_next(student, tmp_path, message):
+    changes, teacher = REFUSALS[message]
     c = small(student, **changes)
-    with pytest.raises((UserError, TeacherUnreachable), match=told):
+    with pytest.raises((UserError, TeacherUnreachable), match=message):
         gkdjax.run(c, tmp_path, teacher)
     assert claims(tmp_path, c)  # the same one
     (tmp_path / "answers.sqlite").write_text("paid for")
@@ -71,15 +71,13 @@ class Refuses(ConstantTeacher):
 
 def test_the_advice_of_a_run_refused_at_step_0_can_be_followed(student, tmp_path):
     rows, run = tmp_path / "rows.jsonl", tmp_path / "run"
-    rows.write_text('{"prompt": "ask", "response": "told"}\n' * 6)
-    c = small(student, teacher__top_k=1, data__train=str(rows))
-    with pytest.raises(TeacherRefused, match=r"max_length=16\. The run got to step 0 of 4"):
-        gkdjax.run(c, run, Refuses(50, 5))
-    assert (run / "before.json").exists()
-    rows.write_text('{"prompt": "ask", "response": "said"}\n' * 6)  # the data is mended
-    with pytest.raises(TeacherRefused, match="The run got to step 0 of 4"):
-        gkdjax.run(c, run, Refuses(50, 5))
-    assert claims(run, small(student, teacher__top_k=1, data__train=str(rows), train__seed=7))
+    c = small(student, **TOP_1, data__train=str(rows))
+    for response in ("told", "said"):  # the data is mended in between
+        rows.write_text(f'{{"prompt": "ask", "response": "{response}"}}\n' * 6)
+        with pytest.raises(TeacherRefused, match=r"length=16\. The run got to step 0 of 4"):
+            gkdjax.run(c, run, Refuses())
+        assert (run / "before.json").exists()
+    assert claims(run, small(student, **TOP_1, data__train=str(rows), train__seed=7))
     assert not (run / "before.json").exists()
 
 
@@ -121,48 +119,13 @@ def test_a_config_of_something_else_is_never_overwritten(student, tmp_path, text
     assert (tmp_path / "config.json").read_text() == text
 
 
-def test_what_has_to_be_mended_does_not_go_on_by_itself(student, tmp_path):
-    c = small(student, teacher__top_k=1, rollout__reuse="a.jsonl")
-    c.data.train = [{"prompt": "ask", "response": "told"}] * 4
-    with pytest.raises(UserError, match=r"Leave it out\. No step was made yet$"):
-        gkdjax.run(c, tmp_path, ConstantTeacher(50, 5))
-    with pytest.raises(TeacherUnreachable, match=r"No step was made yet; the same command goes on"):
-        gkdjax.run(small(student, teacher__top_k=1), tmp_path, Unreachable(50, 5))
-
-
-_HOLDS = """
-import pathlib, sys
-from gkdjax.train import workdir
-with workdir.locked(pathlib.Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_two_processes_are_never_at_work_in_one_directory(student, tmp_path):
-    run = tmp_path / "run"
-    command = [sys.executable, "-c", _HOLDS, str(run)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes) as other:
-        assert other.stdout.readline() == b"held\n"
-        with pytest.raises(UserError, match=rf"another process is at work in {run}"):
-            gkdjax.run(small(student), run)
-        assert not (run / "config.json").exists()
-        other.kill()
-    with workdir.locked(run):  # a killed process leaves no lock behind
-        pass
-    (tmp_path / "results.json").touch()
-    with workdir.locked(tmp_path):  # a finished run is only shown, also where nobody may write
-        assert {path.name for path in tmp_path.iterdir()} == {"run", "results.json"}
-
-
 def test_a_run_with_the_keys_of_an_earlier_release_goes_on(student, tmp_path):
     workdir.claim(tmp_path, config.parse(small(student)))
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     path = tmp_path / "config.json"
     old = json.loads(path.read_text())
     assert old["data"].pop("bad_rows") == "refuse"
-    for key, name in config.RENAMED.items():  # keys had other names, too
+    for key, name in config.RENAMED.items():
         section = old
         *sections, new = name.split(".")
         for one in sections:
@@ -172,3 +135,30 @@ def test_a_run_with_the_keys_of_an_earlier_release_goes_on(student, tmp_path):
     assert claims(tmp_path, small(student))
     with pytest.raises(UserError, match=r"data\.bad_rows \(now 'drop', was 'refuse'\)"):
         workdir.claim(tmp_path, config.parse(small(student, data__bad_rows="drop")))
+
+
+_LOCKS = """
+import pathlib, sys
+from gkdjax.train import workdir
+with workdir.locked(pathlib.Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_processes_are_never_at_work_in_one_directory(student, tmp_path):
+    """A lock is the process's: another one has to hold it, and to be killed."""
+    run = tmp_path / "run"
+    command = [sys.executable, "-c", _LOCKS, str(run)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as other:
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(UserError, match=rf"another process is at work in {run}"):
+            gkdjax.run(small(student), run)
+        assert not (run / "config.json").exists()
+        other.kill()
+    with workdir.locked(run):  # a killed process leaves no lock behind
+        pass
+    (tmp_path / "results.json").touch()
+    with workdir.locked(tmp_path):  # a finished run is only shown, also where it is read-only
+        assert {path.name for path in tmp_path.iterdir()} == {"run", "results.json"}

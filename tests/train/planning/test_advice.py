@@ -1,11 +1,12 @@
-"""Which meshes fit, and what to change if none is named or the run is too large."""
+"""Which meshes fit, what to change if the run is too large, and the names of devices."""
 
 import logging
 
 import pytest
 from planning_setups import setup
 
-from gkdjax.train.planning import advice, memory
+from gkdjax.train.planning import advice, chips, memory
+from gkdjax.utils.errors import UserError
 
 FULL = {"student__adapter": "none", "teacher__backend": "flax"}
 OF_EIGHT = {"devices": 8, "train__batch_size": 64, "train__remat": True} | FULL
@@ -16,13 +17,21 @@ def peak(**changes) -> int:
     return memory.plan(setup(**OF_EIGHT | changes)).peak
 
 
-def test_no_axis_is_sharded_where_all_fits(caplog):
+def settings(inputs, limit) -> dict:
+    """All changes together, in their order."""
+    changes = advice.changes(inputs, limit, None)
+    return {key: value for change in changes for key, value in change.settings.items()}
+
+
+def test_no_axis_is_sharded_where_all_fits_and_no_mesh_is_best_where_none_does(caplog):
     with caplog.at_level(logging.WARNING):
         found = advice.meshes(setup(**OF_EIGHT), LARGE)
-    assert caplog.text == ""  # of heads that some of them keep whole
+    assert caplog.text == ""  # about heads that some meshes replicate
     assert found.best == ({}, peak())
-    # Four heads are not cut by eight.
+    # Four heads are not divided by eight.
     assert (found.tried, len(found.fitting), found.refused) == (10, 9, {"layers/q_proj": 1})
+    found = advice.meshes(setup(**OF_EIGHT), 1000)
+    assert found.best is None and found.fitting == []
 
 
 def test_the_fewest_axes_are_sharded_and_then_the_least_memory_is_taken():
@@ -35,74 +44,72 @@ def test_the_fewest_axes_are_sharded_and_then_the_least_memory_is_taken():
     for each in found.fitting:
         sizes = {key.replace(".", "__"): size for key, size in each.settings.items()}
         assert each.peak == peak(**sizes) < peak()
-
-
-def test_where_one_axis_is_not_enough_two_are_sharded():
-    limit = min(peak(mesh__fsdp=8), peak(mesh__tensor=4)) - 1
+    limit = min(peak(mesh__fsdp=8), peak(mesh__tensor=4)) - 1  # one axis is not enough
     best = advice.meshes(setup(**OF_EIGHT), limit).best
     assert best == ({"mesh.fsdp": 4, "mesh.tensor": 2}, peak(mesh__fsdp=4, mesh__tensor=2))
 
 
-def test_a_config_with_a_mesh_is_told_what_leads_to_another():
-    of = setup(mesh__data=2, mesh__tensor=4, **OF_EIGHT)
-    assert advice.meshes(of, LARGE).best.settings == {"mesh.data": -1, "mesh.tensor": 1}
-
-
-@pytest.mark.parametrize("mesh", [{"mesh__dcn_data": 2}, {"mesh__data": 4, "mesh__dcn_data": -1}])
-def test_slices_stay_as_many_as_there_are(mesh):
-    found = advice.meshes(setup(**mesh, **OF_EIGHT), LARGE)
-    assert found.tried == 6 and found.best.settings == {}
-
-
-def test_rows_that_cannot_be_shared_are_counted():
-    of = setup(**OF_EIGHT | {"train__batch_size": 4, "mesh__tensor": 2})
-    assert advice.meshes(of, LARGE).refused == {"config.train.batch_size": 4, "layers/q_proj": 1}
-
-
-def test_where_nothing_fits_no_mesh_is_best():
-    found = advice.meshes(setup(**OF_EIGHT), 1000)
-    assert found.best is None and found.fitting == []
+@pytest.mark.parametrize(
+    ("changes", "tried", "best", "refused"),
+    [
+        (
+            {"mesh__data": 2, "mesh__tensor": 4},
+            10,
+            {"mesh.data": -1, "mesh.tensor": 1},
+            {"layers/q_proj": 1},
+        ),
+        # Slices stay as many as there are.
+        ({"mesh__dcn_data": 2}, 6, {}, {}),
+        ({"mesh__data": 4, "mesh__dcn_data": -1}, 6, {}, {}),
+        (
+            {"train__batch_size": 4, "mesh__tensor": 2},
+            10,
+            {"mesh.tensor": 4},
+            {"config.train.batch_size": 4, "layers/q_proj": 1},
+        ),
+    ],
+)
+def test_settings_lead_from_the_configs_mesh_to_the_best(changes, tried, best, refused):
+    found = advice.meshes(setup(**OF_EIGHT | changes), LARGE)
+    assert (found.tried, found.best.settings, found.refused) == (tried, best, refused)
 
 
 def test_advice_begins_with_the_mesh_if_the_config_has_none():
-    of, limit = setup(**OF_EIGHT), peak() - 1
-    best = advice.meshes(of, limit).best
-    first, *others = advice.changes(of, limit, best)
+    inputs, limit = setup(**OF_EIGHT), peak() - 1
+    best = advice.meshes(inputs, limit).best
+    first, *others = advice.changes(inputs, limit, best)
     assert first == (best.settings, peak() - best.peak) and others
     assert not any("mesh" in key for change in others for key in change.settings)
 
 
 @pytest.mark.parametrize("mesh", [{"mesh__fsdp": 2}, {"mesh__data": 4, "mesh__fsdp": 2}])
 def test_more_of_an_axis_is_a_change_where_the_others_leave_room(mesh):
-    of = setup(**OF_EIGHT | mesh)
-    assert ("mesh.tensor" in settings(of, 0)) == ("mesh__data" not in mesh)
+    found = settings(setup(**OF_EIGHT | mesh), 0)
+    assert ("mesh.tensor" in found) == ("mesh__data" not in mesh)
 
 
 def test_a_change_saves_what_the_peak_loses():
-    of = setup(train__batch_size=16)
-    before = memory.plan(of).peak
-    found = advice.changes(of, 0, None)
+    inputs = setup(train__batch_size=16)
+    found = advice.changes(inputs, 0, None)
     assert 0 < len(found) <= 3
     assert [c.saves for c in found] == sorted((c.saves for c in found), reverse=True)
     remat = next(c for c in found if c.settings == {"train.remat": True})
-    assert remat.saves == before - memory.plan(setup(train__batch_size=16, train__remat=True)).peak
-
-
-def settings(of, limit) -> dict:
-    """All changes together, in their order."""
-    changes = advice.changes(of, limit, None)
-    return {key: value for change in changes for key, value in change.settings.items()}
+    after = memory.plan(setup(train__batch_size=16, train__remat=True)).peak
+    assert remat.saves == memory.plan(inputs).peak - after
 
 
 def test_a_number_is_lowered_no_further_than_it_must_be():
-    of = setup(train__batch_size=16)
+    """An anchor's batch has to be divided, too."""
+    inputs = setup(train__batch_size=16)
     limit = memory.plan(setup(train__batch_size=16, train__grad_accum_steps=4)).peak
-    assert settings(of, limit)["train.grad_accum_steps"] == 4
+    assert settings(inputs, limit)["train.grad_accum_steps"] == 4
+    anchored = setup(train__batch_size=16, anchor__data=[{"prompt": "?"}], anchor__batch_size=6)
+    assert settings(anchored, 0)["train.grad_accum_steps"] == 2
 
 
-def test_what_is_done_already_or_saves_nothing_is_not_proposed():
+def test_a_change_that_is_made_already_or_saves_nothing_is_not_proposed():
     """All memory is the optimizer's: activations, heads and teachers are not the matter."""
-    of = setup(
+    inputs = setup(
         "bfloat16",
         student__adapter="none",
         teacher__backend="vllm",
@@ -113,10 +120,31 @@ def test_what_is_done_already_or_saves_nothing_is_not_proposed():
         eval__batch_size=1,
         gkd__chunk_size=1,
     )
-    assert settings(of, 0).keys() <= {"student.adapter", "student.compute_dtype"}
-    assert next(iter(settings(of, 0))) == "student.adapter"
+    first, *others = settings(inputs, 0)
+    assert first == "student.adapter" and {*others} <= {"student.compute_dtype"}
 
 
-def test_an_anchor_is_cut_in_as_many_parts_as_the_batch():
-    of = setup(train__batch_size=16, anchor__data=[{"prompt": "?"}], anchor__batch_size=6)
-    assert settings(of, 0)["train.grad_accum_steps"] == 2
+@pytest.mark.parametrize(
+    ("name", "count", "gigabytes"),
+    [
+        *(("1xH200", 1, 141), ("8xH100", 8, 80), ("H100", 1, 80), ("2xB200", 2, 180)),
+        *(("v5e-8", 8, 16), ("v6e-8", 8, 32), ("4xcpu", 4, None)),
+        ("v5p-32", 16, 95),  # counts two to a chip
+        ("tpu7x-32", 32, 96),  # 16 chips of two devices
+    ],
+)
+def test_a_name_has_a_number_of_devices_and_their_size(name, count, gigabytes):
+    found = chips.named(name)
+    assert (found.name, found.count, found.gigabytes) == (name, count, gigabytes)
+    if gigabytes is None:
+        assert found.hbm_bytes is None and found.usable_bytes is None
+    else:
+        assert found.usable_bytes == pytest.approx(0.9 * gigabytes * 1e9)
+
+
+@pytest.mark.parametrize(
+    "name", ["8xA100", "v4-8", "0xH100", "v5p-1", "v5e", "v5e-0", "", "H100-8"]
+)
+def test_an_unknown_name_is_answered_with_the_known_ones(name):
+    with pytest.raises(UserError, match=rf"--chips={name}: .*8xH100.*8xcpu, v5e-8.*tpu7x-8"):
+        chips.named(name)

@@ -9,53 +9,51 @@ from gkdjax.train.planning import memory
 from gkdjax.train.planning.memory import held, kv_bytes, lower_bound, total
 from gkdjax.utils.errors import UserError
 
+KERNELS = 256 * 256 * 2 + 256 * 64 * 2 + 3 * 256 * 1024  # of a layer
+NORMS = 4 * 256 + 2 * 64
+PARAMETERS = 6 * (KERNELS + NORMS) + 256 + 4096 * 256  # the student's
+FULL = {"student__adapter": "none"}
+FLAX = {"teacher__backend": "flax"}
+SERVER = {"teacher__backend": "vllm", "teacher__api_base": "http://127.0.0.1:1/v1"}
+ANCHORED = {"anchor__data": [{"prompt": "?"}]}
+
 
 def test_lora_holds_a_frozen_base_and_the_optimizer_of_the_adapters():
-    of = setup(dtype="bfloat16", student__compute_dtype="bfloat16")
+    inputs = setup(dtype="bfloat16", student__compute_dtype="bfloat16")
     # All seven kernels of six layers, rank 64: (in + out) * 64 numbers each.
     ends = (256 + 256) + 2 * (256 + 64) + (256 + 256) + 3 * (256 + 1024)
     adapters = 6 * 64 * ends * 4
-    found = held(of)
+    found = held(inputs)
     assert found["adapters"] == adapters and found["optimizer state"] == 2 * adapters
-    assert found["student, frozen"] == parameters() * 2
+    assert found["student, frozen"] == lower_bound(inputs)["student, as loaded"] == PARAMETERS * 2
     assert "teacher" not in found  # it is the base
-    assert lower_bound(of)["student, as loaded"] == parameters() * 2
 
 
-def parameters() -> int:
-    """Counts the student's: kernels, norms, table."""
-    kernels = 256 * 256 * 2 + 256 * 64 * 2 + 3 * 256 * 1024
-    norms = 4 * 256 + 2 * 64
-    return 6 * (kernels + norms) + 256 + 4096 * 256
-
-
-def test_full_fine_tuning_holds_masters_and_a_copy_only_for_who_reads_it():
-    of = setup("bfloat16", student__adapter="none", teacher__backend="flax")
-    found = held(of)
-    assert found["student, float32"] == parameters() * 4
-    assert found["optimizer state"] == parameters() * 8
-    assert "student, frozen second copy" not in found
-    toggling = held(setup("bfloat16", student__adapter="none"))
-    assert toggling["student, frozen second copy"] == parameters() * 2
-    anchored = {"anchor__data": [{"prompt": "?"}], "teacher__backend": "flax"}
-    found = held(setup("bfloat16", student__adapter="none", **anchored))
-    assert found["student, frozen second copy"] == parameters() * 2
-    found = held(
-        setup("bfloat16", student__adapter="none", anchor__reference="teacher", **anchored)
-    )
-    assert "student, frozen second copy" not in found
-
-
-def test_the_masters_begin_beside_what_was_loaded():
-    of = setup("bfloat16", student__adapter="none", teacher__backend="flax")
-    assert total(lower_bound(of)) == parameters() * (2 + 4 + 8) + of.teacher.nbytes(None)
+@pytest.mark.parametrize(
+    ("changes", "copies"),
+    [
+        (FLAX, 0),
+        ({}, 1),
+        (FLAX | ANCHORED, 1),
+        (FLAX | ANCHORED | {"anchor__reference": "teacher"}, 0),
+    ],
+)
+def test_full_fine_tuning_holds_masters_and_a_copy_only_if_it_is_read(changes, copies):
+    inputs = setup("bfloat16", **FULL, **changes)
+    found = held(inputs)
+    assert found["student, float32"] == PARAMETERS * 4
+    assert found["optimizer state"] == PARAMETERS * 8
+    assert found.get("student, frozen second copy") == (PARAMETERS * 2 if copies else None)
+    # The masters begin beside what was loaded.
+    teacher = inputs.teacher.nbytes(None) if changes else 0
+    assert total(lower_bound(inputs)) == PARAMETERS * (2 + 4 + 8) + teacher
 
 
 def test_dtypes_of_the_config_win_over_the_checkpoints():
     changes = {"student__dtype": "bfloat16", "teacher__dtype": "bfloat16"}
-    of = setup("float32", teacher__backend="flax", **changes)
-    assert lower_bound(of)["student, as loaded"] == parameters() * 2
-    assert lower_bound(of)["teacher"] * 2 == of.teacher.nbytes(None)
+    inputs = setup("float32", **FLAX, **changes)
+    assert lower_bound(inputs)["student, as loaded"] == PARAMETERS * 2
+    assert lower_bound(inputs)["teacher"] * 2 == inputs.teacher.nbytes(None)
 
 
 def test_keys_and_values_of_local_layers_are_as_many_as_the_window():
@@ -67,66 +65,58 @@ def test_keys_and_values_of_local_layers_are_as_many_as_the_window():
 
 
 def test_a_prefix_of_all_rows_is_one_and_rows_of_their_own_have_the_limit():
-    one = held(setup(teacher__prefix_bytes=10**9))["teacher's prefixes, at most"]
-    assert one == kv_bytes(setup(), setup().of_student, 128)
+    shared = setup(teacher__prefix_bytes=10**9)
     own = setup(teacher__prefix_bytes=10**9, context__prefix_messages=())
-    assert held(own)["teacher's prefixes, at most"] == 10**9
+    found = [held(inputs)["teacher's prefixes, at most"] for inputs in (shared, own)]
+    assert found == [kv_bytes(setup(), setup().of_student, 128), 10**9]
 
 
 def test_a_server_takes_no_memory_here():
-    changes = {"teacher__backend": "vllm", "teacher__api_base": "http://127.0.0.1:1/v1"}
-    of = setup(**changes)
-    assert not any("teacher" in part for part in held(of))
-    assert memory.teacher_forward(of) == {} and memory.sampling(of) == {}
-    assert memory.sampling(setup(gkd__on_policy_fraction=0.5, **changes)) != {}
+    inputs = setup(**SERVER)
+    assert not any("teacher" in part for part in held(inputs))
+    assert memory.teacher_forward(inputs) == {} and memory.sampling(inputs) == {}
+    assert memory.sampling(setup(gkd__on_policy_fraction=0.5, **SERVER)) != {}
 
 
 @pytest.mark.parametrize("phase", [memory.training_step, memory.teacher_forward, memory.evaluation])
 def test_devices_share_what_grows_with_the_rows(phase):
-    """The head's chunk and what is whole on each device are left out."""
-    whole = ("head", "gradients", "student", "tables")
+    """The head's chunk and what is replicated are left out."""
 
     def size(devices):
         found = phase(setup(devices=devices, train__batch_size=8))
+        whole = ("head", "gradients", "student", "tables")
         return sum(n for part, n in found.items() if not part.startswith(whole))
 
-    layer = (256 * 256 * 2 + 256 * 64 * 2 + 3 * 256 * 1024 + 4 * 256 + 2 * 64) * 4
+    layer = (KERNELS + NORMS) * 4
     assert size(4) - layer == pytest.approx((size(1) - layer) / 4, rel=0.01)
 
 
-def test_less_is_kept_with_remat_and_with_parts():
-    def activations(**changes):
-        return memory.training_step(setup(train__batch_size=8, **changes))["activations"]
+def activations(dtype="float32", **changes):
+    return memory.training_step(setup(dtype, train__batch_size=8, **changes))["activations"]
 
+
+def test_less_is_kept_with_remat_and_with_micro_batches():
     plain = activations()
     assert activations(train__remat=True) < plain / 10
     assert activations(train__grad_accum_steps=4) == pytest.approx(plain / 4, rel=0.02)
 
 
 def test_weights_of_another_dtype_than_the_products_are_cast_and_kept():
-    """A frozen kernel in bfloat16 is needed in float32 by the backward pass."""
-    same = memory.training_step(setup("float32"))
-    cast = memory.training_step(setup("bfloat16"))
-    kernels = 6 * (256 * 256 * 2 + 256 * 64 * 2 + 3 * 256 * 1024) * 4
-    assert cast["activations"] - same["activations"] == kernels
+    """A frozen kernel in bfloat16 is needed in float32 by the backward pass, unless it is sharded:
+    then it is cast again."""
+    assert activations("bfloat16") - activations() == 6 * KERNELS * 4
+    same, cast = (memory.training_step(setup(dtype)) for dtype in ("float32", "bfloat16"))
     assert cast["tables"] - same["tables"] == 4096 * 256 * 4
-
-
-def test_casts_of_weights_that_the_mesh_cuts_are_made_again():
-    def activations(dtype, **mesh):
-        of = setup(dtype, devices=4, train__batch_size=8, **mesh)
-        return memory.training_step(of)["activations"]
-
-    kernels = 6 * (256 * 256 * 2 + 256 * 64 * 2 + 3 * 256 * 1024) * 4
-    assert activations("bfloat16") - activations("float32") == kernels
-    assert activations("bfloat16", mesh__fsdp=4) == activations("float32", mesh__fsdp=4)
+    assert activations("bfloat16", devices=4) - activations(devices=4) == 6 * KERNELS * 4
+    mesh = {"devices": 4, "mesh__fsdp": 4}
+    assert activations("bfloat16", **mesh) == activations(**mesh)
 
 
 def test_a_recomputed_layer_holds_random_words_and_what_dropout_left():
     def one_layer(dropout):
-        of = setup(train__batch_size=8, train__remat=True)
-        object.__setattr__(of.config.student.lora, "dropout", dropout)
-        return memory.training_step(of)["one layer's backward pass"]
+        inputs = setup(train__batch_size=8, train__remat=True)
+        object.__setattr__(inputs.config.student.lora, "dropout", dropout)
+        return memory.training_step(inputs)["one layer's backward pass"]
 
     inputs = 5 * 256 + 4 * 64 + 1024
     # Two words and a bool for each; q, k and v read one array without it, and gate and up another.
@@ -141,15 +131,11 @@ def test_phases_do_not_add_up():
     assert made.least < total(made.held) < made.peak
 
 
-def test_rows_that_the_devices_cannot_share_are_refused_as_the_run_does():
+def test_rows_and_adapters_that_do_not_fit_are_refused_as_the_run_does():
     message = r"config\.train\.batch_size: 6 rows at once cannot be shared by 4 devices; .* 8"
     with pytest.raises(UserError, match=message):
         memory.plan(setup(devices=4, train__batch_size=6))
-
-
-def test_adapters_that_fit_no_kernel_are_refused():
-    of = setup()
-    lora = of.config.student.lora
-    object.__setattr__(lora, "targets", ("no_proj",))
+    inputs = setup()
+    object.__setattr__(inputs.config.student.lora, "targets", ("no_proj",))
     with pytest.raises(UserError, match=r"config\.student\.lora\.targets: .*no_proj"):
-        memory.plan(of)
+        memory.plan(inputs)
