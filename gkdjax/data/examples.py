@@ -263,10 +263,10 @@ class _Reader:
         if not prompts or len(chats) != 1 or not isinstance(given[chats[0]], list | tuple):
             return
         messages = self._messages(chats[0])
-        first = next((m.content.strip() for m in messages if m.role != "system"), "")
+        first = next((m.content.strip() for m in messages if m.role != "system"), None)
         for column in prompts:
             value = given[column]
-            repeats = isinstance(value, str) and value.strip() == first != ""
+            repeats = isinstance(value, str) and value.strip() == first
             if column == "prompt" and isinstance(value, list | tuple):
                 prompt = self._messages(column)
                 repeats = bool(prompt) and prompt == messages[: len(prompt)]

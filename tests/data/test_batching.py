@@ -59,6 +59,8 @@ def test_the_order_depends_on_seed_purpose_and_epoch_and_stays_what_it_is():
     assert len(orders) == 8 and tuple(range(50)) not in orders
     # Resuming with a newer version must not change it: NumPy keeps PCG64's streams.
     assert _ungrouped(0, "train", 1, 7, 3).tolist() == [1, 2, 2, 1, 0, 2, 0]
+    grouped = RowOrder(0, "train", 4, [0, 1, 2] * 5)
+    assert [grouped.rows(s).tolist() for s in (1, 3)] == [[6, 12, 3, 0], [9, 13, 2, 8]]
     _ungrouped(0, "train", 0, 4, 4)[:] = 0  # the caller's own
     assert sorted(_ungrouped(0, "train", 0, 4, 4)) == [0, 1, 2, 3]
 

@@ -128,5 +128,8 @@ def test_answers_that_are_not_learnt_are_history_alone():
     (row,) = read_examples(({"prompt": talk[:5], "completion": talk[5:6]},), "data.train")
     (made,) = _with_history([row])
     assert (_shown([made]), made.given, made.name) == ([last], 1, "data.train:0[5]")
-    (part, _) = _with_history([dataclasses.replace(row, given=1)])
+    row = dataclasses.replace(row, given=1)
+    (part, _) = _with_history([row])
     assert (part.given, part.response) == (1, "a1")
+    parts = conversations.answers_of(row, TargetRules(("assistant",)))
+    assert [part.given for part in parts] == [1, 2]

@@ -22,8 +22,10 @@ def _messages(words: str) -> tuple[Message, ...]:
     return tuple(Message(_ROLES[word[0]], word) for word in words.split())
 
 
-def _row(prefix: str, turns: str, given: int = 0) -> Example:
-    return Example("rows:0", 0, _messages(prefix), _messages(turns), None, None, given)
+def _row(words: str, given: int = 0) -> Example:
+    """ "s1 | u1" -> a row with the prefix "s1" and the turns "u1"."""
+    prefix, turns = map(_messages, words.split("|"))
+    return Example("rows:0", 0, prefix, turns, None, None, given)
 
 
 class _Letters:
@@ -40,81 +42,57 @@ def _cut(how, row, most, retained=0) -> Example | None:
     return how(row, excess, _Letters(), retained)
 
 
-def _shown(example: Example | None) -> str | None:
-    """ "prefix | turns"."""
-    if example is None:
-        return None
-    return " | ".join(" ".join(m.content for m in p) for p in (example.prefix, example.turns))
-
-
 @pytest.mark.parametrize(
-    ("prefix", "most", "expected"),
+    ("how", "words", "most", "retained", "expected"),
     [
-        ("s1 u1 a1 u2 a2", 12, "s1 u1 a1 u2 a2"),
-        ("s1 u1 a1 u2 a2", 8, "s1 u2 a2"),
-        ("s1 u1 a1 u2 a2", 7, "s1"),
-        ("s1 u1 a1 u2 a2", 3, "s"),
-        ("s1 u1 a1 u2 a2", 2, None),  # nothing is left that the student would not read as well
-        ("s1 s2 u1 a1", 5, "s s2"),
-        ("s1 s2 u1 a1", 4, "s2"),
-        ("u1 a1 t1 u2 a2 a3", 12, "u2 a2 a3"),  # a round is all up to the next question
-        ("u1 a1 u2 a2", 6, "u2 a2"),
-        ("u1 a1 u2 a2", 5, "u a2"),
-        ("u1 a1 u2 a2", 4, None),  # an answer alone answers nothing
-        ("sabcdef", 5, "sab"),
-        ("", 2, ""),
-        ("", 1, None),
+        # The prefix loses rounds, then the end of its first text.
+        (without_prefix_rounds, "s1 u1 a1 u2 a2 | uu", 12, 0, "s1 u1 a1 u2 a2 | uu"),
+        (without_prefix_rounds, "s1 u1 a1 u2 a2 | uu", 8, 0, "s1 u2 a2 | uu"),
+        (without_prefix_rounds, "s1 u1 a1 u2 a2 | uu", 7, 0, "s1 | uu"),
+        (without_prefix_rounds, "s1 u1 a1 u2 a2 | uu", 3, 0, "s | uu"),
+        (without_prefix_rounds, "s1 u1 a1 u2 a2 | uu", 2, 0, None),  # all that the student lacks
+        (without_prefix_rounds, "s1 s2 u1 a1 | uu", 5, 0, "s s2 | uu"),
+        (without_prefix_rounds, "s1 s2 u1 a1 | uu", 4, 0, "s2 | uu"),
+        (without_prefix_rounds, "u1 a1 t1 u2 a2 a3 | uu", 12, 0, "u2 a2 a3 | uu"),
+        (without_prefix_rounds, "u1 a1 u2 a2 | uu", 6, 0, "u2 a2 | uu"),
+        (without_prefix_rounds, "u1 a1 u2 a2 | uu", 5, 0, "u a2 | uu"),
+        (without_prefix_rounds, "u1 a1 u2 a2 | uu", 4, 0, None),  # an answer alone answers nothing
+        (without_prefix_rounds, "sabcdef | uu", 5, 0, "sab | uu"),
+        (without_prefix_rounds, " | uu", 2, 0, " | uu"),
+        (without_prefix_rounds, " | uu", 1, 0, None),
+        # The oldest rounds go, then the beginning of the first text.
+        (without_oldest_rounds, "s1 u1 a1 | s2 u2 a2 u3", 14, 0, "s1 u1 a1 | s2 u2 a2 u3"),
+        (without_oldest_rounds, "s1 u1 a1 | s2 u2 a2 u3", 10, 0, "s1 | s2 u2 a2 u3"),
+        (without_oldest_rounds, "s1 u1 a1 | s2 u2 a2 u3", 9, 0, "s1 | s2 u3"),
+        (without_oldest_rounds, "s1 u1 a1 | s2 u2 a2 u3", 5, 0, "1 | s2 u3"),
+        (without_oldest_rounds, "s1 u1 a1 | s2 u2 a2 u3", 4, 0, None),
+        (without_oldest_rounds, " | s2 u2 a2 u3", 3, 0, " | 2 u3"),
+        (without_oldest_rounds, " | s2 u2 a2 u3", 2, 0, " | u3"),
+        (without_oldest_rounds, " | s2 u2 a2 u3", 1, 0, " | 3"),
+        (without_oldest_rounds, " | s2 u2 a2 u3", 0, 0, None),
+        (without_oldest_rounds, "u1 a1 u2 a2 | u3", 5, 0, "2 a2 | u3"),
+        (without_oldest_rounds, "u1 a1 u2 a2 | u3", 4, 0, None),
+        (without_oldest_rounds, " | u1 u2abc", 4, 0, " | 2abc"),
+        (without_oldest_rounds, " | s1", 1, 0, " | 1"),
+        (without_oldest_rounds, " | s1", 0, 0, None),
+        # A row is lost if the teacher would read no more than the student, but did at first.
+        *(
+            (how, "s1 u1 a1 u2 a2 | u3", *case)
+            for how in (without_prefix_rounds, without_oldest_rounds)
+            for case in (
+                *((8, 2, "s1 u2 a2 | u3"), (8, 3, None), (4, 0, "s1 | u3"), (4, 1, None)),
+                *((12, 9, "s1 u1 a1 u2 a2 | u3"), (8, 9, "s1 u2 a2 | u3")),
+            )
+        ),
     ],
 )
-def test_the_prefix_loses_rounds_then_the_end_of_its_first_text(prefix, most, expected):
-    row = _row(prefix, "uu")
-    found = _cut(without_prefix_rounds, row, most)
-    assert _shown(found) == (None if expected is None else f"{expected} | uu")
-    assert (found is row) == (expected == prefix)
-
-
-@pytest.mark.parametrize(
-    ("prefix", "turns", "most", "expected"),
-    [
-        ("s1 u1 a1", "s2 u2 a2 u3", 14, "s1 u1 a1 | s2 u2 a2 u3"),
-        ("s1 u1 a1", "s2 u2 a2 u3", 9, "s1 | s2 u3"),
-        ("s1 u1 a1", "s2 u2 a2 u3", 5, "1 | s2 u3"),
-        ("s1 u1 a1", "s2 u2 a2 u3", 4, None),  # nothing is left that only the teacher reads
-        ("", "s2 u2 a2 u3", 3, " | 2 u3"),
-        ("", "s2 u2 a2 u3", 2, " | u3"),
-        ("", "s2 u2 a2 u3", 1, " | 3"),
-        ("", "s2 u2 a2 u3", 0, None),
-        ("u1 a1 u2 a2", "u3", 5, "2 a2 | u3"),
-        ("u1 a1 u2 a2", "u3", 4, None),  # an answer alone answers nothing
-        ("", "u1 u2abc", 4, " | 2abc"),
-        ("", "s1", 1, " | 1"),
-        ("", "s1", 0, None),
-    ],
-)
-def test_the_oldest_rounds_go_then_the_beginning_of_the_first_text(prefix, turns, most, expected):
-    row = _row(prefix, turns)
-    found = _cut(without_oldest_rounds, row, most)
-    assert _shown(found) == expected
-    assert (found is row) == (expected == f"{prefix} | {turns}")
-
-
-@pytest.mark.parametrize("how", [without_prefix_rounds, without_oldest_rounds])
-@pytest.mark.parametrize(
-    ("most", "retained", "expected"),
-    [
-        (8, 2, "s1 u2 a2 | u3"),
-        (8, 3, None),
-        (4, 0, "s1 | u3"),
-        (4, 1, None),
-        (12, 9, "s1 u1 a1 u2 a2 | u3"),
-        (12, 0, "s1 u1 a1 u2 a2 | u3"),
-        (8, 9, "s1 u2 a2 | u3"),  # the teacher read no more at first either
-    ],
-)
-def test_a_row_of_which_the_teacher_would_read_no_more_than_the_student_is_lost(
-    how, most, retained, expected
-):
-    assert _shown(_cut(how, _row("s1 u1 a1 u2 a2", "u3"), most, retained)) == expected
+def test_rows_lose_their_oldest_messages_until_they_fit(how, words, most, retained, expected):
+    row = _row(words)
+    found = _cut(how, row, most, retained)
+    parts = () if found is None else (found.prefix, found.turns)
+    shown = " | ".join(" ".join(message.content for message in part) for part in parts)
+    assert (shown or None) == expected
+    assert (found is row) == (expected == words)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +100,7 @@ def test_a_row_of_which_the_teacher_would_read_no_more_than_the_student_is_lost(
     [(3, 12, (3, 6)), (3, 11, (1, 4)), (3, 4, (1, 2)), (3, 2, (0, 1)), (6, 4, (2, 2))],
 )
 def test_given_turns_stay_counted(given_, most, expected):
-    found = _cut(without_oldest_rounds, _row("", "s1 u1 a1 u2 a2 u3", given_), most)
+    found = _cut(without_oldest_rounds, _row("| s1 u1 a1 u2 a2 u3", given_), most)
     assert (found.given, len(found.turns)) == expected
 
 
