@@ -12,7 +12,7 @@ import torch
 
 from gkdjax.losses import top_k_logprobs
 from gkdjax.losses.topk import TokenHidden
-from gkdjax.models import lora, sampler
+from gkdjax.models import sampler
 from gkdjax.models.decoder import Decoder
 from gkdjax.models.sampler import Keep, Program, sample
 from gkdjax.parallel import mesh as parallel_mesh
@@ -134,13 +134,6 @@ def test_a_row_depends_on_its_seed_and_prompt_alone(run):
     assert all(a != b for a, b in zip(other, together, strict=True))
     twins = ids(run(prompts=[PROMPTS[0]] * 3, seeds=(7, 7, 2**32 - 1), sampling=WARM))
     assert twins[0] == twins[1] == together[0] != twins[2]
-
-
-def test_text_comes_from_attached_adapters(model, run, greedy):
-    decoder, params = model
-    adapters = builders.adapters(decoder)
-    got = ids(run(params=lora.attach(params, adapters)))
-    assert got == ids(run(params=lora.merge(params, adapters))) != greedy
 
 
 def test_prompts_are_padded_to_the_shortest_length_that_fits(run):
