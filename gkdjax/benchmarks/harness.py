@@ -97,11 +97,6 @@ def peak_bytes() -> tuple[str, int]:
     return "RSS", status_bytes("VmHWM")
 
 
-def temp_bytes(compiled: jax.stages.Compiled) -> int:
-    """XLA's scratch memory of a program."""
-    return compiled.memory_analysis().temp_size_in_bytes
-
-
 def where() -> str:
     """The device and the versions of what it runs."""
     device = jax.local_devices()[0]

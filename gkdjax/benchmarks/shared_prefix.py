@@ -50,7 +50,7 @@ def main() -> None:
         attention = attention_flops(decoder, a.rows, P, a.length)
         beside = programs[P, way].cost_analysis()["flops"] - attention
         work = [f"{n / 1e9:.2f}" if way == "cached" else "-" for n in (beside, attention)]
-        scratch = harness.temp_bytes(programs[P, way]) / harness.GIB
+        scratch = programs[P, way].memory_analysis().temp_size_in_bytes / harness.GIB
         rows.append([f"{P:,}", way, *(f"{n:.3f}" for n in numbers), *work, f"{scratch:.2f}"])
     header = ["prefix", "read", "s", "times the first", "GFLOP a layer, beside"]
     print(table([*header, "attention to the prefix", "scratch, GiB"], rows, left=2))

@@ -193,7 +193,7 @@ def prepare(case: Case, a: argparse.Namespace) -> tuple[Callable, TrainState, in
         targets = _teacher_targets(case, a, *teacher, mesh, batch)
     del teacher, params, trainable  # a store needs no teacher: its weights shall not count
     compiled = step.lower(state, frozen, batch, targets(), {}, divergence=_DIVERGENCE).compile()
-    size = harness.temp_bytes(compiled)
+    size = compiled.memory_analysis().temp_size_in_bytes
     return lambda state: compiled(state, frozen, batch, targets(), {}), state, size
 
 

@@ -63,11 +63,7 @@ def main() -> None:
         contextlib.closing(_teacher(base, pathlib.Path(directory), a.top_k)) as teacher,
     ):
         bench = _Bench(a, teacher, pathlib.Path(directory))
-        parts = {
-            "steps alone": bench.steps_alone,
-            "teacher alone": bench.teacher_alone,
-            "both": bench.both,
-        }
+        parts = {"steps alone": bench.steps, "teacher alone": bench.teacher, "both": bench.both}
         results = harness.rounds(parts, a.rounds)
     shown = [[part, f"{1000 * harness.median(found):.1f}"] for part, found in results.items()]
     print(table([f"{bench.rows} rows of {a.length} tokens", "ms a step"], shown))
@@ -92,36 +88,29 @@ class _Bench:
         self._state = replicate(self._mesh, init_state(params, optimizer))
         devices = self._mesh.shape["data"]
         self.rows = -(-_FIRST_ROWS // devices) * devices
-        wanted = a.step_ms / 1000 / self.steps_alone()["seconds"] * self.rows
+        wanted = a.step_ms / 1000 / self.steps()["seconds"] * self.rows
         self.rows = max(round(wanted / devices), 1) * devices
-        self.steps_alone()  # compiles, if the rows are others now
+        self.steps()  # compiles, if the rows are others now
 
-    def steps_alone(self) -> dict[str, float]:
+    def steps(self) -> dict[str, float]:
         batch = self._batch()
         targets = scoring.request_targets(self._teacher, batch, _names(batch), None, self._mesh)()
         batch = shard_rows(self._mesh, batch)
         jax.block_until_ready(self._take_step(batch, targets))  # compiled, perhaps
         return self._timed(lambda step: self._take_step(batch, targets))
 
-    def teacher_alone(self) -> dict[str, float]:
-        ahead = self._ahead()
-        return self._timed(lambda step: ahead.take(step, self._state).targets)
+    def teacher(self) -> dict[str, float]:
+        return self._ahead(lambda ready: ready.targets)
 
     def both(self) -> dict[str, float]:
-        ahead = self._ahead()
-
-        def step(number: int):
-            ready = ahead.take(number, self._state)
-            return self._take_step(ready.batch, ready.targets)
-
-        return self._timed(step)
+        return self._ahead(lambda ready: self._take_step(ready.batch, ready.targets))
 
     def _batch(self) -> Batch:
         T = self._a.length
         return random_batch(next(self._seeds), VOCAB, self.rows, T, T // 2, T - 1)
 
-    def _ahead(self) -> BatchPrefetcher:
-        """As a run has it, of new batches, none of which the student writes."""
+    def _ahead(self, use: Callable) -> dict[str, float]:
+        """Uses new batches as a run has them, none of which the student writes."""
         batches = [self._batch() for _ in range(self._a.steps)]
         dataset = types.SimpleNamespace(
             batch=lambda step: (batches[step], None), names=lambda step: _names(batches[step])
@@ -130,7 +119,8 @@ class _Bench:
             config=self._config, mesh=self._mesh, dataset=dataset, anchors={}
         )
         run = types.SimpleNamespace(teacher=self._teacher, inputs=inputs)
-        return BatchPrefetcher(run, self._directory, 0, self._a.steps)
+        ahead = BatchPrefetcher(run, self._directory, 0, self._a.steps)
+        return self._timed(lambda step: use(ahead.take(step, self._state)))
 
     def _take_step(self, batch: Batch, targets) -> dict:
         arguments = self._state, None, batch, targets, {}
