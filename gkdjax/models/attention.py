@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gkdjax.models.decoder_config import DecoderConfig, RopeSpec
-from gkdjax.models.kv_cache import Cache
+from gkdjax.models.kv_cache import Cache, Stack
 from gkdjax.models.layers import rotate, rotation
 
 # A forbidden score. Finite, so that a row that sees nothing (padding) gives no NaN.
@@ -71,15 +71,16 @@ def attention_of(
         visible_new = _visible(query_BT, keys(positions_BT), keys(mask_BT), window)
         stored = [getattr(source, kind) for source in (prefix, cache) if source is not None]
         seen = [_visible(query_BT, stack.positions, stack.mask, window) for stack in stored]
-        if prefix is not None:  # all rows share it, without an axis of their own
-            stored[0] = stored[0]._replace(k=stored[0].k[:, 0], v=stored[0].v[:, 0])
 
         def attention(index, q, k, v):
             q, k = rotate(q, angles), rotate(k, angles)
             sources = [
-                (_layer(stack.k, index), _layer(stack.v, index), visible)
+                (*_layer(stack, index), visible)
                 for stack, visible in zip(stored, seen, strict=True)
             ]
+            if prefix is not None:
+                k_1SGC, v_1SGC, visible = sources[0]
+                sources[0] = k_1SGC[0], v_1SGC[0], visible
             sources.append((keys(k), keys(v), visible_new))
             out = attend(queries(q), sources, spec.query_scale)
             return out.reshape(B, -1, out.shape[-1])[:, :T] if banded else out, k
@@ -112,9 +113,9 @@ def _blocks(x: jax.Array, window: int, with_previous: bool = False) -> jax.Array
     return x.reshape(B * num_blocks, *x.shape[2:])
 
 
-def _layer(stack: jax.Array, index: jax.Array) -> jax.Array:
-    """One layer of a stack, read where it lies."""
-    return jax.lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
+def _layer(stack: Stack, index: jax.Array) -> list[jax.Array]:
+    """Keys and values of one layer, read where they lie."""
+    return [jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False) for x in (stack.k, stack.v)]
 
 
 def _visible(query_BT, key_BS, key_mask_BS, window: int | None) -> jax.Array:
