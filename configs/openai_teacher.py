@@ -25,19 +25,19 @@ the server, which takes a minute to start: 75 seconds, recovery 0.83 on 64 quest
 import pathlib
 import runpy
 
+from gkdjax.tools import tiny_mode
+
 HERE = pathlib.Path(__file__).parent
-MODES = ("", "tiny")
 
 
 def get_config(mode: str = ""):
-    if mode not in MODES:
-        raise ValueError(f"mode {mode!r}: write configs/openai_teacher.py, or with :tiny")
+    tiny = tiny_mode.is_asked(mode, __file__)
     c = runpy.run_path(str(HERE / "vllm_teacher.py"))["get_config"](mode)
     c.teacher.backend = "openai"
     c.gkd.on_policy_fraction = 0.0
     c.gkd.on_policy_warmup_steps = 0
     c.gkd.divergence = "forward_kl"
-    if mode == "tiny":
+    if tiny:
         return c
     c.teacher.api_base = "https://127.0.0.1/v1"  # the host's
     c.teacher.api_model = "gemma-3-27b-it"

@@ -21,37 +21,31 @@ on 2 CPU cores, beside the server, which takes a minute to start: two minutes, r
 questions.
 """
 
-import json
 import pathlib
 import runpy
 
+from gkdjax.tools import tiny_mode
+
 HERE = pathlib.Path(__file__).parent
-MODES = ("", "tiny")
 
 
 def get_config(mode: str = ""):
-    if mode not in MODES:
-        raise ValueError(f"mode {mode!r}: write configs/vllm_teacher.py, or with :tiny")
-    job = "quickstart.py" if mode == "tiny" else "gemma3.py"
+    tiny = tiny_mode.is_asked(mode, __file__)
+    job = "quickstart.py" if tiny else "gemma3.py"
     c = runpy.run_path(str(HERE / job))["get_config"]()
     c.teacher.backend = "vllm"
     c.teacher.model = ""
     c.teacher.api_base = "http://127.0.0.1:8000/v1"
     c.teacher.api_model = "teacher"
     c.teacher.top_k = 20
-    if mode == "tiny":
+    if tiny:
         c.gkd.on_policy_warmup_steps = 30
         c.train.steps = 60
         c.eval.every_steps = 30
         c.eval.rows = 64
-        c.eval.questions = _first_rows(c.eval.questions, 64)
+        c.eval.questions = tiny_mode.first_rows(c.eval.questions, 64)
         c.eval.retention = {}
-        c.data.train = _first_rows(c.data.train, 256)
+        c.data.train = tiny_mode.first_rows(c.data.train, 256)
         return c
     c.student.model = "google/gemma-3-1b-it"
     return c
-
-
-def _first_rows(path: str, count: int) -> list[dict]:
-    lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines[:count]]

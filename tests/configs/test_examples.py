@@ -1,38 +1,34 @@
-"""Every example: its full mode is checked, its tiny mode is run from end to end."""
+"""Every example: its data fit together, and its tiny mode is run from end to end."""
 
 import json
 import math
-import os
 import pathlib
 import re
 import runpy
-import subprocess
-import sys
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import gkdjax
 from gkdjax import config
 from gkdjax.data import load
 from gkdjax.data.answer_matching import is_right
+from gkdjax.data.chat_template import load_chat
 from gkdjax.data.examples import read_examples
+from gkdjax.models.hf.load import load_pretrained
 from gkdjax.utils.files import read_lines
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 EXAMPLES = (
-    "basic",
-    "multi_turn_prefix",
-    "per_row_personas",
-    "pattern_targets",
-    "sft_dataset",
-    "continual_memory",
-    "corpus_knowledge",
+    *("basic", "multi_turn_prefix", "per_row_personas", "pattern_targets", "sft_dataset"),
+    *("continual_memory", "corpus_knowledge"),
 )
-WITH_MODES = (*EXAMPLES, "gemma3")
+WITH_DATA = (*EXAMPLES, "gemma3")
 HUB = re.compile(r"[\w-]+/[\w-]+:\w+(\[:\d+\])?")  # a dataset; the tests have no network
-SHIFT = "teacher_text/forward_kl"
-# What a tiny run has to reduce, and to which share at most of what it was. Measured: 0.15 to 0.38.
-MEASURES = dict.fromkeys(EXAMPLES, SHIFT) | {"pattern_targets": "validation/loss"}
+# A tiny run has to reduce its measure to this share of its start. Measured: 0.15 to 0.38.
+MEASURES = dict.fromkeys(EXAMPLES, "teacher_text/forward_kl")
+MEASURES |= {"pattern_targets": "validation/loss"}
 MOST_LEFT = 0.6
 
 
@@ -50,42 +46,27 @@ def strings(value) -> list[str]:
 
 
 def data_files(name: str) -> list[pathlib.Path]:
-    """Those that a full mode names and those of its folder."""
-    named = strings(get_config(name).to_dict())
-    found = {
-        pathlib.Path(text) for text in named if pathlib.Path(text).suffix in (".jsonl", ".txt")
-    }
+    """The files that a full mode names, and those of its folder."""
+    named = map(pathlib.Path, strings(get_config(name).to_dict()))
+    found = {path for path in named if path.suffix in (".jsonl", ".json", ".txt")}
     return sorted(found | {*(CONFIGS / name).iterdir()})
 
 
 def conversation(row: dict) -> str:
-    """All that is said to the assistant in a row, in lower-case letters and digits."""
-    said = [m["content"] for m in row["messages"]] if "messages" in row else [row["prompt"]]
-    return re.sub(r"\W", "", " ".join(said).lower())
-
-
-def rows_of(path: pathlib.Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_the_full_mode_parses_makes_no_model_and_names_files_that_are_there(
-    name, monkeypatch, tmp_path
-):
-    monkeypatch.chdir(tmp_path)
-    c = get_config(name)
-    parsed = config.parse(c)
-    assert list(tmp_path.iterdir()) == []
-    assert parsed.student.model.startswith("Qwen/Qwen3-")
-    assert parsed.anchor.data is not None  # without one the rest of the student is lost
-    assert parsed.eval.every_steps is not None
-    paths = [text for text in strings(c.to_dict()) if text.endswith((".jsonl", ".json", ".txt"))]
-    assert len(paths) >= 3 and all(pathlib.Path(path).is_file() for path in paths)
+    """All messages to the assistant in a row, in lower-case letters and digits."""
+    messages = [m["content"] for m in row["messages"]] if "messages" in row else [row["prompt"]]
+    return re.sub(r"\W", "", " ".join(messages).lower())
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_all_of_the_data_is_read_and_fits_together(name):
     c = get_config(name)
+    parsed = config.parse(c)
+    assert parsed.student.model.startswith("Qwen/Qwen3-")
+    assert parsed.anchor.data is not None  # without one the rest of the student is lost
+    assert parsed.eval.every_steps is not None
+    files = data_files(name)
+    assert len(files) >= 3 and all(path.is_file() for path in files)
     if name == "sft_dataset":
         assert HUB.fullmatch(c.data.train) and HUB.fullmatch(c.data.validation)
         c.data.train, c.data.validation = str(CONFIGS / name / "sample.jsonl"), 0.25
@@ -94,13 +75,13 @@ def test_all_of_the_data_is_read_and_fits_together(name):
     assert all(row.prefix for row in examples.prompts)  # there is something to be baked
 
 
-@pytest.mark.parametrize("name", WITH_MODES)
+@pytest.mark.parametrize("name", WITH_DATA)
 def test_no_row_stands_in_two_files_or_twice(name):
     found: dict[str, str] = {}
     for path in data_files(name):
         if path.suffix != ".jsonl" or path.name == "documents.jsonl":
             continue
-        for number, row in enumerate(rows_of(path), start=1):
+        for number, row in enumerate(read_lines(path), start=1):
             said = conversation(row)
             assert said not in found, f"{path.name}:{number} is {found[said]}"
             found[said] = f"{path.name}:{number}"
@@ -110,41 +91,58 @@ def test_no_row_stands_in_two_files_or_twice(name):
     "path", sorted(CONFIGS.glob("*/*.jsonl")), ids=lambda path: f"{path.parent.name}/{path.name}"
 )
 def test_every_data_file_is_read_by_one_of_the_configs(path):
-    users = [name for name in WITH_MODES if path in data_files(name)]
+    users = [name for name in WITH_DATA if path in data_files(name)]
     assert users, "nobody reads it"
     # The tiny models' tokenizer knows nothing else; of Gemma's rows they read the first ones.
     assert users == ["gemma3"] or path.read_text().isascii()
     if path.name != "documents.jsonl":
-        rows = rows_of(path)
+        rows = read_lines(path)
         match = "keywords" if "answer" in rows[0] else None
         assert len(read_examples(str(path), "a file", match=match)) == len(rows)
 
 
-def test_the_answers_are_told_from_others():
-    """A sample of what models write, right and wrong, for each kind of question."""
-    facts = asked("general/facts.jsonl")
-    gold = facts["What is the chemical symbol of gold?"]
-    assert is_right("It is Au.", gold) and not is_right("Because it shines.", gold)
-    pipes = asked("corpus_knowledge/questions.jsonl")["How many pipes does the Tide Organ have?"]
-    assert is_right("Forty-six pipes.", pipes) and not is_right("It has 146 pipes.", pipes)
-    notes = asked("multi_turn_prefix/questions.jsonl", "regex")
-    line = notes["Somebody has to measure the kitchen."]
-    assert is_right("- | measure the kitchen | -", line)
-    assert not is_right("Sure: - | measure the kitchen | -", line)
-    cans = asked("pattern_targets/questions.jsonl", "regex")
-    cans = cans["A carton holds 18 cans. How many cans are in 6 cartons?"]
-    assert is_right("18 times 6 is 108.\nAnswer: 108", cans)
-    assert not is_right("18 times 6 is 108.", cans) and not is_right("Answer: 1080", cans)
-
-
-def asked(file: str, match: str = "keywords") -> dict:
-    rows = read_examples(str(CONFIGS / file), "a file", match=match)
-    return {row.turns[-1].content: row.expected for row in rows}
+@pytest.mark.parametrize(
+    ("file", "match", "question", "right", "wrong"),
+    [
+        (
+            "general/facts",
+            "keywords",
+            "What is the chemical symbol of gold?",
+            "It is Au.",
+            ["Because it shines."],
+        ),
+        (
+            "corpus_knowledge/questions",
+            "keywords",
+            "How many pipes does the Tide Organ have?",
+            "Forty-six pipes.",
+            ["It has 146 pipes."],
+        ),
+        (
+            "multi_turn_prefix/questions",
+            "regex",
+            "Somebody has to measure the kitchen.",
+            "- | measure the kitchen | -",
+            ["Sure: - | measure the kitchen | -"],
+        ),
+        (
+            "pattern_targets/questions",
+            "regex",
+            "A carton holds 18 cans. How many cans are in 6 cartons?",
+            "18 times 6 is 108.\nAnswer: 108",
+            ["18 times 6 is 108.", "Answer: 1080"],
+        ),
+    ],
+)
+def test_right_answers_are_told_from_wrong_ones(file, match, question, right, wrong):
+    rows = read_examples(str(CONFIGS / f"{file}.jsonl"), "a file", match=match)
+    (expected,) = [row.expected for row in rows if row.turns[-1].content == question]
+    assert is_right(right, expected) and not any(is_right(text, expected) for text in wrong)
 
 
 def test_worked_problems_have_a_line_that_the_pattern_matches_and_bakerys_does_not():
     pattern = get_config("pattern_targets").context.target_content_pattern
-    for row in rows_of(CONFIGS / "pattern_targets/worked.jsonl"):
+    for row in read_lines(CONFIGS / "pattern_targets/worked.jsonl"):
         (line,) = re.findall(pattern, row["response"])
         assert line == row["response"].splitlines()[-1] != "Answer: "
         assert re.search("^Answer:", row["response"]) is None
@@ -153,15 +151,15 @@ def test_worked_problems_have_a_line_that_the_pattern_matches_and_bakerys_does_n
 def test_each_persona_is_called_by_its_name():
     """Else the student could not tell which is meant, and would learn their average."""
     for file in ("rows", "questions"):
-        for row in rows_of(CONFIGS / f"per_row_personas/{file}.jsonl"):
+        for row in read_lines(CONFIGS / f"per_row_personas/{file}.jsonl"):
             said = row["messages"][-1]["content"]
             names = [n for n in ("Captain Brine", "Doctor Quill", "Tilly") if n in said]
             prefix = row.get("prefix_messages")
             assert [f"You are {n}," in prefix[0]["content"] for n in names] == [True] * bool(prefix)
 
 
-def test_what_is_asked_of_a_chat_was_told_where_the_student_does_not_read():
-    """But in its beginning: the teacher reads it there, so recovery is defined."""
+def test_a_question_about_a_chat_is_answered_where_only_the_teacher_reads():
+    """In its beginning, so recovery is defined."""
     c = config.parse(get_config("continual_memory"))
     for row in load.load_examples(c).questions:
         told, read = row.prefix[:-2], (*row.prefix[-2:], *row.turns)
@@ -169,48 +167,27 @@ def test_what_is_asked_of_a_chat_was_told_where_the_student_does_not_read():
         assert not is_right(" ".join(m.content for m in read), row.expected), row.name
 
 
-@pytest.mark.parametrize("name", WITH_MODES)
-def test_an_unknown_mode_is_told_which_there_are(name):
-    with pytest.raises(ValueError, match=rf"mode 'tny'.*configs/{name}\.py:tiny"):
-        get_config(name, "tny")
-
-
-@pytest.mark.parametrize("name", WITH_MODES)
-def test_both_commands_stand_in_the_docstring(name):
-    told = runpy.run_path(str(CONFIGS / f"{name}.py"))["__doc__"]
-    command = f"    python -m gkdjax.main --config=configs/{name}.py"
-    assert f"{command}\n" in told and f"{command}:tiny\n" in told
-    told = " ".join(told.split())
-    assert "this mode has not been run yet" in told and "on 2 CPU cores" in told
-
-
-def test_tiny_modes_are_ready_before_jax_is_loaded(tmp_path):
-    """`gkdjax.main` counts the devices out after it has read the config."""
-    code = "import runpy, sys\nfor path in sys.argv[1:]:\n"
-    code += "    runpy.run_path(path)['get_config']('tiny')\n"
-    code += "    assert 'jax' not in sys.modules, path"
-    paths = [str(CONFIGS / f"{name}.py") for name in EXAMPLES]
-    environment = os.environ | {"PYTHONPATH": str(CONFIGS.parent)}
-    command = [sys.executable, "-c", code, *paths]
-    subprocess.run(command, check=True, cwd=tmp_path, env=environment)
-    made = sorted(path.name for path in (tmp_path / "runs/tiny_models").iterdir())
-    assert made == ["corpus_knowledge-documents.jsonl", "student-512"]
+def test_half_of_gemma3s_anchor_obeys_other_system_messages():
+    counts = {"prompts": 200, "anchor": 64, "held_out": 32}
+    rows = {name: read_examples(str(CONFIGS / f"gemma3/{name}.jsonl"), name) for name in counts}
+    assert {name: len(found) for name, found in rows.items()} == counts
+    systems = [row.turns[0] for row in rows["anchor"] if row.turns[0].role == "system"]
+    baked = json.loads((CONFIGS / "gemma3/prefix.json").read_text())[0]["content"]
+    assert len(systems) == 32 and baked not in {turn.content for turn in systems}
 
 
 @pytest.fixture(scope="module")
 def tiny_runs(tmp_path_factory, optimised) -> pathlib.Path:
-    """Where all of them run: they share their model."""
+    """The working directory of all of them: they share their model."""
     return tmp_path_factory.mktemp("tiny")
 
 
-def run_tiny(name: str, tiny_runs: pathlib.Path, monkeypatch) -> tuple[dict, pathlib.Path]:
-    monkeypatch.chdir(tiny_runs)
-    c = get_config(name, "tiny")
+def run_tiny(c, name: str) -> tuple[dict, pathlib.Path]:
     c.log.tensorboard = c.log.progress_bar = False
     workdir = pathlib.Path("runs") / name
     results = gkdjax.run(c, workdir)
     assert json.loads((workdir / "results.json").read_text()) == results
-    return results, tiny_runs / workdir
+    return results, workdir
 
 
 SLOW = pytest.mark.slow(60, apart=True)
@@ -220,9 +197,9 @@ SLOW = pytest.mark.slow(60, apart=True)
     "name", [EXAMPLES[0], *(pytest.param(name, marks=SLOW) for name in EXAMPLES[1:])]
 )
 def test_the_tiny_mode_runs_and_bakes(name, tiny_runs, monkeypatch):
-    results, workdir = run_tiny(name, tiny_runs, monkeypatch)
-    measure = MEASURES[name]
-    before, after = (results["held_out"][when][measure] for when in ("before", "after"))
+    monkeypatch.chdir(tiny_runs)
+    results, workdir = run_tiny(get_config(name, "tiny"), name)
+    before, after = (results["held_out"][when][MEASURES[name]] for when in ("before", "after"))
     assert 0 < after < MOST_LEFT * before
     assert results["side_effects"]["forward_kl"] > 0
     steps = read_lines(workdir / "metrics.jsonl")
@@ -233,35 +210,44 @@ def test_the_tiny_mode_runs_and_bakes(name, tiny_runs, monkeypatch):
     assert ("accuracy" in results["student"]) == (full.questions is not None)
     assert ("heldout_accuracy" in results["student"]) == (full.heldout is not None)
     assert list(results["retention"]) == list(full.retention)
-    CHECKS.get(name, lambda *_: None)(results, workdir, steps)
+    written = read_lines(workdir / "trajectories_train.jsonl")
+    if name == "basic":  # half-baked states are kept
+        kept = {int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()}
+        assert kept >= {line["step"] for line in read_lines(workdir / "eval.jsonl")} - {0}
+        assert results["exports"] == ["merged/", "adapter/"]
+    if name in ("multi_turn_prefix", "corpus_knowledge"):  # on-policy in the second half
+        rows = [line["on_policy_rows"] for line in steps]
+        assert not any(rows[: len(rows) // 2]) and any(rows[len(rows) // 2 :])
+    if name == "per_row_personas":
+        prefixes = [json.dumps(row["prefix_messages"]) for row in written if row["prefix_messages"]]
+        assert len(prefixes) == len({*prefixes}) == 4
+    if name == "sft_dataset":
+        assert written == []
+        counts = [results["rows"][stream]["rows"] for stream in ("train", "validation")]
+        assert counts == [18, 6]
 
 
-def half_baked_states_are_kept(results, workdir, steps):
-    kept = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
-    assert set(kept) >= {line["step"] for line in read_lines(workdir / "eval.jsonl")} - {0}
+def test_the_tiny_mode_of_gemma3_runs_from_end_to_end(tiny_runs, monkeypatch):
+    monkeypatch.chdir(tiny_runs)
+    c = get_config("gemma3", "tiny")
+    c.gkd.on_policy_warmup_steps = 0  # one divergence, one compilation less
+    c.gkd.on_policy_fraction = 0.6  # of the three steps: the second, with seed 0
+    c.train.steps = 3
+    c.eval.retention, c.eval.other_prefix = {}, ()  # measured by the other examples
+    results, workdir = run_tiny(c, "gemma3-tiny")
     assert results["exports"] == ["merged/", "adapter/"]
+    assert len(results["samples"]["student"]) == 3
+    steps = read_lines(workdir / "metrics.jsonl")
+    assert [s["on_policy_rows"] for s in steps] == [0, 8, 0]
+    assert steps[2]["loss"] < steps[0]["loss"]  # on the same eight rows
+    assert steps[0]["anchor_loss"] < 1e-6 < steps[1]["anchor_loss"]
 
-
-def the_student_writes_in_the_second_half(results, workdir, steps):
-    written = [line["on_policy_rows"] for line in steps]
-    assert not any(written[: len(written) // 2]) and any(written[len(written) // 2 :])
-
-
-def there_is_a_prefix_a_persona(results, workdir, steps):
-    lines = read_lines(workdir / "trajectories_train.jsonl")
-    told = [json.dumps(line["prefix_messages"]) for line in lines if line["prefix_messages"]]
-    assert len(told) == len({*told}) == 4
-
-
-def nobody_writes(results, workdir, steps):
-    assert read_lines(workdir / "trajectories_train.jsonl") == []
-    assert [results["rows"][stream]["rows"] for stream in ("train", "validation")] == [18, 6]
-
-
-CHECKS = {
-    "basic": half_baked_states_are_kept,
-    "multi_turn_prefix": the_student_writes_in_the_second_half,
-    "corpus_knowledge": the_student_writes_in_the_second_half,
-    "per_row_personas": there_is_a_prefix_a_persona,
-    "sft_dataset": nobody_writes,
-}
+    decoder, params = load_pretrained(workdir / "merged")
+    assert decoder.spec.vocab_size == 262_144 and params["embedding"].dtype == jnp.bfloat16
+    _, base = load_pretrained(c.student.model)
+    layers = params["layers"]
+    moved = [name for name in layers if not np.array_equal(layers[name], base["layers"][name])]
+    assert moved == [name for name in layers if name.endswith("_proj")]
+    known = len(load_chat(str(workdir / "merged")).tokenizer)
+    for row in read_lines(workdir / "trajectories_train.jsonl"):
+        assert max(row["ids"]) < known
