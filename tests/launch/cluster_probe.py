@@ -1,8 +1,8 @@
-"""A program that joins a cluster as `gkdjax.main` does; started by the tests here, several times.
+"""A program that joins a cluster as `gkdjax.main` does; the tests here start it several times.
 
     python cluster_probe.py DOES [COORDINATOR PROCESSES PROCESS]
 
-DOES is what it does once it has joined: "meet" prints what all processes say; "fail" raises an
+DOES is its action after it has joined: "meet" prints the numbers of all processes; "fail" raises an
 expected error in process 1 while process 0 waits for it; "bug" an unexpected one; "last" raises in
 process 1 when process 0 is done; "alone" prints the number of processes and of devices, and whether
 it is connected.

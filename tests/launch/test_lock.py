@@ -12,14 +12,15 @@ ROOT = pathlib.Path(__file__).parents[2]
 NOT_LOCKED = {"peft", "torch"}  # for some tests alone; torch has other files for each accelerator
 
 
-def asked_for() -> list[Requirement]:
+def asked_for() -> tuple[list[Requirement], list[Requirement]]:
+    """(of the package itself, of its development)."""
     tree = ast.parse((ROOT / "setup.py").read_text())
     (dev,) = (n.value for n in tree.body if isinstance(n, ast.Assign))
     (call,) = (
         n.value for n in tree.body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)
     )
     (needs,) = (k.value for k in call.keywords if k.arg == "install_requires")
-    return [Requirement(text) for node in (dev, needs) for text in ast.literal_eval(node)]
+    return tuple([*map(Requirement, ast.literal_eval(node))] for node in (needs, dev))
 
 
 def locked(python: str) -> dict[str, str]:
@@ -44,7 +45,8 @@ def locked(python: str) -> dict[str, str]:
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
 def test_each_requirement_has_one_version_in_its_range(python):
     versions = locked(python)
-    for requirement in asked_for():
+    needs, dev = asked_for()
+    for requirement in (*needs, *dev):
         version = versions[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), requirement
     assert not NOT_LOCKED & versions.keys()

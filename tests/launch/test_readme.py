@@ -5,26 +5,23 @@ import shlex
 
 import pytest
 from launch.test_scripts import TPU, call
-from launch.together import ROOT
+from launch.together import LAUNCH, ROOT
 
 from gkdjax import config, main
 
-TEXT = (ROOT / "launch" / "README.md").read_text()
+TEXT = (LAUNCH / "README.md").read_text()
 COMMANDS = [
     shlex.split(block.replace("\\\n", " "))
     for block in re.findall(r"^    +((?:[^\n]*\\\n)*[^\n]*)$", TEXT, re.MULTILINE)
 ]
 
 
-def test_every_file_that_is_named_is_there():
+def test_every_script_is_named_and_every_named_file_is_there():
     named = set(re.findall(r"launch/([\w.]+\.(?:sh|yaml|sbatch))", TEXT))
     named |= set(re.findall(r"`([\w.]+\.(?:sh|yaml|sbatch|txt))", TEXT))
     assert len(named) >= 10
-    assert all((ROOT / "launch" / name).is_file() for name in named), named
-
-
-def test_every_script_is_named():
-    there = {f.name for f in (ROOT / "launch").iterdir() if f.suffix in (".sh", ".sbatch", ".yaml")}
+    assert all((LAUNCH / name).is_file() for name in named), named
+    there = {f.name for f in LAUNCH.iterdir() if f.suffix in (".sh", ".sbatch", ".yaml")}
     inner = {"worker_run.sh", "worker_setup.sh"}  # tpu_vm.sh calls them
     assert all(name in TEXT for name in there - inner)
 

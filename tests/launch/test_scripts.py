@@ -1,6 +1,5 @@
 """What can be said of the launch scripts without running them."""
 
-import importlib.metadata
 import json
 import pathlib
 import re
@@ -10,9 +9,10 @@ import subprocess
 import sys
 
 import pytest
-from launch.together import ROOT
+from launch.test_lock import asked_for
+from launch.together import LAUNCH
+from packaging.utils import canonicalize_name
 
-LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 TPU = {
@@ -78,69 +78,61 @@ def test_keys_are_sent_to_a_file_that_nobody_else_can_read(tmp_path):
     assert refused.returncode == 2 and f"chmod 600 {keys}" in refused.stderr
 
 
-@pytest.fixture(scope="module")
-def lint(tmp_path_factory):
-    """lint(command lines): what the real gcloud's parser says of each, without a network."""
-    if shutil.which("gcloud") is None:
-        pytest.skip("needs gcloud, whose parser of flags is asked")
-
-    def parsed(lines: list[str]) -> list[dict]:
-        directory = tmp_path_factory.mktemp("gcloud")
-        commands = directory / "commands.json"
-        commands.write_text(json.dumps([{"command_string": line} for line in lines]))
-        ended = subprocess.run(
-            ["gcloud", "meta", "lint-gcloud-commands", f"--commands-file={commands}"],
-            env={"PATH": TPU["PATH"], "HOME": str(directory), "CLOUDSDK_CONFIG": str(directory)},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert ended.returncode == 0, ended.stderr
-        return json.loads(ended.stdout)
-
-    return parsed
-
-
-def test_gcloud_knows_every_flag(lint):
+@pytest.mark.skipif(shutil.which("gcloud") is None, reason="needs gcloud, whose parser is asked")
+def test_gcloud_knows_every_flag(tmp_path):
+    """The real gcloud's parser says so of each command line, without a network."""
     printed = [call(*command, **TPU).stdout for command in PRINTED.values()]
     lines = sorted({line for text in printed for line in text.splitlines()})
     state = "gcloud compute tpus tpu-vm describe bake --zone=us-west4-a '--format=value(state)'"
     wrong = "gcloud compute tpus tpu-vm delete bake --zon=us-west4-a"
-    *found, of_wrong = lint([*lines, state, wrong])
+    commands = tmp_path / "commands.json"
+    commands.write_text(json.dumps([{"command_string": line} for line in (*lines, state, wrong)]))
+    ended = subprocess.run(
+        ["gcloud", "meta", "lint-gcloud-commands", f"--commands-file={commands}"],
+        env={"PATH": TPU["PATH"], "HOME": str(tmp_path), "CLOUDSDK_CONFIG": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr
+    *found, of_wrong = json.loads(ended.stdout)
     assert len(found) == len(lines) + 1 >= 8
     assert [f["error_message"] for f in found if not f["success"]] == []
     assert "--zon" in of_wrong["error_message"]
-
-
-def test_the_spot_loop_asks_for_the_state_as_it_was_checked():
     text = (LAUNCH / "tpu_spot_loop.sh").read_text()
-    call = re.search(r"gcloud (compute .*) \|\| true", text)[1]
-    assert shlex.split(call)[:4] == ["compute", "tpus", "tpu-vm", "describe"]
-    assert shlex.split(call)[4:] == ["$TPU_NAME", "--zone=$TPU_ZONE", "--format=value(state)"]
+    asked = shlex.split(re.search(r"gcloud (compute .*) \|\| true", text)[1])
+    assert asked[:4] == ["compute", "tpus", "tpu-vm", "describe"]  # as it was checked
+    assert asked[4:] == ["$TPU_NAME", "--zone=$TPU_ZONE", "--format=value(state)"]
+
+
+WITHOUT = {
+    missing: {name: value for name, value in TPU.items() if name != missing}
+    for missing in ("TPU_TYPE", "TPU_RUNTIME", "TPU_ZONE")
+}
 
 
 @pytest.mark.parametrize(
-    ("command", "told"),
+    ("command", "variables", "named"),
     [
-        (["tpu_vm.sh"], "usage: launch/tpu_vm.sh"),
-        (["tpu_vm.sh", "start"], "usage: launch/tpu_vm.sh"),
-        (["tpu_vm.sh", "stop", "now"], "usage: launch/tpu_vm.sh"),
-        (["tpu_vm.sh", "logs", "--print"], "set TPU_NAME"),
-        (["tpu_spot_loop.sh"], "usage: launch/tpu_spot_loop.sh"),
-        (["tpu_spot_loop.sh", "--config=x"], "set TPU_NAME"),
-        (["worker_setup.sh", "gpu"], "usage: launch/worker_setup.sh"),
-        (["worker_run.sh"], "usage: launch/worker_run.sh"),
-        (["local2.sh"], "usage: launch/local2.sh"),
-        (["teacher_vllm.sh", "model", "name", "8000"], "usage: launch/teacher_vllm.sh"),
-        (["teacher_vllm.sh", "model", "name", "port", "--", "true"], "the port is 'port'"),
-        (["start_vllm.sh", "model"], "usage: launch/start_vllm.sh"),
-        (["install_vllm_cpu.sh"], "usage: launch/install_vllm_cpu.sh"),
+        ("tpu_vm.sh", {}, "usage: launch/tpu_vm.sh"),
+        ("tpu_vm.sh start", {}, "usage: launch/tpu_vm.sh"),
+        ("tpu_vm.sh stop now", {}, "usage: launch/tpu_vm.sh"),
+        ("tpu_vm.sh logs --print", {}, "set TPU_NAME"),
+        *(("tpu_vm.sh create --print", less, f"set {name}") for name, less in WITHOUT.items()),
+        ("tpu_spot_loop.sh", {}, "usage: launch/tpu_spot_loop.sh"),
+        ("tpu_spot_loop.sh --config=x", {}, "set TPU_NAME"),
+        ("worker_setup.sh gpu", {}, "usage: launch/worker_setup.sh"),
+        ("worker_run.sh", {}, "usage: launch/worker_run.sh"),
+        ("local2.sh", {}, "usage: launch/local2.sh"),
+        ("teacher_vllm.sh model name 8000", {}, "usage: launch/teacher_vllm.sh"),
+        ("teacher_vllm.sh model name port -- true", {}, "the port is 'port'"),
+        ("start_vllm.sh model", {}, "usage: launch/start_vllm.sh"),
+        ("install_vllm_cpu.sh", {}, "usage: launch/install_vllm_cpu.sh"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_wrong_call_is_exit_2_with_what_to_do(command, told, tmp_path):
-    ended = call(*command, HOME=str(tmp_path))
-    assert ended.returncode == 2 and told in ended.stderr
+def test_a_wrong_call_is_exit_2_and_says_what_to_do(command, variables, named, tmp_path):
+    ended = call(*command.split(), **{"HOME": str(tmp_path)} | variables)
+    assert ended.returncode == 2 and named in ended.stderr
 
 
 @pytest.mark.parametrize("cpu", [True, False])
@@ -153,17 +145,9 @@ def test_prompts_are_read_in_one_piece_on_a_cpu_alone(cpu):
     assert told.endswith("--x\n")
 
 
-@pytest.mark.parametrize("missing", ["TPU_TYPE", "TPU_RUNTIME", "TPU_ZONE"])
-def test_create_names_what_is_missing(missing):
-    without = {name: value for name, value in TPU.items() if name != missing}
-    ended = call("tpu_vm.sh", "create", "--print", **without)
-    assert ended.returncode == 2 and f"set {missing}" in ended.stderr
-
-
 def test_every_direct_requirement_is_pinned():
     lines = (LAUNCH / "pins.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
-    needed = [r for r in importlib.metadata.requires("gkdjax") if "extra ==" not in r]
-    names = {re.match(r"[\w-]+", r)[0].lower().replace("_", "-") for r in needed}
+    names = {canonicalize_name(requirement.name) for requirement in asked_for()[0]}
     assert {"jax", "flax"} <= names and {"jaxlib", "libtpu", *names} <= set(pins)
     assert all(re.fullmatch(r"[0-9][\w.]*", version) for version in pins.values())

@@ -7,44 +7,26 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from launch.together import ROOT, free_port
+from launch.test_cluster import GKE
+from launch.together import LAUNCH, ROOT, config_file, executable, free_port, started, wait_for
 
-LAUNCH = ROOT / "launch"
 REAL = f'#!/bin/sh\nexec {sys.executable} "$@"\n'
 ENDS = '#!/bin/sh\nprintf "[%s]" "$HF_TOKEN" "$@"\nexit "$(cat "$STUB/code")"\n'
 # Saves when it is asked to stop.
 STOPS = "#!/bin/bash\ntrap 'echo saved; exit 75' TERM\necho begun\nwhile true; do sleep 0.1; done\n"
-# Each worker has another config, which all have to notice.
-CONFIG = """\
-import os
-from gkdjax import config
-
-def get_config():
-    c = config.default()
-    c.student.model = "/no/such"
-    c.data.train = [{"prompt": "a", "response": "b"}]
-    c.train.seed = int(os.environ["TPU_WORKER_ID"])
-    return c
-"""
 
 
 class Slice:
     """A slice of two VMs, and the scripts that are called for it."""
 
     def __init__(self, directory: pathlib.Path, python: str):
-        self.directory, self._started = directory, []
-        binaries = directory / "bin"
-        binaries.mkdir()
+        self.directory, self._started = directory, contextlib.ExitStack()
         stub = pathlib.Path(__file__).with_name("stub_gcloud.py")
-        for file, text in (
-            (binaries / "gcloud", f'#!/bin/sh\nexec {sys.executable} {stub} "$@"\n'),
-            (directory / "python", python),
-        ):
-            file.write_text(text)
-            file.chmod(0o755)
+        text = f'#!/bin/sh\nexec {sys.executable} {stub} "$@"\n'
+        binaries = executable(directory / "bin" / "gcloud", text).parent
+        executable(directory / "python", python)
         self.set_environment()
         self._environment = {
             "PATH": f"{binaries}:/usr/bin:/bin",
@@ -59,31 +41,20 @@ class Slice:
         (self.directory / "environment.json").write_text(json.dumps(variables))
 
     def start(self, script: str, *arguments: str, **more: str) -> subprocess.Popen:
-        process = subprocess.Popen(
-            [LAUNCH / script, *arguments],
-            env=self._environment | more,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        self._started.append(process)
-        return process
-
-    def close(self) -> None:
-        """Nothing goes on, in the VMs neither."""
-        for process in self._started:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-        for file in self.directory.glob("worker*/.gkdjax-run/pid"):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(file.read_text()), signal.SIGKILL)
+        command = [LAUNCH / script, *arguments]
+        return self._started.enter_context(started(command, self._environment | more))
 
     def call(self, script: str, *arguments: str, **more: str) -> subprocess.CompletedProcess:
         process = self.start(script, *arguments, **more)
         output = process.communicate(timeout=60)
         return subprocess.CompletedProcess(arguments, process.returncode, *output)
+
+    def close(self) -> None:
+        """Nothing goes on, in the VMs neither."""
+        self._started.close()
+        for file in self.directory.glob("worker*/.gkdjax-run/pid"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(file.read_text()), signal.SIGKILL)
 
     def asked(self) -> list[str]:
         return (self.directory / "asked").read_text().split()
@@ -91,31 +62,25 @@ class Slice:
 
 @pytest.fixture
 def vms(tmp_path):
-    """vms(what the VMs have for an interpreter): a `Slice`."""
+    """vms(the text of the VMs' interpreter): a `Slice`."""
     with contextlib.ExitStack() as open_ones:
         yield lambda python: open_ones.enter_context(contextlib.closing(Slice(tmp_path, python)))
 
 
 @pytest.mark.slow(60)
-def test_the_vms_of_a_slice_run_what_was_sent_and_form_a_cluster(vms):
+def test_the_vms_of_a_slice_run_our_files_and_form_a_cluster(vms):
     ours = vms(REAL)
-    ours.set_environment(
-        JAX_PLATFORMS="cpu",
-        JAX_FORCE_TPU_INIT="1",
-        MEGASCALE_COORDINATOR_ADDRESS="127.0.0.1",
-        MEGASCALE_NUM_SLICES="1",
-        MEGASCALE_SLICE_ID="0",
-        TPU_WORKER_HOSTNAMES="127.0.0.1,127.0.0.1",
-        JAX_COORDINATOR_PORT=str(free_port()),
-    )
+    hosts = {"TPU_WORKER_HOSTNAMES": "127.0.0.1,127.0.0.1"}
+    port = {"JAX_COORDINATOR_PORT": str(free_port())}
+    ours.set_environment(JAX_PLATFORMS="cpu", **GKE, **hosts, **port)
     assert ours.call("tpu_vm.sh", "create").returncode == 0
     set_up = ours.call("tpu_vm.sh", "setup")
     assert set_up.returncode == 0, set_up.stderr
     assert set_up.stdout.count("gkdjax-venv is as it should be") == 2
     for worker in range(2):
-        home = ours.directory / f"worker{worker}"
-        assert (home / "gkdjax" / "gkdjax" / "main.py").is_file()
-        (home / "gkdjax" / "job.py").write_text(CONFIG)
+        home = ours.directory / f"worker{worker}" / "gkdjax"
+        assert (home / "gkdjax" / "main.py").is_file()
+        config_file(home / "job.py", seed='int(os.environ["TPU_WORKER_ID"])')
     ran = ours.call("tpu_vm.sh", "run", "--config=job.py", "--workdir=a b")
     assert ran.returncode == 2, ran
     differs = "process 1 differs from process 0 in config.train.seed (1 and not 0)"
@@ -128,10 +93,7 @@ def test_a_run_outlives_its_connection_and_can_be_shown_and_stopped(vms):
     ours.call("tpu_vm.sh", "setup")
     begun = [ours.directory / f"worker{i}" / ".gkdjax-run" / "log" for i in range(2)]
     first = ours.start("tpu_vm.sh", "run", "--config=x")
-    deadline = time.monotonic() + 20
-    while not all(log.exists() and "begun" in log.read_text() for log in begun):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(lambda: all(log.exists() and "begun" in log.read_text() for log in begun))
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate(timeout=10)
     second = ours.start("tpu_vm.sh", "run", "--config=x")
@@ -185,28 +147,21 @@ def test_the_loop_goes_on_as_long_as_that_can_help(vms, ends, code, created, tri
     assert f"ended with {code}" in looped.stderr
 
 
-def test_the_loop_wants_a_directory_that_outlives_the_vms(vms):
+def test_mistakes_before_the_run_are_not_tried_again(vms):
     ours = vms(ENDS)
-    looped = ours.call("tpu_spot_loop.sh", "--config=x")
+    looped = ours.call("tpu_spot_loop.sh", "--config=x")  # its directory would go with the VMs
     assert looped.returncode == 2 and "set --workdir" in looped.stderr
     assert not (ours.directory / "asked").exists()
-
-
-def test_a_mistake_in_the_setup_is_not_tried_again(vms):
-    ours = vms(ENDS)
     looped = ours.call("tpu_spot_loop.sh", "--workdir=x", TPU_KEYS="/no/such")
     assert looped.returncode == 2 and ours.asked() == ["describe", "create"]
 
 
 def test_a_machine_is_set_up_once_until_something_changes(tmp_path):
-    python = tmp_path / "bin" / "python3.13"
-    python.parent.mkdir()
     made = (
         '#!/bin/bash\necho "$*" >>"$HOME/calls"\n'
         'if [[ $1 == -m && $2 == venv ]]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; fi\n'
     )
-    python.write_text(made)
-    python.chmod(0o755)
+    python = executable(tmp_path / "bin" / "python3.13", made)
     environment = os.environ | {"HOME": str(tmp_path), "PATH": f"{python.parent}:/usr/bin:/bin"}
     for accelerator, installed in (("cpu", 1), ("cpu", 1), ("tpu", 2)):
         command = [LAUNCH / "worker_setup.sh", accelerator]

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 import yaml
-from launch.together import ROOT, environment
+from launch.together import LAUNCH, ROOT, environment, executable
 
 from gkdjax import config, main
 from gkdjax.utils.errors import (
@@ -16,7 +16,6 @@ from gkdjax.utils.errors import (
     TrainingFailure,
 )
 
-LAUNCH = ROOT / "launch"
 AGAIN = {Preempted.exit_code, TeacherUnreachable.exit_code, CoordinatorUnreachable.exit_code}
 SKY = ["sky_tpu.yaml", "sky_gpu.yaml"]
 
@@ -85,10 +84,7 @@ def test_a_sky_task_is_continued_after_75(name):
 
 
 def test_a_sky_task_of_several_machines_says_who_is_who(tmp_path):
-    python = tmp_path / "gkdjax-venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    python.chmod(0o755)
+    executable(tmp_path / "gkdjax-venv/bin/python", '#!/bin/sh\nprintf "%s\\n" "$@"\n')
     sky = {
         "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
         "SKYPILOT_NUM_NODES": "2",
