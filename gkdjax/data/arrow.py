@@ -154,10 +154,8 @@ def _extra(module: str, where: str):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        library = module.partition(".")[0]
-        raise UserError(
-            f"{where}: needs {library}, which is not installed: pip install -e '.[datasets]'"
-        ) from error
+        install = f"needs {module.partition('.')[0]}: pip install -e '.[datasets]'"
+        raise UserError(f"{where}: {install}") from error
 
 
 def _rows(batches: Iterable, label: str, of_json: bool = False) -> Iterator[tuple[str, dict]]:
@@ -230,9 +228,8 @@ def _json_texts(column: str) -> Callable[[str], object]:
         if isinstance(value, str) and not warned:
             warned = True
             logging.warning(
-                "%r is a column of type arrow.json, which stores some strings in quotes: a text"
-                " that stood in quotes of its own is read without them; where there are such, name"
-                " the JSON file that the rows were in",
+                "%r is a column of type arrow.json: a text that stood in quotes of its own is read"
+                " without them; where there are such, name the JSON file of the rows",
                 column,
             )
         return value
@@ -256,9 +253,8 @@ def _watch(dataset: str, column: str) -> Callable[[str], str]:
             quoted += 1
         if quoted == _MOST_QUOTED:
             raise UserError(
-                f"{dataset}: {quoted} values of {column!r} on end are JSON text in quotes: datasets"
-                " writes strings so where a later one of its JSON file is no string; download the"
-                " files, and name their directory"
+                f"{dataset}: {quoted} values of {column!r} on end are JSON text in quotes: a later"
+                " one is no string; download its JSON files, and name their directory"
             )
         return value
 

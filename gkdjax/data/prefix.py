@@ -1,13 +1,8 @@
 """The global prefix, from whichever of its four keys the config sets.
 
-| `context.`           | what it holds                                                      |
-|----------------------|--------------------------------------------------------------------|
-| `prefix_messages`    | the messages themselves                                            |
-| `prefix_file`        | a .json, .yaml or .yml file: a list of {role, content}             |
-| `system_prompt_file` | plain text: one system message                                     |
-| `corpus`             | documents, put into `corpus_template` at {corpus}: one system message |
-
-Plain text loses the line breaks at its end.
+`context.prefix_messages` has the messages, `prefix_file` is a JSON or YAML list of them. A plain
+`system_prompt_file`, without the line breaks at its end, is a system message; so are the documents
+of a `corpus` in `corpus_template`.
 """
 
 import difflib
@@ -29,8 +24,7 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 def read_prefix(context: Context) -> tuple[Message, ...]:
     """The messages that the teacher reads before each row that has no prefix of its own; or ()."""
     if context.prefix_file:
-        listed = _listed(context.prefix_file)
-        return _messages(listed, pathlib.Path(context.prefix_file).name)
+        return _file_messages(context.prefix_file)
     if context.system_prompt_file:
         where = f"context.system_prompt_file = {context.system_prompt_file}"
         return (Message("system", _plain(context.system_prompt_file, where)),)
@@ -52,7 +46,7 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _listed(source: str) -> list:
+def _file_messages(source: str) -> tuple[Message, ...]:
     where = f"context.prefix_file = {source}"
     if source.endswith(".json"):
         listed = [entry for _, entry in read_rows(source, "context.prefix_file")]
@@ -70,7 +64,7 @@ def _listed(source: str) -> list:
         raise UserError(f"{where}: must be a list of {{role, content}}, not {kind(listed)}")
     if not listed:
         raise UserError(f"{where}: the list is empty; for no prefix, leave the key empty")
-    return listed
+    return _messages(listed, pathlib.Path(source).name)
 
 
 def _messages(listed: Sequence[object], where: str) -> tuple[Message, ...]:

@@ -55,6 +55,11 @@ def test_parquet_files(tmp_path):
     assert _shown(_parquet(path, _ROWS)) == _expected("x.parquet", range(2500))
     rows = [{"prompt": "hi", **dict.fromkeys(_CHAT)}, {"prompt": None, **_CHAT}]
     assert [row[1:] for row in _shown(_parquet(path, rows))] == [("hi", None), ("hi", "yo")]
+    calls = [{"x": 1}, {"y": {"z": 2}}]  # in a table each has all fields of both
+    talk = [{"role": "assistant", "content": "a", "tool_calls": [call]} for call in calls]
+    (example,) = read_examples(_parquet(path, [{"messages": [*talk, *_CHAT["messages"]]}]), "x")
+    fields = [json.loads(turn.fields)["tool_calls"] for turn in example.turns[:2]]
+    assert fields == [[call] for call in calls]
 
 
 _OFFSETS, _BYTES = pa.array([0, 1, 2], pa.int32()).buffers()[1], pa.py_buffer(b"a\xff")
@@ -320,6 +325,6 @@ def test_a_missing_library_is_named_with_what_installs_it(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     monkeypatch.setattr(importlib, "import_module", without)
-    expected = rf"^data\.train = {source}: needs {missing}, .*: pip install -e '\.\[datasets\]'$"
+    expected = rf"^data\.train = {source}: needs {missing}: pip install -e '\.\[datasets\]'$"
     with pytest.raises(UserError, match=expected):
         read_examples(source, "data.train")
