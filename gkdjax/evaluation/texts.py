@@ -22,6 +22,8 @@ from gkdjax.types import Completion, Example, Message, Prompt, SamplingParams, V
 from gkdjax.utils import text as utils_text
 from gkdjax.utils.errors import UserError
 
+_OF_STUDENT = "student_tokens_BS", "student_mask_BS", "student_at_BN"
+
 
 class Texts:
     """Responses to one set of prompts: greedy ones by the teacher, or those of another writer."""
@@ -75,43 +77,29 @@ class Texts:
 
     def under_prefix(self, prefix: tuple[Message, ...]) -> ScoredText:
         """Returns `teacher_text`, but the student reads another prefix before each prompt."""
-        pairs = [
-            self._pair_under(prefix, example, text)
-            for example, text in zip(self.examples, self.teachers, strict=True)
-        ]
-        longest = max(len(pair.student.ids) for pair in pairs)
-        longest = padding.round_up(longest, self._config.data.bucket_lengths)
-        rows, pad_id = self._config.eval.batch_size, self._rules.student_chat.pad_id
+        rules = dataclasses.replace(self._rules, retained=len(prefix))
+        examples = [dataclasses.replace(example, prefix=prefix) for example in self.examples]
+        pairs = [self._pair(*both, rules) for both in zip(examples, self.teachers, strict=True)]
+        need = BatchShape(*batching.longest([batching.shape_of(pair) for pair in pairs]))
+        S = padding.round_up(need.student, self._config.data.bucket_lengths)
         batches, lost = [], 0
-        for part, (batch, targets) in zip(
-            _in_batches(pairs, rows), self.teacher_text.batches, strict=True
+        for (filled, _), (batch, targets) in zip(
+            _in_batches(pairs, self._config), self.teacher_text.batches, strict=True
         ):
-            T, N = batch.teacher_tokens_BT.shape[1], batch.target_ids_BN.shape[1]
-            under = batching.pad(_filled(part, rows), BatchShape(longest, T, N), pad_id)
-            mask_BN = batch.target_mask_BN & under.target_mask_BN
+            shape = BatchShape(S, need.teacher, batch.target_ids_BN.shape[1])
+            under = batching.pad(filled, shape, self._rules.student_chat.pad_id)
+            mask_BN = batch.target_mask_BN & under.target_mask_BN  # a longer view holds less text
             lost += int(batch.target_mask_BN.sum() - mask_BN.sum())
-            batches.append((dataclasses.replace(under, target_mask_BN=mask_BN), targets))
+            student = {name: getattr(under, name) for name in _OF_STUDENT}
+            batch = dataclasses.replace(batch, target_mask_BN=mask_BN, **student)
+            batches.append((batch, targets))
         if lost:
             logging.warning(
                 "eval.other_prefix: %d tokens of the teacher's answers have no room behind it in"
                 " data.max_length, and are not compared",
                 lost,
             )
-        return ScoredText(batches, rows)
-
-    def _pair_under(
-        self, prefix: tuple[Message, ...], example: Example, text: Completion
-    ) -> ViewPair:
-        pair = self._pair(example, text)
-        rules = dataclasses.replace(self._rules, retained=len(prefix))
-        student = self._pair(dataclasses.replace(example, prefix=prefix), text, rules).student
-        n = min(len(student.at), len(pair.target_ids))  # a longer view may hold less text
-        return dataclasses.replace(
-            pair,
-            student=View(student.ids, student.at[:n]),
-            teacher=View(pair.teacher.ids, pair.teacher.at[:n]),
-            target_ids=pair.target_ids[:n],
-        )
+        return ScoredText(batches, self.teacher_text.rows)
 
     @functools.cached_property
     def _shapes(self) -> list[BatchShape]:
@@ -142,10 +130,9 @@ def score_dataset(
 def _score(pairs, shapes, teacher: Teacher, config: Config, pad_id: int, mesh: Mesh) -> ScoredText:
     """Asks a teacher for the targets of all batches before it waits for the first."""
     rows, batches = config.eval.batch_size, []
-    for part, shape in zip(_in_batches(pairs, rows), shapes, strict=False):
-        filled = _filled(part, rows)
+    for (filled, real), shape in zip(_in_batches(pairs, config), shapes, strict=False):
         batch = batching.pad(filled, shape, pad_id)
-        real_B1 = np.arange(rows)[:, None] < len(part)
+        real_B1 = np.arange(rows)[:, None] < real
         batch = dataclasses.replace(batch, target_mask_BN=batch.target_mask_BN & real_B1)
         kept = batching.cached_targets(filled, shape.targets)
         names = [pair.name for pair in filled]
@@ -155,16 +142,14 @@ def _score(pairs, shapes, teacher: Teacher, config: Config, pad_id: int, mesh: M
 
 def _shapes_of(pairs: Sequence[ViewPair], config: Config) -> list[BatchShape]:
     """The padded shape of each batch of pairs; there are few different ones."""
-    parts = _in_batches(pairs, config.eval.batch_size)
-    needs = [batching.longest([batching.shape_of(pair) for pair in part]) for part in parts]
+    batches = [[batching.shape_of(pair) for pair in part] for part, _ in _in_batches(pairs, config)]
+    needs = [batching.longest(batch) for batch in batches]
     chosen = batching.choose_shapes(needs, config.data.bucket_lengths)
     return [BatchShape(*batching.smallest(chosen, need)) for need in needs]
 
 
-def _in_batches(rows: Sequence, size: int) -> list[Sequence]:
-    """Cuts rows into batches; the last one may be smaller."""
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def _filled(part: Sequence[ViewPair], rows: int) -> list[ViewPair]:
-    return [*part, *[part[-1]] * (rows - len(part))]
+def _in_batches(pairs: Sequence[ViewPair], config: Config) -> list[tuple[list[ViewPair], int]]:
+    """(pairs of a batch, how many of them are no repetitions of the last one)."""
+    rows = config.eval.batch_size
+    parts = [pairs[start : start + rows] for start in range(0, len(pairs), rows)]
+    return [([*part, *[part[-1]] * (rows - len(part))], len(part)) for part in parts]

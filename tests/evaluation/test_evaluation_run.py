@@ -51,25 +51,24 @@ def measuring(student, **changes):
 @pytest.fixture(scope="module")
 def run(student, other, tmp_path_factory):
     """(results, workdir, initials of the questions that were asked on the way)"""
-    workdir, asked = tmp_path_factory.mktemp("measured") / "run", set()
-    on_the_way, ask = Evaluation.on_the_way, Evaluation._ask
+    workdir, asked, on_the_way = tmp_path_factory.mktemp("measured") / "run", [], set()
+    ask, measure = Evaluation._ask, Evaluation.on_the_way
 
-    def watched(self, model):
-        with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(
-                Evaluation,
-                "_ask",
-                lambda self, model, examples, *rest: (
-                    asked.update(e.turns[-1].content[0] for e in examples)
-                    or ask(self, model, examples, *rest)
-                ),
-            )
-            return on_the_way(self, model)
+    def listen(self, model, examples, *rest):
+        asked.extend(example.turns[-1].content[0] for example in examples)
+        return ask(self, model, examples, *rest)
+
+    def watch(self, model):
+        asked.clear()
+        found = measure(self, model)
+        on_the_way.update(asked)
+        return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Evaluation, "on_the_way", watched)
+        patch.setattr(Evaluation, "_ask", listen)
+        patch.setattr(Evaluation, "on_the_way", watch)
         c = measuring(student, teacher__backend="flax", teacher__model=other)
-        return gkdjax.run(c, workdir), workdir, asked
+        return gkdjax.run(c, workdir), workdir, on_the_way
 
 
 def test_every_condition_has_every_measure(run):
