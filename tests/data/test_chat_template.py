@@ -359,6 +359,7 @@ def test_what_a_template_leaves_out_is_named(chat_of, template, messages, tools,
             chat_of(template).prompt_ids(_ASKED, "rows:3")
 
 
+_CLOSED = templates.STRIPS_OPENS.replace("<think>\n", "<think>\n\n</think>\n\n")
 _STOPS = Message("assistant", "It is <|im_end|> 4."), _call({"at": "a <|im_end|> b"})
 
 
@@ -374,6 +375,7 @@ _STOPS = Message("assistant", "It is <|im_end|> 4."), _call({"at": "a <|im_end|>
         (templates.CALLS, (_USER, _STOPS[1]), {}, r"message 1 has '<\|im_end\|>' in what is to be"),
         (templates.MAY_THINK, (_USER, _INLINE) * 2, {}, "thought of message 1 out where others"),
         (templates.STRIPS, (_USER, _INLINE) * 2, {}, "thought of message 1 out where others"),
+        (_CLOSED, (_USER, _INLINE), {}, "does not continue its own generation prompt"),
         (templates.MAY_THINK, (_USER, _PLAIN), {}, r"kwargs=\{'enable_thinking': False\}"),
         (templates.MAY_THINK, (_USER, _INLINE), _OFF, "has a thought: leave 'enable_thinking' out"),
         (templates.STRIPS_OPENS, (_USER, _PLAIN), {}, r"none: begin it with <think>\.+</think>"),
