@@ -2,7 +2,7 @@
 
 The targets of an assistant's message are what the template writes after its own generation prompt,
 up to the end of turn, be it text, a thought or a tool call: a model has to write just that.
-`message_spans` finds the messages in the rendering, `template` checks that nothing is left out.
+`template` finds the messages in the rendering, and what it leaves out of them.
 """
 
 import dataclasses
@@ -16,10 +16,8 @@ import numpy as np
 import transformers
 from absl import logging
 
-from gkdjax.data import message_spans
-from gkdjax.data.message_spans import PLACEHOLDER, Misfit, thinks
 from gkdjax.data.row_schema import TOOL_ROLES
-from gkdjax.data.template import SYSTEM_ADVICE, Template
+from gkdjax.data.template import PLACEHOLDER, SYSTEM_ADVICE, Misfit, Template, find, thinks
 from gkdjax.data.tokenizer_files import load_tokenizer
 from gkdjax.types import Message
 from gkdjax.utils import files
@@ -237,9 +235,7 @@ class _Rendering:
         how = tools, generation_prompt
         self.text = chat.template.text(messages, name, *how)
         try:
-            self.spans = message_spans.find(
-                messages, self.text, lambda blank: chat.template.text(blank, name, *how)
-            )
+            self.spans = find(messages, self.text, lambda m: chat.template.text(m, name, *how))
         except Misfit as misfit:
             raise self._misfit(misfit.dropped) from None
         if tools or any(message.fields for message in messages):

@@ -12,8 +12,8 @@ from absl import logging
 
 from gkdjax.data.examples import BadRows
 from gkdjax.data.loss_mask import TargetRules
-from gkdjax.data.message_spans import is_plain
 from gkdjax.data.row_schema import TOOL_ROLES, leading_system
+from gkdjax.data.template import is_plain
 from gkdjax.data.views import ViewRules
 from gkdjax.types import Example, Message
 from gkdjax.utils.errors import UserError

@@ -7,8 +7,8 @@ import functools
 import numpy as np
 
 from gkdjax.data.chat_template import Chat, PatternTarget, Spans, Target
-from gkdjax.data.message_spans import thinks
 from gkdjax.data.row_schema import TOOL_ROLES
+from gkdjax.data.template import thinks
 from gkdjax.types import Completion, Example, Message
 
 

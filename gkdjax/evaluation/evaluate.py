@@ -27,7 +27,7 @@ from gkdjax.data.answer_matching import is_right
 from gkdjax.data.dataset import DistillDataset
 from gkdjax.data.load import Examples
 from gkdjax.data.views import ViewRules
-from gkdjax.evaluation import heldout, prefix_cost, scoring
+from gkdjax.evaluation import prefix_cost, scoring
 from gkdjax.evaluation.scoring import EvalModel, ScoredText
 from gkdjax.evaluation.texts import Texts, score_dataset
 from gkdjax.teachers.base import Teacher, hooks
@@ -39,6 +39,11 @@ from gkdjax.utils.errors import UserError
 SAMPLES = 3  # answers that are shown side by side
 _ACCURACY = {"questions": "accuracy", "heldout": "heldout_accuracy"}
 _TO_ITSELF = {"forward_kl": 0.0, "reverse_kl": 0.0, "top1_agreement": 1.0, "acceptance_rate": 1.0}
+
+_OF_THE_REST = {
+    "bucket": "with the rest as one, KL is a lower bound and acceptance an upper one",
+    "renormalize": "what is outside of them counts for nothing (gkd.tail = 'renormalize')",
+}
 
 
 class Evaluation:
@@ -80,7 +85,7 @@ class Evaluation:
         self._asked = list(dict.fromkeys(itertools.chain(examples.prompts, *self._sets.values())))
         views = map(self._texts.prompts, self._asked)
         self._baked = any(not np.array_equal(bare, whole) for bare, whole in views)
-        self._unavailable = heldout.unavailable(
+        self._unavailable = unavailable(
             config, teacher, examples, self._baked, validation is not None
         )
         for measure, why in self._unavailable.items():
@@ -198,7 +203,7 @@ class Evaluation:
             texts["student_text"] = self._texts.score(own)
         if self._validation is not None:
             text = texts["validation"] = self._validation_text
-            loss = heldout.loss(student, text, self._config.gkd, self._mesh)
+            loss = scoring.loss(student, text, self._config.gkd, self._mesh)
             found["validation/loss"] = loss
         if self._unrelated is not None:
             text = self._unrelated.teacher_text
@@ -305,3 +310,47 @@ class Evaluation:
         self, model: EvalModel, scored: ScoredText, view: str = "student"
     ) -> dict[str, float]:
         return scoring.mean_agreement(model, scored, view, self._config.gkd, self._mesh)
+
+
+def unavailable(
+    config: Config, teacher: Teacher, examples: Examples, baked: bool, validated: bool
+) -> dict[str, str]:
+    """Returns measure -> why it is missing, both in words.
+
+    The run is `baked` if the teacher reads anything of the questions that the student does not, and
+    `validated` if the loss of data.validation is measured.
+    """
+    found, can, top_k = {}, teacher.capabilities, config.teacher.top_k
+    if not examples.questions:
+        found["accuracy and recovery"] = "no questions with answers: set eval.questions"
+    if not examples.heldout:
+        found["accuracy on held-out questions"] = "none are there: set eval.heldout"
+    if not examples.prompts:
+        found["distance to the prompted teacher"] = (
+            "no prompts to measure it on: set eval.questions or eval.prompts"
+        )
+    elif not can.on_policy:
+        found["distance on the student's own text"] = f"the teacher cannot read it ({can.limits})"
+    if examples.prompts and top_k is not None:
+        rest = _OF_THE_REST[config.gkd.tail]
+        found["exact divergences"] = f"the teacher gives its best {top_k} tokens: {rest}"
+    if not baked:
+        found["student with the prefix, and what the prefix costs"] = (
+            "the teacher reads nothing that the student does not: there is no prefix to leave out"
+        )
+    if not config.eval.other_prefix:
+        found["student with another prefix"] = "none was given: set eval.other_prefix"
+    if not examples.retention:
+        found["kept abilities"] = "no questions beside the task: set eval.retention"
+    if not examples.side_effects:
+        found["side effects"] = (
+            "no unrelated prompts: set eval.side_effects, or eval.retention, whose prompts serve"
+        )
+    if not examples.validation:
+        found["validation loss"] = "no rows for it: set data.validation"
+    elif not validated:
+        found["validation loss"] = (
+            "the teacher does not say what it predicts in text that it did not write"
+            f" ({can.limits}), and rows of data.validation bring responses"
+        )
+    return found

@@ -14,7 +14,13 @@ from gkdjax.config import Gkd
 from gkdjax.data.chat_template import Chat
 from gkdjax.losses.chunks import Chunks, over_chunks
 from gkdjax.losses.lm_head import Head
-from gkdjax.losses.objective import DenseTargets, TeacherTargets, shared_ids
+from gkdjax.losses.objective import (
+    DenseTargets,
+    TeacherTargets,
+    shared_ids,
+    token_weights,
+    weighted_divergence,
+)
 from gkdjax.models.decoder import Decoder, unembedding_table
 from gkdjax.models.prefix_cache import PrefixCache, predicting_hidden
 from gkdjax.parallel.mesh import fetch, head_axes, shard_rows
@@ -135,3 +141,29 @@ def _sums(hidden_BND, table_VD, softcap, targets, ids_BN, mask_BN, gkd: Gkd, mes
     _, found = over_chunks(compare, (), inputs, tables, mask_BN, chunks)
     sums = jnp.stack([losses.masked_sum(each_BN, mask_BN) for each_BN in found])
     return sums, losses.masked_count(mask_BN)
+
+
+def loss(student: EvalModel, scored: ScoredText, gkd: Gkd, mesh: Mesh) -> float:
+    """Returns the loss of the student on texts, as in training."""
+    total, weight = 0.0, 0.0
+    for batch, targets in scored.batches:
+        summed, weights = _loss(
+            predicting(student, batch, "student", mesh),
+            unembedding_table(student.decoder.spec, student.params),
+            student.decoder.spec.final_softcap,
+            targets,
+            shard_rows(mesh, batch.target_mask_BN),
+            gkd,
+            mesh,
+        )
+        total, weight = total + float(summed), weight + float(weights)
+    return total / weight
+
+
+@functools.partial(jax.jit, static_argnames=("softcap", "gkd", "mesh"))
+def _loss(hidden_BND, table_VD, softcap, targets, mask_BN, gkd: Gkd, mesh: Mesh):
+    """(sum of weighted divergences, of weights)."""
+    weights_BN = token_weights(mask_BN, gkd.reduction)
+    of = hidden_BND, table_VD, softcap, targets, weights_BN
+    summed, _ = weighted_divergence(*of, gkd.divergence, **gkd.of_loss(), **head_axes(mesh))
+    return summed, losses.masked_count(weights_BN)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gkdjax.data.conversations import answers_of
 from gkdjax.data.loss_mask import TargetRules
-from gkdjax.data.message_spans import is_plain
+from gkdjax.data.template import is_plain
 from gkdjax.data.views import RowStatus, ViewRules
 from gkdjax.losses.topk import TokenTopK, TopKLogprobs
 from gkdjax.types import Completion, Example, Message
