@@ -52,9 +52,11 @@ def _rules(chat, teacher_chat=None, roles=("assistant",), pattern=None, span="me
     )
 
 
-def _completion(chat, text, finished=True):
-    ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return Completion(np.asarray(ids + [chat.stop_ids[0]] * finished, np.int32), finished)
+def _completion(chat, text, finished=True, **kept):
+    """Character by character, as no tokenizer would make it of the text."""
+    ids = [i for character in text for i in chat.tokenize(character)[0]]
+    ids = np.asarray(ids + [chat.stop_ids[0]] * finished, np.int32)
+    return Completion(ids, finished, **kept)
 
 
 def _pair(rules, example, completion=None):
@@ -100,35 +102,21 @@ def test_targets_are_the_same_in_both_views_and_none_is_of_the_prefix(chat, row,
 @settings(max_examples=60, deadline=None)
 @given(row=rows(), answer=_words, finished=st.booleans())
 def test_a_completion_follows_the_generation_prompts_as_it_is(chat, row, answer, finished):
-    completion = _completion(chat, answer, finished)
+    completion, retained = _completion(chat, answer, finished), row[1]
     example = _parts(chat, dataclasses.replace(row[0], answer=None))[-1]
-    rules = _rules(chat, retained=row[1])
-    pair = _pair(rules, example, completion)
-    for view, prompt in zip((pair.student, pair.teacher), rules.prompts(example), strict=True):
+    rules = _rules(chat, retained=retained)
+    pair, prefix = _pair(rules, example, completion), example.prefix
+    student, teacher = rules.prompts(example)
+    for view, prompt, read in (
+        (pair.student, student, prefix[-retained:] if retained else ()),
+        (pair.teacher, teacher, prefix),
+    ):
+        np.testing.assert_array_equal(prompt, chat.prompt_ids(read + example.turns))
         np.testing.assert_array_equal(view.ids, np.concatenate([prompt, completion.ids]))
     # Its last targets are the completion: an end of turn is among them only if it was written.
     np.testing.assert_array_equal(pair.target_ids[-len(completion.ids) :], completion.ids)
     earlier = [m for m in example.turns[example.given :] if m.role == "assistant"]
     assert np.isin(pair.target_ids, chat.stop_ids).sum() == len(earlier) + finished
-
-
-def test_a_completion_is_not_tokenised_again(chat_of):
-    """Ids that the tokenizer would never make of their text stay as they are."""
-    chat = chat_of("chatml")
-    letters = [chat.tokenizer.convert_tokens_to_ids(c) for c in "user"]
-    assert chat.tokenizer("user", add_special_tokens=False)["input_ids"] != letters
-    completion = Completion(np.asarray(letters, np.int32), finished=False)
-    row = _row(response="unused", prefix=_PREFIX)
-    assert _pair(_rules(chat), row, completion).target_ids.tolist() == letters
-
-
-def test_student_reads_only_what_is_retained_of_the_prefix(chat_of):
-    chat = chat_of("chatml")
-    prefix = (*_PREFIX, Message("user", "Q"), Message("assistant", "A"))
-    for retained, seen in ((0, ()), (2, prefix[1:]), (3, prefix), (9, prefix)):
-        student, teacher = _rules(chat, retained=retained).prompts(_row(prefix=prefix))
-        np.testing.assert_array_equal(student, chat.prompt_ids(seen + _ASK))
-        np.testing.assert_array_equal(teacher, chat.prompt_ids(prefix + _ASK))
 
 
 def test_turns_alone_can_hold_the_targets(chat):
@@ -147,14 +135,13 @@ _CALL = json.dumps({"tool_calls": [{"function": {"name": "look", "arguments": {}
 def test_tools_and_calls_are_in_both_views_and_in_prompts(chat_of):
     chat = chat_of(templates.CALLS)
     turns = (*_ASK, Message("assistant", "", _CALL), Message("tool", "3"), Message("user", "so?"))
-    example = _row(turns, "It is 3.", _PREFIX, _LOOK)
-    pair, prompts = _pair(_rules(chat), example), _rules(chat).prompts(example)
+    example, rules = _row(turns, "It is 3.", _PREFIX, _LOOK), _rules(chat)
+    pair = _pair(rules, example)
     call = '<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call><|im_end|>'
-    assert chat.tokenizer.decode(pair.target_ids) == f"{call}It is 3.<|im_end|>"
-    for view, prompt in zip((pair.student, pair.teacher), prompts, strict=True):
-        tools = "<tools>\n" + json.dumps(json.loads(_LOOK)[0]) + "\n</tools>"
-        assert tools in chat.tokenizer.decode(view.ids)
-        np.testing.assert_array_equal(view.ids[: len(prompt)], prompt)
+    assert chat.decode(pair.target_ids, special=True) == f"{call}It is 3.<|im_end|>"
+    for view, ids in zip((pair.student, pair.teacher), rules.prompts(example), strict=True):
+        assert f"<tools>\n{json.dumps(json.loads(_LOOK)[0])}\n</tools>" in chat.decode(ids)
+        np.testing.assert_array_equal(view.ids[: len(ids)], ids)
 
 
 def test_a_row_is_described_as_it_is_read(chat_of):
@@ -193,28 +180,21 @@ def test_a_row_is_divided_where_its_rendering_would_teach_something_else(
     assert [one.strip() for one in taught] == [f"{said}{chat.end_of_turn}" for said in answers]
 
 
+_YES = _row(response="yes")
+_BLANK = (
+    r"target 1 is 'Ġ' for the student and '<\|eot_id\|>' for the teacher \(.*<\|im_end\|>.*give"
+)
+
+
 @pytest.mark.parametrize(
     ("names", "row", "roles", "expected"),
     [
-        (
-            ("chatml", "llama3"),  # chatml keeps the blank, llama3 trims it
-            *(_row(response="yes "), ("assistant",)),
-            r"the target tokens differ.*; target 1 is 'Ġ' for the student and '<\|eot_id\|>' for"
-            r" the teacher.*ends a turn with <\|im_end\|>.*with <\|eot_id\|>",
-        ),
-        (
-            ("llama2",),
-            _row([Message("user", "s")], None, _PREFIX),
-            ("user",),
-            "the target tokens d",
-        ),
-        (
-            ("refuses system",),
-            *(_row(response="yes", prefix=_PREFIX), ("assistant",)),
-            "System role not supported",
-        ),
-        (("bare",), _row(response="yes"), ("user",), "the first token of all is a target"),
-        (("gemma",), _row(response="yes"), ("tool",), "no target tokens.* roles tool"),
+        # chatml keeps the blank at the end, llama3 trims it.
+        (("chatml", "llama3"), _row(response="yes "), ("assistant",), f"differ.*; {_BLANK}"),
+        (("llama2",), _row([Message("user", "s")], None, _PREFIX), ("user",), "target tokens diff"),
+        (("refuses system",), _row(_ASK, "yes", _PREFIX), ("assistant",), "System role not supp"),
+        (("bare",), _YES, ("user",), "the first token of all is a target"),
+        (("gemma",), _YES, ("tool",), "no target tokens.* roles tool"),
     ],
 )
 def test_views_that_cannot_be_made_are_refused_by_row(chat_of, names, row, roles, expected):
@@ -284,16 +264,15 @@ def test_a_row_that_does_not_say_it_is_told_apart_from_one_without_the_role(chat
 
 def test_what_was_kept_of_a_response_is_cut_to_what_is_learnt_of_it(chat_of):
     chat = chat_of("gemma")
-    plain = _completion(chat, "a yes b")
-    n = len(plain.ids)
+    n = len(_completion(chat, "a yes b").ids)
     topk = TopKLogprobs(*(np.arange(n * 2).reshape(n, 2),) * 2, np.arange(n), 1.0)
-    written = dataclasses.replace(plain, kept=TokenTopK(topk, np.arange(n)))
-    pair = _pair(_rules(chat), _row(), written)
-    np.testing.assert_array_equal(pair.kept.target_logprob, np.arange(n))
-    pair = _pair(_rules(chat, pattern="y.s", span="match"), _row(), written)
-    (places,) = np.nonzero(np.isin(plain.ids, pair.target_ids))
-    assert 0 < len(places) < n and chat.decode(pair.target_ids).strip() == "yes"
-    np.testing.assert_array_equal(pair.kept.target_logprob, places)
-    np.testing.assert_array_equal(pair.kept.topk.ids, topk.ids[places])
+    written = _completion(chat, "a yes b", kept=TokenTopK(topk, np.arange(n)))
+    for rules, places in (
+        (_rules(chat), range(n)),
+        (_rules(chat, pattern="y.s", span="match"), range(2, 5)),
+    ):
+        kept = _pair(rules, _row(), written).kept
+        assert kept.target_logprob.tolist() == [*places]
+        np.testing.assert_array_equal(kept.topk.ids, topk.ids[places])
     rules = _rules(chat, None, ("assistant", "user"), "y|[?]", "match")
     assert _pair(rules, _row(), written).kept is None  # nobody predicted the user's turn
