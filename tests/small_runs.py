@@ -73,6 +73,13 @@ def merged_weights(workdir: pathlib.Path) -> bytes:
     return (workdir / "merged" / "model.safetensors").read_bytes()
 
 
+def outcome(workdir: pathlib.Path) -> tuple:
+    """What equal runs share to the bit: losses, batches, texts, exported weights."""
+    lines = [(line["loss"].hex(), line["batch_crc32"]) for line in metrics(workdir)]
+    texts = {path.name: path.read_bytes() for path in workdir.glob("trajectories_*.jsonl")}
+    return lines, texts, (workdir / "merged" / "model.safetensors").read_bytes()
+
+
 class ConstantTeacher:
     """Puts 90 % on one token, everywhere, and stops at once; it may break down on the way."""
 

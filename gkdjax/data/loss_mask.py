@@ -14,7 +14,7 @@ from gkdjax.types import Completion, Example, Message
 
 @dataclasses.dataclass(frozen=True)
 class TargetRules:
-    """What is a target; see `context.target_roles` and the two keys after it."""
+    """Decides what is a target; see `context.target_roles` and the two keys after it."""
 
     roles: tuple[str, ...]
     pattern: str | None = None  # must be found in the message; None: any text

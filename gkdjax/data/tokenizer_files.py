@@ -147,7 +147,7 @@ def _difference(file: tokenizers.Tokenizer, other: tokenizers.Tokenizer) -> str:
 
 
 def _settings(tokenizer: tokenizers.Tokenizer) -> list:
-    """What no probe may show: a cut that the vocabulary hides, tokens that no merge reaches."""
+    """Settings that no probe may show: a cut that words hide, or tokens that no merge reaches."""
     model = [type(tokenizer.model), *(getattr(tokenizer.model, k, None) for k in _SETTINGS)]
     parts = tokenizer.normalizer, tokenizer.pre_tokenizer
     return model + [

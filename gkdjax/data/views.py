@@ -21,7 +21,7 @@ from gkdjax.utils.errors import UserError
 
 
 class RowStatus(enum.Enum):
-    """What became of a row; callers count and name all but KEPT."""
+    """The outcome of a row; callers count and name all but KEPT."""
 
     KEPT = "kept"
     TRUNCATED = "truncated"  # it lost targets at its end
@@ -204,7 +204,7 @@ class ViewRules:
             )
 
     def _kept(self, num_targets: int, completion: Completion | None) -> TokenTopK | None:
-        """What the writer predicted, if all targets are of the completion."""
+        """The predictions of the writer, if all targets are of the completion."""
         if completion is None or not isinstance(completion.kept, TokenTopK):
             return None
         flags = self.targets.of_completion(completion, self.student_chat)

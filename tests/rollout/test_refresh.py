@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from feeds import feed_of
-from small_runs import ConstantTeacher, losses_hex, metrics, small
+from small_runs import ConstantTeacher, metrics, outcome, small
 
 import gkdjax
 from gkdjax.data.chat_template import load_chat
@@ -41,7 +41,7 @@ def config(student, **changes):
 
 
 def files(workdir):
-    return {path.name: path.read_bytes() for path in workdir.glob("trajectories_*.jsonl")}
+    return sorted(path.name for path in workdir.glob("trajectories_*.jsonl"))
 
 
 def test_refreshed_text_is_for_the_rows_of_its_steps_and_may_need_a_larger_shape(student, tmp_path):
@@ -72,7 +72,7 @@ def whole(student, tmp_path_factory):
 
 
 def test_each_block_of_steps_has_new_text(whole):
-    assert sorted(files(whole)) == NAMES
+    assert files(whole) == NAMES
     first, *later = (read_lines(whole / name) for name in NAMES)
     assert len(first) == 8 and {line["step"] for line in first} == {0}
     first = {line["row"]: line["text"] for line in first}
@@ -94,12 +94,7 @@ def test_a_run_resumed_in_a_block_needs_no_earlier_one(student, whole, tmp_path,
     gkdjax.run(c, tmp_path, teacher=again)
     assert not earlier.exists()
     earlier.write_bytes(middle)
-    assert files(tmp_path) == files(whole)
-    assert losses_hex(tmp_path) == losses_hex(whole)
-    weights = [(d / "merged" / "model.safetensors").read_bytes() for d in (tmp_path, whole)]
-    assert weights[0] == weights[1]
-    ours, theirs = ([line["batch_crc32"] for line in metrics(d)] for d in (tmp_path, whole))
-    assert ours == theirs
+    assert outcome(tmp_path) == outcome(whole)
     asked = len(read_lines(whole / NAMES[2]))
     assert again.prompts == (asked if stopped_at == 4 else 0)
 
@@ -111,7 +106,7 @@ def test_on_policy_steps_need_no_new_text(student, tmp_path):
     blocks = {step // 2 * 2 for step in off} - {0}
     assert 0 < len(off) < 8 and blocks
     wanted = {f"trajectories_train_{step:06d}.jsonl" for step in blocks}
-    assert {*files(tmp_path)} == {*wanted, NAMES[0], "trajectories_student.jsonl"}
+    assert files(tmp_path) == sorted({*wanted, NAMES[0], "trajectories_student.jsonl"})
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import collections
 import json
 
 import pytest
-from small_runs import ConstantTeacher, losses_hex, metrics, small
+from small_runs import ConstantTeacher, losses_hex, metrics, outcome, small
 
 import gkdjax
 from gkdjax.utils.errors import Preempted, UserError
@@ -38,13 +38,6 @@ def whole(student, tmp_path_factory):
     return workdir
 
 
-def same(workdir):
-    """What two equal runs have in common."""
-    crcs = [line["batch_crc32"] for line in metrics(workdir)]
-    weights = (workdir / "merged" / "model.safetensors").read_bytes()
-    return (workdir / NAME).read_bytes(), losses_hex(workdir), crcs, weights
-
-
 def test_a_block_is_written_at_its_first_step_for_all_its_on_policy_steps(whole):
     lines, steps = read_lines(whole / NAME), metrics(whole)
     on = [line["step"] for line in steps if line["on_policy_rows"]]
@@ -69,7 +62,7 @@ def test_a_run_that_was_stopped_has_the_text_of_a_whole_run(student, whole, tmp_
     with pytest.raises(Preempted, match=f"saved at step {stopped_at}"):
         gkdjax.run(c, tmp_path, teacher=ConstantTeacher(50, 5, stopped_at=stopped_at))
     gkdjax.run(c, tmp_path, teacher=ConstantTeacher(50, 5))
-    assert same(tmp_path) == same(whole)
+    assert outcome(tmp_path) == outcome(whole)
 
 
 def test_text_after_the_checkpoint_is_removed_and_a_torn_line_with_it(student, whole, tmp_path):
@@ -82,7 +75,7 @@ def test_text_after_the_checkpoint_is_removed_and_a_torn_line_with_it(student, w
     again = ConstantTeacher(50, 5)
     gkdjax.run(c, tmp_path, teacher=again)
     assert again.calls == 3
-    assert same(tmp_path) == same(whole)
+    assert outcome(tmp_path) == outcome(whole)
 
 
 def test_missing_text_of_a_block_is_not_written_by_newer_weights(student, tmp_path):
