@@ -53,7 +53,7 @@ class KilledRuns:
         self._teacher = FakeTeacher()
         self.server = FakeServer(self._answer)
         self.command_lines: set[bytes] = set()
-        self._preflight: int | None = None  # requests; seen by the first run that is finished
+        self._preflight = 0  # requests; seen by `whole`
         self._left, self._reached = 0, lambda: None  # answers until it is called
         self._lock = threading.Lock()
         environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
@@ -64,18 +64,12 @@ class KilledRuns:
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
 
-    def finish(self, workdir: pathlib.Path) -> None:
-        """Runs, or continues, to the end."""
-        process = self._start(workdir)
-        try:
-            code = process.wait(timeout=600)
-        finally:
-            process.kill()
-        assert code == 0, self.log(workdir).read_text()[-5000:]
-        if self._preflight is None:
-            stored = self._stored_rows(workdir)
-            asked = (set(rows_asked([request])) for request in self.server.requests)
-            self._preflight = next(i for i, rows in enumerate(asked) if rows & stored)
+    def whole(self, workdir: pathlib.Path) -> None:
+        """A run that nobody kills, the first of all."""
+        assert self._run(workdir)
+        stored = self._stored_rows(workdir)
+        asked = (set(rows_asked([request])) for request in self.server.requests)
+        self._preflight = next(i for i, rows in enumerate(asked) if rows & stored)
 
     def kill_many(self, workdir: pathlib.Path, moments: Iterable[tuple[int, float]]) -> list[Kill]:
         """Kills and goes on until the run is over, and checks what is asked meanwhile.
@@ -88,10 +82,10 @@ class KilledRuns:
         began, kills, stored = len(self.server.requests), [], set()
         for answers, delay in [*moments, (10**9, 0.0)]:
             before = len(self.server.requests)
-            killed = self._kill(workdir, self._preflight + answers, delay)
+            is_over = self._run(workdir, self._preflight + answers, delay)
             again = stored & set(rows_asked(self.server.requests[before:]))
             assert not again, f"in the store, and asked for again: {sorted(again)[:3]}"
-            if not killed:
+            if is_over:
                 break
             stored, lines = self._stored_rows(workdir), workdir / "metrics.jsonl"
             step = len(lines.read_text().splitlines()) if lines.exists() else 0
@@ -111,8 +105,8 @@ class KilledRuns:
             self._reached()
         return reply
 
-    def _kill(self, workdir: pathlib.Path, answers: int, delay: float) -> bool:
-        """False if the run was over before."""
+    def _run(self, workdir: pathlib.Path, answers: int = 0, delay: float = 0.0) -> bool:
+        """Runs or continues, and kills after so many answers; 0: never -> whether it is over."""
         started, reached = threading.Event(), threading.Event()
 
         def hit() -> None:
@@ -123,7 +117,11 @@ class KilledRuns:
 
         with self._lock:
             self._left, self._reached = answers, hit
-        process = self._start(workdir)
+        config = f"{server_config.__file__}:{self._student},{self.server.base}"
+        command = [sys.executable, "-m", "gkdjax.main", f"--workdir={workdir}"]
+        with self.log(workdir).open("a") as log:
+            how = {"stdout": log, "stderr": log, "cwd": ROOT, "env": self._environment}
+            process = subprocess.Popen([*command, f"--config={config}"], **how)
         self.command_lines.add(pathlib.Path(f"/proc/{process.pid}/cmdline").read_bytes())
         started.set()
         try:
@@ -135,16 +133,7 @@ class KilledRuns:
             process.kill()
         code = process.wait()
         assert code in (0, -signal.SIGKILL), self.log(workdir).read_text()[-5000:]
-        return code != 0
-
-    def _start(self, workdir: pathlib.Path) -> subprocess.Popen:
-        config = f"{server_config.__file__}:{self._student},{self.server.base}"
-        command = [sys.executable, "-m", "gkdjax.main", f"--workdir={workdir}"]
-        with self.log(workdir).open("a") as log:
-            return subprocess.Popen(
-                [*command, f"--config={config}"],
-                **{"stdout": log, "stderr": log, "cwd": ROOT, "env": self._environment},
-            )
+        return code == 0
 
     def _stored_rows(self, workdir: pathlib.Path) -> set[str]:
         """Those of all rows that were asked so far whose answers are in the store."""
@@ -193,7 +182,7 @@ def main() -> None:
     base.mkdir(parents=True, exist_ok=True)
     runs, left, number, unequal = KilledRuns(base), arguments.kills, 0, 0
     with runs.server:
-        runs.finish(base / "whole")
+        runs.whole(base / "whole")
         while left > 0:
             workdir = base / f"killed-{number}"
             delays = [draw.choice((0.0, 0.0, 0.02, 0.5)) for _ in range(min(left, 6))]

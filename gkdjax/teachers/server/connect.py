@@ -30,10 +30,6 @@ from gkdjax.types import ContextLimit, SamplingParams
 from gkdjax.utils.errors import UserError
 from gkdjax.utils.files import write_json
 
-# In the run's directory:
-_FIRST_TEACHER = "teacher.json"
-_SUSPECTS = "teacher_ended_at.json"
-
 # teacher.backend -> the dialects that are tried, in this order.
 DIALECTS = {
     "vllm": {"prompt_logprobs": vllm.PromptLogprobs, "echo": vllm.EchoLogprobs},
@@ -130,7 +126,7 @@ def _connect(
     sampling: SamplingParams,
     template_kwargs: dict,
 ) -> ServerTeacher:
-    first = workdir / _FIRST_TEACHER
+    first = workdir / "teacher.json"
     vocabulary = sorted(chat.tokenizer.get_vocab().items())
     tokenizer = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
     with contextlib.ExitStack() as after_error:
@@ -155,7 +151,7 @@ def _connect(
         after_error.pop_all()
     findings = Findings(**teacher.findings)
     dialect = DIALECTS[c.backend][findings.dialect](findings.model, vocab_size, chat.tokenizer)
-    suspects = Suspects(file_of_process(workdir / _SUSPECTS, jax.process_index()))
+    suspects = Suspects(file_of_process(workdir / "teacher_ended_at.json", jax.process_index()))
     pool = Pool(
         *(dialect, transport, store, teacher, suspects),
         probe=probe,

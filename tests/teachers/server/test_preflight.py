@@ -2,13 +2,11 @@
 
 import contextlib
 
-import factories
 import numpy as np
 import pytest
 from fake_server import FakeServer, Reply, script
 from fake_teacher import LOGPROBS, MODEL, VOCAB, FakeTeacher
 
-from gkdjax.data.chat_template import load_chat
 from gkdjax.teachers.server import preflight
 from gkdjax.teachers.server.connect import DIALECTS
 from gkdjax.teachers.server.preflight import examine
@@ -23,13 +21,6 @@ PARTS = tuple(range(1, VOCAB, 2))  # of characters, as a byte-level tokenizer ha
 GREEDY = SamplingParams(20, temperature=0.0, top_p=1.0)
 TEXT = {"by_text": True}
 CHAT = {"by_text": True, "completions": False}
-
-
-@pytest.fixture(scope="module")
-def chat(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tokenizer")
-    factories.tokenizer().save_pretrained(directory)
-    return load_chat(directory)
 
 
 @pytest.fixture(autouse=True)

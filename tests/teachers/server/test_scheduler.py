@@ -1,4 +1,4 @@
-"""A server that goes away when it is asked about certain rows: they are found, and named."""
+"""A server that goes away when it is asked about certain rows, or comes back with other weights."""
 
 import contextlib
 import threading
@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from fake_server import FakeServer, Reply
 from fake_teacher import MODEL, VOCAB, FakeTeacher
-from stored_answers import BIG
+from stored_answers import BIG, answer
 
+from gkdjax.teachers.server import scheduler
 from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest
 from gkdjax.teachers.server.dialects.vllm import PromptLogprobs
 from gkdjax.teachers.server.scheduler import Pool, Suspects
@@ -16,7 +17,7 @@ from gkdjax.teachers.server.store.answers import AnswerStore
 from gkdjax.teachers.server.transport import client
 from gkdjax.teachers.server.transport.client import Limits, Transport
 from gkdjax.types import SamplingParams
-from gkdjax.utils.errors import TeacherUnreachable
+from gkdjax.utils.errors import TeacherRefused, TeacherUnreachable
 
 BAD = 66  # the first id of the row that is too much
 PAUSES = 3  # that somebody takes to start the server again
@@ -77,13 +78,13 @@ def ending(monkeypatch):
 
 
 @contextlib.contextmanager
-def pool(teacher, directory, max_retries=1000):
+def pool(server, directory, max_retries=1000, probe=BIG.probe):
     store = AnswerStore(directory / "answers.sqlite")
     store.add_teacher(BIG)
-    transport = Transport(teacher.server.base, "", Limits(10.0, 60.0, max_retries), trust_env=False)
+    transport = Transport(server.base, "", Limits(10.0, 60.0, max_retries), trust_env=False)
     made = Pool(
         *(PromptLogprobs(MODEL, VOCAB), transport, store, BIG, Suspects(directory / "ended.json")),
-        probe=lambda: BIG.probe,
+        probe=lambda: probe,
         concurrency=4,
         max_unreadable=0.0,
     )
@@ -100,7 +101,7 @@ def in_store(directory) -> int:
 def test_the_row_that_a_server_does_not_survive_is_named(kind, ending, tmp_path):
     requests = rows(kind)
     named = pytest.raises(TeacherUnreachable, match=r"^row 5: .*does not survive this row")
-    with pool(ending, tmp_path) as asked, named as error:
+    with pool(ending.server, tmp_path) as asked, named as error:
         getattr(asked, kind)(requests)()
     assert error.value.exit_code == 4
     ends = ending.ends
@@ -110,7 +111,7 @@ def test_the_row_that_a_server_does_not_survive_is_named(kind, ending, tmp_path)
     assert kept >= 4
     # The next start asks for what is missing, and first of all not for others with it.
     ending.asked.clear()
-    with pool(ending, tmp_path) as asked:
+    with pool(ending.server, tmp_path) as asked:
         getattr(asked, kind)(requests[:5] + requests[6:])()
         assert sum(map(len, ending.asked)) == 7 - kept
         with pytest.raises(TeacherUnreachable, match=r"^row 5: "):
@@ -121,12 +122,30 @@ def test_the_row_that_a_server_does_not_survive_is_named(kind, ending, tmp_path)
 def test_a_server_that_nobody_starts_again_is_asked_one_by_one_at_the_next_start(ending, tmp_path):
     ending.comes_back = False
     named = pytest.raises(TeacherUnreachable, match=r"about row 0, row 1, .*one by one")
-    with pool(ending, tmp_path, max_retries=8) as asked, named as error:
+    with pool(ending.server, tmp_path, max_retries=8) as asked, named as error:
         asked.scores(rows("scores"))()
     assert "survive this row" not in str(error.value) and ending.ends == 1
     ending.start_again()
     named = pytest.raises(TeacherUnreachable, match=r"^row 5: .*does not survive this row")
-    with pool(ending, tmp_path, max_retries=8) as asked, named:
+    with pool(ending.server, tmp_path, max_retries=8) as asked, named:
         asked.scores(rows("scores"))()
     assert ending.ends == 2 and ending.asked[-1] == [BAD]
     assert in_store(tmp_path) >= 4
+
+
+@pytest.mark.parametrize("outage, bought", [(True, 0), (False, 1)])
+def test_other_weights_are_noticed_after_an_outage_and_now_and_then(
+    outage, bought, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(scheduler, "_PROBE_EVERY", 2)
+    monkeypatch.setattr(client, "pause", lambda closed, seconds: None)
+    teacher = FakeTeacher()
+
+    def handler(request):
+        return Reply(silent=True) if outage and not request.number else teacher(request)
+
+    refused = pytest.raises(TeacherRefused, match="'big' with other weights than before")
+    with FakeServer(handler) as server, pool(server, tmp_path, probe=answer(101)) as made, refused:
+        for row in rows("scores")[:2]:
+            made.scores([row])()
+    assert in_store(tmp_path) == bought

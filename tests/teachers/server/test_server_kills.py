@@ -22,7 +22,7 @@ def test_a_killed_run_is_equal_to_the_bit_and_its_key_is_nowhere(moments, tmp_pa
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     runs = server_kills.KilledRuns(tmp_path)
     with runs.server:
-        runs.finish(whole)
+        runs.whole(whole)
         kills = runs.kill_many(killed, moments)
     assert len(kills) == len(moments), kills
     assert any(kill.stored < kill.asked for kill in kills), kills  # some were on their way

@@ -79,7 +79,7 @@ class Holding(NamedTuple):
     last: int | None
 
 
-class AnswerStore:
+class AnswerStore(contextlib.AbstractContextManager):
     """Answers by the keys of their requests; every method may be called from any thread."""
 
     def __init__(self, path: str | pathlib.Path, *, read_only: bool = False):
@@ -91,7 +91,7 @@ class AnswerStore:
 
         Raises:
           UserError: it cannot be opened, is something else, is damaged, or of another version. All
-            methods raise it where the file fails: no space, no permission, locked for a minute.
+            methods raise it: an answer is damaged, no space, no permission, locked for a minute.
         """
         self._path, self._read_only = pathlib.Path(path), read_only
         self._name, self._lock = f"{path} (config.teacher.store)", threading.Lock()
@@ -111,11 +111,7 @@ class AnswerStore:
             after_error.pop_all()
 
     def get(self, keys: Sequence[str]) -> dict[str, TeacherAnswer]:
-        """The answers to those of these keys (hex) that it has.
-
-        Raises:
-          UserError: one of them is damaged.
-        """
+        """The answers to those of these keys (hex) that it has."""
         query = f"SELECT {_COLUMNS} FROM answers WHERE key = ?"
         found = (self._rows(query, bytes.fromhex(key)) for key in keys)
         return {row[0]: self._stored(row).answer for rows in found for row in rows}
@@ -192,16 +188,12 @@ class AnswerStore:
             yield from (self._stored(row) for _, *row in rows)
             last = rows[-1][0]
 
-    def close(self) -> None:
+    def close(self, *_) -> None:
         """May be called twice."""
         with self._readable_errors(), self._lock:
             self._connection.close()
 
-    def __enter__(self) -> "AnswerStore":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
+    __exit__ = close
 
     def _stored(self, row: Sequence) -> Stored:
         *columns, payload = row

@@ -38,16 +38,13 @@ _HINTS = {401: _KEY_HINT, 403: _KEY_HINT, 404: _ROUTE_HINT}
 
 
 class RepeatedServerError(TeacherUnreachable):
-    """The same 5xx response came `most_same` times: the request itself may be the reason."""
+    """The same 5xx response came again and again: the request itself may be the reason."""
 
 
 class ServerCrashed(TeacherUnreachable):
-    """The server went away during this request, and again after it was back, or for good.
+    """The server went away during a request: because of it, or of another one at the same time."""
 
-    The request may be the reason, or another one that was under way at the same time.
-    """
-
-    came_back = False  # it went away as often as it may, so it was back in between
+    came_back = False  # and then went away again
 
 
 class Limits(NamedTuple):
@@ -132,8 +129,7 @@ class Transport:
     ) -> dict | list:
         """Asks until there is an answer, with longer and longer waits.
 
-        No connection, a broken or late response, one that is no JSON, and the statuses 408, 409,
-        429 and 5xx lead to another attempt.
+        Asked again: no connection, a broken or late response, no JSON, statuses 408, 409, 429, 5xx.
 
         Args:
           path, body: such as "/v1/completions", and its JSON object.
@@ -144,9 +140,8 @@ class Transport:
         Raises:
           TeacherRefused: any other status, a redirect, or an unknown certificate.
           WrongAnswer: the response is too long, no JSON at any attempt, or non-standard JSON.
-          TeacherUnreachable: no answer within the limits, or the transport is closed.
-          RepeatedServerError: see `most_same`.
-          ServerCrashed: the server went away twice during this request, or once and for good.
+          TeacherUnreachable: no answer within the limits, or closed; `RepeatedServerError` after
+            `most_same`, `ServerCrashed` if the server went away twice, or once and for good.
         """
         data = json.dumps(body, allow_nan=False).encode()
         return self._ask(_Request("POST", path, data, max_bytes), most_same=most_same, once=once)

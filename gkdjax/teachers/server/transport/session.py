@@ -104,8 +104,7 @@ def attempt_timeout(seconds: float) -> urllib3.Timeout:
 
 class _Session(requests.Session):
     def get_redirect_target(self, resp):
-        """Returns None: a redirect is a response like any other, whose body is not read here."""
-        return None
+        """None: a redirect is a response like any other, whose body is not read here."""
 
 
 class _TimedReader(io.RawIOBase):

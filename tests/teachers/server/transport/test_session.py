@@ -68,16 +68,9 @@ def test_a_proxy_is_used_only_if_the_environment_is_trusted(connect, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "key_env, trust_env, sent",
-    [
-        ("TEACHER_KEY", False, f"Bearer {KEY}"),
-        ("TEACHER_KEY", True, f"Bearer {KEY}"),
-        ("", 0, None),
-    ],
+    "key_env, trust_env", [("TEACHER_KEY", False), ("TEACHER_KEY", True), ("", False)]
 )
-def test_neither_netrc_nor_cookies_are_used(
-    connect, monkeypatch, tmp_path, key_env, trust_env, sent
-):
+def test_neither_netrc_nor_cookies_are_used(connect, monkeypatch, tmp_path, key_env, trust_env):
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password pw\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     cookie = Reply({}, headers={"Set-Cookie": "a=b"})
@@ -85,7 +78,7 @@ def test_neither_netrc_nor_cookies_are_used(
     for _ in range(2):
         transport.get("/v1/models")
     headers = [(r.headers["Authorization"], r.headers["Cookie"]) for r in server.requests]
-    assert headers == [(sent, None)] * 2
+    assert headers == [(f"Bearer {KEY}" if key_env else None, None)] * 2
 
 
 ECHO = f"your key {KEY}, or {KEY[:12]}..., or ...{KEY[-9:]}, is wrong"
@@ -165,17 +158,16 @@ def test_a_key_over_plain_http_to_elsewhere_is_warned_of_once(caplog, base, warn
 
 
 @pytest.mark.parametrize(
-    "base, message",
+    "base",
     [
-        *((b, "must look like http://host:8000/v1") for b in ("", "127.0.0.1:8000", "http://")),
-        *((b, "must look like") for b in ("localhost:8000/v1", "ftp://host/v1", "file:///etc")),
-        *((b, "must look like") for b in ("http://host:port", "http://host:99999", "http:///v1")),
-        *((b, "must look like") for b in ("http://ho st", "http://a\nb", "http://a\\b")),
-        *((b, "must look like") for b in ("http://.", "http://[::1")),
-        *((b, "must not") for b in ("http://me:pw@h/v1", "http://h/v1?key=pw", "http://h/#pw")),
+        *("", "127.0.0.1:8000", "localhost:8000/v1", "ftp://host/v1", "file:///etc", "http://"),
+        *("http://host:port", "http://host:99999", "http:///v1", "http://ho st", "http://a\nb"),
+        *("http://a\\b", "http://.", "http://[::1"),
+        *("http://me:pw@host/v1", "http://h/v1?key=pw", "http://h/#pw"),
     ],
 )
-def test_what_is_no_address_is_refused_without_its_secret(base, message):
+def test_what_is_no_address_is_refused_without_its_secret(base):
+    message = "must not" if "pw" in base else "must look like http://host:8000/v1"
     with pytest.raises(UserError, match=rf"config\.teacher\.api_base.*{message}") as error:
         made(base)
     assert "pw" not in str(error.value)
