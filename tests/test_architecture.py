@@ -35,7 +35,6 @@ FORBIDDEN_TRUE = ("allow_pickle", "trust_remote_code")
 LOSSES_MAY_IMPORT = {"jax", "chex", "gkdjax"}  # beside the standard library
 # (file, source) of each x.get(key, default) that hides no default of the config.
 ALLOWED_GETS = {
-    ("config/parse.py", "{dict: 'dict'}.get(hint, getattr(hint, '__name__', str(hint)))"),
     ("main.py", "os.environ.get('XLA_FLAGS', '')"),  # unset and empty are the same
     ("tools/make_quickstart/task.py", "row.get('prefix_messages', ())"),
 }

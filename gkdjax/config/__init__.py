@@ -3,6 +3,7 @@
 Nothing here imports jax, so that a bad value is answered at once.
 """
 
+# ruff: noqa: F401 (the public names)
 from gkdjax.config.parse import RENAMED, check_key, default, from_saved, parse, to_dict
 from gkdjax.config.schema import (
     ASSETS,
@@ -25,31 +26,3 @@ from gkdjax.config.schema import (
     anchor_sets,
     rows_at_once,
 )
-
-__all__ = [
-    "ASSETS",
-    "RENAMED",
-    "Anchor",
-    "AnchorSet",
-    "Checkpoint",
-    "Config",
-    "Context",
-    "Data",
-    "Eval",
-    "Gkd",
-    "Log",
-    "Lora",
-    "Mesh",
-    "Optim",
-    "RolloutConfig",
-    "Student",
-    "Teacher",
-    "Train",
-    "anchor_sets",
-    "check_key",
-    "default",
-    "from_saved",
-    "parse",
-    "rows_at_once",
-    "to_dict",
-]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from absl import logging
 
-from gkdjax.config.checks import MATCHES
+from gkdjax.config.schema import MATCHES
 from gkdjax.data import row_schema
 from gkdjax.data.answer_matching import check_patterns
 from gkdjax.data.readers import read_rows

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from gkdjax.config import Context
-from gkdjax.config.checks import PREFIX_KEYS
+from gkdjax.config.schema import PREFIX_KEYS
 from gkdjax.data.chat_template import Chat
 from gkdjax.data.row_schema import leading_system
 from gkdjax.data.views import ViewRules

@@ -14,9 +14,9 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from gkdjax.config.schema import MESH_AXES as AXES
 from gkdjax.utils.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
 ROW_AXES = ("data", "fsdp")
 ROWS = PartitionSpec(ROW_AXES)
 WHOLE = PartitionSpec()

@@ -26,7 +26,7 @@ def flat(config: dict) -> dict[str, str]:
 
 def unlike_defaults(config: dict) -> dict[str, str]:
     """Of `flat`, what the config's author has chosen."""
-    defaults = flat(json.loads(json.dumps(config_lib.to_dict(config_lib.Config()))))
+    defaults = flat(config_lib.to_dict(config_lib.Config()))
     return {key: text for key, text in flat(config).items() if defaults.get(key) != text}
 
 

@@ -1,4 +1,4 @@
-"""Prints the table of options of gkdjax/config/README.md, from the comments of config/schema.py.
+"""Prints the options for gkdjax/config/README.md: types and comments of config/schema.py.
 
 python -m gkdjax.tools.options_table [--write]
 
@@ -15,6 +15,7 @@ import sys
 import typing
 
 from gkdjax.config import schema
+from gkdjax.config.parse import readable
 
 README = pathlib.Path(schema.__file__).with_name("README.md")
 BEGIN, END = "<!-- options: begin -->\n", "<!-- options: end -->\n"
@@ -27,7 +28,8 @@ def table() -> str:
     parts = []
     for section, cls in typing.get_type_hints(schema.Config).items():
         parts.append(
-            f"### {section}\n\n{cls.__doc__}\n\n| key | default | what it is |\n|---|---|---|"
+            f"### {section}\n\n{cls.__doc__}\n\n"
+            "| key | default | values | what it is |\n|---|---|---|---|"
         )
         parts.extend(_rows(section, cls, classes, source.splitlines()))
         parts.append("")
@@ -45,7 +47,7 @@ def updated(readme: str) -> str:
 
 def _rows(prefix: str, cls: type, classes: dict[str, ast.ClassDef], lines: list[str]) -> list[str]:
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    types, rows = typing.get_type_hints(cls), []
+    types, rows = typing.get_type_hints(cls, include_extras=True), []
     for node in classes[cls.__name__].body:
         if not isinstance(node, ast.AnnAssign):
             continue
@@ -53,9 +55,9 @@ def _rows(prefix: str, cls: type, classes: dict[str, ast.ClassDef], lines: list[
         if dataclasses.is_dataclass(types[name]):
             rows += _rows(f"{prefix}.{name}", types[name], classes, lines)
             continue
-        default = _default(fields[name], node.value).replace("|", "\\|")
-        comment = _comment(node, lines).replace("|", "\\|")
-        rows.append(f"| `{prefix}.{name}` | `{default}` | {comment} |")
+        cells = f"`{prefix}.{name}`", f"`{_default(fields[name], node.value)}`"
+        cells += readable(types[name]).replace("'", '"'), _comment(node, lines)
+        rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return rows
 
 

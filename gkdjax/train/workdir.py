@@ -14,7 +14,7 @@ from absl import logging
 
 from gkdjax import config as config_lib
 from gkdjax.config import ASSETS
-from gkdjax.config.checks import REACH_KEYS
+from gkdjax.config.schema import REACH_KEYS
 from gkdjax.models.hf import hub
 from gkdjax.parallel import multihost
 from gkdjax.utils import files
@@ -78,7 +78,7 @@ def claim(workdir: pathlib.Path, config: config_lib.Config) -> None:
         config.json is not a run's.
     """
     path = workdir / "config.json"
-    mine = json.loads(json.dumps(config_lib.to_dict(config)))
+    mine = config_lib.to_dict(config)
     theirs, failure = _config_of_run(path), read_json(workdir / _FAILURE)
     # Only the leader's directory has all files.
     (computed, *_) = multihost.exchange(_computed(workdir))
