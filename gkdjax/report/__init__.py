@@ -1,4 +1,7 @@
-"""What a run looks like: report.png, and report.html, which opens without a network."""
+"""What a run found and looks like: results.json, the terminal, report.png and report.html.
+
+It reads files, and knows none of a run's objects.
+"""
 
 from gkdjax.report.page import write_html
 from gkdjax.report.picture import draw

@@ -1,95 +1,86 @@
-"""report.html: all that there is to see of a run, in one file that asks nothing of a network.
+"""report.html: all of a run that can be shown, in one file that needs no network.
 
-The text of models and of data is hostile until shown otherwise: the template makes every word of it
-visible and escapes it, and the page forbids itself all scripts.
+The text of models and of data may be hostile: the template makes every word of it visible and
+escapes it, and the page forbids itself all scripts.
 """
 
-import io
 import json
 import pathlib
 import re
 
 import jinja2
 import markupsafe
-import matplotlib
-from matplotlib.figure import Figure
 
 from gkdjax.config import ASSETS
-from gkdjax.report import answers, curves, panels, run_files, settings, tables
-from gkdjax.report.curves import Panel
+from gkdjax.report import picture, run_files, tables
 from gkdjax.report.run_files import RunFiles
 from gkdjax.utils.files import write_text
 from gkdjax.utils.text import cut, visible
 
 _LONGEST = 1500  # characters of a text that is shown
-_WIDTH = 3.5  # inches of a panel: its text is as large as the page's on a phone 360 px wide
-_OF_SVG = {"svg.fonttype": "none", "font.size": 9, "axes.linewidth": 0.6, "legend.fontsize": 9}
-_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 def write_html(workdir: pathlib.Path, path: pathlib.Path | None = None) -> pathlib.Path:
-    """Writes the page of a run, of as much as there is of it.
+    """Writes the page of a run, which may be going on; the same files give the same bytes.
 
     Args:
-      workdir: of a run, which may be going on.
       path: None means workdir/report.html.
 
     Returns:
-      The page's path; it is replaced as a whole. The same files give the same bytes.
+      The page's path; it is replaced as a whole.
 
     Raises:
       UserError: `workdir` is no run's.
     """
     path = path or workdir / "report.html"
-    write_text(path, render(run_files.read(workdir)))
+    write_text(path, _render(run_files.read(workdir)))
     return path
 
 
-def render(run: RunFiles) -> str:
-    """The page as text."""
+def _render(run: RunFiles) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS / "report"),
         undefined=jinja2.StrictUndefined,
         autoescape=True,
-        finalize=_safe,
+        # Before escaping; drawings are safe already.
+        finalize=lambda x: x if isinstance(x, markupsafe.Markup) else visible(str(x)),
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["shown"] = lambda text: cut(text, _LONGEST)
     found = run.found
     samples = found.get("samples") or {}
-    drawn = panels.panels(run.metrics, run.evaluations) if run.metrics or run.evaluations else []
+    there = run.metrics or run.evaluations
     return environment.get_template("page.html.jinja").render(
         run=run,
         name=run.directory.resolve().name,
         headlines=_headlines(found),
-        curves=[(panel.title, _svg(panel)) for panel in drawn],
+        curves=_curves(run) if there else [],
         tables=tables.tables(found),
         samples=tables.side_by_side(samples),
-        by_step=answers.by_step(run.samples, samples.get("question") or ()),
-        answer_sets=answers.of_sets(run.answers),
-        completions=run_files.excerpts(run.directory),
-        chosen=settings.unlike_defaults(run.config),
+        by_step=tables.by_step(run.samples, samples.get("question") or ()),
+        answer_sets=tables.answer_sets(run.answers),
+        completions=[*run_files.excerpts(run.directory)],
+        chosen=run_files.unlike_defaults(run.config),
         config=json.dumps(run.config, indent=2, ensure_ascii=False),
         versions=found.get("versions") or {},
     )
 
 
-def _safe(value):
-    """What the template shows of a value, before it escapes it; drawings are safe already."""
-    return value if isinstance(value, markupsafe.Markup) else visible(str(value))
-
-
 def _headlines(found: dict) -> list[tuple[str, str, str]]:
-    """(what, its value, a word on it) of what people look for first."""
+    """(what, its value, a note on it) of what people look for first."""
     made = []
-    for key, what in (("accuracy", "right answers"), ("forward_kl", "forward KL to the teacher")):
-        form = tables.share if key == "accuracy" else tables.nats
-        both = [(found.get(who) or {}).get(key) for who in ("base", "student")]
-        if None not in both:
-            teacher = (found.get("prompted_teacher") or {}).get(key)
-            note = "" if teacher is None else f"prompted teacher {form(teacher)}"
-            made.append((what, " \u2192 ".join(map(form, both)), note))
+    base, student, teacher = (
+        found.get(who) or {} for who in ("base", "student", "prompted_teacher")
+    )
+    for key, label, form in (
+        ("accuracy", "right answers", tables.share),
+        ("forward_kl", "forward KL to the teacher", tables.nats),
+    ):
+        if base.get(key) is not None and student.get(key) is not None:
+            best = teacher.get(key)
+            note = "" if best is None else f"prompted teacher {form(best)}"
+            made.append((label, f"{form(base[key])} \u2192 {form(student[key])}", note))
     if found.get("recovery") is not None:
         made.append(("recovery of the prefix", f"{found['recovery']:.3f}", "1 is all of it"))
     changes = {k: of["after"] - of["before"] for k, of in (found.get("retention") or {}).items()}
@@ -102,23 +93,15 @@ def _headlines(found: dict) -> list[tuple[str, str, str]]:
     return made
 
 
-def _svg(panel: Panel) -> markupsafe.Markup:
-    """The panel without its title, as wide as its place; its ids are its own on the page."""
-    with matplotlib.rc_context(_OF_SVG | {"svg.hashsalt": panel.title}):
-        height = 2.1 + 0.19 * len(panel.series)
-        made = Figure(figsize=(_WIDTH, height), layout="constrained")
-        axes = made.add_subplot()
-        handles = curves.plot(axes, panel)
-        place = {"loc": "outside lower left", "frameon": False, "handlelength": 3.5}
-        place |= {"borderaxespad": 0.2, "labelspacing": 0.2}
-        made.legend(list(handles.values()), list(handles), **place)
-        axes.set_xlabel("optimizer steps done")
-        text = io.StringIO()
-        made.savefig(text, format="svg", metadata=_NO_METADATA)
-    whole = text.getvalue()
-    whole = whole[whole.index("<svg") :]
-    # In a page, namespaces go without saying. Groups are numbered from 1 in every drawing, and
-    # nothing points to them.
-    head, body = whole.split(">", 1)
-    head = re.sub(r' (xmlns(:xlink)?|width|height)="[^"]*"', "", head)
-    return markupsafe.Markup(f"{head}>" + re.sub(r'<g id="[^"]*"', "<g", body))
+def _curves(run: RunFiles) -> list[tuple[str, markupsafe.Markup]]:
+    """(title, <svg> element as wide as its place) of each panel."""
+    made = []
+    for panel in picture.panels(run.metrics, run.evaluations):
+        _, _, rest = picture.svg(panel).partition("<svg")
+        head, body = rest.split(">", 1)
+        # A page needs no namespaces. Groups are numbered from 1 in every drawing, and nothing
+        # points to them.
+        head = re.sub(r' (xmlns(:xlink)?|width|height)="[^"]*"', "", head)
+        body = re.sub(r'<g id="[^"]*"', "<g", body)
+        made.append((panel.title, markupsafe.Markup(f"<svg{head}>{body}")))
+    return made

@@ -4,7 +4,7 @@ import importlib.metadata
 import platform
 from collections.abc import Sequence
 
-# Who answers, and what is read before the answer.
+# Who answers, and what it reads before it answers.
 CONDITIONS = {
     "base": ("student, untrained", "the student's view"),
     "prompted_base": ("student, untrained", "prefix and turns"),
@@ -20,7 +20,7 @@ _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformer
 def collect(
     before: dict, on_the_way: Sequence[dict], after: dict, rows: dict, training: dict
 ) -> dict:
-    """The content of results.json.
+    """-> the content of results.json.
 
     Args:
       before: `Evaluation.before`.
@@ -31,7 +31,10 @@ def collect(
     """
     results = so_far(before, on_the_way)
     results |= {name: after[name] for name in CONDITIONS if name in after}
-    results |= _recoveries(results)
+    for name, measure in _RECOVERIES.items():
+        conditions = [results.get(who) or {} for who in ("base", "prompted_teacher", "student")]
+        if all(measure in condition for condition in conditions):
+            results[name] = recovery(*(condition[measure] for condition in conditions))
     results["retention"] = {
         name: {"before": share, "after": after["abilities"][name]}
         for name, share in before["abilities"].items()
@@ -42,10 +45,10 @@ def collect(
 
 
 def so_far(before: dict, on_the_way: Sequence[dict]) -> dict:
-    """What is known of a run whose student was not asked to the end, by the same keys.
+    """-> what is known of a run whose trained student was not measured yet, by the same keys.
 
     Args:
-      before: `Evaluation.before`, or {} where the base was not asked yet.
+      before: `Evaluation.before`, or {} if the base was not measured yet.
       on_the_way: the lines of eval.jsonl that there are.
     """
     known = ("task", *CONDITIONS, "counts", "unavailable", "samples")
@@ -56,7 +59,7 @@ def so_far(before: dict, on_the_way: Sequence[dict]) -> dict:
 
 
 def training(metrics: Sequence[dict]) -> dict:
-    """What the lines of metrics.jsonl add up to; there is at least one."""
+    """Adds up the lines of metrics.jsonl; there is at least one."""
     return {
         "steps": metrics[-1]["step"] + 1,
         "tokens": sum(line["tokens"] for line in metrics),
@@ -67,21 +70,12 @@ def training(metrics: Sequence[dict]) -> dict:
 
 
 def recovery(base: float, prompted_teacher: float, student: float) -> float | None:
-    """(student - base) / (prompted_teacher - base); None where the prefix changes nothing."""
+    """(student - base) / (prompted_teacher - base); None if the prefix changes nothing."""
     gap = prompted_teacher - base
     return None if gap == 0 else (student - base) / gap
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the libraries that the numbers depend on."""
+    """-> those of Python and of the libraries that the numbers depend on."""
     found = {name: importlib.metadata.version(name) for name in _LIBRARIES}
     return {"python": platform.python_version(), **found}
-
-
-def _recoveries(results: dict) -> dict[str, float | None]:
-    found = {}
-    for name, measure in _RECOVERIES.items():
-        asked = [results.get(who) or {} for who in ("base", "prompted_teacher", "student")]
-        if all(measure in condition for condition in asked):
-            found[name] = recovery(*(condition[measure] for condition in asked))
-    return found

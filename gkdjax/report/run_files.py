@@ -1,6 +1,6 @@
-"""A run's directory as it is: of a run that is going on, or was killed, a part is there.
+"""Reads a run's directory as it is: a run that is going on, or was killed, has only some files.
 
-Nothing that is damaged stops the reading: it is left out, and `damaged` says so.
+Damage does not stop the reading: it is left out, and `damaged` names it.
 """
 
 import collections
@@ -8,12 +8,14 @@ import dataclasses
 import json
 import pathlib
 import re
+import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from gkdjax import config as config_lib
 from gkdjax.report import results as report_results
 from gkdjax.utils.errors import UserError
+from gkdjax.utils.text import visible
 
 # What a line must have to be of use.
 _COLUMNS = {
@@ -28,8 +30,9 @@ _COLUMNS = {
         **{"expected": list, "right": bool},
     },
 }
-_OF_TRAJECTORIES = {"row": str, "writer": str, "step": int, "messages": list, "text": str}
+_COMPLETION = {"row": str, "writer": str, "step": int, "messages": list, "text": str}
 _EXCERPT = 3  # lines at each end of a file of completions
+_LONGEST = 60  # characters of a config's value
 
 
 class Excerpt(NamedTuple):
@@ -43,7 +46,7 @@ class Excerpt(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class RunFiles:
-    """What the files say; what is not there is empty."""
+    """The content of a run's files; that of a missing one is empty."""
 
     directory: pathlib.Path
     config: dict
@@ -52,7 +55,7 @@ class RunFiles:
     samples: list[dict]
     answers: list[dict]
     found: dict  # the content of results.json, or as much of it as is known
-    missing: list[str]  # what a finished run has and this one has not, in words; [] if it has all
+    missing: list[str]  # what a finished run has and this one lacks, in words
     damaged: list[str]  # what could not be read, in words
 
     @property
@@ -60,14 +63,12 @@ class RunFiles:
         """How far it got, as "finished, 300 steps"."""
         if not self.missing:
             return f"finished, {self.found['steps']:,} steps"
-        done = self.found.get("steps") or 0
-        return f"not finished, step {done:,} of {self._planned()}"
-
-    def _planned(self) -> str:
-        train = self.config.get("train") or {}
+        train, planned = self.config["train"], "an unknown number"
         if train.get("steps"):
-            return f"{train['steps']:,}"
-        return f"{train['epochs']} epochs" if train.get("epochs") else "an unknown number"
+            planned = f"{train['steps']:,}"
+        elif train.get("epochs"):
+            planned = f"{train['epochs']} epochs"
+        return f"not finished, step {self.found.get('steps') or 0:,} of {planned}"
 
 
 def read(directory: pathlib.Path) -> RunFiles:
@@ -76,101 +77,98 @@ def read(directory: pathlib.Path) -> RunFiles:
     Raises:
       UserError: it is no run's directory.
     """
-    config = _read_config(directory)
     damaged: list[str] = []
-
-    def lines(name: str) -> list[dict]:
-        found, told = read_lines(directory / name)
-        damaged.extend(told)
-        return found
-
-    def whole(name: str) -> dict | None:
-        found, told = _read_object(directory / name)
-        damaged.extend(told)
-        return found
-
-    metrics, evaluations = lines("metrics.jsonl"), lines("eval.jsonl")
-    before, results = whole("before.json"), whole("results.json")
-    found = results
-    if results is None:
+    config = _read_config(directory)
+    names = "metrics.jsonl", "eval.jsonl", "samples.jsonl", "answers.jsonl"
+    metrics, evaluations, samples, answers = (read_lines(directory / n, damaged) for n in names)
+    before, found = (_read_object(directory / n, damaged) for n in ("before.json", "results.json"))
+    missing = [] if found is not None else [*_missing(metrics, evaluations, before)]
+    if found is None:
         found = report_results.so_far(before or {}, evaluations)
         found |= report_results.training(metrics) if metrics else {}
-    return RunFiles(
-        directory=directory,
-        config=config,
-        metrics=metrics,
-        evaluations=evaluations,
-        samples=lines("samples.jsonl"),
-        answers=lines("answers.jsonl"),
-        found=found,
-        missing=[] if results is not None else [*_missing(metrics, evaluations, before)],
-        damaged=damaged,
-    )
+    lines = metrics, evaluations, samples, answers
+    return RunFiles(directory, config, *lines, found, missing, damaged)
 
 
-def read_lines(path: pathlib.Path) -> tuple[list[dict], list[str]]:
-    """(the whole lines of a file, what was left out in words); ([], []) if there is none.
-
-    Args:
-      path: of a file of a run with the name that it has there.
-    """
-    if not path.exists():
-        return [], []
-    columns = _COLUMNS[path.name]
-    parsed = [_parse(line, columns) for line in _split(path.read_bytes())]
+def read_lines(path: pathlib.Path, damaged: list[str]) -> list[dict]:
+    """Reads the whole lines of a run's file, by its name; names the others in `damaged`."""
+    content = path.read_bytes() if path.exists() else b""
+    lines = content.removesuffix(b"\n").split(b"\n") if content else []
+    parsed = [_parse(line, _COLUMNS[path.name]) for line in lines]
     bad = [place for place, record in enumerate(parsed, 1) if record is None]
-    told = []
     if bad and bad[-1] == len(parsed):
-        told.append(f"{path.name}: the last line is cut off, and left out")
+        damaged.append(f"{path.name}: the last line is cut off, and left out")
         bad.pop()
     if bad:
         some = ", ".join(map(str, bad[:3])) + (", ..." if len(bad) > 3 else "")
-        told.append(f"{path.name}: lines that cannot be read are left out ({len(bad)}: {some})")
-    return [record for record in parsed if record is not None], told
+        damaged.append(f"{path.name}: lines that cannot be read are left out ({len(bad)}: {some})")
+    return [record for record in parsed if record is not None]
 
 
-def excerpts(directory: pathlib.Path) -> list[Excerpt]:
-    """Of all files of completions, in the order of their names and steps."""
-    paths = sorted(directory.glob("trajectories_*.jsonl"), key=_by_number)
-    return [_excerpt(path) for path in paths]
+def excerpts(directory: pathlib.Path) -> Iterator[Excerpt]:
+    """Reads the ends of all files of completions, in the order of their names and steps."""
+
+    def by_number(path):
+        parts = re.split(r"(\d+)", path.name)
+        return [int(part) if part.isdigit() else part for part in parts]
+
+    for path in sorted(directory.glob("trajectories_*.jsonl"), key=by_number):
+        first, last = [], collections.deque(maxlen=_EXCERPT)
+        with path.open("rb") as file:
+            count = 0
+            for count, line in enumerate(file, 1):  # large: only the ends are parsed
+                (first if count <= _EXCERPT else last).append(line)
+        ends = ([_parse(line, _COMPLETION) for line in lines] for lines in (first, last))
+        yield Excerpt(path.name, count, *([*filter(None, records)] for records in ends))
 
 
-def _excerpt(path: pathlib.Path) -> Excerpt:
-    count, first, last = 0, [], collections.deque(maxlen=_EXCERPT)
-    with path.open("rb") as file:
-        for line in file:  # large: only the ends are parsed
-            count += 1
-            (first if count <= _EXCERPT else last).append(line)
-    ends = ([_parse(line, _OF_TRAJECTORIES) for line in lines] for lines in (first, last))
-    first, last = ([record for record in records if record is not None] for records in ends)
-    return Excerpt(path.name, count, first, last)
+def flat(config: dict) -> dict[str, str]:
+    """Dotted key -> its value in one short line; values that differ have lines that differ.
+
+    Args:
+      config: the content of config.json.
+    """
+    found = {}
+    for name, value in config.items():
+        if isinstance(value, dict) and value:
+            found |= {f"{name}.{key}": text for key, text in flat(value).items()}
+        else:
+            found[name] = _short(value)
+    return found
 
 
-def _by_number(path: pathlib.Path) -> list:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+def unlike_defaults(config: dict) -> dict[str, str]:
+    """The part of `flat` that the config's author has chosen."""
+    defaults = flat(config_lib.to_dict(config_lib.Config()))
+    return {key: text for key, text in flat(config).items() if defaults.get(key) != text}
 
 
-def _split(content: bytes) -> list[bytes]:
-    return content.removesuffix(b"\n").split(b"\n") if content else []
+def _short(value) -> str:
+    text = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+    shown = visible(" ".join(text.split()))
+    if len(shown) <= _LONGEST and shown == text:
+        return shown
+    what = f"a list of {len(value)}" if isinstance(value, list) else f"{shown[:40]}..."
+    return f"{what} (crc32 {zlib.crc32(text.encode(errors='surrogatepass')):08x})"
 
 
 def _parse(line: bytes, columns: dict[str, type]) -> dict | None:
-    """The object of a line, or None if it has not what it needs."""
+    """The object of a line; None if it lacks a column."""
     try:
         record = json.loads(line)
     except ValueError:  # a UnicodeDecodeError is one
         return None
-    if not isinstance(record, dict):
-        return None
-    whole = all(isinstance(record.get(name), kind) for name, kind in columns.items())
+    whole = isinstance(record, dict) and all(
+        isinstance(record.get(name), kind) for name, kind in columns.items()
+    )
     return record if whole else None
 
 
-def _read_object(path: pathlib.Path) -> tuple[dict | None, list[str]]:
-    if not path.exists():
-        return None, []
-    record = _parse(path.read_bytes(), {})
-    return record, [] if record is not None else [f"{path.name} cannot be read, and is left out"]
+def _read_object(path: pathlib.Path, damaged: list[str]) -> dict | None:
+    record = _parse(path.read_bytes(), {}) if path.exists() else None
+    if record is None and path.exists():
+        damaged.append(f"{path.name} cannot be read, and is left out")
+    return record
 
 
 def _read_config(directory: pathlib.Path) -> dict:

@@ -2,7 +2,6 @@
 
 import pathlib
 import textwrap
-from collections.abc import Iterator, Sequence
 
 from gkdjax.report.tables import Table, side_by_side, tables
 from gkdjax.utils import text as utils_text
@@ -18,7 +17,6 @@ def render(results: dict, workdir: pathlib.Path) -> str:
 
     Args:
       results: the content of results.json.
-      workdir: of the run.
     """
     written = ["results.json", "metrics.jsonl", "report.png", "report.html", *results["exports"]]
     shown = [*tables(results), *side_by_side(results["samples"])]
@@ -28,21 +26,14 @@ def render(results: dict, workdir: pathlib.Path) -> str:
 def as_text(table: Table) -> str:
     """Title, columns and note."""
     if table.prose:
-        body = "\n".join(_paragraphs(table.rows))
+        lines = (f"{name}: {_one_line(text)}" for name, text in table.rows)
+        indents = {"initial_indent": "  ", "subsequent_indent": "      "}
+        body = "\n".join(textwrap.fill(line, _WIDTH, **indents) for line in lines)
     else:
         body = utils_text.table(table.header, table.rows, _WIDEST, table.labels)
-    title, note = (_wrapped(text) for text in (_one_line(table.title), table.note))
+    title, note = (textwrap.fill(text, _WIDTH) for text in (_one_line(table.title), table.note))
     return "\n".join(part for part in (title, body, note) if part)
-
-
-def _paragraphs(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    for name, text in rows:
-        yield _wrapped(f"{name}: {_one_line(text)}", "  ", "      ")
 
 
 def _one_line(text: str) -> str:
     return cut(" ".join(text.split()), _LONGEST)
-
-
-def _wrapped(text: str, first: str = "", rest: str = "") -> str:
-    return textwrap.fill(text, _WIDTH, initial_indent=first, subsequent_indent=rest)

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from gkdjax import tools
-from gkdjax.report import curves, picture, run_files, settings
-from gkdjax.report.curves import BLACK, BLUE, ORANGE, Look, Panel, Series
+from gkdjax.report import picture, run_files
+from gkdjax.report.picture import BLACK, BLUE, ORANGE, Look, Panel, Series
 from gkdjax.report.run_files import RunFiles
 from gkdjax.report.tables import NOTHING, Table, cells, tables
 from gkdjax.report.terminal import as_text
@@ -60,7 +60,7 @@ def side_by_side(runs: dict[str, RunFiles]) -> list[Table]:
     """A table per subject: its rows are measures, its columns the runs."""
     names = [f"{visible(name)}{' *' if run.missing else ''}" for name, run in runs.items()]
     note = "* not finished" if any(run.missing for run in runs.values()) else ""
-    configs = [settings.flat(run.config) for run in runs.values()]
+    configs = [run_files.flat(run.config) for run in runs.values()]
     keys = dict.fromkeys(key for config in configs for key in config)  # in order, each once
     lines = [(visible(key), *(config.get(key) or NOTHING for config in configs)) for key in keys]
     differing = [line for line in lines if len({*line[1:]}) > 1]
@@ -90,7 +90,7 @@ def figure(runs: dict[str, RunFiles]) -> Figure:
 
     def series(lines: str, key: str) -> list[Series]:
         made = [
-            Series(name, looks[name], *curves.points(getattr(run, lines), key))
+            Series(name, looks[name], *picture.points(getattr(run, lines), key))
             for name, run in runs.items()
         ]
         return [one for one in made if len(one.steps)]
@@ -102,12 +102,12 @@ def figure(runs: dict[str, RunFiles]) -> Figure:
     for key, (title, unit, scale) in _CURVES.items():
         panels.append(Panel(title, series("evaluations", key), unit, scale))
     panels = [panel for panel in panels if panel.series] or [loss]
-    made = picture.grid(panels, curves.plot_means, _PANEL)
+    made = picture.figure(panels, _PANEL, many_runs=True)
     handles = [
         Line2D([], [], linestyle=look.dashes, marker=look.marker, color=look.color)
         for look in looks.values()
     ]
-    labels = [curves.literal(f"{name} ({run.state})") for name, run in runs.items()]
+    labels = [picture.literal(f"{name} ({run.state})") for name, run in runs.items()]
     made.legend(handles, labels, loc="outside upper left", handlelength=5, frameon=False)
     return made
 

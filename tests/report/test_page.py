@@ -9,7 +9,7 @@ import made_up_runs as made
 import pytest
 
 from gkdjax import report
-from gkdjax.report import page, run_files, settings
+from gkdjax.report import run_files, tables
 from gkdjax.utils.errors import UserError
 
 pytestmark = pytest.mark.drawn
@@ -87,58 +87,45 @@ def shown(page_of_finished) -> Page:
     return page_of_finished[1]
 
 
-def test_a_page_lies_in_its_run(tmp_path):
-    run = made.write_begun(tmp_path / "run")
-    assert report.write_html(run) == run / "report.html"
-    assert report.write_html(run, tmp_path / "other.html") == tmp_path / "other.html"
-    same = (run / "report.html").read_bytes() == (tmp_path / "other.html").read_bytes()
-    assert same and list(tmp_path.rglob("*.part")) == []
-
-
 def test_a_finished_run_has_every_part(shown):
     assert list(shown.sections) == [
         *("Curves", "Numbers", "Answers next to each other", "Answers on the way"),
         *("Right and wrong answers", "Text that was trained on", "Config", "Versions"),
     ]
-    assert "run finished, 60 steps. Student: models/student" in shown.text()
-    assert "not finished" not in shown.text() and "could be read" not in shown.text()
-
-
-def test_what_people_look_for_first_is_on_top(shown):
     top = shown.text().split("Curves")[0]
-    for told in (
+    for message in (
+        "run finished, 60 steps. Student: models/student",
         "right answers 3.1% \u2192 96.2% prompted teacher 98.4%",
         "forward KL to the teacher 0.9000 \u2192 0.0400",
         "recovery of the prefix 0.977",
         "kept abilities -1.0% the worst: sort",
         "tokens saved 1,041.2",
     ):
-        assert told in top
+        assert message in top
+    assert "not finished" not in shown.text() and "could be read" not in shown.text()
 
 
 def test_all_tables_and_all_curves_are_there(shown):
     numbers = shown.text("Numbers")
-    for table in page.tables.tables(made.full_results()):
+    for table in tables.tables(made.full_results()):
         assert table.title in numbers and table.note in numbers
         for cell in (cell for row in table.rows for cell in row):
             assert " ".join(cell.split()) in numbers
     curves = shown.text("Curves")
-    for title in ("training loss", "distance to the teacher", "right answers", "perplexity"):
-        assert title in curves
-    for label in ("off-policy, forward_kl", "anchor", "forward KL, student's text", "accuracy"):
+    for label in (
+        *("training loss", "distance to the teacher", "right answers", "perplexity"),
+        *("off-policy, forward_kl", "anchor", "forward KL, student's text", "accuracy"),
+        *("side effects", "validation"),
+    ):
         assert label in curves
-    assert "side effects" in curves and "validation" in curves
 
 
-def test_answers_of_all_conditions_stand_next_to_each_other(shown):
+def test_answers_stand_next_to_each_other_and_once_where_they_stay_the_same(shown):
     samples = shown.text("Answers next to each other")
     for question in made.QUESTIONS:
         assert question in samples
     for who in made.CONDITIONS:
         assert f"{who.replace('_', ' ')} {who} thinks: which day comes after tuesday" in samples
-
-
-def test_the_answers_on_the_way_stand_once_where_they_stay_the_same(shown):
     way = shown.text("Answers on the way")
     assert "Which day comes after Tuesday? 5 different" in way
     assert "step 5 half baked 5" in way and "steps 40 to 60 baked 40" in way
@@ -148,7 +135,7 @@ def test_the_answers_on_the_way_stand_once_where_they_stay_the_same(shown):
 
 def test_a_handful_of_right_and_wrong_answers_with_counts(shown):
     text = shown.text("Right and wrong answers")
-    # Of 12 questions each condition answers 4, other ones each time.
+    # Each condition answers 4 of 12 questions, other ones each time.
     assert "student 4 8 33.3% [13.8, 60.9]" in text
     assert text.count("Some that the student answers wrong") == 3  # sets
     assert "Which day comes after Tuesday? (0) questions.jsonl:0; expected: blue or azure" in text
@@ -160,22 +147,12 @@ def test_a_handful_of_right_and_wrong_answers_with_counts(shown):
     assert "prompted teacher" in wrong and "student other prefix" in right
 
 
-def test_without_a_trained_student_another_condition_picks_the_questions(tmp_path):
-    shown = read(made.write_unfinished(tmp_path / "run")).text("Right and wrong answers")
-    assert "Some that the prompted teacher answers wrong" in shown
-    assert "the student answers" not in shown
-
-
-def test_the_ends_of_the_text_that_was_trained_on(shown):
+def test_the_ends_of_the_text_that_was_trained_on_in_the_order_of_the_steps(shown, tmp_path):
     text = shown.text("Text that was trained on")
     assert "trajectories_train.jsonl 9 responses" in text
-    told = [place for place in range(9) if f"Told {place}" in text]
-    assert told == [0, 1, 2, 6, 7, 8]
+    assert [place for place in range(9) if f"Told {place}" in text] == [0, 1, 2, 6, 7, 8]
     assert "train.jsonl:1, step 1, cut at the limit user: Ask 1 Told 1" in text
     assert "train.jsonl:2, step 2 user: Ask 2" in text
-
-
-def test_many_files_of_trajectories_stand_in_the_order_of_their_steps(tmp_path):
     run = made.write_begun(tmp_path / "run")
     for step in (100, 20, 3):
         made.write_lines(run / f"trajectories_train_{step}.jsonl", [made.completion(step)])
@@ -184,57 +161,49 @@ def test_many_files_of_trajectories_stand_in_the_order_of_their_steps(tmp_path):
     assert places == sorted(places)
 
 
-def test_the_config_is_told_first_where_it_was_chosen(tmp_path):
-    run = made.write_begun(tmp_path / "run", optim={"learning_rate": 0.0123})
-    shown = read(run).text("Config")
-    chosen, whole = shown.split("All of config.json")
-    assert "optim.learning_rate 0.0123" in chosen and "optim.weight_decay" not in chosen
-    assert '"weight_decay": 0.0' in whole and '"learning_rate": 0.0123' in whole
-
-
 def test_an_unfinished_run_says_so_and_what_is_missing(tmp_path):
     shown = read(made.write_unfinished(tmp_path / "run", step=20))
     top = shown.text().split("Curves")[0]
     assert "This run is not finished, step 20 of 60." in top
     assert "what the trained student answers" in top and "before.json" not in top
-    assert "\u2192" not in top
+    assert "\u2192" not in top and "Versions" not in shown.sections
     assert "prompted teacher" in shown.text("Numbers")
     assert "after: step 20" in shown.text("Numbers")
-    assert "Versions" not in shown.sections
+    answers = shown.text("Right and wrong answers")
+    assert "Some that the prompted teacher answers wrong" in answers
+    assert "the student answers" not in answers
 
 
-def test_a_run_that_has_only_begun_says_that(tmp_path):
-    shown = read(made.write_begun(tmp_path / "run"))
-    for told in ("step 0 of 60", "before.json", "metrics.jsonl", "eval.jsonl", "results.json"):
-        assert told in shown.text()
+def test_a_run_that_has_only_begun_has_its_config(tmp_path):
+    shown = read(made.write_begun(tmp_path / "run", optim={"learning_rate": 0.0123}))
+    for name in ("step 0 of 60", "before.json", "metrics.jsonl", "eval.jsonl", "results.json"):
+        assert name in shown.text()
     assert list(shown.sections) == ["Config"]
+    chosen, whole = shown.text("Config").split("All of config.json")
+    assert "optim.learning_rate 0.0123" in chosen and "optim.weight_decay" not in chosen
+    assert '"weight_decay": 0.0' in whole and '"learning_rate": 0.0123' in whole
+    for epochs, planned in ((3, "of 3 epochs"), (None, "of an unknown number")):
+        train = {"steps": None, "epochs": epochs}
+        run = made.write_begun(tmp_path / planned, train=train)
+        assert planned in run_files.read(run).state
 
 
-@pytest.mark.parametrize(
-    ("train", "told"),
-    [
-        ({"steps": None, "epochs": 3}, "of 3 epochs"),
-        ({"steps": None, "epochs": None}, "of an unknown number"),
-    ],
-)
-def test_the_planned_steps_are_told_as_the_config_has_them(tmp_path, train, told):
-    assert told in read(made.write_begun(tmp_path / "run", train=train)).text()
-
-
-def cut(path: pathlib.Path, size: int) -> None:
-    path.write_bytes(path.read_bytes()[:-size])
+CUT = "the last line is cut off, and left out"
 
 
 @pytest.mark.parametrize("name", ["metrics", "eval", "samples", "answers"])
-def test_a_last_line_that_is_cut_off_is_left_out_and_told(finished, name):
+def test_a_last_line_that_is_cut_off_is_left_out_and_named(finished, name):
     whole = run_files.read(finished)
-    cut(finished / f"{name}.jsonl", 7)
-    told = f"{name}.jsonl: the last line is cut off, and left out"
-    assert told in read(finished).text()
+    path = finished / f"{name}.jsonl"
+    path.write_bytes(path.read_bytes()[:-7])
     run = run_files.read(finished)
-    assert run.damaged == [told]
+    assert run.damaged == [f"{name}.jsonl: {CUT}"]
+    assert run.damaged[0] in read(finished).text()
     field = "evaluations" if name == "eval" else name
     assert getattr(run, field) == getattr(whole, field)[:-1]
+    path.write_text("")  # no damage
+    run = run_files.read(finished)
+    assert getattr(run, field) == run.damaged == []
 
 
 @pytest.mark.parametrize("bad", [b"\x00\x00", b"\xff{}", b"[1]", b"{}", b'{"step": "1"}', b""])
@@ -247,38 +216,30 @@ def test_a_damaged_line_in_the_middle_is_left_out_and_counted(finished, bad):
     assert run.metrics == made.three_phases(made.STEPS)
     path.write_bytes(b"\n".join([*[bad] * 5, *lines[:-1], b'{"st']))
     assert run_files.read(finished).damaged == [
-        "metrics.jsonl: the last line is cut off, and left out",
+        f"metrics.jsonl: {CUT}",
         "metrics.jsonl: lines that cannot be read are left out (5: 1, 2, 3, ...)",
     ]
 
 
-def test_an_empty_file_is_no_damage(finished):
-    (finished / "samples.jsonl").write_text("")
-    run = run_files.read(finished)
-    assert run.samples == [] and run.damaged == []
-
-
-def test_results_that_cannot_be_read_make_an_unfinished_run(finished):
+def test_other_files_that_cannot_be_read_whole(finished):
     (finished / "results.json").write_text('{"steps": ')
+    path = finished / "trajectories_train.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])
     shown = read(finished)
     assert "results.json cannot be read, and is left out" in shown.text()
     assert "not finished, step 60 of 60" in shown.text()
-
-
-def test_a_file_of_trajectories_that_is_being_written_to(finished):
-    cut(finished / "trajectories_train.jsonl", 9)
-    text = read(finished).text("Text that was trained on")
+    text = shown.text("Text that was trained on")
     assert "Told 7" in text and "Told 8" not in text
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [(None, "holds no config.json"), ("{", "is not a run's"), ('{"model_type": "x"}', "not a run")],
 )
-def test_what_is_no_run_is_refused(tmp_path, content, told):
+def test_what_is_no_run_is_refused(tmp_path, content, message):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         report.write_html(tmp_path)
     assert list(tmp_path.glob("report*")) == []
 
@@ -292,10 +253,7 @@ def test_nothing_is_asked_of_a_network_and_nothing_can_run(page_of_finished):
             assert re.fullmatch(r"#\w+", value)
     assert "default-src 'none'; style-src 'unsafe-inline'" in text
     assert re.findall(r"url\((?!#)|@import|https?:", text) == []
-
-
-def test_what_drawings_point_to_is_there_once(page_of_finished):
-    text, shown = page_of_finished
+    # What drawings point to is there once.
     assert len(set(shown.ids)) == len(shown.ids)
     pointed = {*re.findall(r'href="#([^"]+)"', text), *re.findall(r"url\(#([^)]+)\)", text)}
     assert pointed and pointed <= set(shown.ids)
@@ -336,24 +294,24 @@ def test_no_text_of_a_file_is_taken_for_more_than_text(finished):
     assert "{{ 7*7 }}" in shown.text() and "alert(1)" in shown.text()
 
 
-def test_a_very_long_answer_is_cut_and_its_length_told(finished):
+def test_long_answers_are_cut_and_many_steps_thinned(finished):
     lines = made.samples()
     lines[0]["answers"][0] = "long " * 4000
     made.write_lines(finished / "samples.jsonl", lines)
+    made.write_lines(finished / "metrics.jsonl", made.three_phases(30_000))
     shown = read(finished)
     assert "... (20,000 characters in all)" in shown.text("Answers on the way")
     assert shown.text().count("long ") == 300
+    assert (finished / "report.html").stat().st_size < 500_000
 
 
-def test_the_same_files_give_the_same_page_and_others_another(finished):
+def test_the_same_files_give_the_same_page_and_a_failure_leaves_the_old(finished, monkeypatch):
     first = report.write_html(finished).read_bytes()
-    assert report.write_html(finished).read_bytes() == first
+    other = finished.parent / "other.html"
+    assert report.write_html(finished, other) == other and other.read_bytes() == first
     made.write_lines(finished / "metrics.jsonl", made.three_phases(made.STEPS - 1))
-    assert report.write_html(finished).read_bytes() != first
-
-
-def test_a_page_that_cannot_be_made_leaves_the_old_one(finished, monkeypatch):
     old = report.write_html(finished).read_bytes()
+    assert old != first
 
     def fail(path, text, **options):
         path.write_bytes(text[:99].encode())
@@ -363,18 +321,13 @@ def test_a_page_that_cannot_be_made_leaves_the_old_one(finished, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         report.write_html(finished)
     assert (finished / "report.html").read_bytes() == old
-
-
-def test_a_run_of_very_many_steps_makes_no_large_page(tmp_path):
-    run = made.write_begun(tmp_path / "run")
-    made.write_lines(run / "metrics.jsonl", made.three_phases(30_000))
-    assert report.write_html(run).stat().st_size < 500_000
+    assert list(finished.parent.rglob("*.part")) == []
 
 
 def test_config_values_that_differ_never_look_alike():
     values = ["a" * 100 + "b", "a" * 100 + "c", [{"prompt": "x" * 99}], [{"prompt": "y" * 99}]]
     values += [None, "", 0, 0.0, False, [], {}, "null ", "a\nb", "a b", "\ud800", "\ud801"]
-    shown = settings.flat({"section": {str(i): value for i, value in enumerate(values)}})
+    shown = run_files.flat({"section": {str(i): value for i, value in enumerate(values)}})
     assert len({*shown.values()}) == len(values)
     assert max(map(len, shown.values())) < 64
     assert shown["section.2"].startswith("a list of 1 (crc32 ") and shown["section.4"] == "null"
