@@ -7,7 +7,7 @@ import dataclasses
 
 import numpy as np
 
-from gkdjax.losses.topk import TokenTopK, TopKLogprobs
+from gkdjax.losses.topk import TopKLogprobs
 from gkdjax.types import Message, SamplingParams
 
 
@@ -70,10 +70,6 @@ class TeacherAnswer:
         """The same about some of the targets."""
         cut = {k: v[which] for k, v in vars(self).items() if isinstance(v, np.ndarray)}
         return dataclasses.replace(self, finished=False, **cut)
-
-    def kept(self) -> TokenTopK:
-        """The part that a `Completion` keeps."""
-        return TokenTopK(self.topk, self.target_logprob)
 
 
 def lost_sample(top_k: int, unmapped: int = 0, unreadable: str = "") -> TeacherAnswer:

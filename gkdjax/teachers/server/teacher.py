@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from gkdjax.data import batching
 from gkdjax.data.chat_template import Chat
 from gkdjax.losses.objective import TopKTargets
+from gkdjax.losses.topk import TokenTopK
 from gkdjax.parallel import multihost
 from gkdjax.teachers.base import Capabilities, TeacherHooks
 from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest, TeacherAnswer, lost_sample
@@ -77,7 +78,10 @@ class ServerTeacher(TeacherHooks):
             lambda answer: base64.b64encode(codec.encode(answer)).decode(),
             lambda text: codec.decode(base64.b64decode(text)),
         )
-        return [Completion(a.target_ids, a.finished, a.kept()) for a in answers]
+        return [
+            Completion(a.target_ids, a.finished, TokenTopK(a.topk, a.target_logprob))
+            for a in answers
+        ]
 
     def stop_on(self, event: threading.Event) -> None:
         """See `base.TeacherHooks`: an answer may be minutes away."""

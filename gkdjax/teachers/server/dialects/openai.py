@@ -12,15 +12,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest, TeacherAnswer, lost_sample
+from gkdjax.teachers.server.dialects import completions
 from gkdjax.teachers.server.dialects.base import Call, Dialect, check_read, is_lost
-from gkdjax.teachers.server.dialects.completions import (
-    PATH,
-    echo,
-    only_choice,
-    read_echo,
-    sampling_fields,
-    token_lists,
-)
 from gkdjax.teachers.server.dialects.logprobs import Key, TokenLogprobs, id_in
 from gkdjax.teachers.server.dialects.token_map import TokenMap
 from gkdjax.teachers.server.json_fields import JsonField
@@ -40,15 +33,13 @@ class _ByText(Dialect):
 
     def id_of(self, key: Key) -> int | None:
         stated = id_in(key)
-        if stated is not None:
-            return stated
-        return self._tokens.of_bytes(key) if isinstance(key, bytes) else self._tokens.of_string(key)
+        return self._tokens.id_of(key) if stated is None else stated
 
     def names(self, key: str, i: int) -> bool:
         return id_in(key) == i or key == self._tokens.string(i)
 
     def _sample(self, request: SampleRequest, path: str, prompt: dict[str, Any]) -> Call:
-        body = sampling_fields(self.model, request) | prompt
+        body = completions.sampling_fields(self.model, request) | prompt
         if self.asks_for_ids:  # with fields of vLLM and llama.cpp, and all that changes samples
             body |= {
                 "top_k": request.sampling.top_k or 0,  # 0: all
@@ -66,14 +57,14 @@ class _ByText(Dialect):
         self, root: JsonField, text: JsonField, request: SampleRequest
     ) -> TeacherAnswer:
         """The only choice as an answer; `text` is "" or null if it has none."""
-        choice = only_choice(root)
+        choice = completions.only_choice(root)
         logprobs, reason = choice.find("logprobs"), choice["finish_reason"]
         if is_lost(reason) or (logprobs is None and text.value in ("", None)):
             return lost_sample(request.top_k)
         if logprobs is None:
             raise choice.wrong("has no logprobs: the server ignores that they were asked for")
         content = logprobs.find("content")
-        tokens = token_lists(logprobs)[1] if content is None else _content(content)
+        tokens = completions.token_lists(logprobs)[1] if content is None else _content(content)
         ids = self._sampled_ids(tokens, choice.find("token_ids"))
         if any(id_in(key) is None for token in tokens for key, _ in token.top):
             begun = self._tokens.parts_before(ids)
@@ -101,7 +92,7 @@ class Completions(_ByText):
 
     def score(self, request: ScoreRequest) -> Call:
         ids = {"return_tokens_as_token_ids": True} if self.asks_for_ids else {}
-        return echo(self, request, **ids)
+        return completions.echo(self, request, **ids)
 
     def read_scores(self, root: JsonField, request: ScoreRequest) -> list[TeacherAnswer]:
         """An echo; only numbers show a fault in it: compare them with what the server samples.
@@ -109,15 +100,15 @@ class Completions(_ByText):
         A token whose text is no UTF-8 or is shared can be another one than was sent; and logprobs
         that are all one position off look right.
         """
-        return read_echo(self, root, request)
+        return completions.read_echo(self, root, request)
 
     def sample(self, request: SampleRequest) -> Call:
         prompt = {"prompt": request.ids.tolist(), "logprobs": request.top_k}
-        return self._sample(request, PATH, prompt)
+        return self._sample(request, completions.PATH, prompt)
 
     def read_sample(self, root: JsonField, request: SampleRequest) -> TeacherAnswer:
         check_read(root.find("usage", "prompt_tokens"), len(request.ids))
-        return self._read_sample(root, only_choice(root)["text"], request)
+        return self._read_sample(root, completions.only_choice(root)["text"], request)
 
 
 class CompletionsById(Completions):
@@ -164,7 +155,7 @@ class Chat(_ByText):
                 f"is {read.value}, and the prompt has {len(request.ids)} tokens here: the server"
                 " drops or shortens messages, or its chat template is another one"
             )
-        return self._read_sample(root, only_choice(root)["message"]["content"], request)
+        return self._read_sample(root, completions.only_choice(root)["message"]["content"], request)
 
 
 class ChatById(Chat):

@@ -45,18 +45,12 @@ class TokenMap:
                 groups[raw].append(i)
         self._ids = {raw: ids[0] for raw, ids in groups.items() if len(ids) == 1}
 
-    def of_bytes(self, raw: bytes) -> int | None:
-        """The only id with these bytes; None if there is none or several."""
-        return self._ids.get(raw)
-
-    def of_string(self, text: str) -> int | None:
-        """The only id that reads so; None for none, several, and text that is not all there."""
-        if _LOSSY in text:
-            return None
-        try:
-            return self.of_bytes(text.encode())
-        except UnicodeEncodeError:  # half of a surrogate pair; JSON can say it
-            return None
+    def id_of(self, key: bytes | str) -> int | None:
+        """The only id with these bytes or this text; None for none, several, and U+FFFD in text."""
+        if isinstance(key, bytes):
+            return self._ids.get(key)
+        # JSON can say half of a surrogate pair.
+        return None if _LOSSY in key else self._ids.get(key.encode(errors="surrogatepass"))
 
     def string(self, i: int) -> str | None:
         """What a token reads as, with U+FFFD for bytes that are not UTF-8; None: no such id."""

@@ -4,15 +4,8 @@ import re
 from typing import ClassVar
 
 from gkdjax.teachers.server.answers import SampleRequest, ScoreRequest, TeacherAnswer, lost_sample
+from gkdjax.teachers.server.dialects import completions
 from gkdjax.teachers.server.dialects.base import Call, Dialect, check_read, is_lost
-from gkdjax.teachers.server.dialects.completions import (
-    PATH,
-    echo,
-    only_choice,
-    read_echo,
-    sampling_fields,
-    token_lists,
-)
 from gkdjax.teachers.server.dialects.logprobs import TokenLogprobs, id_in
 from gkdjax.teachers.server.json_fields import JsonField
 
@@ -23,7 +16,7 @@ class _Vllm(Dialect):
     """Samples."""
 
     def sample(self, request: SampleRequest) -> Call:
-        body = {"top_k": -1} | sampling_fields(self.model, request)
+        body = {"top_k": -1} | completions.sampling_fields(self.model, request)
         body |= {
             "prompt": request.ids.tolist(),
             "logprobs": request.top_k,
@@ -35,16 +28,16 @@ class _Vllm(Dialect):
             "return_tokens_as_token_ids": True,
         }
         tokens = len(request.ids) + request.sampling.max_new_tokens
-        return Call(PATH, body, tokens, request.top_k)
+        return Call(completions.PATH, body, tokens, request.top_k)
 
     def read_sample(self, root: JsonField, request: SampleRequest) -> TeacherAnswer:
         check_read(root.find("usage", "prompt_tokens"), len(request.ids))
-        choice = only_choice(root)
+        choice = completions.only_choice(root)
         if is_lost(choice["finish_reason"]):
             return lost_sample(request.top_k)
         _check_sent(choice, request)
         ids = [i.whole() for i in choice["token_ids"].entries()]
-        keys, tokens = token_lists(choice["logprobs"])
+        keys, tokens = completions.token_lists(choice["logprobs"])
         if [id_in(key) for key in keys] != ids:
             raise choice.wrong("has other tokens in token_ids than in logprobs.tokens")
         stated = root.find("usage", "completion_tokens")
@@ -65,7 +58,7 @@ class PromptLogprobs(_Vllm):
             "temperature": 0,
             "prompt_logprobs": top_k,
         }
-        return Call(PATH, body, sum(len(request.ids) for request in requests), top_k)
+        return Call(completions.PATH, body, sum(len(request.ids) for request in requests), top_k)
 
     def read_scores(self, root: JsonField, *requests: ScoreRequest) -> list[TeacherAnswer]:
         sent = sum(len(request.ids) for request in requests)
@@ -93,10 +86,10 @@ class EchoLogprobs(_Vllm):
     """Scores by `echo`, for servers that refuse `prompt_logprobs`."""
 
     def score(self, request: ScoreRequest) -> Call:
-        return echo(self, request, return_tokens_as_token_ids=True)
+        return completions.echo(self, request, return_tokens_as_token_ids=True)
 
     def read_scores(self, root: JsonField, request: ScoreRequest) -> list[TeacherAnswer]:
-        return read_echo(self, root, request)
+        return completions.read_echo(self, root, request)
 
 
 def _by_id(row: JsonField, target_id: int) -> TokenLogprobs:

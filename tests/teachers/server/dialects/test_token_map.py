@@ -63,11 +63,11 @@ def check(tokenizer) -> TokenMap:
             alone += " "
         assert whole == alone + text, (i, text)
         assert tokens.is_whole(i) == ("\ufffd" not in text)
-        found = tokens.of_string(text)
+        found = tokens.id_of(text)
         assert found in (i, None) or BYTE_TOKEN.fullmatch(name)
         if counts[text] == 1 and tokens.is_whole(i) and text:
-            assert found == tokens.of_bytes(text.encode()) == i
-    assert tokens.of_string(SPECIAL[0]) == before
+            assert found == tokens.id_of(text.encode()) == i
+    assert tokens.id_of(SPECIAL[0]) == before
     return tokens
 
 
@@ -115,8 +115,7 @@ SHARED = byte_fallback(pieces=("a", "▁", " ", "▁a", " a", "\ufffd"))
 )
 def test_which_token_text_and_bytes_name(tokenizer, text, token):
     tokens = TokenMap(tokenizer)
-    found = tokens.of_bytes(text) if isinstance(text, bytes) else tokens.of_string(text)
-    assert found == (None if token is None else tokenizer.get_vocab()[token])
+    assert tokens.id_of(text) == (None if token is None else tokenizer.get_vocab()[token])
 
 
 def test_parts_of_characters_and_ids_that_are_none():
@@ -158,4 +157,4 @@ def test_any_byte_level_vocabulary(tokens):
     spelled |= dict(zip(sorted(set(range(256)) - set(spelled)), over, strict=True))
     vocab = {"".join(spelled[byte] for byte in raw): i for i, raw in enumerate(sorted(tokens))}
     found = check(fast(Tokenizer(models.BPE(vocab=vocab, merges=[])), decoders.ByteLevel()))
-    assert [found.of_bytes(raw) for raw in sorted(tokens)] == list(range(len(tokens)))
+    assert [found.id_of(raw) for raw in sorted(tokens)] == list(range(len(tokens)))
