@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator
 
 from gkdjax.config import Config
@@ -23,34 +24,23 @@ _STOP_S = 20.0
 
 
 class VllmServer:
-    """One server; its processes are a process group of their own.
-
-    Attributes:
-      base: its address, for config.teacher.api_base.
-      model: the directory that it serves.
-      name: under which it does.
-    """
+    """A server of the directory `model` under `name`, at `base`; its processes are one group."""
 
     def __init__(self, python: str, model: str, name: str, log: pathlib.Path, *arguments: str):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
-        self.base = f"http://127.0.0.1:{self._port}/v1"
+            port = free.getsockname()[1]
+        self._health, self.base = f"http://127.0.0.1:{port}/health", f"http://127.0.0.1:{port}/v1"
         self.model, self.name = model, name
-        self._command = [SCRIPT, "--cpu", model, name, str(self._port), *ARGUMENTS, *arguments]
+        self._command = [SCRIPT, "--cpu", model, name, str(port), *ARGUMENTS, *arguments]
         self._environment = os.environ | {"VLLM_PYTHON": python}
         self._log, self._process = log, None
 
     def start(self) -> None:
-        """Returns when it answers; its log's end is told if it does not come to that."""
+        """Returns when it answers; else an error shows the end of its log."""
+        how = {"env": self._environment, "stderr": subprocess.STDOUT, "start_new_session": True}
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                env=self._environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            self._process = subprocess.Popen(self._command, stdout=log, **how)
         deadline = time.monotonic() + _START_S
         while not self._answers():
             ended = self._process.poll()
@@ -77,13 +67,11 @@ class VllmServer:
         self._process = None
 
     def _answers(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=5.0)
-        with contextlib.closing(connection):
-            try:
-                connection.request("GET", "/health")
-                return connection.getresponse().status == 200
-            except (OSError, http.client.HTTPException):
-                return False
+        try:
+            with urllib.request.urlopen(self._health, timeout=5.0) as reply:
+                return reply.status == 200
+        except (OSError, http.client.HTTPException):
+            return False
 
 
 @contextlib.contextmanager
@@ -92,10 +80,7 @@ def connected(
 ) -> Iterator[tuple[RunInputs, LocalTeacher]]:
     """(a run's rows, whose teacher is at a server; the student as a teacher in this process).
 
-    Args:
-      c: with a server for a teacher.
-      workdir: of the run; of one teacher.
-      adapter: a PEFT adapter's directory, for the teacher in this process.
+    The latter has the PEFT adapter in `adapter`; a directory `workdir` is for one teacher.
     """
     workdir.mkdir(exist_ok=True)
     with contextlib.ExitStack() as connections:
@@ -103,8 +88,7 @@ def connected(
         # Of a server's config it would be exact, and not the server's K tokens.
         here = dataclasses.replace(c.teacher, adapter=adapter, backend="local-toggle")
         c = dataclasses.replace(c, teacher=here)
-        in_process = models.LocalTeacherFactory(
-            c, workdir, rows.lengths, rows.mesh, rows.vocab_size
-        )
+        how = rows.lengths, rows.mesh, rows.vocab_size
+        in_process = models.LocalTeacherFactory(c, workdir, *how)
         own = models.load(c, rows.sources.student, c.student.dtype, rows.mesh, ())
         yield rows, in_process.config_teacher(rows.sources, own)

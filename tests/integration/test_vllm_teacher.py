@@ -83,14 +83,16 @@ def test_the_table_of_check_teacher(server, tmp_path):
     assert float(found["forward KL, server to local"].split()[0]) < NATS
 
 
-def test_a_model_that_it_does_not_have(gemma):
-    with pytest.raises(UserError, match=r"'gema'.* did you mean 'gemma3'"):
-        list(check_teacher.rows(asking(gemma, teacher__api_model="gema"), None))
-
-
-def test_more_logprobs_than_it_gives(gemma):
-    with pytest.raises(UserError, match=r"cannot be used.*65.*64"):
-        list(check_teacher.rows(asking(gemma, teacher__top_k=65), None))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teacher__api_model": "gema"}, r"'gema'.* did you mean 'gemma3'"),
+        ({"teacher__top_k": 65}, r"cannot be used.*65.*64"),
+    ],
+)
+def test_what_the_server_does_not_have(gemma, change, message):
+    with pytest.raises(UserError, match=message):
+        list(check_teacher.rows(asking(gemma, **change), None))
 
 
 def test_another_tokenizer(gemma, tmp_path):
