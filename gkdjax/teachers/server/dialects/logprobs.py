@@ -234,7 +234,7 @@ def _checked(
 ) -> dict[int, float]:
     """`best` without what stands for -inf and without rounding above 0."""
     for i, value in ((target, logprob), *best.items()):
-        if np.isnan(value) or value == np.inf:
+        if math.isnan(value) or value == math.inf:
             raise WrongAnswer(f"{where}: the logprob of id {i} is {value}")
         if value > _ROUNDING:
             raise WrongAnswer(f"{where}: the logprob of id {i} is {value}, a probability above 1")
