@@ -72,12 +72,9 @@ def cache(
 def estimate(
     missing: Sequence[Request], input_price: float | None, output_price: float | None
 ) -> str:
-    """A table of the requests and their cost; nobody can foresee responses that are refused.
+    """A table of the requests and their cost, in USD for a million tokens read and written.
 
-    Args:
-      missing: the requests.
-      input_price: USD for a million tokens that are read; None: left out.
-      output_price: the same for tokens that are written.
+    Nobody can foresee responses that are refused and written again.
     """
     samples = [request for request in missing if isinstance(request, SampleRequest)]
     scores = len(missing) - len(samples)

@@ -47,11 +47,7 @@ def main(config: Config, workdir: pathlib.Path) -> None:
 
 
 def rows(config: Config, local: str | None) -> Iterator[Row]:
-    """Yields the rows of the table.
-
-    Args:
-      config: with a server for a teacher.
-      local: the same weights as a directory or hub id, or None.
+    """Yields the rows of the table; `local` is a directory or hub id of the same weights.
 
     Raises:
       UserError: the server cannot be used; why.
@@ -143,9 +139,7 @@ def _beside_local(server: Server, chat: Chat, local: str) -> Iterator[Row]:
 def compare(logits_nV: np.ndarray, probe: TeacherAnswer) -> tuple[float, float]:
     """(largest difference of a top-k logprob, mean KL(server || local)), in nats.
 
-    Args:
-      logits_nV: of the local model, at the positions of `probe`.
-      probe: the server's answer.
+    `logits_nV` are the local model's where `probe` is the server's answer.
     """
     highest_n1 = logits_nV.max(axis=-1, keepdims=True)
     norm_n1 = np.log(np.exp(logits_nV - highest_n1).sum(axis=-1, keepdims=True)) + highest_n1

@@ -25,9 +25,6 @@ Row = tuple[str, str]  # name, value
 def describe(model: str) -> Iterator[Row]:
     """Yields the rows of the table; an error is raised where its row would stand.
 
-    Args:
-      model: a directory or a hub id.
-
     Raises:
       UserError: the model cannot be had, or cannot be used: the file, tensor or token is named.
     """

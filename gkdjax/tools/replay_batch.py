@@ -70,8 +70,8 @@ def replay(run: pathlib.Path, step: int) -> Iterator[ReplayedRow]:
                 batch = jax.tree.map(lambda x, i=i: _repeated(x, i), part.batch)
                 own = _row(targets, i)
                 found = loss(trainable, made.frozen, batch, own, {}, divergence=divergence)
-                told = own.hidden_BNE if isinstance(own, DenseTargets) else own.topk.logprobs
-                bad = np.isnan(np.asarray(told, np.float32)) | np.isposinf(told)
+                outputs = own.hidden_BNE if isinstance(own, DenseTargets) else own.topk.logprobs
+                bad = np.isnan(np.asarray(outputs, np.float32)) | np.isposinf(outputs)
                 count = int(part.batch.target_mask_BN[i].sum())
                 yield ReplayedRow(name, row, count, float(found), not bad.any())
 

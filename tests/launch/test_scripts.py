@@ -1,4 +1,4 @@
-"""What can be said of the launch scripts without running them."""
+"""The launch scripts: their printed commands, wrong calls, and the pins."""
 
 import json
 import pathlib
@@ -139,10 +139,10 @@ def test_a_wrong_call_is_exit_2_and_says_what_to_do(command, variables, named, t
 def test_prompts_are_read_in_one_piece_on_a_cpu_alone(cpu):
     """On a CPU the engine was seen to end without it; whole prompts need room for the longest."""
     arguments = [*["--cpu"][:cpu], "model", "m", "1", "--x"]
-    told = call("start_vllm.sh", *arguments, VLLM_PYTHON="echo").stdout
-    assert ("--no-enable-chunked-prefill" in told) == cpu
-    assert ("--max-num-batched-tokens" in told) != cpu
-    assert told.endswith("--x\n")
+    printed = call("start_vllm.sh", *arguments, VLLM_PYTHON="echo").stdout
+    assert ("--no-enable-chunked-prefill" in printed) == cpu
+    assert ("--max-num-batched-tokens" in printed) != cpu
+    assert printed.endswith("--x\n")
 
 
 def test_every_direct_requirement_is_pinned():

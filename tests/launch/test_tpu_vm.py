@@ -37,7 +37,7 @@ class Slice:
         }
 
     def set_environment(self, **variables: str) -> None:
-        """Of the VMs."""
+        """Sets the variables of the VMs."""
         (self.directory / "environment.json").write_text(json.dumps(variables))
 
     def start(self, script: str, *arguments: str, **more: str) -> subprocess.Popen:

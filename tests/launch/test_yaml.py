@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 import yaml
-from launch.together import LAUNCH, ROOT, environment, executable
+from launch.test_readme import assert_main_takes
+from launch.together import LAUNCH, environment, executable
 
-from gkdjax import config, main
 from gkdjax.utils.errors import (
     CoordinatorUnreachable,
     Preempted,
@@ -29,14 +29,18 @@ def jobset() -> dict:
     return load("gke_jobset.yaml")
 
 
-def test_a_jobset_stops_where_a_person_has_to_look_and_begins_again_elsewhere(jobset):
+@pytest.fixture(scope="module")
+def job(jobset) -> dict:
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    return replicated["template"]["spec"]
+
+
+def test_a_jobset_stops_where_a_person_has_to_look_and_begins_again_elsewhere(jobset, job):
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     policy = jobset["spec"]["failurePolicy"]
     assert policy["maxRestarts"] > 0
     (rule,) = policy["rules"]
     assert rule["action"] == "FailJobSet" and rule["onJobFailureReasons"] == ["PodFailurePolicy"]
-    (replicated,) = jobset["spec"]["replicatedJobs"]
-    job = replicated["template"]["spec"]
     (pods,) = job["podFailurePolicy"]["rules"]
     assert pods["action"] == "FailJob" and pods["onExitCodes"]["operator"] == "In"
     codes = set(pods["onExitCodes"]["values"])
@@ -47,8 +51,7 @@ def test_a_jobset_stops_where_a_person_has_to_look_and_begins_again_elsewhere(jo
     assert [c["name"] for c in pod["containers"]] == [pods["onExitCodes"]["containerName"]]
 
 
-def test_a_jobset_has_a_pod_for_each_vm_of_its_slice(jobset):
-    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+def test_a_jobset_has_a_pod_for_each_vm_of_its_slice(job):
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
     rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
@@ -62,8 +65,7 @@ def test_a_jobset_has_a_pod_for_each_vm_of_its_slice(jobset):
     assert workdir.partition("=")[2].startswith(mounted["runs"] + "/")
 
 
-def test_secrets_are_named_and_not_written(jobset):
-    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+def test_secrets_are_named_and_not_written(job):
     (container,) = job["template"]["spec"]["containers"]
     assert {"HF_TOKEN", "TEACHER_KEY"} == {variable["name"] for variable in container["env"]}
     assert all("secretKeyRef" in variable["valueFrom"] for variable in container["env"])
@@ -117,12 +119,8 @@ def commands() -> list[list[str]]:
     return found
 
 
-def test_every_command_is_one_that_gkdjax_main_takes():
+def test_gkdjax_main_takes_every_command():
     assert len(commands()) == 4
     for command in commands():
-        names = {word.partition("=")[0].removeprefix("--") for word in command}
-        assert names <= set(main.flags.FLAGS) and {"config", "workdir"} <= names
-        (file,) = [word.partition("=")[2] for word in command if word.startswith("--config=")]
-        scope: dict = {"__file__": str(ROOT / file)}
-        exec((ROOT / file).read_text(), scope)
-        assert config.parse(scope["get_config"]()).student.model
+        assert_main_takes(command)
+        assert any(word.startswith("--workdir=") for word in command)

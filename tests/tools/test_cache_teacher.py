@@ -46,10 +46,10 @@ def fill(c, workdir: pathlib.Path, *prices: float, buy: bool = True) -> None:
 def test_a_run_after_it_needs_no_server(student, server, tmp_path, capsys):
     c, run = job(student, server.base), tmp_path / "run"
     fill(c, run, 1e6, 0.0, buy=False)
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     preflights = server.handler.answered  # as many rows each
     assert preflights == 33
-    assert "requests" in told and "price, at most" in told
+    assert "requests" in printed and "price, at most" in printed
 
     fill(c, run)
     bought = server.handler.answered - 2 * preflights

@@ -55,11 +55,11 @@ def test_runs_side_by_side(tmp_path, capsys):
     assert found["Recovery of the prefix"]["questions"] == ["0.977", "not defined"]
     assert found["Side effects"]["forward KL"] == ["0.0600", "0.0600"]
     assert run(a, b) == 0
-    told = capsys.readouterr().out
-    assert told.endswith("\ncompare.png\n") and imread("compare.png").shape[2] == 4
-    lines = [line.split() for line in told.splitlines()]
+    printed = capsys.readouterr().out
+    assert printed.endswith("\ncompare.png\n") and imread("compare.png").shape[2] == 4
+    lines = [line.split() for line in printed.splitlines()]
     for title, rows in found.items():
-        assert f"\n{title}\n" in f"\n{told}"
+        assert f"\n{title}\n" in f"\n{printed}"
         for name, cells in rows.items():
             assert [*name.split(), *" ".join(cells).split()] in lines
 
@@ -90,10 +90,10 @@ def test_unfinished_runs_are_marked_and_shown_with_their_measures(tmp_path, caps
     assert found["Right answers"]["student, accuracy"][1:] == ["-", "-"]
     assert found["Training"]["steps"] == ["60", "20", "-"]
     assert run(a, b, begun) == 0
-    told = capsys.readouterr().out
-    header = told.splitlines()[1].split()
-    assert header == ["a", "b", "*", "begun", "*"] and "\n* not finished\n" in told
-    assert "b: eval.jsonl: the last line is cut off, and left out" in told
+    printed = capsys.readouterr().out
+    header = printed.splitlines()[1].split()
+    assert header == ["a", "b", "*", "begun", "*"] and "\n* not finished\n" in printed
+    assert "b: eval.jsonl: the last line is cut off, and left out" in printed
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path, monkeypatch):
@@ -147,10 +147,10 @@ def test_runs_with_different_questions_are_refused(tmp_path, capsys):
     b = made.write_finished(tmp_path / "b", task(questions=OTHER, retention__sort=OTHER))
     c = made.write_unfinished(tmp_path / "c")
     assert run(a, b, c, "--out=x.png") == 2
-    told = capsys.readouterr()
-    assert told.out == "" and not pathlib.Path("x.png").exists()
-    assert "differ in questions (a, c / b); retention.sort (a, c / b)" in told.err
-    assert "prompts" not in told.err.split("Compare runs")[0]
+    printed = capsys.readouterr()
+    assert printed.out == "" and not pathlib.Path("x.png").exists()
+    assert "differ in questions (a, c / b); retention.sort (a, c / b)" in printed.err
+    assert "prompts" not in printed.err.split("Compare runs")[0]
 
 
 def test_the_curves_lie_over_each_other(tmp_path):
@@ -201,8 +201,8 @@ def test_names_of_directories_are_no_formulas_and_no_codes(tmp_path, capsys):
     a = made.write_unfinished(tmp_path / "_a$x^$")
     b = made.write_unfinished(tmp_path / "b\x1b[2J")
     assert run(a, b) == 0
-    told = capsys.readouterr().out
-    assert r"_a$x^$" in told and r"b\x1b[2J" in told and "\x1b" not in told
+    printed = capsys.readouterr().out
+    assert r"_a$x^$" in printed and r"b\x1b[2J" in printed and "\x1b" not in printed
     (legend,) = compare.figure(compare.read([a, b])).legends
     assert len(legend.get_texts()) == 2
 

@@ -114,8 +114,8 @@ def test_a_damaged_or_unfinished_newest_step_is_passed_over(lora_run, run, tmp_p
     damage(run, "trainable/layers/q_proj/a")
     before = sorted(run.rglob("*"))
     assert export(run, tmp_path / "no", "--step=4") == 2
-    told = capsys.readouterr().err
-    assert "no checkpoint" in told and "trainable/layers/q_proj/a" in told
+    printed = capsys.readouterr().err
+    assert "no checkpoint" in printed and "trainable/layers/q_proj/a" in printed
     assert export(run, tmp_path / "out") == 0
     assert "step 2 of" in capsys.readouterr().out
     assert_same_bytes(tmp_path / "out", lora_run.parent / "stopped")

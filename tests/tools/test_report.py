@@ -22,8 +22,8 @@ def test_a_finished_run(tmp_path, capsys):
         path.write_text("old")
     assert run(directory) == 0
     assert tuple(path.read_bytes() for path in paths) == wanted
-    told = f"{directory}: finished, 60 steps\n{paths[0]}\n{paths[1]}\n"
-    assert capsys.readouterr().out == told
+    printed = f"{directory}: finished, 60 steps\n{paths[0]}\n{paths[1]}\n"
+    assert capsys.readouterr().out == printed
     before = sorted(directory.rglob("*"))
     assert run(directory, f"--out={tmp_path / 'page.html'}") == 0
     assert sorted(directory.rglob("*")) == before  # it stays as it is
@@ -36,9 +36,9 @@ def test_unfinished_runs_have_a_page_that_says_so(tmp_path, capsys):
     with (directory / "metrics.jsonl").open("a") as file:
         file.write('{"step": 12, "los')
     assert run(directory) == 0
-    told = capsys.readouterr().out
-    assert "not finished, step 12 of 60" in told
-    assert "metrics.jsonl: the last line is cut off, and left out" in told
+    printed = capsys.readouterr().out
+    assert "not finished, step 12 of 60" in printed
+    assert "metrics.jsonl: the last line is cut off, and left out" in printed
     assert "This run is not finished, step 12 of 60." in (directory / "report.html").read_text()
     begun = made.write_begun(tmp_path / "begun")
     assert run(begun) == 0
@@ -57,8 +57,8 @@ def test_a_place_that_is_no_run_is_named(tmp_path, capsys, kind):
     if kind == "model":
         (directory / "config.json").write_text('{"model_type": "llama"}')
     assert run(directory, f"--out={tmp_path / 'page.html'}") == 2
-    told = capsys.readouterr().err
-    assert told.startswith("report: ") and str(directory) in told
+    printed = capsys.readouterr().err
+    assert printed.startswith("report: ") and str(directory) in printed
     assert not (tmp_path / "page.html").exists()
 
 

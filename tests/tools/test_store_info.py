@@ -128,8 +128,8 @@ def test_errors_are_one_line_and_leave_no_file(path, tmp_path, capsys, monkeypat
     assert there.read_text() == "mine"
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "pyarrow", None)
-        told = error(path, f"--export={new}")
-    assert "needs pyarrow, which is not installed: pip install" in told
+        printed = error(path, f"--export={new}")
+    assert "needs pyarrow, which is not installed: pip install" in printed
     data = path.read_bytes()
     at = data.index(codec.encode(answer(2))[4:])
     path.write_bytes(data[: at + 30] + bytes([data[at + 30] ^ 1]) + data[at + 31 :])

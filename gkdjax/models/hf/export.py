@@ -73,9 +73,8 @@ def export_merged(
 
     Args:
       directory: replaced as a whole, see `writer.whole_directory`; it may be the source.
-      spec: the student's.
-      params: the frozen base, or all trained parameters.
-      adapters: merged into the base; None where there are none.
+      spec, params: of the frozen base, or all trained parameters.
+      adapters: merged into the base.
       source: the directory of the model that the student came from.
       shard_bytes: largest size of a file; more make several, with an index.
       ending: for generation_config.json; None keeps the source's.
@@ -118,12 +117,9 @@ def export_adapter(
     generates with the base's own generation_config.json unless it is given this one.
 
     Args:
-      directory: replaced as a whole, see `writer.whole_directory`.
-      spec: the student's.
-      adapters: from training.
+      directory, spec, ending: as for `export_merged`.
       source: the directory of the base.
       base: the base's name for adapter_config.json; None: the absolute path of `source`.
-      ending: as for `export_merged`.
     """
     model_type = load_config(source)["model_type"]
     base = str(pathlib.Path(source).absolute()) if base is None else base
@@ -137,11 +133,8 @@ def save_pretrained(
 ) -> None:
     """Writes a model of new weights, in the family's plain layout and the dtypes of `params`.
 
-    Args:
-      directory: replaced as a whole, see `writer.whole_directory`; it may be the source.
-      spec: the decoder's.
-      params: all of its parameters.
-      source: a directory with its config.json, tokenizer and chat template.
+    `source` has its config.json, tokenizer and chat template; `directory`, replaced as a whole, may
+    be the same.
     """
     tensors = {}
     for path, names in load.leaf_names(spec, CheckpointNames()).items():

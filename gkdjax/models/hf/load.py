@@ -195,11 +195,8 @@ def _read_leaf(
 ) -> jax.Array:
     """Reads one leaf into its place: (L, in, out) if `stacked`, else the first tensor.
 
-    Args:
-      files, names: of the leaf's tensors, which have passed `check_tensors`.
-      stacked: the leaf has a layer axis.
-      dtype: None: the tensors', or float32 where they have several.
-      sharding: None: the default device, uncommitted.
+    Without a dtype it is the tensors', or float32 where they have several; without a sharding the
+    leaf goes to the default device, uncommitted.
     """
     names = names if stacked else names[:1]
     if dtype is None:

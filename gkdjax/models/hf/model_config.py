@@ -133,11 +133,7 @@ def load_spec(directory: str | pathlib.Path) -> DecoderConfig:
 
 
 def unread_keys(config: dict) -> list[str]:
-    """Lists the keys that are set and that neither transformers nor the decoder reads.
-
-    Args:
-      config: of a directory that `load_spec` accepts.
-    """
+    """Lists the keys of an accepted config that are set and that nothing reads."""
     return sorted(
         f"{start}{key}"
         for start, part, cls, keys in _parts(config)
@@ -199,9 +195,9 @@ def _refuse_quantised(path: pathlib.Path, config: dict) -> None:
 
 def _checked_fields(path: pathlib.Path, config: dict) -> dict:
     """Checks all keys and their values -> the fields that the family's `decoder_spec` reads."""
-    kept: dict = {}
+    fields: dict = {}
     for start, part, cls, keys in _parts(config):
-        target = kept.setdefault("text_config", {}) if start else kept
+        target = fields.setdefault("text_config", {}) if start else fields
         for key, value in part.items():
             if key in keys:
                 _check_value(f"{path}: {start}{key}", key, value)
@@ -213,7 +209,7 @@ def _checked_fields(path: pathlib.Path, config: dict) -> dict:
                 )
             if key in keys or key == "model_type":
                 target[key] = value
-    return kept
+    return fields
 
 
 def _parts(config: dict) -> Iterator[tuple[str, dict, type[PretrainedConfig], frozenset[str]]]:

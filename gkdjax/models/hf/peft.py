@@ -134,15 +134,7 @@ def save_adapter(
     model_type: str,
     base: str,
 ) -> None:
-    """Writes the two files that `peft.PeftModel.from_pretrained` reads.
-
-    Args:
-      directory: an empty one.
-      spec: the base's.
-      adapters: from training, of one dropout.
-      model_type: of the base's config.json.
-      base: name of the base, a hub id or a path.
-    """
+    """Writes the files that `peft.PeftModel.from_pretrained` reads; `base` is the base's name."""
     layout = registry.MODEL_TYPES[model_type].LAYOUTS[model_type][-1]  # torch's names are the last
     tensors = {}
     for path, adapter in adapters.items():

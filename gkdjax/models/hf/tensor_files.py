@@ -13,7 +13,7 @@ from gkdjax.utils.errors import UserError, one_line
 INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")  # reading one runs whatever code it holds
 
-# What transformers writes for `variant="fp16"`: the same weights in another dtype.
+# The names of transformers for `variant="fp16"`: the same weights in another dtype.
 _VARIANT = re.compile(r"model(-\d+-of-\d+)?\.[^.]+(-\d+-of-\d+)?\.safetensors")
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _ADAPTERS = ("adapter_model.safetensors", "adapters.safetensors")  # PEFT's name, and MLX's

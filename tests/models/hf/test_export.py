@@ -67,20 +67,6 @@ def test_a_merged_directory_is_the_attached_student_in_torch(kind, tmp_path):
     assert_same(again, lora.merge(params, adapters))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "max_shard_size"), [("float32", "40KB"), ("bfloat16", "5GB"), ("float16", "40KB")]
-)
-@pytest.mark.parametrize("kind", KINDS)
-def test_untrained_weights_come_back_byte_for_byte(kind, dtype, max_shard_size, tmp_path):
-    source = checkpoints.make(tmp_path / "source", kind, dtype, max_shard_size)
-    files = list(pathlib.Path(source).glob("*.safetensors"))
-    assert (len(files) > 2) == (max_shard_size != "5GB")
-    for load_as in (None, "float32"):  # a frozen base; masters of all parameters
-        decoder, params = load.load_pretrained(source, dtype=load_as)
-        export.export_merged(tmp_path / "out", decoder.spec, params, None, source)
-        assert_same_bytes(tmp_path / "out", source)
-
-
 def buffers(found):
     kept = torch.ones(4, dtype=torch.float16)  # of another dtype and other numbers than ours
     return found | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": kept + 0 for i in range(3)}
@@ -103,37 +89,47 @@ def newer_names(found):
     return {"model." + name.replace(old, new): tensor for name, tensor in found.items()}
 
 
-def only_indexed(found):
-    """The head stands in the index alone, see `test_what_transformers_loads...`."""
+def as_saved(found):
     return found
 
 
-UNUSUAL = [
-    *(("gemma3", form) for form in (buffers, head_alone)),
-    *(("llama", form) for form in (buffers, in_float32(".layers.1."), head_in_float32)),
-    *(("qwen2", form) for form in (head_alone, in_float32("norm"))),
-    *(("qwen3", form) for form in (head_in_float32, only_indexed, in_float32(".layers.1."))),
-    (MULTIMODAL, newer_names),
+def only_indexed(found):
+    """The index alone names the head, see below."""
+    return found
+
+
+SAVED = [("float32", "40KB"), ("bfloat16", "5GB"), ("float16", "40KB")]
+FORMS = [
+    *((kind, *saved, as_saved) for kind in KINDS for saved in SAVED),
+    *(("gemma3", "bfloat16", "5GB", form) for form in (buffers, head_alone)),
+    *(("llama", "bfloat16", "5GB", form) for form in (buffers, in_float32(".layers.1."))),
+    ("llama", "bfloat16", "5GB", head_in_float32),
+    *(("qwen2", "bfloat16", "5GB", form) for form in (head_alone, in_float32("norm"))),
+    *(("qwen3", "bfloat16", "5GB", form) for form in (head_in_float32, only_indexed)),
+    ("qwen3", "bfloat16", "5GB", in_float32(".layers.1.")),
+    (MULTIMODAL, "bfloat16", "5GB", newer_names),
 ]
 
 
-@pytest.mark.parametrize(("kind", "form"), UNUSUAL)
-def test_what_transformers_loads_is_loaded_and_comes_back(kind, form, tmp_path):
-    source = pathlib.Path(checkpoints.make(tmp_path / "source", kind, "bfloat16"))
+@pytest.mark.parametrize(("kind", "dtype", "max_shard_size", "form"), FORMS)
+def test_untrained_weights_come_back_byte_for_byte(kind, dtype, max_shard_size, form, tmp_path):
+    source = pathlib.Path(checkpoints.make(tmp_path / "source", kind, dtype, max_shard_size))
     before = torch_logits(load_torch(source))
-    save(source, form(tensors(source)))
+    if form is as_saved:
+        assert (len(list(source.glob("*.safetensors"))) > 2) == (max_shard_size == "40KB")
+    else:
+        save(source, form(tensors(source)))
     if form is only_indexed:
         where = dict.fromkeys([*tensors(source), HEAD], WEIGHTS)
         (source / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
     np.testing.assert_array_equal(torch_logits(load_torch(source)), before)
-    decoder, params = load.load_pretrained(source, dtype="float32")
-    np.testing.assert_allclose(checkpoints.logits(decoder, params), before, atol=2e-5)
-    decoder, kept = load.load_pretrained(source)  # each leaf in its own dtype
-    stored = {tensor.dtype for name, tensor in tensors(source).items() if "q_proj.weight" in name}
-    mixed = len(stored) > 1
-    assert kept["layers"]["q_proj"].dtype == (jnp.float32 if mixed else jnp.bfloat16)
-    for loaded in (params, kept):
-        export.export_merged(tmp_path / "out", decoder.spec, loaded, None, source)
+    decoder, masters = load.load_pretrained(source, dtype="float32")
+    np.testing.assert_allclose(checkpoints.logits(decoder, masters), before, atol=2e-5)
+    decoder, base = load.load_pretrained(source)  # each leaf in its own dtype
+    stored = {str(t.dtype)[6:] for name, t in tensors(source).items() if "q_proj.weight" in name}
+    assert base["layers"]["q_proj"].dtype == ("float32" if len(stored) > 1 else stored.pop())
+    for params in (masters, base):
+        export.export_merged(tmp_path / "out", decoder.spec, params, None, source)
         assert_same_bytes(tmp_path / "out", source)
 
 

@@ -17,7 +17,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from gkdjax.models.decoder_config import param_shapes
-from gkdjax.models.hf import load, model_config
+from gkdjax.models.hf import load
 from gkdjax.models.hf.tensor_files import INDEX, TensorFiles
 from gkdjax.parallel.mesh import make_mesh
 from gkdjax.utils.errors import UserError
@@ -322,7 +322,6 @@ DAMAGE = [
     (unlink("config.json"), r"no config\.json"),
     (shutil.rmtree, "no such model directory.*model"),
     (config(num_hidden_layers=2), r"unknown tensors.*model\.layers\.2"),
-    (config(mlp_bias=True), r"config\.json.*mlp_bias"),
 ]
 
 
@@ -339,8 +338,3 @@ def test_a_key_that_nothing_reads_is_logged(copy, caplog):
     with caplog.at_level("WARNING"):
         load.load_pretrained(copy)
     assert "config.json: rope_interleaved: transformers passes over it" in caplog.text
-
-
-def test_the_spec_is_read_without_the_weights(copy):
-    (copy / WEIGHTS).unlink()
-    assert model_config.load_spec(copy) == factories.spec("llama", tie_word_embeddings=False)
