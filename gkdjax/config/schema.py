@@ -286,6 +286,9 @@ class Train:
     grad_accum_steps: Count = 1  # micro-batches that such a batch is computed in
     # Seconds after which a run saves its state and ends with 75, as after SIGTERM; None: no limit.
     max_seconds: Annotated[float, Range(1)] | None = None
+    # Seconds of a step, with its save, after which a process is taken to hang, and ends with 75 (or
+    # five times the median of the steps before); None: it may take any time.
+    watchdog_s: Annotated[float, Range(1)] | None = 300.0
     # A step changes nothing if its loss or gradient is not finite; so many in a row end the run.
     max_bad_steps: Count = 3
     remat: bool = False  # compute a layer's activations again for its backward pass

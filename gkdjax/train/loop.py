@@ -5,6 +5,8 @@ import math
 import pathlib
 from collections.abc import Callable
 
+import jax
+import numpy as np
 from absl import logging
 
 from gkdjax.parallel import multihost
@@ -19,6 +21,7 @@ from gkdjax.train.metrics import MetricsRecorder
 from gkdjax.train.setup import Run, initial_state, total_steps
 from gkdjax.train.step import TrainBatch, make_loss, make_train_step
 from gkdjax.train.stopping import StopRequest
+from gkdjax.train.watchdog import Watchdog
 from gkdjax.types import TrainState
 from gkdjax.utils.errors import (
     Preempted,
@@ -58,6 +61,7 @@ def train(
         contextlib.closing(checkpoints),
         contextlib.closing(MetricsRecorder(workdir, first, steps, config)) as record,
         contextlib.closing(EvalSchedule(run, workdir, first, measured)) as evaluate,
+        contextlib.closing(Watchdog(config.train.watchdog_s)) as watchdog,
         stop.deferred(),
     ):
         hooks(run.teacher).stop_on(stop.event)
@@ -77,22 +81,23 @@ def train(
                     how_far = f"saved at step {step}" if step else "before its first step"
                     raise stop.error(how_far) from None
                 raise type(error)(f"{error}. {how_far}") from None
-            state, sums = train_step(state, run.frozen, *batch[:3], divergence=batch.divergence)
-            record.record(step, sums, batch)
             last = step + 1 == steps
-            due = (step + 1) % config.checkpoint.every_steps == 0 or step + 1 in kept
-            stopped = stopping.asked(stop.event.is_set())
-            if last or due or stopped:
-                record.read()
-                if last:
-                    record.require_some_good(steps)
-                # The numbers of a step are those of the state before it; this one is saved.
-                if record.good is not None:
-                    _require_finite(loss, state, run.frozen, record.good)
-                checkpoints.save(state)
-            if stopped and not last:
-                checkpoints.wait()
-                raise stop.error(f"saved at step {step + 1}")
+            due = last or (step + 1) % config.checkpoint.every_steps == 0 or step + 1 in kept
+            with watchdog.watching((*map(np.shape, jax.tree.leaves(batch[:3])), due)):
+                state, sums = train_step(state, run.frozen, *batch[:3], divergence=batch.divergence)
+                record.record(step, sums, batch)
+                stopped = stopping.asked(stop.event.is_set())
+                if due or stopped:
+                    record.read()
+                    if last:
+                        record.require_some_good(steps)
+                    # The numbers of a step are those of the state before it; this one is saved.
+                    if record.good is not None:
+                        _require_finite(loss, state, run.frozen, record.good)
+                    checkpoints.save(state)
+                if stopped and not last:
+                    checkpoints.wait()
+                    raise stop.error(f"saved at step {step + 1}")
         checkpoints.wait()
         with message_if_teacher_fails("All steps are made and saved"), stop.raising():
             evaluate.if_due(steps, state, record)

@@ -198,8 +198,9 @@ def clock(workdir: pathlib.Path) -> datetime.datetime | None:
 def _lasting(raw: dict) -> dict:
     """Copies a config without what a run may change; on other devices it is the same run."""
     raw = copy.deepcopy(raw)
+    anew = dict.fromkeys(("max_seconds", "watchdog_s"))
     teacher = {key: v for key, v in raw["teacher"].items() if key not in REACH_KEYS}
-    return raw | {"teacher": teacher, "mesh": None, "train": raw["train"] | {"max_seconds": None}}
+    return raw | {"teacher": teacher, "mesh": None, "train": raw["train"] | anew}
 
 
 def _differences(mine, theirs, key: str) -> Iterator[str]:
