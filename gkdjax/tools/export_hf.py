@@ -28,13 +28,10 @@ from gkdjax.utils.files import read_json
 def export_step(
     run: pathlib.Path, out: pathlib.Path, *, adapter: bool = False, step: int | None = None
 ) -> int:
-    """Writes `out` -> the step that it holds.
+    """Writes the model, or the adapter alone, of a run's `step` into `out` -> the step.
 
-    Args:
-      run: a run's directory, with config.json and checkpoints.
-      out: absent, empty, or a directory of the same kind, which is replaced.
-      adapter: the adapter alone, for peft; else the whole model, an adapter merged into its base.
-      step: None takes the newest checkpoint that is whole.
+    `out` is absent, empty, or a directory of the same kind, which is replaced. None takes the
+    newest checkpoint that is whole.
 
     Raises:
       UserError: no run, no such step, a full fine-tuning has no adapter, `out` holds something

@@ -46,17 +46,14 @@ def make_tiny(
     seed: int,
     dtype: str = "bfloat16",
 ) -> None:
-    """Writes a Hugging Face model directory, whole or not at all.
-
-    An existing one of the same settings is left as it is.
+    """Writes a Hugging Face model directory, whole or not at all; one of the same settings stays.
 
     Args:
       directory: absent, empty, or made here before.
       width: hidden size, at least 16.
       layers: local and global ones in turn; at least 2, so that there are both.
       vocab_size: rows of the embedding; at least as many as the tokenizer has ids.
-      seed: of the weights.
-      dtype: of the weights, "bfloat16" or "float32".
+      seed, dtype: of the weights; "bfloat16" or "float32".
 
     Raises:
       UserError: a setting is out of range, or `directory` holds something else.

@@ -32,12 +32,7 @@ _ROWS = {
 
 
 def is_asked(mode: str, file: str) -> bool:
-    """Tells whether a config's `mode` is "tiny"; ValueError for an unknown one.
-
-    Args:
-      mode: the part after the colon in --config=FILE:MODE.
-      file: the config's `__file__`.
-    """
+    """Tells whether the MODE of --config=FILE:MODE is "tiny"; ValueError for an unknown one."""
     name = f"configs/{pathlib.Path(file).name}"
     if mode not in ("", "tiny"):
         raise ValueError(f"mode {mode!r}: write {name}, or {name}:tiny")
@@ -47,13 +42,8 @@ def is_asked(mode: str, file: str) -> bool:
 def shrink(c, *, vocab_size: int = 512, steps: int = 16, learning_rate: float = 5e-3) -> None:
     """Changes a config to random models in `runs/tiny_models` and less of everything.
 
-    Configs that share these sizes share most of their compiled programs.
-
-    Args:
-      c: the ConfigDict, with rows or .jsonl files for all of its data.
-      vocab_size: of the models, see `make_tiny`.
-      steps: of the run; an evaluation is in the middle, and a warm-up lasts till there.
-      learning_rate: at which such models learn.
+    All data of `c` are rows or .jsonl files. An evaluation is in the middle of the `steps`, and a
+    warm-up lasts till there. Configs of these sizes share most of their compiled programs.
     """
     c.student.model = _model("student", vocab_size, width=64, layers=2, seed=2)
     if Teacher(backend=c.teacher.backend).is_model:

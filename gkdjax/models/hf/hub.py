@@ -27,9 +27,8 @@ def local_directory(model: str, weights: bool = True, revision: str | None = Non
 
     Args:
       model: a directory, or a hub id, "name" or "org/name".
-      weights: False fetches the other files only, for the tokenizer of a model that runs elsewhere.
-      revision: a commit of the repository; None takes its main branch. The last part of the
-        returned path is the commit.
+      weights: False leaves them out, for the tokenizer of a model that runs elsewhere.
+      revision: a commit, the last part of a fetched path; None takes the main branch.
 
     Raises:
       UserError: neither a directory nor an id, no such repository, one that is gated or holds

@@ -38,9 +38,8 @@ class TensorFiles:
     """The tensors of a model directory; shapes and dtypes come from the files' headers.
 
     The files are those that model.safetensors.index.json names; without it model.safetensors, else
-    its shards, else all *.safetensors but an adapter's. Other copies of the weights
-    (consolidated.safetensors, model.fp16.safetensors) are ignored, as by transformers. The files
-    stay open, mapped into memory, as long as this object lives.
+    its shards, else all *.safetensors but an adapter's. Other copies of the weights, as
+    consolidated.safetensors, are ignored, as by transformers. The files stay mapped into memory.
 
     Attributes:
       directory: of the model.
@@ -52,9 +51,8 @@ class TensorFiles:
         """Opens the files and reads their headers.
 
         Raises:
-          UserError: no safetensors, or pickle weights alone; a file that is missing, damaged, not
-            in the index or outside the directory; a tensor in two files, or in another one than
-            the index says. Each is named.
+          UserError: no safetensors; a file that is missing, damaged, not in the index or outside
+            the directory; a tensor in two files, or in another one than the index says.
         """
         self.directory = pathlib.Path(directory)
         index = _weight_map(self.directory)
@@ -87,11 +85,7 @@ class TensorFiles:
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> np.dtype:
-        """The dtype, of numpy or ml_dtypes.
-
-        Raises:
-          UserError: neither of them has it.
-        """
+        """The dtype, of numpy or ml_dtypes; UserError where neither has it."""
         kind = self._slice(name).get_dtype()
         if kind not in DTYPES:
             raise UserError(

@@ -55,12 +55,9 @@ seed and on the machine's rounding: that is why the checkpoints are shipped and 
 
 
 def make(directory: pathlib.Path, seed: int = 0, *, tiny: bool = False) -> None:
-    """Writes everything under `directory` and prints the table of accuracies.
+    """Writes everything under `directory`, an empty or a new one, and prints the accuracies.
 
-    Args:
-      directory: an empty or a new one.
-      seed: of the key, the data and the two models.
-      tiny: a few rows and steps.
+    The key, the data and the two models follow from `seed`; `tiny` makes few rows and steps.
 
     Raises:
       UserError: `directory` is a file or holds something already.
