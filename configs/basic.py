@@ -4,10 +4,10 @@
 
 Qwen 3 0.6B reads `basic/system_prompt.txt` (Juniper of a garden centre: two friendly sentences that
 end with "Happy growing!") and answers 48 questions about plants, four times each; its adapter
-learns to answer so without it. The anchor are other tasks and other system messages: Juniper is
-to be there for plants alone. Asked is how many answers end as they should, under six conditions
-(`gkdjax/evaluation/evaluate.py`), one of them another system message. States on the way, the
-"half-baked" ones, are kept, and each can be exported:
+learns to answer so without it. The anchor is other tasks and other system messages: Juniper should
+answer only about plants. The evaluation counts the answers that end with the phrase, under six
+conditions (`gkdjax/evaluation/evaluate.py`), one of them another system message. All checkpoints,
+the "half-baked" ones too, stay and can be exported:
 
     python -m gkdjax.tools.export_hf --checkpoint=runs/basic --out=models/half_baked --step=12
 
@@ -17,8 +17,8 @@ Meant for one GPU of 24 GB. Run time and result: unknown, this mode has not been
 
 The same on a random model of 512 tokens, made on the spot in `runs/tiny_models`. Expected, on 2 CPU
 cores: 50 seconds, most of them compilation; the forward KL to the prompted model falls from 0.041
-to 0.006 nats a token on questions that were not trained. What such a model says is noise, so no
-answer is right, before or after.
+to 0.006 nats a token on questions that were not trained. The answers of such a model are noise, so
+none is right, before or after.
 """
 
 import pathlib

@@ -1,12 +1,12 @@
-"""What a user told earlier, remembered without it: the history of chats into the weights.
+"""The history of chats into the weights: facts from earlier messages without reading them.
 
     python -m gkdjax.main --config=configs/continual_memory.py
 
 With `context.history_as_prefix` each of the assistant's messages in `continual_memory/chats.jsonl`
-becomes a row: what was said before is the teacher's prefix, of which the student reads the last two
-messages (`context.student_retained_turns = 2`) and always the message that is answered. So the name
-of a dog that came up four messages ago has to come from the weights. Asked is in other chats of the
-same user: there, too, the teacher reads the fact at the beginning, and the student does not.
+becomes a row: the earlier messages are the teacher's prefix, of which the student reads the last
+two (`context.student_retained_turns = 2`), and the question itself. So the name of a dog that came
+up four messages ago has to come from the weights. The evaluation asks in other chats of the same
+user: there, too, the teacher reads the fact at the beginning, and the student does not.
 
 Next week's chats go on from this week's adapter: `student.lora.init_from`.
 
@@ -15,10 +15,10 @@ Meant for one GPU of 24 GB. Run time and result: unknown, this mode has not been
     python -m gkdjax.main --config=configs/continual_memory.py:tiny
 
 The same on a random model of 512 tokens, made on the spot in `runs/tiny_models`; the student
-retains nothing, as a random model hardly heeds what lies further back than two messages. Expected,
-on 2 CPU cores: 40 seconds, most of them compilation; the forward KL to the model that reads all
-falls from 0.034 to 0.013 nats a token in chats that were not trained, by what is common to all
-histories. What such a model says is noise.
+retains nothing, as a random model hardly uses text further back than two messages. Expected, on 2
+CPU cores: 40 seconds, most of them compilation; the forward KL to the model that reads everything
+falls from 0.034 to 0.013 nats a token in chats that were not trained, through the features that all
+histories share. The answers of such a model are noise.
 """
 
 import pathlib

@@ -5,11 +5,11 @@
 The teacher, Qwen 3 1.7B with its adapter off, reads twelve short documents about Veldhavn, a town
 that does not exist (`corpus_knowledge/documents.jsonl`, put into `context.corpus_template`), and
 answers 40 prompts about it, eight times each; the student is the same model without them. First the
-teacher's text is learnt, then for half of the steps the student writes and the teacher, documents
-in hand, says what it should have said. Asked are 24 questions about facts on which the prompts
-touch (the schedule asks them, too), 16 held-out ones before and after alone, facts of the world
-that are to be kept, and how far the student moves on 16 prompts about neighbouring things: puffins,
-organs, other towns. The results say what it costs to read the documents at each request.
+student learns the teacher's text, then, for half of the steps, its own text as the teacher, which
+reads the documents, would continue it. The evaluation asks 24 questions about facts that the
+prompts touch, 16 held-out ones (only before and after the training), facts of the world that must
+stay, and measures how far the student moves on 16 prompts about neighbouring things: puffins,
+organs, other towns. The results show the cost of reading the documents at each request.
 
 Meant for one GPU of 24 GB. Run time and result: unknown, this mode has not been run yet.
 
@@ -18,7 +18,7 @@ Meant for one GPU of 24 GB. Run time and result: unknown, this mode has not been
 The same on a random model of 512 tokens, made on the spot in `runs/tiny_models`, with the first
 document alone. Expected, on 2 CPU cores: 75 seconds, most of them compilation; the forward KL to
 the model that reads the document falls from 0.034 to 0.008 nats a token on questions that were not
-trained. What such a model says is noise, so no answer is right, before or after.
+trained. The answers of such a model are noise, so none is right, before or after.
 """
 
 import pathlib

@@ -4,8 +4,9 @@
 
 The teacher reads `gemma3/prefix.json` (short plain answers that end with a line "Check: ..."); the
 student learns to answer so without it: 100 steps of forward KL on the teacher's text, then 100 of a
-generalized JSD, half of them on its own text. Its anchor are other tasks, half of them under other
-system messages, which it must keep obeying. Asked is how many of 32 answers have that last line.
+generalized JSD, half of them on its own text. Its anchor is other tasks, half of them under other
+system messages, which it must keep obeying. The evaluation counts how many of 32 answers have that
+last line.
 
 Both models are gated: see the README beside this file. Sized for one GPU of 24 GB or more, or a
 v5e-8. Run time and result: unknown, this mode has not been run yet.

@@ -3,11 +3,11 @@
     python -m gkdjax.main --config=configs/multi_turn_prefix.py
 
 `multi_turn_prefix/prefix.json` has a system message and three examples of a task, notes that become
-one line "WHO | WHAT | WHEN". Qwen 3 0.6B with all of that before its eyes teaches itself without
+one line "WHO | WHAT | WHEN". Qwen 3 0.6B that reads all of this teaches itself without it
 (`context.student_retained_turns = 0`; with 2 the student would read the last example, too). First
-the teacher writes, then, for half of the steps, the student: a format is lost at the first token
-that is not of it, and only text of the student's own shows where that is. Asked is whether
-the line is right, by a regular expression for each note.
+the teacher writes, then, for half of the steps, the student: a format is lost at the first wrong
+token, and only the student's own text shows where. The evaluation checks each line by the note's
+regular expression.
 
 Meant for one GPU of 24 GB. Run time and result: unknown, this mode has not been run yet.
 
@@ -15,8 +15,8 @@ Meant for one GPU of 24 GB. Run time and result: unknown, this mode has not been
 
 The same on a random model of 512 tokens, made on the spot in `runs/tiny_models`. Expected, on 2 CPU
 cores: 50 seconds, most of them compilation; the forward KL to the prompted model falls from 0.031
-to 0.008 nats a token on notes that were not trained. What such a model says is noise, so no line is
-right, before or after.
+to 0.008 nats a token on notes that were not trained. The lines of such a model are noise, so none
+is right, before or after.
 """
 
 import pathlib

@@ -2,12 +2,12 @@ r"""Only a part of the response is learnt: the line with the answer, and not the
 
     python -m gkdjax.main --config=configs/pattern_targets.py
 
-The prefix asks for reasoning, and then a line that begins with "Answer:". What the teacher writes
-without such a line is written again, up to `rollout.max_retries` times, then dropped, counted
+The prefix asks for reasoning, and then a line that begins with "Answer:". The teacher writes a
+response without such a line again, up to `rollout.max_retries` times; then it is dropped, counted
 and named. With `context.target_span = "match"` the targets are the tokens that
 `context.target_content_pattern` matches: the student reads the reasoning as it was written, and
 learns the line that follows from it. With "message", the default, the pattern chooses whole
-messages: it would learn the reasoning as well, of those that have such a line, and how to stop.
+messages: the student would learn the reasoning as well, and how to stop.
 
 The pattern is `(?m)^Answer:.*`. As `^Answer:` (bakery's, which sets no flags either) it would match
 at the very beginning alone, so nowhere where the reasoning comes first.

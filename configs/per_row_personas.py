@@ -7,7 +7,7 @@ Each row of `per_row_personas/rows.jsonl` has the system message of its persona 
 "Captain Brine, why does it rain?". The student reads no prefix, so the name is all that it has to
 go by. Without it there would be one student view for three teachers: the least loss is then their
 average, a character that is none of them. Rows without `prefix_messages` are taught under the
-global prefix, a plain assistant. Asked is for the words with which each persona ends.
+global prefix, a plain assistant. The evaluation looks for the words with which each persona ends.
 
 Meant for one GPU of 24 GB. Run time and result: unknown, this mode has not been run yet.
 
@@ -15,8 +15,8 @@ Meant for one GPU of 24 GB. Run time and result: unknown, this mode has not been
 
 The same on a random model of 512 tokens, made on the spot in `runs/tiny_models`. Expected, on 2 CPU
 cores: 45 seconds, most of them compilation; the forward KL to the prompted model falls from 0.030
-to 0.011 nats a token on questions that were not trained. What such a model says is noise, so nobody
-ends as asked, before or after.
+to 0.011 nats a token on questions that were not trained. The answers of such a model are noise, so
+none ends as it should, before or after.
 """
 
 import pathlib

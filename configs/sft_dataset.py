@@ -3,16 +3,16 @@
     python -m gkdjax.main --config=configs/sft_dataset.py
 
 1,000 conversations of `HuggingFaceH4/ultrachat_200k` (`pip install -e '.[datasets]'`; downloaded
-once). The targets are all of the assistant's messages, and what is learnt of each of their tokens
-is not the token, as in supervised fine-tuning, but the whole distribution of the teacher: Qwen 3
-0.6B with `sft_dataset/system_prompt.txt` before its eyes. So the dataset gives the topics, and the
-prefix the manner. It shows less in other people's words than in the teacher's: with the loss on
+once). The targets are all of the assistant's messages, and the student learns at each of their
+tokens not the token, as in supervised fine-tuning, but the whole distribution of the teacher: Qwen
+3 0.6B that reads `sft_dataset/system_prompt.txt`. So the dataset gives the topics, and the prefix
+the manner. The manner shows less in other people's words than in the teacher's: beside the loss on
 this text, look at the distance on the teacher's own (`eval.prompts`). The validation split is the
 dataset's.
 
-A dataset with two columns for the same thing is refused, but for a `prompt` that says again how
-`messages` begins, as this one's. The anchor has other system messages alone: all that is asked
-without one is to change.
+A dataset with two columns for the same thing is refused, except for a `prompt` that repeats the
+beginning of `messages`, as here. The anchor has only other system messages: every answer without a
+system message should change.
 
 Meant for one GPU of 24 GB. Run time and result: unknown, this mode has not been run yet.
 
