@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from typing import NamedTuple
 
 from absl import logging
 
@@ -9,7 +10,6 @@ from gkdjax.config import Config, anchor_sets
 from gkdjax.data import truncation
 from gkdjax.data.dataset import DistillDataset
 from gkdjax.data.examples import BadRows
-from gkdjax.data.load import Examples
 from gkdjax.data.loss_mask import TargetRules
 from gkdjax.data.row_schema import TOOL_ROLES
 from gkdjax.data.views import ViewRules
@@ -39,35 +39,62 @@ def contexts_of(
     return {f"the student ({config.student.model})": student, f"the teacher ({name})": found}
 
 
-def build(
-    config: Config,
-    key: str,
-    examples: list[Example],
-    rules: ViewRules,
-    batch_size: int,
-    contexts: dict[str, ContextLimit],
-    bad_rows: BadRows,
-    per_prompt: int | None = None,
-) -> DistillDataset:
-    """Builds one dataset, with its rows as they will be read.
+class DatasetBuilder(NamedTuple):
+    """Builds the datasets of a run, with their rows as they will be read."""
 
-    Args:
-      key: of the dataset, as "data.train".
-      contexts: from `contexts_of`.
-      bad_rows: takes the rows that the chat template refuses.
-      per_prompt: responses to a row without one; None: `rollout.per_prompt`.
+    config: Config
+    rules: ViewRules
+    contexts: dict[str, ContextLimit]  # from `contexts_of`
+    bad_rows: BadRows  # takes the rows that the chat template refuses
 
-    Raises:
-      UserError: rows that do not fit, named.
-    """
-    c = config.rollout
-    off_policy = key != "data.train" or needs_teacher_text(config.gkd)  # rows as they stand
-    how = {"per_prompt": per_prompt or c.per_prompt, "own_responses": off_policy}
-    dataset = DistillDataset(config, key, examples, rules, batch_size, bad_rows, **how)
-    room = "rollout.max_new_tokens", c.max_new_tokens
-    rows = dataset.examples()
-    truncation.require_contexts(rows, rules, room, contexts, teacher_writes=off_policy)
-    return dataset
+    def build(
+        self, key: str, examples: list[Example], batch_size: int, per_prompt: int | None = None
+    ) -> DistillDataset:
+        """Builds one dataset, as that of "data.train"; UserError for rows that do not fit.
+
+        `per_prompt` responses are written to a row without one; None: `rollout.per_prompt`.
+        """
+        c = self.config
+        off_policy = key != "data.train" or needs_teacher_text(c.gkd)  # rows as they stand
+        how = {"per_prompt": per_prompt or c.rollout.per_prompt, "own_responses": off_policy}
+        given = c, key, examples, self.rules, batch_size, self.bad_rows
+        dataset = DistillDataset(*given, **how)
+        self.require_room("rollout", dataset.examples(), teacher_writes=off_policy)
+        return dataset
+
+    def require_room(self, section: str, rows: list[Example], *, teacher_writes: bool) -> None:
+        """Raises UserError for a row that the models cannot read with SECTION.max_new_tokens."""
+        room = f"{section}.max_new_tokens", getattr(self.config, section).max_new_tokens
+        truncation.require_contexts(
+            rows, self.rules, room, self.contexts, teacher_writes=teacher_writes
+        )
+
+    def anchors(
+        self, anchors: dict[str, list[Example]], sources: Sources
+    ) -> dict[str, DistillDataset]:
+        """Builds the anchors by name, see `config.anchor_sets`; {} without one."""
+        c, chat, contexts = self.config, sources.teacher_chat, self.contexts
+        if c.anchor.reference == "base":
+            chat = sources.chat
+            contexts = contexts_of(c, dataclasses.replace(sources, teacher=None), None)
+        targets = anchor_targets(c, anchors)
+        rules = dataclasses.replace(self.rules, teacher_chat=chat, retained=0, targets=targets)
+        of_anchors = self._replace(rules=rules, contexts=contexts)
+        return {
+            each.name: of_anchors.build(each.key, anchors[each.name], c.anchor.batch_size)
+            for each in anchor_sets(c.anchor)
+        }
+
+    def validation(self, rows: list[Example], can: Capabilities) -> DistillDataset | None:
+        """Builds the first `eval.rows` rows; None without any, or if no teacher can read them."""
+        most = self.config.eval.rows
+        if not rows:
+            return None
+        if len(rows) > most:
+            logging.info("data.validation: the first %d of %d rows (eval.rows)", most, len(rows))
+        batch_size = self.config.eval.batch_size
+        dataset = self.build("data.validation", rows[:most], batch_size, per_prompt=1)
+        return None if dataset.needs_scores() and not can.scores else dataset
 
 
 def anchor_targets(config: Config, anchors: dict[str, list[Example]]) -> TargetRules:
@@ -77,46 +104,3 @@ def anchor_targets(config: Config, anchors: dict[str, list[Example]]) -> TargetR
         roles |= {turn.role for rows in anchors.values() for row in rows for turn in row.turns}
         roles -= {*TOOL_ROLES}
     return TargetRules(tuple(sorted(roles)))
-
-
-def build_anchors(
-    config: Config,
-    anchors: dict[str, list[Example]],
-    rules: ViewRules,
-    sources: Sources,
-    contexts: dict[str, ContextLimit],
-    bad_rows: BadRows,
-) -> dict[str, DistillDataset]:
-    """Builds the anchors by name, see `config.anchor_sets`; {} without one."""
-    if not anchors:
-        return {}
-    chat = sources.teacher_chat
-    if config.anchor.reference == "base":
-        chat = sources.chat
-        contexts = contexts_of(config, dataclasses.replace(sources, teacher=None), None)
-    targets = anchor_targets(config, anchors)
-    rules = dataclasses.replace(rules, teacher_chat=chat, retained=0, targets=targets)
-    size = config.anchor.batch_size
-    return {
-        of.name: build(config, of.key, anchors[of.name], rules, size, contexts, bad_rows)
-        for of in anchor_sets(config.anchor)
-    }
-
-
-def build_validation(
-    config: Config,
-    examples: Examples,
-    rules: ViewRules,
-    contexts: dict[str, ContextLimit],
-    can: Capabilities,
-    bad_rows: BadRows,
-) -> DistillDataset | None:
-    """Builds the first `eval.rows` rows; None without any, or if the teacher cannot read them."""
-    rows, most = examples.validation, config.eval.rows
-    if not rows:
-        return None
-    if len(rows) > most:
-        logging.info("data.validation: the first %d of %d rows (eval.rows)", most, len(rows))
-    how = config.eval.batch_size, contexts, bad_rows
-    dataset = build(config, "data.validation", rows[:most], rules, *how, per_prompt=1)
-    return None if dataset.needs_scores() and not can.scores else dataset

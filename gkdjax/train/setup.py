@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from gkdjax.config import Config, rows_at_once
-from gkdjax.data import load, truncation
+from gkdjax.data import load
 from gkdjax.data.dataset import DistillDataset
 from gkdjax.data.examples import BadRows
 from gkdjax.data.load import Examples
@@ -30,10 +30,11 @@ from gkdjax.models.hf import model_config
 from gkdjax.parallel import mesh as parallel_mesh
 from gkdjax.rollout.schedule import needs_teacher_text
 from gkdjax.teachers import local
-from gkdjax.teachers.base import Capabilities, Needs, Teacher, hooks, refusals, require_teacher
+from gkdjax.teachers.base import Needs, Teacher, hooks, refusals, require_teacher
 from gkdjax.teachers.local import LocalTeacher
 from gkdjax.teachers.server import connect
 from gkdjax.train import datasets, models
+from gkdjax.train.datasets import DatasetBuilder
 from gkdjax.train.models import LocalTeacherFactory, Sources
 from gkdjax.train.step import init_state
 from gkdjax.types import Example, Message, TrainState
@@ -124,21 +125,23 @@ def read(
         too_long=config.data.too_long,
     )
     contexts = datasets.contexts_of(config, sources, teacher)
+    builder = DatasetBuilder(config, rules, contexts, bad_rows)
     examples = _renderable(config, examples, rules, bad_rows)
-    _check_questions(config, examples, rules, contexts)
-    rows = config.train.batch_size
-    dataset = datasets.build(config, "data.train", examples.train, rules, rows, contexts, bad_rows)
+    _check_questions(builder, examples)
+    dataset = builder.build("data.train", examples.train, config.train.batch_size)
     if config.gkd.on_policy_fraction > 0:  # the student writes to rows with a response, too
-        room = "rollout.max_new_tokens", config.rollout.max_new_tokens
         prompts = _without_answers(dataset.examples())
-        truncation.require_contexts(prompts, rules, room, contexts, teacher_writes=False)
+        builder.require_room("rollout", prompts, teacher_writes=False)
     if toggles and not (config.teacher.adapter or config.student.lora.init_from):
         local.require_longer_view(dataset.views_differ())
-    anchors = datasets.build_anchors(config, examples.anchors, rules, sources, contexts, bad_rows)
-    can = teacher.capabilities if teacher is not None else LocalTeacher.capabilities
-    validation = datasets.build_validation(config, examples, rules, contexts, can, bad_rows)
-    name = teacher.description if teacher is not None else config.teacher.backend
-    _check_capabilities(config, can, name, _needs(config, dataset, anchors, validation))
+    anchors = builder.anchors(examples.anchors, sources)
+    can = LocalTeacher.capabilities if teacher is None else teacher.capabilities
+    validation = builder.validation(examples.validation, can)
+    name = config.teacher.backend if teacher is None else teacher.description
+    needs = _needs(config, dataset, anchors, validation)
+    how = {"top_k": config.teacher.top_k, "temperature": config.gkd.temperature}
+    if reasons := refusals(can, **how, tail=config.gkd.tail, needs=needs):
+        raise UserError(f"this teacher ({name}) cannot do it: {'; '.join(reasons)}")
     asked = dict.fromkeys((*examples.questions, *examples.heldout, *examples.prompts))
     return RunInputs(
         config=config,
@@ -204,27 +207,18 @@ def _renderable(
     )
 
 
-def _check_questions(config: Config, examples: Examples, rules: ViewRules, contexts) -> None:
+def _check_questions(builder: DatasetBuilder, examples: Examples) -> None:
     """Raises UserError for questions that do not fit the models' contexts with their answers."""
-    room = "eval.max_new_tokens", config.eval.max_new_tokens
     asked = [*dict.fromkeys((*examples.questions, *examples.heldout, *examples.prompts))]
-    other = tuple(Message(**message) for message in config.eval.other_prefix)
+    other = tuple(Message(**message) for message in builder.config.eval.other_prefix)
     asked += [dataclasses.replace(e, prefix=(), turns=other + e.turns) for e in asked if other]
     alone = [*itertools.chain(*examples.retention.values()), *examples.side_effects]
     for rows, by_teacher in ((asked, True), (alone, False)):
-        rows = _without_answers(rows)
-        truncation.require_contexts(rows, rules, room, contexts, teacher_writes=by_teacher)
+        builder.require_room("eval", _without_answers(rows), teacher_writes=by_teacher)
 
 
 def _without_answers(rows: list[Example]) -> list[Example]:
     return [dataclasses.replace(row, answer=None) for row in rows]
-
-
-def _check_capabilities(config: Config, can: Capabilities, name: str, needs: Needs) -> None:
-    c = config.gkd
-    how = {"top_k": config.teacher.top_k, "temperature": c.temperature, "tail": c.tail}
-    if reasons := refusals(can, **how, needs=needs):
-        raise UserError(f"this teacher ({name}) cannot do it: {'; '.join(reasons)}")
 
 
 def _needs(
