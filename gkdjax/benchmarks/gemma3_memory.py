@@ -1,4 +1,4 @@
-"""What `configs/gemma3.py` needs in memory, by XLA's own account: compiled, never run, no weights.
+"""Memory that `configs/gemma3.py` needs, by XLA's own account: compiled, never run, no weights.
 
     JAX_PLATFORMS=cpu python -m gkdjax.benchmarks.gemma3_memory --config=configs/gemma3.py
 

@@ -1,4 +1,4 @@
-"""What loading a checkpoint costs in host memory, and what each device then holds of it.
+"""Measures the host memory of loading a checkpoint, and each device's part of it afterwards.
 
     python -m gkdjax.benchmarks.load_memory [--gb=2]
 

@@ -33,7 +33,7 @@ from gkdjax.utils.text import size, table
 
 
 class Case(NamedTuple):
-    """What is planned and compiled."""
+    """A config and models that are planned and compiled."""
 
     name: str
     vocab: int  # of both models

@@ -1,4 +1,4 @@
-"""What a prefix costs that all rows share: read by each row, read once, or cached from before.
+"""The cost of a prefix that all rows share: read by each row, read once, or cached from before.
 
     python -m gkdjax.benchmarks.shared_prefix [--prefix 512 2048 8192 --ways cached reading]
 

@@ -44,7 +44,7 @@ from gkdjax.utils.text import table
 UNFUSED, PLAIN = "unfused", "plain"
 VARIANTS = (UNFUSED, "dense", "topk", "stored")
 TUNINGS, PROMPTS = ("lora", "full"), ("none", "half")
-# Left out unless asked for: at this size full fine-tuning takes minutes, and its half of prompts
+# Left out unless it is named: at this size full fine-tuning takes minutes, and its half of prompts
 # shows nothing that the other combinations do not.
 _LEFT_OUT = {(262_144, "full", "half")}
 _DIVERGENCE = "forward_kl"

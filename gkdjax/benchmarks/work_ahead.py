@@ -128,7 +128,7 @@ class _Bench:
         return sums
 
     def _timed(self, step: Callable) -> dict[str, float]:
-        """As in a run, the numbers of a step are waited for when the next one is begun."""
+        """Waits for the numbers of a step when the next one is begun, as a run does."""
         before, start = None, time.perf_counter()
         for number in range(self._a.steps):
             made = step(number)
@@ -143,7 +143,7 @@ def _names(batch: Batch) -> list[str]:
 
 
 def _teacher(base: str, directory: pathlib.Path, top_k: int) -> ServerTeacher:
-    """As `connect` makes it, of a server that needs no preflight."""
+    """The teacher that `connect` would make, of a server that needs no preflight."""
     zero = np.zeros(1, np.float32)
     tops = np.zeros((1, top_k), np.int32), np.zeros((1, top_k), np.float32)
     probe = TeacherAnswer(zero.astype(np.int32), zero, *tops, zero)

@@ -26,7 +26,7 @@ def round_up(length: int, allowed: Sequence[int]) -> int:
 def ladder(max_length: int, allowed: Sequence[int]) -> tuple[int, ...]:
     """Lengths for prompts that are not known beforehand: the allowed ones.
 
-    With (): 16, 32, 48, 64, 96, 128, ... up to `max_length`, which is always the last.
+    For (): 16, 32, 48, 64, 96, 128, ... up to `max_length`, which is always the last.
     """
     if allowed:
         return tuple(sorted(allowed))

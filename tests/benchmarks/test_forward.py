@@ -1,4 +1,4 @@
-"""What the forward benchmark counts."""
+"""The operations that the forward benchmark counts."""
 
 import math
 

@@ -27,7 +27,7 @@ def test_loading_takes_no_second_copy(checkpoint):
     results = [load_memory.in_new_process(checkpoint, fsdp) for fsdp in (1, 4)]
     for result, num_cut in zip(results, (0, 8), strict=True):
         assert SIZE <= result["size"] < 1.5 * SIZE
-        # What was loaded is counted, so the figure is no figure of something else.
+        # The weights are counted, so the figure is no figure of something else.
         assert result["size"] * 0.95 < result["rise"] <= load_memory.limit(result)
         assert load_memory.limit(result) < 1.3 * result["size"]  # far from twice
         assert len(result["cut"]) == num_cut

@@ -22,7 +22,7 @@ def test_the_training_step_takes_what_was_planned(case):
 
 
 def test_a_step_on_a_mesh_takes_what_was_planned():
-    """Of eight devices, and these are four: so in another process."""
+    """A process of its own, as it needs eight devices, and these tests have four."""
     script = pathlib.Path(__file__).parents[1] / "sharded_memory.py"
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(README.parent)}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What the decoder's tests share: rows, logits from both sides, and their distance."""
+"""Shared by the decoder's tests: rows, logits from both sides, and their distance."""
 
 import functools
 

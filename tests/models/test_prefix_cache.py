@@ -116,10 +116,12 @@ def test_each_prefix_is_read_once_and_the_least_recently_used_makes_room():
         hidden(made, LONG, OTHER)
     assert made.num_reads == 2
     one = sum(x.nbytes for x in jax.tree.leaves(made._keys(LONG)))
-    small = cache_of(*GROUPS, max_bytes=one)
-    for prefix in (LONG, LONG, OTHER, OTHER, LONG):
-        hidden(small, prefix)
-    assert small.num_reads == 3
+    two = cache_of(*GROUPS, [row(UNKNOWN, 4), row(UNKNOWN, 5)], max_bytes=2 * one)
+    for prefix in (LONG, OTHER, LONG, UNKNOWN, LONG):
+        hidden(two, prefix)
+    assert two.num_reads == 3
+    hidden(two, OTHER)
+    assert two.num_reads == 4
     none = cache_of(*GROUPS, max_bytes=0)
     hidden(none, LONG), hidden(none, LONG)
     assert none.num_reads == 2  # it works, and keeps nothing

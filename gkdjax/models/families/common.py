@@ -1,6 +1,6 @@
-"""What the families share: names in checkpoints, and fields of configs.
+"""The families' common part: names in checkpoints, and fields of configs.
 
-What the decoder does not compute is a ValueError.
+A config that the decoder does not compute is a ValueError.
 """
 
 import sys
@@ -52,10 +52,10 @@ def silu_spec(
     refuse(title, not silu, f"activation {c.hidden_act!r}")
     c.standardize_rope_params()  # as its model does: only now are keys beside the object looked at
     rope = rope_spec(title, c.rope_parameters)
-    is_global_L = global_layers(title, layer_types)
+    is_global_L, numbers = global_layers(title, layer_types), sizes(c)
     return DecoderConfig(
-        **sizes(c),
-        query_scale=head_dim(c) ** -0.5,
+        **numbers,
+        query_scale=numbers["head_dim"] ** -0.5,
         activation="silu",
         tied_embedding=c.tie_word_embeddings,
         is_global_L=is_global_L,
@@ -101,21 +101,18 @@ def global_layers(title: str, layer_types: list[str]) -> tuple[bool, ...]:
 
 def sizes(c: PretrainedConfig) -> dict:
     """The fields of `DecoderConfig` that every family's config has under the same names."""
+    # No field of Qwen 2's class, but transformers' model takes it where a config.json has it.
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     return {
         "vocab_size": c.vocab_size,
         "width": c.hidden_size,
         "num_heads": c.num_attention_heads,
         "num_kv_heads": c.num_key_value_heads,
-        "head_dim": head_dim(c),
+        "head_dim": head_dim,
         "ffn_width": c.intermediate_size,
         "norm_eps": c.rms_norm_eps,
         "context_length": c.max_position_embeddings,
     }
-
-
-def head_dim(c: PretrainedConfig) -> int:
-    """No field of Qwen 2's class, but transformers' model takes it where a config.json has it."""
-    return getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
 
 
 def refuse(title: str, found, what: str) -> None:
