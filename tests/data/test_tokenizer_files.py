@@ -1,5 +1,6 @@
 """A tokenizer reads text as its tokenizer.json has it, whatever class transformers takes for it."""
 
+import functools
 import json
 import logging
 
@@ -28,14 +29,6 @@ def own_regex(cut: str = r"\p{N}{1,3}|\s+|[^\s\p{N}]+") -> Tokenizer:
     return byte_level(pre_tokenizers.Split(Regex(cut), "isolated"), regex=False)
 
 
-def digits() -> Tokenizer:
-    return byte_level(pre_tokenizers.Digits(individual_digits=True))
-
-
-def prefix_space() -> Tokenizer:
-    return byte_level(add_prefix_space=True)
-
-
 def llama2(first_only: bool = False) -> Tokenizer:
     made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     if first_only:
@@ -46,10 +39,6 @@ def llama2(first_only: bool = False) -> Tokenizer:
     parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     made.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)])
     return trained(made, [*SPECIAL, *(f"<0x{i:02X}>" for i in range(256))], [])
-
-
-def llama2_first() -> Tokenizer:
-    return llama2(first_only=True)
 
 
 def trained(made: Tokenizer, special: list[str], alphabet: list[str]) -> Tokenizer:
@@ -75,6 +64,11 @@ def check(path, made: Tokenizer, text: str = TEXT):
     expected = made.encode(text, add_special_tokens=False).ids
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected
     return tokenizer
+
+
+digits = functools.partial(byte_level, pre_tokenizers.Digits(individual_digits=True))
+prefix_space = functools.partial(byte_level, add_prefix_space=True)
+llama2_first = functools.partial(llama2, first_only=True)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A whole run that measures all there is, and runs that measure some of it."""
 
+import itertools
 import json
 
 import numpy as np
@@ -124,14 +125,10 @@ def test_states_that_were_measured_are_kept_and_can_be_exported(run, tmp_path):
 def test_each_answer_is_written_down_with_its_verdict(run):
     results, workdir, _ = run
     lines = read_lines(workdir / "answers.jsonl")
-    for name in CONDITIONS:
-        for key, measure, count in (
-            ("questions", "accuracy", 5),
-            ("heldout", "heldout_accuracy", 2),
-        ):
-            wanted = name, key
-            right = [x["right"] for x in lines if (x["condition"], x["set"]) == wanted]
-            assert len(right) == count and sum(right) / count == results[name][measure]
+    measures = ("questions", "accuracy", 5), ("heldout", "heldout_accuracy", 2)
+    for name, (key, measure, count) in itertools.product(CONDITIONS, measures):
+        right = [x["right"] for x in lines if (x["condition"], x["set"]) == (name, key)]
+        assert len(right) == count and sum(right) / count == results[name][measure]
     sort = [line for line in lines if line["set"] == "sort"]
     assert [line["condition"] for line in sort] == ["base"] * 2 + ["student"] * 2
     assert not any(line["right"] for line in sort)
