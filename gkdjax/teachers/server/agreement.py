@@ -52,7 +52,7 @@ def compare(sampled: Sequence[TeacherAnswer], scored: Sequence[TeacherAnswer]) -
 def noise(written: Sequence[TeacherAnswer], read: Sequence[TeacherAnswer]) -> float:
     """Mean difference of the best K where the server wrote the text before, and where it read it.
 
-    A mean, unlike a median, counts each of the few places, also where all others are certain.
+    Unlike a median, it counts each of the few places.
     """
     rows = _common_logprobs(written, read)
     return float(np.concatenate([np.abs(a - b) for a, b in rows]).mean()) if rows else 0.0

@@ -161,8 +161,8 @@ def _connect(
     can = declared(c)
     if not findings.scores:
         can = dataclasses.replace(can, scores=False, on_policy=False, limits=findings.limits)
-    source = findings.context_source or "as its server said"  # when an older store was filled
-    source = f"{source}, {c.api_base}"
+    # Older stores lack the source.
+    source = f"{findings.context_source or 'as its server said'}, {c.api_base}"
     return ServerTeacher(
         pool=pool,
         chat=chat,
@@ -186,8 +186,7 @@ def try_server(
     dialects = DIALECTS[c.backend]
     dialects = {only: dialects[only]} if only in dialects else dialects
     how = chat, vocab_size, c.top_k, sampling
-    must_score = c.backend != "openai"
-    return examine(transport, c.api_model, dialects, *how, must_score=must_score)
+    return examine(transport, c.api_model, dialects, *how, must_score=c.backend != "openai")
 
 
 def _identify(server: Server, known: Sequence[TeacherIdentity], tokenizer: str) -> TeacherIdentity:

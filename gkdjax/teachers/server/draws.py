@@ -1,11 +1,9 @@
 """A test with exact odds that tokens were sampled from the distributions that came with them.
 
-A token sampled at temperature 1 has a mean negative logprob equal to the entropy. How far the mean
-of some dozens may be from it is not decided by a variance, as the tails are long: for a few ways in
-which servers go wrong, the probability of a token is divided by the one that the server reports.
-If the report is true, the product of such ratios over successive tokens has the mean 1, whatever
-the model, and so has the mean over all ways: it exceeds a million for less than one server in a
-million, however many tokens are sampled (Ville's inequality).
+For a few ways in which servers go wrong, the probability of a token is divided by the one that the
+server reports. If the report is true, the product of such ratios over successive tokens has the
+mean 1, whatever the model, and so has the mean over all ways: it exceeds a million for less than
+one server in a million, however many tokens are sampled (Ville's inequality).
 
 Letters: C categories: the best K - 1 ids without the stop ids, and all others as one. The K-th may
 be listed only because it was sampled, and not every server shows stop ids. A ways to go wrong.

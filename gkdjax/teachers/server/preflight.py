@@ -157,23 +157,19 @@ def score_request(ids: np.ndarray, top_k: int) -> ScoreRequest:
 
 
 class Trial:
-    """One dialect tried at a server.
-
-    Attributes:
-      server: None if it writes nothing that can be used.
-      reason: why it does not write or score; "" if it does both.
-      is_broken: the reason is the same 5xx response again and again.
-    """
+    """One dialect tried at a server."""
 
     def __init__(
         self, transport: Transport, dialect: Dialect, chat: Chat, top_k: int, most_same: int = 0
     ):
-        """Args: see `examine`; `most_same` is that of `Transport.post`."""
+        """See `examine`, and `Transport.post` for `most_same`."""
         self._transport, self._dialect, self._chat = transport, dialect, chat
         self._top_k, self._most_same = top_k, most_same
         self._ids = probe_ids(chat)
         self._greedy = sample_request(chat, self._ids, top_k, _WRITTEN_TOKENS)
-        self.server, self.reason, self.is_broken = None, "", False
+        self.server: Server | None = None  # None if it writes nothing that can be used
+        self.reason = ""  # why it does not write or score
+        self.is_broken = False  # the reason is the same 5xx response again and again
 
     @property
     def scores(self) -> bool:
@@ -192,6 +188,8 @@ class Trial:
             texts = self._sample(judge=sampling.temperature > 0)[:_TEXTS]
             self.server = Server(self._dialect, found, written.rows(slice(None)))
             scored, difference = self.score([Text(self._greedy, written), *texts])
+            found = dataclasses.replace(found, scores=True, difference=difference)
+            self.server = Server(self._dialect, found, scored.rows(slice(len(self._ids) - 1)))
         except (WrongAnswer, TeacherRefused, RepeatedServerError, NotImplementedError) as error:
             self.is_broken = isinstance(error, RepeatedServerError)
             fault = "does not score given ids" if self.server else "writes nothing that can be used"
@@ -199,9 +197,6 @@ class Trial:
             if self.server:
                 found = dataclasses.replace(found, limits=str(error))
                 self.server = self.server._replace(findings=found)
-        else:
-            found = dataclasses.replace(found, scores=True, difference=difference)
-            self.server = Server(self._dialect, found, scored.rows(slice(len(self._ids) - 1)))
 
     def write(self) -> TeacherAnswer:
         """A greedy answer, each token of which must be the most probable one."""
@@ -252,11 +247,7 @@ class Trial:
         )
 
     def _sample(self, *, judge: bool) -> list[Text]:
-        """Texts at temperature 1.
-
-        Raises:
-          WrongAnswer: if `judge`: they are not from the distributions that came with them.
-        """
+        """Texts at temperature 1; WrongAnswer if `judge` and they are not from what is reported."""
         sampling = SamplingParams(_TEXT_TOKENS, temperature=1.0, top_p=1.0)
         texts, tokens, verdict = [], [], None
         for seed in range(_ROUNDS * _TEXTS):
@@ -293,13 +284,10 @@ class Trial:
         return texts
 
     def score(self, texts: Sequence[Text]) -> tuple[TeacherAnswer, float]:
-        """Scores texts that the server wrote.
+        """Scores texts that the server wrote, and compares the logprobs.
 
         Returns:
           (all positions of the first text, median difference to the sampled logprobs in nats).
-
-        Raises:
-          WrongAnswer: they differ by more than the server's own noise explains.
         """
         wholes = [np.concatenate([text.request.ids, text.answer.target_ids]) for text in texts]
         first, *rest = [score_request(ids, self._top_k) for ids in wholes]

@@ -43,8 +43,7 @@ _Answers = dict[str, TeacherAnswer]
 class Suspects:
     """Keys of requests during which a server went away: they are sent alone until it answers.
 
-    They are kept in a file of the run: otherwise each start would send them together again, and
-    never find out which of them the server does not survive. For threads of one process.
+    A file of the run has them, so that the next start does not send them together again.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -291,11 +290,11 @@ def exchange(
 
 def missing_error(requests: Sequence[Request]) -> UserError:
     """The error of an offline run whose store lacks the answers to these requests."""
-    names = list(dict.fromkeys(request.name for request in requests))
+    names = some(list(dict.fromkeys(request.name for request in requests)))
     return UserError(
         f"config.teacher.offline: the store lacks the answers to {len(requests)} requests, of"
-        f" {some(names)}. Fill it with python -m gkdjax.tools.cache_teacher and the"
-        " same config, or set config.teacher.offline=False"
+        f" {names}. Fill it with python -m gkdjax.tools.cache_teacher and the same config, or set"
+        " config.teacher.offline=False"
     )
 
 

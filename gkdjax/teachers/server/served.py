@@ -86,7 +86,7 @@ def proxied(transport: Transport, model: str) -> ContextLimit | None:
 
 
 def _optional(ask, *args, **kwargs) -> Any:
-    """The response of a route that a server need not have; None if it fails."""
+    """The response of a route that a server need not have, or None."""
     try:
         return ask(*args, once=True, **kwargs)
     except (TeacherRefused, TeacherUnreachable, WrongAnswer):

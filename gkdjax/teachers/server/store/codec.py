@@ -27,12 +27,10 @@ _RAW = -zlib.MAX_WBITS  # deflate without zlib's own header
 def encode(answer: TeacherAnswer, context: bytes = b"") -> bytes:
     """The bytes from which `decode` makes the same answer, bit for bit.
 
-    Args:
-      answer: of int32 and float32.
-      context: not part of the bytes but of the checksum, for whatever belongs to the answer.
+    The checksum covers `context`, which is not in the bytes.
 
     Raises:
-      ValueError: arrays of other dtypes, or of shapes that do not fit together.
+      ValueError: other dtypes than int32 and float32, or shapes that do not fit together.
     """
     n, K = answer.top_ids.shape
     ids = [answer.target_ids[:, None], answer.top_ids]

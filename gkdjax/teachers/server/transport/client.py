@@ -194,11 +194,17 @@ class Transport:
         if self._closed.is_set():
             return _Failure("not made, the transport is closed")
         seconds = min(self._limits.timeout_s, max(deadline - time.monotonic(), 1e-3))
-        handled_outside = sys.exception()
+        outer_error = sys.exception()  # the context of all errors below
         try:
             outcome = self._send(request, seconds)
         except _BROKEN as error:
-            outcome = _first_cause(error, handled_outside)
+            outcome = error
+            # The messages of later errors hold addresses of objects.
+            while (inner := outcome.__cause__ or outcome.__context__) not in (
+                None,
+                outer_error,
+            ):
+                outcome = inner
         # Errors are raised outside of the handler: the library's hold the request's headers, with
         # the key, and must not become the context of ours.
         if isinstance(outcome, _Response):
@@ -303,16 +309,6 @@ def retry_after(header: str | None) -> float:
         except (TypeError, ValueError, IndexError, OverflowError):
             return 0.0
     return min(max(seconds, 0.0), _LONGEST_WAIT_S)
-
-
-def _first_cause(error: BaseException, handled_outside: BaseException | None) -> BaseException:
-    """The error that led to the others, whose messages hold addresses of objects.
-
-    `handled_outside`, which the caller was handling already, is the context of all of them.
-    """
-    while (inner := error.__cause__ or error.__context__) not in (None, handled_outside):
-        error = inner
-    return error
 
 
 def _redirect_target(url: str, location: str | None) -> str:
