@@ -6,12 +6,13 @@ import pathlib
 
 from gkdjax import config as config_lib
 from gkdjax import report
+from gkdjax.losses import Agreement
+from gkdjax.report import results
+from gkdjax.utils.files import write_lines
 
-MEASURES = ("forward_kl", "reverse_kl", "teacher_top_k_mass", "student_top_k_mass")
-MEASURES += ("top1_agreement", "acceptance_rate", "perplexity")
+MEASURES = (*Agreement._fields, "perplexity")
 QUESTIONS = ["Which day comes after Tuesday?", "What is 7 times 6?", "Name a river in France."]
-CONDITIONS = ("base", "prompted_base", "prompted_teacher")
-CONDITIONS += ("student", "reprompted_student", "student_other_prefix")
+CONDITIONS = tuple(results.CONDITIONS)
 SETS = {"questions": 512, "heldout": 256, "sort": 640, "reverse": 64}
 TASK = {name: {"rows": 8, "crc32": 100 + i} for i, name in enumerate(("questions", "heldout"))}
 TASK |= {"prompts": {"rows": 8, "crc32": 7}, "retention.sort": {"rows": 640, "crc32": 9}}
@@ -36,31 +37,30 @@ def three_phases(steps: int) -> list[dict]:
     return lines
 
 
-def measures(start: float, names=MEASURES) -> dict[str, float]:
+def measures(start: float, prefix: str = "") -> dict[str, float]:
     """Every value differs."""
-    values = {name: start / (1 + i) for i, name in enumerate(names)}
+    values = {name: start / (1 + i) for i, name in enumerate(MEASURES)}
     values |= {n: 1 - v / 4 for n, v in values.items() if n.endswith(("mass", "ment", "rate"))}
-    return values | ({"perplexity": 1 + 3 * start} if "perplexity" in names else {})
+    values["perplexity"] = 1 + 3 * start
+    return {prefix + name: value for name, value in values.items()}
 
 
-def evaluation(step: int, texts=("teacher_text", "student_text"), **more) -> dict:
+def evaluation(step: int, texts=("teacher_text", "student_text")) -> dict:
     """Every value differs, and changes from step to step."""
-    found = {}
+    line = {"step": step}
     for i, text in enumerate(texts):
-        of = measures(0.9 / (1 + i / 3 + step / 5))
-        found |= {f"{text}/{name}": value for name, value in of.items()}
-    return {"step": step} | found | more
+        line |= measures(0.9 / (1 + i / 3 + step / 5), f"{text}/")
+    return line
 
 
 def full_evaluation(step: int) -> dict:
     """All that the schedule can measure."""
     more = {"accuracy": 0.95 * step / (step + 5), "validation/loss": 1.1 / (1 + step / 6)}
-    more |= {f"validation/{k}": v for k, v in measures(0.8 / (1 + step / 7)).items()}
-    more |= {f"side_effects/{k}": v for k, v in measures(0.001 * step + 1e-4).items()}
-    return evaluation(step, **more)
+    more |= measures(0.8 / (1 + step / 7), "validation/")
+    return evaluation(step) | more | measures(0.001 * step + 1e-4, "side_effects/")
 
 
-def said(who: str) -> list[str]:
+def answers_of(who: str) -> list[str]:
     return [f"{who} thinks: {question[:-1].lower()}" for question in QUESTIONS]
 
 
@@ -77,7 +77,7 @@ def before() -> dict:
     return {
         **{name: condition(place) for place, name in enumerate(CONDITIONS[:3])},
         "abilities": {"sort": 0.99, "reverse": 0.5},
-        "samples": {"question": [*QUESTIONS]} | {name: said(name) for name in CONDITIONS[:3]},
+        "samples": {"question": [*QUESTIONS]} | {name: answers_of(name) for name in CONDITIONS[:3]},
         "task": TASK,
         "unavailable": {"distance on the student's own text": why},
         "counts": SETS,
@@ -89,7 +89,7 @@ def after() -> dict:
     return {
         **students,
         "abilities": {"sort": 0.98, "reverse": 0.53},
-        "samples": {name: said(name) for name in students},
+        "samples": {name: answers_of(name) for name in students},
         "side_effects": measures(0.06),
         "prefix_cost": {
             **{"tokens_saved": 1041.25, "rows": 64, "new_tokens": 100},
@@ -148,14 +148,10 @@ def completion(place: int, **changed) -> dict:
 
 def config(**sections: dict) -> dict:
     """config.json, with other values in these sections."""
-    made = json.loads(json.dumps(config_lib.to_dict(config_lib.Config())))
+    made = config_lib.to_dict(config_lib.Config())
     made["student"]["model"] = "models/student"
     made["train"] |= {"steps": STEPS, "epochs": None}
     return {name: of | (sections.get(name) or {}) for name, of in made.items()}
-
-
-def write_lines(path: pathlib.Path, lines: list[dict]) -> None:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def write_begun(run: pathlib.Path, **sections: dict) -> pathlib.Path:

@@ -8,6 +8,7 @@ from readme_commands import README, ROOMS, command
 
 import gkdjax
 from gkdjax import config
+from gkdjax.report import run_files
 from gkdjax.tools import options_table
 from gkdjax.train import run
 
@@ -84,17 +85,11 @@ def test_the_library_entry_is_spelt_as_it_is(readme, monkeypatch):
 def test_the_options_are_those_of_the_schema_and_each_says_what_it_is():
     readme = options_table.README.read_text()
     assert options_table.updated(readme) == readme, "python -m gkdjax.tools.options_table --write"
-    rows = re.findall(r"^\| `([\w.]+)` \| `(.+)` \| (.*) \|$", options_table.table(), re.M)
-    assert all(said.strip() for _, _, said in rows)
-    keys = [key for section, values in config.default().items() for key in leaves(section, values)]
-    assert sorted(key for key, _, _ in rows) == sorted(keys)
-    assert ("gkd.reduction", '"token"') in [row[:2] for row in rows]
-
-
-def leaves(name: str, value) -> list[str]:
-    if name == "student.lora" or "." not in name:
-        return [leaf for key in value for leaf in leaves(f"{name}.{key}", value[key])]
-    return [name]
+    rows = re.findall(r"^\| `([\w.]+)` \| `(.+)` \| (.*) \| (.*) \|$", options_table.table(), re.M)
+    assert all(values and comment for _, _, values, comment in rows)
+    keys = run_files.flat(config.to_dict(config.Config()))
+    assert sorted(key for key, *_ in rows) == sorted(keys)
+    assert ("gkd.reduction", '"token"', '"token" or "example"') in [row[:3] for row in rows]
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
