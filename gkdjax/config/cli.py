@@ -1,4 +1,4 @@
-"""The command line of everything that takes a config: flags, logging, and what an error becomes."""
+"""The command line of every program that takes a config: flags, logging, and exit codes."""
 
 import logging as std_logging
 import os
@@ -20,14 +20,14 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default ru
 
 
 def run(main: Callable[[schema.Config, pathlib.Path], None]) -> None:
-    """Calls `main(config, workdir)`; an expected error becomes one line on stderr and its code."""
+    """Calls `main(config, workdir)`; an expected error is one line on stderr and an exit code."""
 
     def with_config(argv: list[str]) -> None:
         del argv
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.INFO)
             logging.get_absl_handler().addFilter(_is_for_people)
-        # transformers is here for tokenizers and config files: that torch is missing is no news.
+        # transformers is used for tokenizers and config files: it needs no torch for them.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         parsed = parse(_CONFIG.value)
         main(parsed, pathlib.Path(_WORKDIR.value or _default_workdir()))
@@ -42,7 +42,7 @@ def run(main: Callable[[schema.Config, pathlib.Path], None]) -> None:
 
 
 def _is_for_people(record) -> bool:
-    """What this package says, and what worries others: orbax and jax have much to say at INFO."""
+    """Messages of this package, and warnings of others: orbax and jax log much at INFO."""
     ours = pathlib.Path(__file__).parents[1] in pathlib.Path(record.pathname).parents
     return ours or record.levelno > std_logging.INFO
 
@@ -55,7 +55,7 @@ def _default_workdir() -> pathlib.Path:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """absl's parsing, with mistakes in the config told as ours."""
+    """absl's parsing; mistakes in the config become UserError."""
     for argument in argv:
         if argument.startswith("--config."):
             check_key(argument.removeprefix("--config.").partition("=")[0])
@@ -64,26 +64,18 @@ def _parse_flags(argv: list[str]) -> list[str]:
         if not _CONFIG.present:
             raise UserError("name a config file: --config=configs/quickstart.py")
         _CONFIG.value.to_dict()  # a file that could not be read says so only when it is used
-    except flags.Error as error:
-        raise UserError(_without_traceback(str(error))) from error
-    except OSError as error:
-        raise UserError(f"the config file cannot be read: {_innermost(error)}") from error
+    except flags.Error as error:  # an error of the file's get_config(ARGUMENT) has its traceback
+        head, found, rest = str(error).partition("Traceback (most recent call last)")
+        message = f"{head.strip().rstrip(':')}: {rest.strip().splitlines()[-1]}" if found else head
+        raise UserError(message) from error
+    except OSError as error:  # the last line of the chain has the file's name
+        last = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"the config file cannot be read: {last}") from error
     except GkdjaxError:
         raise
     except Exception as error:  # the config file is the user's program and may raise anything
-        raise UserError(_where(error, argv) + _readable(error)) from error
+        raise UserError(f"{_where(error, argv)}: {_readable(error)}") from error
     return rest
-
-
-def _without_traceback(message: str) -> str:
-    """What a config file raised for a wrong argument: config_flags tells it with a traceback."""
-    head, found, rest = message.partition("Traceback (most recent call last)")
-    return f"{head.strip().rstrip(':')}: {rest.strip().splitlines()[-1]}" if found else message
-
-
-def _innermost(error: BaseException) -> str:
-    """The last line of a chain of messages: the one with the file's name in it."""
-    return str(error).strip().splitlines()[-1].strip()
 
 
 def _readable(error: Exception) -> str:
@@ -97,15 +89,14 @@ def _readable(error: Exception) -> str:
         if old.rpartition(".")[2] == unknown[1]:
             return f"unknown key {unknown[1]!r}: config.{old} is now called config.{new}"
     near = re.search(r'Did you mean "(\w+)"', str(error))
-    advice = f": did you mean {near[1]!r}?" if near else ""
-    return f"unknown key {unknown[1]!r}{advice}"
+    return f"unknown key {unknown[1]!r}" + (f": did you mean {near[1]!r}?" if near else "")
 
 
 def _where(error: Exception, argv: list[str]) -> str:
-    """ "configs/x.py, line 12: ", the last frame of the error that lies in the config file."""
+    """The last frame of the error in the config file, as "configs/x.py, line 12"."""
     named = [a.partition("=")[2].partition(":")[0] for a in argv if a.startswith("--config=")]
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         for path in named:
             if pathlib.Path(frame.filename).absolute() == pathlib.Path(path).absolute():
-                return f"{path}, line {frame.lineno}: "
-    return ", ".join(named) + ": "
+                return f"{path}, line {frame.lineno}"
+    return ", ".join(named)
