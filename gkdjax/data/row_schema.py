@@ -32,14 +32,14 @@ _WHICH_LEARNT = (
     "write a message that is not to be learnt with 'weight': 0, or set"
     " context.target_content_pattern"
 )
-_MESSAGE_REFUSED = {
+_MESSAGE_ADVICE = {
     "image images image_url video videos audio": _NOT_TEXT,
     "loss_mask train_detail mask masked": _WHICH_LEARNT,
     "thought thoughts": "write it as 'reasoning_content'",
     "tools functions": "give the row a column 'tools'",
     "function_call": "write it as 'tool_calls', a list",
 }
-ROW_REFUSED = {
+_ROW_ADVICE = {
     "image images video videos audio audios": _NOT_TEXT,
     "context documents passage passages choices options": "write it into the question where the"
     " model is to read it, or remove the column",
@@ -56,6 +56,10 @@ ROW_REFUSED = {
     "history": "write the whole conversation as 'messages'",
     "chat_template_kwargs": "set data.template_kwargs for all rows, and remove the column",
 }
+_MESSAGE_REFUSED, ROW_REFUSED = (
+    {field: text for fields, text in advice.items() for field in fields.split()}
+    for advice in (_MESSAGE_ADVICE, _ROW_ADVICE)
+)
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
 _KINDS |= {int: "a number", float: "a number", type(None): "null"}
 
@@ -229,10 +233,9 @@ def tools(value: object, where: str) -> str:
 
 def refuse_unread(given: Mapping, refused: Mapping[str, str], where: str) -> None:
     """Raises UserError for a field with a value that nothing reads and that would be missed."""
-    for fields, advice in refused.items():
-        for field in fields.split():
-            if not is_nothing(given.get(field)):
-                raise UserError(f"{where}: has {field!r}, which nothing reads: {advice}")
+    for field, value in given.items():
+        if field in refused and not is_nothing(value):
+            raise UserError(f"{where}: has {field!r}, which nothing reads: {refused[field]}")
 
 
 def is_nothing(value: object) -> bool:
