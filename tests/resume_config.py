@@ -3,7 +3,7 @@
 MODELS is a directory with the model directories "student" and "teacher".
 """
 
-from gkdjax import config
+from small_runs import small
 
 # setting -> (on_policy_fraction, adapter, teacher.top_k, has an anchor, the teacher is no toggle)
 SETTINGS = {
@@ -13,56 +13,37 @@ SETTINGS = {
     "on-full": (0.5, "none", None, True, False),
 }
 STEPS, SAVE_EVERY, EVAL_EVERY = 12, 2, 3
-BUFFER, REFRESH_EVERY = 3, 5
 PER_PROMPT, PROMPTS = 4, 12
 
 
 def get_config(argument: str):
     setting, models = argument.split(",")
     on_policy, adapter, top_k, anchored, other_teacher = SETTINGS[setting]
-    c = config.default()
-    c.student.model = f"{models}/student"
-    c.student.adapter = adapter
-    c.student.lora.rank = 2
-    c.student.lora.dropout = 0.1
-    c.teacher.top_k = top_k
+    changes = {
+        "student__adapter": adapter,
+        "student__lora__dropout": 0.1,
+        "teacher__top_k": top_k,
+        "gkd__on_policy_fraction": on_policy,
+        # Neither is a multiple of SAVE_EVERY: a run goes on in the middle of both.
+        "gkd__on_policy_buffer_steps": 3,
+        "rollout__refresh_every_steps": 5,
+        "context__target_content_pattern": "[a-z]",  # some responses are written again
+        "data__train": [{"prompt": f"ask {i}" + "!" * (i % 5)} for i in range(PROMPTS)],
+        # Several shapes are several times to compile, most of all for dropout and the top k.
+        "data__bucket_lengths": (64,) if adapter == "lora" else (32, 64),
+        "rollout__per_prompt": PER_PROMPT,
+        "rollout__max_new_tokens": 6,
+        "optim__weight_decay": 0.1,
+        "train__grad_accum_steps": 2,
+        "train__steps": STEPS,
+        "train__export": "both" if adapter == "lora" else "merged",
+        "checkpoint__every_steps": SAVE_EVERY,
+        "eval__questions": [{"prompt": f"tell {i}", "answer": "x"} for i in range(5)],
+        "eval__max_new_tokens": 6,
+        "eval__every_steps": EVAL_EVERY,
+    }
     if other_teacher:
-        c.teacher.backend, c.teacher.model = "flax", f"{models}/teacher"
-    c.gkd.on_policy_fraction = on_policy
-    # Neither is a multiple of SAVE_EVERY: a run goes on in the middle of both.
-    c.gkd.on_policy_buffer_steps = BUFFER
-    c.rollout.refresh_every_steps = REFRESH_EVERY
-    c.context.prefix_messages = [{"role": "system", "content": "be brief"}]
+        changes |= {"teacher__backend": "flax", "teacher__model": f"{models}/teacher"}
     if anchored:
-        c.anchor.data = [{"prompt": f"other {i}"} for i in range(5)]
-        c.anchor.batch_size = 4
-    _training(c)
-    _evaluation(c)
-    return c
-
-
-def _training(c):
-    c.data.train = [{"prompt": f"ask {i}" + "!" * (i % 5)} for i in range(PROMPTS)]
-    c.data.max_length = 64
-    # Several shapes are several times to compile, most of all for dropout and the top k.
-    c.data.bucket_lengths = (64,) if c.student.adapter == "lora" else (32, 64)
-    c.rollout.per_prompt = PER_PROMPT
-    c.rollout.max_new_tokens = 6
-    c.context.target_content_pattern = "[a-z]"  # some responses are written again
-    c.optim.learning_rate = 1e-2
-    c.optim.weight_decay = 0.1
-    c.train.batch_size = 4
-    c.train.grad_accum_steps = 2
-    c.train.epochs = None
-    c.train.steps = STEPS
-    c.train.export = "both" if c.student.adapter == "lora" else "merged"
-    c.checkpoint.every_steps = SAVE_EVERY
-
-
-def _evaluation(c):
-    c.eval.questions = [{"prompt": f"tell {i}", "answer": "x"} for i in range(5)]
-    c.eval.max_new_tokens = 6
-    c.eval.batch_size = 4
-    c.eval.every_steps = EVAL_EVERY
-    c.log.tensorboard = False
-    c.log.progress_bar = False
+        changes["anchor__data"] = [{"prompt": f"other {i}"} for i in range(5)]
+    return small(f"{models}/student", **changes)

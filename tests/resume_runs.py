@@ -6,7 +6,6 @@ bits as one that was just compiled.
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import pathlib
@@ -14,16 +13,20 @@ import signal
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import factories
 import resume_config
 
 ROOT = pathlib.Path(__file__).parents[1]
-# What one can wait for, in the order of a run; told from its files.
-STAGES = ("writing text", "nothing saved", "steps", "saving", "evaluating", "exporting")
-_CACHE = {
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+# What one can wait for, in the order of a run -> the files that show it, and the least number of
+# lines or of new ones.
+STAGES = {
+    "writing text": ("trajectories_train.jsonl", 8),
+    "nothing saved": ("metrics.jsonl", 1),
+    "saving": ("checkpoints/*.orbax-checkpoint-tmp", 1),
+    "evaluating": ("metrics.jsonl", 3 * resume_config.EVAL_EVERY),
+    "exporting": ("eval.jsonl", resume_config.STEPS // resume_config.EVAL_EVERY + 1),
 }
 _OF_THE_PROCESS = {"tokens_per_second", "compilations", "seconds"}
 
@@ -34,14 +37,10 @@ def make_models(directory: pathlib.Path) -> None:
     factories.model_dir(directory / "teacher", seed=1, hidden_size=32)
 
 
-@dataclasses.dataclass(frozen=True)
-class Moment:
-    """When to kill: so many seconds after a stage was reached, or after the start.
+class Moment(NamedTuple):
+    """When to kill: `delay` seconds after a stage was reached, or after the start (None).
 
-    Attributes:
-      stage: one of `STAGES`, or None: the start.
-      delay: seconds.
-      steps: the stage does not count before so many steps are in metrics.jsonl.
+    The stage does not count before so many `steps` are in metrics.jsonl.
     """
 
     stage: str | None
@@ -49,145 +48,116 @@ class Moment:
     steps: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Kill:
+class Kill(NamedTuple):
     """What a kill hit, and how the next attempt went on."""
 
     moment: Moment
-    hit: str  # the stage that the files show
+    lines: int  # of metrics.jsonl
     saved: int  # newest whole checkpoint, 0 without any
-    lines: int  # steps in metrics.jsonl
     resumed_at: int | None  # steps whose lines the next attempt kept; None: it had not begun
 
 
-class KilledRun:
-    """One run in `workdir`, attempt by attempt."""
+class Attempts:
+    """A run in `workdir` that is started as often as needed; its output is beside it."""
 
-    def __init__(self, setting: str, base: pathlib.Path, workdir: pathlib.Path, devices: int = 1):
-        """`base` holds "models", as `make_models` makes them, and a cache for each setting."""
-        self._workdir, self._log = workdir, workdir.with_name(workdir.name + ".log")
-        self._command = [
-            *(sys.executable, "-m", "gkdjax.main", f"--workdir={workdir}"),
-            f"--config={pathlib.Path(__file__).with_name('resume_config.py')}"
-            f":{setting},{base / 'models'}",
-        ]
-        cache = {"JAX_COMPILATION_CACHE_DIR": str(base / "cache" / setting), **_CACHE}
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        self._environment = {**os.environ, **cache, "XLA_FLAGS": flags}
+    def __init__(self, workdir: pathlib.Path, config: str, cache: pathlib.Path, **environment):
+        self.workdir, self.log = workdir, workdir.with_name(workdir.name + ".log")
+        command = [sys.executable, "-m", "gkdjax.main", f"--workdir={workdir}"]
+        self._command = [*command, f"--config={ROOT}/tests/{config}"]
+        self._environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            **environment,
+        }
 
-    def finish(self) -> None:
-        """Runs, or continues, to the end."""
-        process = self._start()
+    def start(self) -> subprocess.Popen:
+        with self.log.open("a") as log:
+            how = {"stdout": log, "stderr": log, "cwd": ROOT, "env": self._environment}
+            return subprocess.Popen(self._command, **how)
+
+    def end(self, process: subprocess.Popen, timeout: float) -> bool:
+        """Kills after so many seconds -> whether the run was over before."""
         try:
-            code = process.wait(timeout=600)
-        finally:
-            process.kill()
-        assert code == 0, self._log.read_text()[-5000:]
-
-    def kill_at(self, moment: Moment) -> str | None:
-        """Runs until `moment` -> the stage that was hit; None if the run was over before it."""
-        watch = Watch(self._workdir)
-        process = self._start()
-        began = time.monotonic()
-        try:
-            while process.poll() is None and not watch.reached(moment):
-                time.sleep(0.005)
-                assert time.monotonic() - began < 600, f"{moment} did not come"
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=moment.delay)
+                process.wait(timeout)
         finally:
             process.kill()  # SIGKILL, if it still runs
         code = process.wait()
-        assert code in (0, -signal.SIGKILL), self._log.read_text()[-5000:]
-        return None if code == 0 else watch.stage()
+        assert code in (0, -signal.SIGKILL), self.log.read_text()[-5000:]
+        return code == 0
+
+    def finish(self) -> None:
+        """Runs, or continues, to the end."""
+        assert self.end(self.start(), timeout=600), f"{self.workdir} did not end"
+
+
+class KilledRun(Attempts):
+    """A run of one setting; `base` holds "models", as `make_models` makes them, and the caches."""
+
+    def __init__(self, setting: str, base: pathlib.Path, workdir: pathlib.Path, devices: int = 1):
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        config = f"resume_config.py:{setting},{base / 'models'}"
+        super().__init__(workdir, config, base / "cache" / setting, XLA_FLAGS=flags)
 
     def kill_all(self, moments) -> list[Kill]:
         """Kills at each of the moments in turn, then runs to the end; ends early if the run does.
 
-        What has been kept is checked on the way: an attempt goes on from the newest checkpoint, no
-        earlier and no later.
+        An attempt has to go on from the newest checkpoint, no earlier and no later.
         """
         kills: list[Kill] = []
-        for moment in moments:
-            hit = self._checked(kills, lambda moment=moment: self.kill_at(moment))
-            if hit in (None, "finished"):
+        for moment in [*moments, None]:
+            before, opened = whole_lines(self._metrics), self._opened()
+            over = self.finish() if moment is None else self._kill_at(moment)
+            lines = whole_lines(self._metrics)
+            if kills and self._opened() != opened:  # it has restored its state
+                kept = common_start(before, lines)
+                kills[-1] = kills[-1]._replace(resumed_at=kept)
+                # Every line has a time in it: a step that is made again does not give the same one.
+                assert kept == kills[-1].saved, kills
+                assert not list(self.workdir.glob("checkpoints/*.damaged")), kills
+            if over or moment is None:
                 return kills
-            kills.append(Kill(moment, hit, saved(self._workdir), len(self._lines()), None))
-        self._checked(kills, self.finish)
+            kills.append(Kill(moment, len(lines), saved(self.workdir), None))
         return kills
 
-    def _checked(self, kills: list[Kill], attempt):
-        watch, before = Watch(self._workdir), self._lines()
-        result = attempt()
-        if kills and watch.trains():
-            kept = common_start(before, self._lines())
-            kills[-1] = dataclasses.replace(kills[-1], resumed_at=kept)
-            # Every line has a time in it: a step that is made again does not give the same one.
-            assert kept == kills[-1].saved, kills
-            assert not list(self._workdir.glob("checkpoints/*.damaged")), kills
-        return result
+    def _kill_at(self, moment: Moment) -> bool:
+        """Runs until `moment` -> whether the run was over before it."""
+        left, began, process = self._begun(), time.monotonic(), self.start()
+        try:
+            while process.poll() is None and not self._reached(moment, left):
+                time.sleep(0.005)
+                assert time.monotonic() - began < 600, f"{moment} did not come"
+        finally:
+            over = self.end(process, moment.delay)
+        return over
 
-    def _lines(self) -> list[str]:
-        return whole_lines(self._workdir / "metrics.jsonl")
-
-    def _start(self) -> subprocess.Popen:
-        with self._log.open("a") as log:
-            return subprocess.Popen(
-                self._command, stdout=log, stderr=log, cwd=ROOT, env=self._environment
-            )
-
-
-class Watch:
-    """The stage of an attempt, told from its files and from what they were before it."""
-
-    def __init__(self, workdir: pathlib.Path):
-        self._workdir = workdir
-        self._before, self._left = self._opened(), self._begun()
-
-    def trains(self) -> bool:
-        """Whether this attempt has restored its state: it then opens metrics.jsonl anew."""
-        return self._opened() != self._before
-
-    def reached(self, moment: Moment) -> bool:
+    def _reached(self, moment: Moment, left: set) -> bool:
         if moment.stage is None:
             return True
-        return moment.stage == self.stage() and moment.steps <= self._steps()
-
-    def stage(self) -> str:
-        """One of `STAGES`, "starting" or "finished"."""
-        if (self._workdir / "results.json").exists():
-            return "finished"
-        if not self.trains():
-            texts = len(whole_lines(self._workdir / "trajectories_train.jsonl"))
-            all_texts = resume_config.PROMPTS * resume_config.PER_PROMPT
-            return "writing text" if 0 < texts < all_texts else "starting"
-        if self._begun() - self._left:
-            return "saving"
-        if not saved(self._workdir):
-            return "nothing saved"
-        steps = self._steps()
-        last = steps == resume_config.STEPS
-        if last or steps % resume_config.EVAL_EVERY == 0:
-            found = [json.loads(x)["step"] for x in whole_lines(self._workdir / "eval.jsonl")]
-            if steps not in found:
-                return "evaluating"
-        return "exporting" if last else "steps"
-
-    def _steps(self) -> int:
-        return len(whole_lines(self._workdir / "metrics.jsonl"))
+        pattern, least = STAGES[moment.stage]
+        if len(whole_lines(self._metrics)) < moment.steps:
+            return False
+        if pattern.endswith("tmp"):  # what a killed save left behind stays until a run starts
+            return len(self._begun() - left) >= least
+        return len(whole_lines(self.workdir / pattern)) >= least
 
     def _begun(self) -> set[tuple[str, int]]:
-        """Saves under way; what a killed one left behind stays until its step is saved again."""
+        """Saves under way."""
         found = set()
-        for path in self._workdir.glob("checkpoints/*.orbax-checkpoint-tmp"):
+        for path in self.workdir.glob(STAGES["saving"][0]):
             with contextlib.suppress(FileNotFoundError):  # it has just got its name
                 found.add((path.name, path.stat().st_ctime_ns))
         return found
 
+    @property
+    def _metrics(self) -> pathlib.Path:
+        return self.workdir / "metrics.jsonl"
+
     def _opened(self) -> int | None:
         """The file's inode: a resumed run replaces the file before it goes on."""
-        path = self._workdir / "metrics.jsonl"
-        return path.stat().st_ino if path.exists() else None
+        return self._metrics.stat().st_ino if self._metrics.exists() else None
 
 
 def saved(workdir: pathlib.Path) -> int:
@@ -198,9 +168,8 @@ def saved(workdir: pathlib.Path) -> int:
 
 def whole_lines(path: pathlib.Path) -> list[str]:
     """Without one that is being written; [] if there is no file."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith("\n")]
 
 
 def common_start(one: list, other: list) -> int:
@@ -214,13 +183,13 @@ def differences(whole: pathlib.Path, killed: pathlib.Path) -> list[str]:
     wanted, got = outcome(whole), outcome(killed)
     if wanted.keys() != got.keys():
         return [f"one run alone has {sorted(wanted.keys() ^ got.keys())}"]
-    told = []
+    found = []
     for name, items in wanted.items():
         place = common_start(items, got[name])
         if items != got[name]:
             both = (str(x[place : place + 1])[:300] for x in (items, got[name]))
-            told.append(f"{name}, item {place}: " + " and ".join(both))
-    return told
+            found.append(f"{name}, item {place}: " + " and ".join(both))
+    return found
 
 
 def outcome(workdir: pathlib.Path) -> dict[str, list]:

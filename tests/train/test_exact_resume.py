@@ -1,10 +1,13 @@
-"""Killed with SIGKILL, a run ends as one that nobody disturbed: to the bit."""
+"""Killed with SIGKILL, a run ends as one that was not disturbed: to the bit.
+
+Kills end the processes that run, so that they are others than this; `resume_runs` says when.
+"""
 
 import concurrent.futures
-import dataclasses
 import pathlib
 import random
 import shutil
+from typing import NamedTuple
 
 import pytest
 import resume_config
@@ -26,8 +29,7 @@ STAGES = (
 SLOW = pytest.mark.slow(150)
 
 
-@dataclasses.dataclass(frozen=True)
-class Done:
+class Done(NamedTuple):
     """Two finished runs of one setting."""
 
     whole: pathlib.Path
@@ -36,21 +38,25 @@ class Done:
 
 
 def run_both(setting: str, base: pathlib.Path, stages=STAGES) -> Done:
-    whole, killed = base / "whole" / setting, base / "killed" / setting
-    devices = SETTINGS[setting]
-    resume_runs.KilledRun(setting, base, whole, devices).finish()
+    paths = [base / name / setting for name in ("whole", "killed")]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+    whole, killed = (resume_runs.KilledRun(setting, base, p, SETTINGS[setting]) for p in paths)
+    whole.finish()
     draw = random.Random(setting)
     moments = [resume_runs.Moment(stage, draw.uniform(0, 0.05), n) for stage, n in stages]
-    kills = resume_runs.KilledRun(setting, base, killed, devices).kill_all(moments)
-    return Done(whole, killed, kills)
+    return Done(*paths, killed.kill_all(moments))
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory) -> dict[str, Done]:
-    base = tmp_path_factory.mktemp("resume")
-    resume_runs.make_models(base / "models")
-    for name in ("whole", "killed"):
-        (base / name).mkdir()
+def base(tmp_path_factory) -> pathlib.Path:
+    made = tmp_path_factory.mktemp("resume")
+    resume_runs.make_models(made / "models")
+    return made
+
+
+@pytest.fixture(scope="module")
+def done(base) -> dict[str, Done]:
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         started = {setting: pool.submit(run_both, setting, base) for setting in SETTINGS}
         return {setting: future.result() for setting, future in started.items()}
@@ -58,8 +64,6 @@ def done(tmp_path_factory) -> dict[str, Done]:
 
 def test_a_run_killed_once_is_equal_to_the_bit(tmp_path):
     resume_runs.make_models(tmp_path / "models")
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
     found = run_both("off-lora", tmp_path, STAGES[2:3])
     assert len(found.kills) == 1
     assert resume_runs.differences(found.whole, found.killed) == []
@@ -71,34 +75,25 @@ def test_a_run_killed_five_times_is_equal_to_the_bit(done, setting):
     found = done[setting]
     assert len(found.kills) == len(STAGES), found.kills
     assert resume_runs.differences(found.whole, found.killed) == []
-
-
-@SLOW
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_the_runs_make_use_of_what_a_resume_could_get_wrong(done, setting):
-    lines = resume_runs.outcome(done[setting].whole)["metrics.jsonl"]
-    assert len(lines) == resume_config.STEPS
-    assert len({line["loss"] for line in lines}) == resume_config.STEPS
+    # The runs make use of what a resume could get wrong.
+    lines = resume_runs.outcome(found.whole)["metrics.jsonl"]
+    assert len(lines) == len({line["loss"] for line in lines}) == resume_config.STEPS
     on_policy = [line["on_policy_rows"] > 0 for line in lines]
     assert any(on_policy) is any(on_policy[4:]) is (setting == "on-full")
     assert not all(on_policy[4:])
     assert any(line["refused_responses"] for line in lines) is any(on_policy)
-    resumed = [kill.resumed_at for kill in done[setting].kills]
+    resumed = [kill.resumed_at for kill in found.kills]
     assert 6 <= resumed[3] < resumed[4] == resume_config.STEPS
 
 
 @SLOW
-def test_an_interrupted_run_of_another_config_is_refused(done, tmp_path):
+def test_an_interrupted_run_of_another_config_is_refused(done, base, tmp_path):
     """As in tests/test_main.py, but before the run's end, where its checkpoints count."""
-    found = done["off-lora"]
     interrupted = tmp_path / "interrupted"
-    shutil.copytree(found.killed, interrupted)
+    shutil.copytree(done["off-lora"].killed, interrupted)
     (interrupted / "results.json").unlink()
-    changed = resume_config.get_config(f"off-lora,{found.whole.parents[1] / 'models'}")
-    changed.train.grad_accum_steps = 1
-    changed.optim.learning_rate = 1e-3
-    told = (
-        r"config.optim.learning_rate \(now 0.001, was 0.01\); config.train.grad_accum_steps \(now 1"
-    )
-    with pytest.raises(UserError, match=told):
+    changed = resume_config.get_config(f"off-lora,{base / 'models'}")
+    changed.train.grad_accum_steps, changed.optim.learning_rate = 1, 1e-3
+    message = r"config.optim.learning_rate \(now 0.001, was 0.01\); config.train.grad_accum_steps"
+    with pytest.raises(UserError, match=message):
         gkdjax.run(config.parse(changed), interrupted)
