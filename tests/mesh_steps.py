@@ -27,7 +27,6 @@ from gkdjax.losses.objective import DenseTargets, TopKTargets
 from gkdjax.models.sampler import Keep, sample
 from gkdjax.parallel.mesh import make_mesh, shard_rows
 from gkdjax.parallel.sharding_rules import ShardingRules
-from gkdjax.train import step as train_step
 from gkdjax.train.step import init_state, make_train_step
 from gkdjax.types import SamplingParams
 from gkdjax.utils.tree import path_str
@@ -37,7 +36,6 @@ MODEL = {"vocab_size": V, "hidden_size": D, "num_hidden_layers": L, "intermediat
 MODEL |= {"layer_types": ["full_attention"] * L, "num_attention_heads": 8, "num_key_value_heads": 2}
 BATCH = builders.batch((6, 2, 1, 5, 6, 3, 1, 4), vocab=V)
 CASES = ("lora", "full")  # the one has a dense teacher, the other the best K tokens
-train_step.LARGEST_UPDATE = np.inf
 RATE = 2.0**10  # so large that what the parameters were is lost in it, and the gradient is not
 
 

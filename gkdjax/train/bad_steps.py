@@ -18,7 +18,7 @@ from gkdjax.losses.objective import TopKTargets
 from gkdjax.losses.topk import TopKLogprobs
 from gkdjax.parallel import mesh
 from gkdjax.parallel.multihost import leads
-from gkdjax.train.step import LARGEST_UPDATE, TrainBatch
+from gkdjax.train.step import TrainBatch
 from gkdjax.types import Batch
 from gkdjax.utils import files, tree
 from gkdjax.utils.errors import UserError
@@ -42,10 +42,7 @@ def reason(sums: dict[str, float]) -> str:
         loss = sums[f"{name}_sum"] / sums[f"{name}_weight"] if sums[f"{name}_weight"] else math.nan
         if not math.isfinite(loss):
             return f"{'the loss' if name == 'loss' else f'the loss of {name}'} is {loss}"
-    for name in ("grad_norm", "update_rms"):
-        if not math.isfinite(sums[name]):
-            return f"{name} is {sums[name]}"
-    return f"update_rms is {sums['update_rms']:.3g}, and may be {LARGEST_UPDATE:g} at most"
+    return f"the norm of the gradient is {sums['grad_norm']}"
 
 
 def write(workdir: pathlib.Path, step: int, why: str, batch: TrainBatch) -> None:

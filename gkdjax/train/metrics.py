@@ -19,6 +19,9 @@ from gkdjax.train.step import TrainBatch
 from gkdjax.utils import files, text
 from gkdjax.utils.errors import TrainingFailure
 
+# The root mean square of an update's numbers; AdamW's is about the learning rate.
+LARGEST_UPDATE = 1.0
+
 
 class MetricsWriter:
     """Appends a line for each step; a resumed run first drops the lines past its checkpoint."""
@@ -92,7 +95,7 @@ class MetricsRecorder:
         """Waits for the pending step, checks and writes its numbers.
 
         Raises:
-          TrainingFailure: too many steps in a row were bad.
+          TrainingFailure: too many steps in a row were bad, or the update is absurd.
         """
         if self._pending is None:
             return
@@ -104,6 +107,12 @@ class MetricsRecorder:
         if not sums["good"]:
             self._read_bad(step, sums, batch, counts)
             return
+        if not sums["update_rms"] <= LARGEST_UPDATE:
+            raise TrainingFailure(
+                f"step {step} changed each parameter by {sums['update_rms']:.3g} (root mean"
+                f" square), and may by {LARGEST_UPDATE:g} at most; what it made is not saved. Lower"
+                " optim.learning_rate"
+            )
         self._bad, self.good = 0, batch
         values = {
             "loss": sums["loss_sum"] / sums["loss_weight"],

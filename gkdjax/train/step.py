@@ -70,8 +70,7 @@ def make_train_step(
       `loss_sum` and `loss_weight`, whose quotient is the loss, and so `<name>_sum` and
       `<name>_weight` of each anchor; the number of `targets`, `grad_norm`, `update_rms` (the root
       mean square of the update's numbers), `learning_rate`, and `good`: 0 where a loss or the
-      gradient is not finite or the update larger than `LARGEST_UPDATE`. Such a step counts, and
-      changes neither parameters nor optimizer.
+      gradient is not finite. Such a step counts, and changes neither parameters nor optimizer.
     """
     micro_batches, replicated = config.train.grad_accum_steps, NamedSharding(mesh, WHOLE)
     layout = dataclasses.replace(decoder.layout, mesh=mesh)
@@ -94,12 +93,21 @@ def make_train_step(
         nothing = jax.tree.map(jnp.zeros_like, state.trainable), dict.fromkeys(parts, 0.0)
         carried = layout.shardings_of(state.trainable), dict.fromkeys(parts, replicated)
         (grads, totals), _ = jax.lax.scan(add_micro_batch, nothing, jnp.arange(micro_batches))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         grad_norm = optax.tree.norm(grads)
-        numbers = sum(leaf.size for leaf in jax.tree.leaves(updates))
-        update_rms = optax.tree.norm(updates) / math.sqrt(numbers)
         total = sum(totals[name] / weight[name] for name in parts)
-        good = jnp.isfinite(total) & jnp.isfinite(grad_norm) & (update_rms <= LARGEST_UPDATE)
+        good = jnp.isfinite(total) & jnp.isfinite(grad_norm)
+
+        # Not a choice between two states afterwards: that holds both of them.
+        def change(trainable, opt_state):
+            updates, opt_state = optimizer.update(grads, opt_state, trainable)
+            numbers = sum(leaf.size for leaf in jax.tree.leaves(updates))
+            rms = optax.tree.norm(updates) / math.sqrt(numbers)
+            return optax.apply_updates(trainable, updates), opt_state, rms
+
+        def keep(trainable, opt_state):
+            return trainable, opt_state, jnp.zeros(())
+
+        *kept, update_rms = jax.lax.cond(good, change, keep, state.trainable, state.opt_state)
         sums = {
             "targets": masked_count(batch.target_mask_BN),
             "grad_norm": grad_norm,
@@ -109,9 +117,6 @@ def make_train_step(
         }
         for name in parts:
             sums |= {f"{name}_sum": totals[name], f"{name}_weight": weight[name]}
-        made = optax.apply_updates(state.trainable, updates), opt_state
-        before = state.trainable, state.opt_state
-        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), made, before)
         new = TrainState(state.step + 1, *kept)
         places = layout.shardings_of(new), dict.fromkeys(sums, replicated)
         return jax.lax.with_sharding_constraint((new, sums), places)

@@ -11,8 +11,10 @@ from small_runs import ConstantTeacher, metrics, small
 
 import gkdjax
 from gkdjax.tools import replay_batch
-from gkdjax.train import bad_steps, step
+from gkdjax.train import bad_steps
+from gkdjax.train import metrics as train_metrics
 from gkdjax.train.checkpoint import saved_steps
+from gkdjax.train.metrics import MetricsRecorder
 from gkdjax.utils.errors import TrainingFailure, UserError
 from gkdjax.utils.files import read_lines
 
@@ -63,22 +65,26 @@ def test_a_bad_batch_is_left_out_counted_named_and_kept(student, tmp_path, caplo
         bad_steps.read(tmp_path, 3)
 
 
-def test_a_batch_computed_again_has_the_loss_that_it_had(student, tmp_path, monkeypatch, capsys):
-    """Good steps are called bad here, as their losses are known; the second after a checkpoint."""
-    c = answered(student, checkpoint__every_steps=1, optim__learning_rate=1.0)
+def test_a_batch_computed_again_has_the_loss_that_it_had(student, tmp_path, monkeypatch):
+    """Good steps are written down as bad ones here, as their losses are known."""
+    record = MetricsRecorder.record
+
+    def and_write(self, step, sums, batch):
+        bad_steps.write(tmp_path, step, "", batch)
+        record(self, step, sums, batch)
+
+    monkeypatch.setattr(MetricsRecorder, "record", and_write)
+    c = answered(student, checkpoint__every_steps=1)
     c.anchor.data = [{"prompt": f"other {i}", "response": "no"} for i in range(3)]
-    c.anchor.batch_size, c.gkd.divergence = 4, "reverse_kl"
-    gkdjax.run(c, tmp_path / "good", ConstantTeacher(50, 5))
-    lines = metrics(tmp_path / "good")
-    monkeypatch.setattr(step, "LARGEST_UPDATE", 1e-3)
-    with pytest.raises(TrainingFailure, match=r"update_rms is 0\.683, and may be"):
-        gkdjax.run(c, tmp_path / "bad", ConstantTeacher(50, 5))
-    found = [*replay_batch.replay(tmp_path / "bad", 0)]
-    for name, key in (("loss", "loss"), ("anchor", "anchor_loss")):
-        rows = [row for row in found if row.part == name]
-        mean = np.average([row.loss for row in rows], weights=[row.targets for row in rows])
-        assert mean == pytest.approx(lines[0][key], rel=1e-5)
-        assert all(row.teacher_is_finite for row in rows)
+    c.anchor.batch_size, c.gkd.divergence, c.train.steps = 4, "reverse_kl", 2
+    gkdjax.run(c, tmp_path, ConstantTeacher(50, 5))
+    for line in metrics(tmp_path):
+        found = [*replay_batch.replay(tmp_path, line["step"])]
+        for name, key in (("loss", "loss"), ("anchor", "anchor_loss")):
+            rows = [row for row in found if row.part == name]
+            mean = np.average([row.loss for row in rows], weights=[row.targets for row in rows])
+            assert mean == pytest.approx(line[key], rel=1e-5)
+            assert all(row.teacher_is_finite for row in rows)
 
 
 def test_too_many_in_a_row_end_the_run_and_it_goes_on_mended(student, tmp_path):
@@ -120,7 +126,7 @@ def test_bad_steps_in_a_row_are_counted_over_starts(student, tmp_path):
 def test_an_absurd_update_is_not_made_saved_or_exported(student, tmp_path, rate):
     c = answered(student, optim__learning_rate=rate)
     c.train.steps = 1
-    with pytest.raises(TrainingFailure, match=r"none of the 1 steps changed anything"):
+    with pytest.raises(TrainingFailure, match="step 0 changed each parameter by"):
         gkdjax.run(c, tmp_path, ConstantTeacher(50, 5))
     assert not (tmp_path / "merged").exists()
     c.optim.learning_rate = 1e-3
@@ -128,8 +134,16 @@ def test_an_absurd_update_is_not_made_saved_or_exported(student, tmp_path, rate)
 
 
 def test_a_state_is_saved_only_if_its_own_loss_is_finite(student, tmp_path, monkeypatch):
-    monkeypatch.setattr(step, "LARGEST_UPDATE", math.inf)
+    monkeypatch.setattr(train_metrics, "LARGEST_UPDATE", math.inf)
     c = answered(student, optim__learning_rate=1e38, checkpoint__every_steps=1)
     with pytest.raises(TrainingFailure, match="after step 0 the loss is nan, so the state is not"):
         gkdjax.run(c, tmp_path, ConstantTeacher(50, 5))
     assert saved_steps(tmp_path) == []
+
+
+def test_a_run_without_a_good_step_exports_nothing(student, tmp_path):
+    c = answered(student)
+    c.train.steps = 2
+    with pytest.raises(TrainingFailure, match="none of the 2 steps changed anything"):
+        gkdjax.run(c, tmp_path, FaultyTeacher(0, 1))
+    assert saved_steps(tmp_path) == [] and not (tmp_path / "merged").exists()

@@ -64,7 +64,11 @@ def decode(data: bytes, context: bytes = b"") -> TeacherAnswer:
         raise ValueError("its checksum is another")
     if version != _FORMAT:
         raise ValueError(f"it is of format {version}, and this code reads format {_FORMAT}")
-    planes = np.frombuffer(zlib.decompress(data[_HEADER.size :], wbits=_RAW), np.uint8)
+    size = 4 * n * (1 + K) + 4 * n * (K + 2)
+    stream = zlib.decompressobj(wbits=_RAW)
+    planes = np.frombuffer(stream.decompress(data[_HEADER.size :], size + 1), np.uint8)
+    if len(planes) != size:
+        raise ValueError(f"it holds another number of bytes than {size}")
     ids, steps = (
         part.reshape(4, -1).T.copy().view("<i4").reshape(n, width).astype(np.int32)
         for part, width in zip(np.split(planes, [4 * n * (1 + K)]), (1 + K, K + 2), strict=True)
