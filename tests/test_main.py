@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = """\
 from gkdjax import config
 
-def get_config():
+def get_config(mode=''):
     c = config.default()
     c.student.model = {student!r}
     c.context.prefix_messages = [{{"role": "system", "content": "be brief"}}]
@@ -52,6 +52,7 @@ class Case:
     arguments: str
     messages: tuple[str, ...] = ()  # all of them stand on stderr
     extra: str = ""  # a statement of the config file
+    mode: str = ""  # the argument of get_config
     code: int = 2
 
 
@@ -60,7 +61,7 @@ CASES = {
     "flag_typo": Case("--config.train.sede=1", ("train.sede", "config.train.seed")),
     "file_typo": Case("", ("file_typo.py, line 18", "'sede'", "'seed'"), extra="c.train.sede = 1"),
     "value": Case("--config.gkd.jsd_beta=2", ("gkd.jsd_beta", "[0, 1]")),
-    "mode": Case("--config=configs/gemma3.py:tny", ("gemma3.py:tny", "mode 'tny'")),
+    "mode": Case(f"--config={ROOT}/configs/gemma3.py:tny", ("gemma3.py:tny", "mode 'tny'")),
     "no_model": Case("--config.student.model=/no/such", ("/no/such",)),
     "unparsable": Case(
         "--config.data.train=FILES/unparsable.jsonl", ("unparsable.jsonl: line 2, column 12",)
@@ -71,7 +72,7 @@ CASES = {
         ("3 steps in a row, up to step 2", "--config.optim.learning_rate"),
         code=3,
     ),
-    "good": Case(QUIET, code=0),
+    "good": Case(QUIET, code=0, mode=":any"),
 }
 
 
@@ -90,15 +91,14 @@ def start(
 ) -> subprocess.CompletedProcess:
     case, config = CASES[name], files / f"{name}.py"
     config.write_text(CONFIG.format(student=str(files / "student"), extra=case.extra))
-    command = [sys.executable, "-m", "gkdjax.main", f"--config={config}"]
-    command.append(f"--workdir={files / 'runs' / name}")
+    command = [sys.executable, "-m", "gkdjax.main", f"--config={config}{case.mode}"]
     arguments = (case.arguments if arguments is None else arguments).replace("FILES", str(files))
     return subprocess.run(
         [*command, *arguments.split()],
         capture_output=True,
         text=True,
-        cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": compiling.QUICK},
+        cwd=files,  # the run lives in runs/NAME or runs/NAME-MODE there
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": compiling.QUICK},
         timeout=600,
     )
 
@@ -131,7 +131,7 @@ def test_a_finished_run_shows_its_table_and_another_config_is_refused(finished, 
     good = finished["good"]
     # What is logged is this package's, and not that of the libraries under it.
     assert "padded shapes" in good.stderr and "orbax" not in good.stderr
-    page = files / "runs" / "good" / "report.html"
+    page = files / "runs" / "good-any" / "report.html"
     whole = page.read_bytes()
     assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     page.unlink()  # as after a kill right before it

@@ -230,6 +230,7 @@ def test_a_server_gives_twenty_tokens_unless_asked_otherwise():
     [
         ({"api_base": "https://me:sk-4f1d@host/v1"}, "without a user, a password or a query"),
         ({"api_base": "https://host/v1?key=sk-4f1d"}, "without a user, a password or a query"),
+        ({"api_base": "https://host/v1#sk-4f1d"}, "without a user, a password or a query"),
         ({"api_key_env": "sk-4f1dc0ffee"}, "never the key itself"),
         ({"api_key_env": "SK-4f1d KEY"}, "never the key itself"),
         ({"api_key_env": "4f1d"}, "never the key itself"),

@@ -90,6 +90,8 @@ def test_every_parameter_of_a_full_fine_tuning_is_exported(student, tmp_path, ca
     gkdjax.run(config, run, teacher=ConstantTeacher(50, 5))
     assert export(run, tmp_path / "out") == 0
     assert_same_bytes(tmp_path / "out", run / "merged")
+    endings = [d / "generation_config.json" for d in (tmp_path / "out", run / "merged")]
+    assert endings[0].read_bytes() == endings[1].read_bytes()
     before, after = tensors(student), tensors(tmp_path / "out")
     assert all((after[name] != before[name]).any() for name in before if "proj" in name)
     assert export(run, tmp_path / "adapter", "--adapter") == 2
@@ -137,6 +139,11 @@ def test_only_its_own_kind_of_directory_is_replaced(lora_run, run, tmp_path, cap
     assert export(run, out, "--adapter") == 2
     assert "not the directory of an adapter" in capsys.readouterr().err
     assert export(run, lora_run.parent / "student") == 2
+    assert "is what the run began with" in capsys.readouterr().err
+    fields = json.loads((run / "config.json").read_text())
+    fields["student"]["lora"]["init_from"] = str(run / "adapter")
+    (run / "config.json").write_text(json.dumps(fields))
+    assert export(run, run / "adapter", "--adapter") == 2
     assert "is what the run began with" in capsys.readouterr().err
     assert (work / "thesis.tex").exists() and (run / "checkpoints").exists()
 

@@ -228,6 +228,8 @@ def test_a_tokenizer_comes_without_the_weights(tmp_path, server, student):
 
 def test_an_adapter_comes_without_files_that_are_not_needed(tmp_path, server):
     assert names(fetch(tmp_path, "org/adapter", **online(server))) == ADAPTER | TERMS
+    described = [path for path, _ in server.asked if path.startswith("/api/models/org/adapter/")]
+    assert described[-1].endswith(f"/{SHA}")  # the licences are those of the same commit
 
 
 def test_a_cache_that_others_filled_is_whole_without_the_licence(tmp_path, server):
