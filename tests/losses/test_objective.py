@@ -84,7 +84,9 @@ def test_rows_that_only_the_student_has_are_nowhere_whether_dense_or_top_k():
     every, few = (top_k_targets(teacher_BNV, k, shared=27) for k in (27, 5))
     table = np.concatenate([TABLE_VD[:27], TABLE_VD[27:] * 9])
     student_BNV = builders.logits(HIDDEN_BND, table[:27], CAP)
-    cases = [(dense, None), (every, None), (few, few.topk.ids)]
+    longer = np.concatenate([dense.unembedding_VE, np.full((5, 6), 9.0, np.float32)])
+    cut = dataclasses.replace(dense, unembedding_VE=jnp.asarray(longer), shared=27)
+    cases = [(dense, None), (cut, None), (every, None), (few, few.topk.ids)]
     gkds = [Gkd(name, jsd_beta=numpy_reference.BETA, chunk_size=7) for name in DENSE]
 
     @jax.jit  # all in one program

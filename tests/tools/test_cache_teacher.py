@@ -5,6 +5,7 @@ import pathlib
 import pytest
 from fake_server import FakeServer
 from fake_teacher import FakeTeacher
+from recorded_answers import sample_request, score_request
 from small_runs import losses_hex, small
 
 import gkdjax
@@ -107,6 +108,14 @@ def test_without_a_store_or_a_server_there_is_nothing_to_fill(student, server, t
         with pytest.raises(UserError, match=reason):
             fill(c, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_an_estimate_adds_up_what_is_read_and_written():
+    """A server writes one token where it only scores."""
+    requests = [sample_request([5] * 9, tokens=20), *2 * [score_request([5] * 12)]]
+    printed = " ".join(cache_teacher.estimate(requests, 1e6, 1e4).split())
+    assert "requests 3 responses to be written 1 texts to be scored 2" in printed
+    assert "read 33 tokens to be written, at most 22 price, at most 33.22 USD" in printed
     assert "0.00 USD" in cache_teacher.estimate([], 1.0, 2.0)
     assert "USD" not in cache_teacher.estimate([], None, None)
 

@@ -160,7 +160,7 @@ def test_an_adapter_of_peft_gives_pefts_logits(base, kind, rslora, tmp_path):
 
 def test_patterns_of_whole_kernels_are_kept_both_ways(base, tmp_path):
     source, decoder, params = base("llama")
-    fields = {"rank_pattern": {"o_proj": 2}, "alpha_pattern": {"mlp.down_proj": 20}}
+    fields = {"rank_pattern": {"o_proj": 2}, "alpha_pattern": {"v_proj|mlp.down_proj": 20}}
     wanted = trained_in_torch(source, tmp_path / "theirs", target_modules=SOME, **fields)
     found = load_adapter(tmp_path / "theirs", decoder.spec).adapters
     ranks_and_scales = {path[7:]: (a.a.shape[-1], a.scale) for path, a in found.items()}
