@@ -11,6 +11,7 @@ from flax import traverse_util
 
 from gkdjax.models.decoder import Decoder
 from gkdjax.models.decoder_config import param_shapes
+from gkdjax.models.layers import rms_norm
 from tests.models.model_cases import GLOBAL, TOLERANCE, decoder_logits, distance, pair, rows
 
 
@@ -72,6 +73,12 @@ def test_bfloat16_compute_keeps_logits_in_float32(model):
     assert np.any(logits != logits.astype(jnp.bfloat16).astype(np.float32))
     wanted = decoder_logits(decoder, params, tokens_BT, mask_BT)
     assert 1e-4 < distance(logits, wanted, mask_BT) < 0.5
+
+
+def test_a_norm_adds_its_offset_in_float32():
+    x, low = jnp.arange(1.0, 9.0), jnp.full(8, 2.0**-10, jnp.bfloat16)  # 1 + low is 1 in bfloat16
+    wanted = rms_norm(x, low.astype(jnp.float32), eps=1e-6, offset=1.0)
+    np.testing.assert_array_equal(rms_norm(x, low, eps=1e-6, offset=1.0), wanted)
 
 
 @pytest.mark.parametrize(("family", "tied"), [("gemma3", True), ("qwen2", False)])

@@ -94,6 +94,12 @@ def test_prefixes_are_left_out_and_the_hidden_states_stay_the_same(prefixes, wan
     assert (knows.num_reads, does_not.num_reads) == (reads, 0)
 
 
+def test_the_longest_prefix_that_fits_is_taken():
+    nested = cache_of([row(LONG[:8], 30), row(LONG[:8], 31)], *GROUPS)
+    assert readings(nested, batch_of(LONG)) == [(12, [0, 1, 2, 3])]
+    assert readings(nested, batch_of(LONG[:8])) == [(8, [0, 1, 2, 3])]
+
+
 def test_single_rows_and_short_prefixes_are_let_alone():
     made = cache_of([row(LONG, 4)], [row(OTHER[:7], 4), row(OTHER[:7], 5)])
     assert readings(made, batch_of(LONG)) == [(0, [0, 1, 2, 3])]

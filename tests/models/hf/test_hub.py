@@ -126,7 +126,7 @@ def server(tmp_path_factory, student):
     for name in ("open", "private", "gated"):
         (root / "org" / name).symlink_to(student)
     (adapter / "checkpoint-1").mkdir(parents=True)
-    for name in (*ADAPTER, *TERMS, "README.md", "run.py"):
+    for name in (*ADAPTER, *TERMS, "README.md", "run.py", "checkpoint-1/adapter_config.json"):
         (adapter / name).write_text("{}")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub) as server:
         server.root, server.asked = root, []

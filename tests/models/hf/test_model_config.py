@@ -172,7 +172,7 @@ HARMLESS = [
     *((family, JUNK) for family in FAMILIES),
     *((family, more) for family in ("llama", "qwen2", "qwen3") for more in PUBLISHED),
     ("llama", {"sliding_window": 4096, "layer_types": ["full_attention"] * 3}),
-    ("llama", {"architectures": ["LlamaForCausalLM"]}),
+    ("llama", {"architectures": ["LlamaForCausalLM"], "partial_rotary_factor": 1.0}),
     ("gemma3", {"architectures": ["Gemma3ForCausalLM"]}),
 ]
 

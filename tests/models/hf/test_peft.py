@@ -175,7 +175,7 @@ def test_patterns_of_whole_kernels_are_kept_both_ways(base, tmp_path):
 EXCLUDING = [
     {"target_modules": ["q_proj", "o_proj"]},
     {"target_modules": None},  # peft's own: q_proj and v_proj
-    {"exclude_modules": ["mlp.down_proj"]},
+    {"exclude_modules": ["mlp.down_proj", "proj"]},  # the second is no whole name
     {"exclude_modules": r".*\.(down|v)_proj"},
     {"without": ("r", "lora_alpha", "lora_dropout", "target_modules")},  # peft's own, too
 ]
