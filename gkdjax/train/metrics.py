@@ -77,7 +77,8 @@ class MetricsRecorder:
         self._bar = text.bar(steps, "train", start=first_step, shown=log.progress_bar)
         self._pending = None
         self._bad = bad_steps.in_a_row(workdir, first_step)
-        self.good: TrainBatch | None = None  # of the last step here that changed something
+        # Of a step here that changed something, the last of one shape: its loss is one program.
+        self.good: TrainBatch | None = None
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -113,7 +114,10 @@ class MetricsRecorder:
                 f" square), and may by {LARGEST_UPDATE:g} at most; what it made is not saved. Lower"
                 " optim.learning_rate"
             )
-        self._bad, self.good = 0, batch
+        self._bad = 0
+        program = batch.divergence, [leaf.shape for leaf in jax.tree.leaves(batch[:3])]
+        if self.good is None or program == self._program:
+            self.good, self._program = batch, program
         values = {
             "loss": sums["loss_sum"] / sums["loss_weight"],
             "divergence": batch.divergence,
