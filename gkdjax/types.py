@@ -96,7 +96,7 @@ class Completion:
     ids: np.ndarray  # int32 [n]; if finished, the last one is a stop id
     finished: bool  # False: cut off at max_new_tokens, so there is no end-of-turn target
     # losses.topk.TokenTopK or TokenHidden: its row n predicted ids[n]; None: it was not asked for
-    kept: Any = None
+    cached: Any = None
     refused: int = 0  # attempts that were not accepted
     author: str = ""  # "student", or the teacher's description
 
@@ -118,7 +118,7 @@ class ViewPair:
     student: View
     teacher: View
     target_ids: np.ndarray  # int32 [N], N >= 1
-    kept: Any = None  # TokenTopK, the teacher's predictions when it wrote the targets
+    cached: Any = None  # TokenTopK, the teacher's predictions when it wrote the targets
 
 
 @jax.tree_util.register_dataclass

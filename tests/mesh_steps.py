@@ -99,8 +99,8 @@ def _text(decoder, params, mesh, name: str) -> None:
     np.savez(
         name + ".npz",
         ids=np.concatenate([one.ids for one in written]),
-        top_ids=np.concatenate([one.kept.topk.ids for one in written]),
-        logprobs=np.concatenate([one.kept.topk.logprobs for one in written]),
+        top_ids=np.concatenate([one.cached.topk.ids for one in written]),
+        logprobs=np.concatenate([one.cached.topk.logprobs for one in written]),
     )
 
 

@@ -166,11 +166,11 @@ def cached_targets(pairs: Sequence[ViewPair], num_targets: int) -> TopKTargets |
 
     All entries of a row without them are absent: their logprobs are -inf.
     """
-    known = [pair.kept for pair in pairs if pair.kept is not None]
+    known = [pair.cached for pair in pairs if pair.cached is not None]
     if not known:
         return None
     nothing = jax.tree.map(lambda tokens: tokens[:0], known[0])
-    return pad_top_k([pair.kept or nothing for pair in pairs], num_targets)
+    return pad_top_k([pair.cached or nothing for pair in pairs], num_targets)
 
 
 def pad_top_k(rows: Sequence[TokenTopK], num_targets: int) -> TopKTargets:

@@ -110,8 +110,8 @@ class ViewRules:
         if len(target_ids) == 0:
             self._require_roles(example, completion)
             return None, RowStatus.UNMATCHED
-        kept = self._kept(len(target_ids), completion)
-        pair = ViewPair(example.name, example.row_id, student, teacher, target_ids, kept)
+        cached = self._cached(len(target_ids), completion)
+        pair = ViewPair(example.name, example.row_id, student, teacher, target_ids, cached)
         excess = max(len(student.ids), len(teacher.ids)) - self.max_length
         if excess <= 0:
             return pair, RowStatus.KEPT
@@ -123,7 +123,7 @@ class ViewRules:
             student=View(student.ids[:-excess], student.at[:left]),
             teacher=View(teacher.ids[:-excess], teacher.at[:left]),
             target_ids=target_ids[:left],
-            kept=jax.tree.map(lambda x: x[:left], kept),
+            cached=jax.tree.map(lambda x: x[:left], cached),
         )
         return pair, RowStatus.TRUNCATED
 
@@ -203,14 +203,14 @@ class ViewRules:
                 f"{', '.join(self.targets.roles)} to train on, or only such with 'weight': 0"
             )
 
-    def _kept(self, num_targets: int, completion: Completion | None) -> TokenTopK | None:
+    def _cached(self, num_targets: int, completion: Completion | None) -> TokenTopK | None:
         """The predictions of the writer, if all targets are of the completion."""
-        if completion is None or not isinstance(completion.kept, TokenTopK):
+        if completion is None or not isinstance(completion.cached, TokenTopK):
             return None
         flags = self.targets.of_completion(completion, self.student_chat)
         if flags.sum() < num_targets:
             return None
-        return jax.tree.map(lambda x: x[flags], completion.kept)
+        return jax.tree.map(lambda x: x[flags], completion.cached)
 
 
 def _shown(chat: Chat, ids: np.ndarray) -> str:

@@ -113,7 +113,7 @@ class Texts:
         if len(completion.ids) == 0:  # a server may have written no token that is an id here
             none = np.zeros(0, np.int32)
             student, teacher = (View(prompt, none) for prompt in self.prompts(example))
-            return ViewPair(example.name, example.row_id, student, teacher, none, completion.kept)
+            return ViewPair(example.name, example.row_id, student, teacher, none, completion.cached)
         example = dataclasses.replace(example, given=len(example.turns))
         return (rules or self._rules).pair(example, completion, too_long="truncate-right")[0]
 
@@ -134,9 +134,9 @@ def _score(pairs, shapes, teacher: Teacher, config: Config, pad_id: int, mesh: M
         batch = batching.pad(filled, shape, pad_id)
         real_B1 = np.arange(rows)[:, None] < real
         batch = dataclasses.replace(batch, target_mask_BN=batch.target_mask_BN & real_B1)
-        kept = batching.cached_targets(filled, shape.targets)
+        cached = batching.cached_targets(filled, shape.targets)
         names = [pair.name for pair in filled]
-        batches.append((batch, request_targets(teacher, batch, names, kept, mesh)))
+        batches.append((batch, request_targets(teacher, batch, names, cached, mesh)))
     return ScoredText([(batch, targets()) for batch, targets in batches], rows)
 
 

@@ -34,7 +34,7 @@ def sampling(config: Config) -> SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class Keep:
-    """Which predictions become `Completion.kept`: those of the loss, however tokens are sampled."""
+    """Which predictions become `Completion.cached`: the loss's, however tokens are sampled."""
 
     top_k: int | None  # K for `TokenTopK`; None for `TokenHidden`, which ignores the other fields
     temperature: float  # log-probabilities of softmax(logits / temperature)
@@ -84,11 +84,11 @@ def sample(
         tokens_BP, mask_BP = _left_pad([prompts[i] for i in filled], lengths)
         rows = (tokens_BP, mask_BP, np.asarray([seeds[i] for i in filled], np.uint32))
         rows = rows if mesh is None else shard_rows(mesh, rows)
-        tokens_BN, length_B, done_B, kept = fetch(program.run(params, rows, how, prefix))
+        tokens_BN, length_B, done_B, cached = fetch(program.run(params, rows, how, prefix))
         for row in range(len(chunk)):
             n = length_B[row]
             # Copies, because a slice would hold on to the arrays of the whole batch.
-            own = jax.tree.map(lambda x_BN, row=row, n=n: x_BN[row, :n].copy(), kept)
+            own = jax.tree.map(lambda x_BN, row=row, n=n: x_BN[row, :n].copy(), cached)
             if isinstance(own, TopKTargets):
                 own = TokenTopK(own.topk, own.target_logprob_BN)
             elif own is not None:
@@ -117,7 +117,7 @@ class _State(NamedTuple):
     length_B: jax.Array  # int32, tokens of the row, a stop id included
     done_B: jax.Array  # bool, the row has a stop id
     cache: Cache  # of all tokens but the last one
-    kept: TopKTargets | jax.Array | None  # [B,N,...]; the array is hidden_BNE
+    cached: TopKTargets | jax.Array | None  # [B,N,...]; the array is hidden_BNE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Program:
             step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.step)
             sampled_B = sample_token(logits_BV, step_keys_B, temperature, self.top_k, top_p)
             token_B1 = jnp.where(state.done_B, 0, sampled_B)[:, None]
-            kept = self._predictions(hidden_B1E, logits_B1V, token_B1)
+            cached = self._predictions(hidden_B1E, logits_B1V, token_B1)
             put = functools.partial(
                 jax.lax.dynamic_update_slice_in_dim, start_index=state.step, axis=1
             )
@@ -177,7 +177,7 @@ class Program:
                 length_B=state.length_B + (~state.done_B).astype(jnp.int32),
                 done_B=state.done_B | jnp.any(token_B1 == stop_ids[None, :], axis=1),
                 cache=state.cache,
-                kept=jax.tree.map(put, state.kept, kept),
+                cached=jax.tree.map(put, state.cached, cached),
             )
 
         def read_and_sample(state: _State) -> _State:
@@ -201,13 +201,13 @@ class Program:
             length_B=jnp.zeros((B,), jnp.int32),
             done_B=jnp.zeros((B,), bool),
             cache=cache,
-            kept=jax.tree.map(lambda x_B1: jnp.zeros((B, N, *x_B1.shape[2:]), x_B1.dtype), one),
+            cached=jax.tree.map(lambda x_B1: jnp.zeros((B, N, *x_B1.shape[2:]), x_B1.dtype), one),
         )
         end = jax.lax.while_loop(unfinished, read_and_sample, sample_next(start, hidden_B1E))
-        return end.tokens_BN, end.length_B, end.done_B, end.kept
+        return end.tokens_BN, end.length_B, end.done_B, end.cached
 
     def _predictions(self, hidden_B1E, logits_B1V, token_B1):
-        """The part of `_State.kept` of one step."""
+        """The part of `_State.cached` of one step."""
         keep = self.keep
         if keep is None:
             return None

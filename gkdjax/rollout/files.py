@@ -68,7 +68,7 @@ def line(
         "text": chat.decode(completion.ids),
         "finished": completion.finished,
         "refused": completion.refused,
-        "kept": isinstance(completion.kept, TokenTopK),
+        "kept": isinstance(completion.cached, TokenTopK),
         "ids": completion.ids.tolist(),
     }
     prefixes.add(prefix_digest)
@@ -111,9 +111,9 @@ def key_of(record: dict) -> tuple:
     return record["row"], record["number"], record["prompt_digest"]
 
 
-def completion_of(record: dict, kept: TokenTopK | None = None) -> Completion:
+def completion_of(record: dict, cached: TokenTopK | None = None) -> Completion:
     ids = np.asarray(record["ids"], np.int32)
-    return Completion(ids, record["finished"], kept, record["refused"], record["writer"])
+    return Completion(ids, record["finished"], cached, record["refused"], record["writer"])
 
 
 def keep_lines(path: pathlib.Path, count: int) -> None:
@@ -163,8 +163,8 @@ def write_once(
     done: list[Completion] = []
     for start in range(0, len(records), chunk):
         part = records[start : start + chunk]
-        kept = iter(read_kept(path, start, [len(r["ids"]) for r in part if r["kept"]]))
-        done += [completion_of(r, next(kept) if r["kept"] else None) for r in part]
+        cached = iter(read_cached(path, start, [len(r["ids"]) for r in part if r["kept"]]))
+        done += [completion_of(r, next(cached) if r["kept"] else None) for r in part]
     if done:
         keep_lines(path, len(done))
     prefixes = {record["prefix_digest"] for record in records}
@@ -175,10 +175,10 @@ def write_once(
         for start in range(len(done), len(prompts), chunk):
             places = range(start, min(start + chunk, len(prompts)))
             written = [
-                c if isinstance(c.kept, TokenTopK) else dataclasses.replace(c, kept=None)
+                c if isinstance(c.cached, TokenTopK) else dataclasses.replace(c, cached=None)
                 for c in write(places)
             ]
-            write_kept(path, start, [c.kept for c in written if c.kept is not None])
+            write_cached(path, start, [c.cached for c in written if c.cached is not None])
             for place, completion in zip(places, written, strict=True):
                 file.write(line(prompts[place], completion, chat, step, prefixes))
             file.flush()
@@ -187,21 +187,21 @@ def write_once(
     return done
 
 
-def write_kept(path: pathlib.Path, start: int, kept: Sequence[TokenTopK]) -> None:
+def write_cached(path: pathlib.Path, start: int, cached: Sequence[TokenTopK]) -> None:
     """Writes the top k of the chunk that begins at line `start`, of one K and one temperature."""
-    if not kept:
+    if not cached:
         return
-    rows = [(k.topk.ids, k.topk.logprobs, k.topk.tail_logprob, k.target_logprob) for k in kept]
+    rows = [(k.topk.ids, k.topk.logprobs, k.topk.tail_logprob, k.target_logprob) for k in cached]
     tensors = dict(zip(_TENSORS, map(np.concatenate, zip(*rows, strict=True)), strict=True))
     file = _file(path, start)
     file.parent.mkdir(exist_ok=True)
-    metadata = {"temperature": repr(kept[0].topk.temperature)}
+    metadata = {"temperature": repr(cached[0].topk.temperature)}
     with replacing(file) as part:
         safetensors.numpy.save_file(tensors, part, metadata=metadata)
 
 
-def read_kept(path: pathlib.Path, start: int, lengths: Sequence[int]) -> list[TokenTopK]:
-    """Reads what `write_kept` wrote; `lengths` are the tokens of each response that has a top k.
+def read_cached(path: pathlib.Path, start: int, lengths: Sequence[int]) -> list[TokenTopK]:
+    """Reads what `write_cached` wrote; `lengths` are the tokens of each response that has a top k.
 
     Raises:
       UserError: the file is damaged or missing, or has another number of tokens.
@@ -225,7 +225,7 @@ def read_kept(path: pathlib.Path, start: int, lengths: Sequence[int]) -> list[To
     ]
 
 
-def kept_starts(path: pathlib.Path) -> list[int]:
+def cached_starts(path: pathlib.Path) -> list[int]:
     """Returns the first lines of the chunks that have a top k, in order."""
     return sorted(int(file.stem) for file in path.with_suffix(".kept").glob("*.safetensors"))
 

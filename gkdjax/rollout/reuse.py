@@ -58,17 +58,17 @@ class Source:
             if len(records[number]["ids"]) <= rules.max_new_tokens
             and rules.status(files.completion_of(records[number]), chat) is RowStatus.KEPT
         }
-        kept = self._kept(records, set(found.values()))
+        cached = self._cached(records, set(found.values()))
         if not self.text_alone:
-            found = {place: number for place, number in found.items() if number in kept}
+            found = {place: number for place, number in found.items() if number in cached}
         logging.info(
             "data.train: %d responses from %s, %d to be written (%d are there but not accepted); of"
             " %d what the teacher predicted is there as well, and it need not read them",
             *(len(found), self.path, len(prompts) - len(found), len(matched) - len(found)),
-            len(kept),
+            len(cached),
         )
         return {
-            place: files.completion_of(records[number], kept.get(number))
+            place: files.completion_of(records[number], cached.get(number))
             for place, number in found.items()
         }
 
@@ -91,24 +91,24 @@ class Source:
                     )
         return found
 
-    def _kept(self, records: Sequence[dict], wanted: set[int]) -> dict[int, TokenTopK]:
+    def _cached(self, records: Sequence[dict], wanted: set[int]) -> dict[int, TokenTopK]:
         """Place in `records` -> the top k that this run's teacher would give, if it is there."""
         found: dict[int, TokenTopK] = {}
         if self.top_k is None:
             return found
-        bounds = [*files.kept_starts(self.path), len(records)]
+        bounds = [*files.cached_starts(self.path), len(records)]
         for start, end in itertools.pairwise(bounds):
             places = [n for n in range(start, end) if records[n]["kept"]]
             if wanted.isdisjoint(places):
                 continue
             lengths = [len(records[n]["ids"]) for n in places]
-            for n, kept in zip(places, files.read_kept(self.path, start, lengths), strict=True):
+            for n, cached in zip(places, files.read_cached(self.path, start, lengths), strict=True):
                 if (
                     n in wanted
                     and records[n]["writer"] == self.teacher
-                    and kept.topk.ids.shape[-1] == self.top_k
-                    and kept.topk.temperature == self.temperature
-                    and bool((kept.topk.ids < self.vocab_size).all())
+                    and cached.topk.ids.shape[-1] == self.top_k
+                    and cached.topk.temperature == self.temperature
+                    and bool((cached.topk.ids < self.vocab_size).all())
                 ):
-                    found[n] = kept
+                    found[n] = cached
         return found

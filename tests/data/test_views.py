@@ -52,11 +52,11 @@ def _rules(chat, teacher_chat=None, roles=("assistant",), pattern=None, span="me
     )
 
 
-def _completion(chat, text, finished=True, **kept):
+def _completion(chat, text, finished=True, **cached):
     """Character by character, as no tokenizer would make it of the text."""
     ids = [i for character in text for i in chat.tokenize(character)[0]]
     ids = np.asarray(ids + [chat.stop_ids[0]] * finished, np.int32)
-    return Completion(ids, finished, **kept)
+    return Completion(ids, finished, **cached)
 
 
 def _pair(rules, example, completion=None):
@@ -266,13 +266,13 @@ def test_what_was_kept_of_a_response_is_cut_to_what_is_learnt_of_it(chat_of):
     chat = chat_of("gemma")
     n = len(_completion(chat, "a yes b").ids)
     topk = TopKLogprobs(*(np.arange(n * 2).reshape(n, 2),) * 2, np.arange(n), 1.0)
-    written = _completion(chat, "a yes b", kept=TokenTopK(topk, np.arange(n)))
+    written = _completion(chat, "a yes b", cached=TokenTopK(topk, np.arange(n)))
     for rules, places in (
         (_rules(chat), range(n)),
         (_rules(chat, pattern="y.s", span="match"), range(2, 5)),
     ):
-        kept = _pair(rules, _row(), written).kept
-        assert kept.target_logprob.tolist() == [*places]
-        np.testing.assert_array_equal(kept.topk.ids, topk.ids[places])
+        cached = _pair(rules, _row(), written).cached
+        assert cached.target_logprob.tolist() == [*places]
+        np.testing.assert_array_equal(cached.topk.ids, topk.ids[places])
     rules = _rules(chat, None, ("assistant", "user"), "y|[?]", "match")
-    assert _pair(rules, _row(), written).kept is None  # nobody predicted the user's turn
+    assert _pair(rules, _row(), written).cached is None  # nobody predicted the user's turn

@@ -150,7 +150,7 @@ def test_what_comes_with_its_text_is_what_it_says_of_the_text(server, how, tmp_p
     for completion, answer in zip(written, scored, strict=True):
         assert completion.finished == (int(completion.ids[-1]) in chat.stop_ids)
         assert completion.finished or len(completion.ids) == sampling.max_new_tokens
-        kept, other = completion.kept, answer
-        np.testing.assert_allclose(kept.target_logprob, other.target_logprob, atol=NATS)
-        np.testing.assert_allclose(kept.topk.logprobs, other.topk.logprobs, atol=NATS)
-        np.testing.assert_allclose(kept.topk.tail_logprob, other.topk.tail_logprob, atol=NATS)
+        cached, other = completion.cached, answer
+        np.testing.assert_allclose(cached.target_logprob, other.target_logprob, atol=NATS)
+        np.testing.assert_allclose(cached.topk.logprobs, other.topk.logprobs, atol=NATS)
+        np.testing.assert_allclose(cached.topk.tail_logprob, other.topk.tail_logprob, atol=NATS)

@@ -147,7 +147,7 @@ def test_text_does_not_depend_on_who_reads_the_prefix(temperature, num_new, read
     assert made.num_reads == reads
     for one, other in zip(got, wanted, strict=True):
         np.testing.assert_array_equal(one.ids, other.ids)
-        np.testing.assert_allclose(one.kept.topk.logprobs, other.kept.topk.logprobs, atol=1e-4)
+        np.testing.assert_allclose(one.cached.topk.logprobs, other.cached.topk.logprobs, atol=1e-4)
     assert made.sample([], [], sampling, lengths=(16,), **how) == []
 
 

@@ -161,7 +161,7 @@ def written(run):
 
 def leaves(text) -> list[np.ndarray]:
     """All arrays that were kept."""
-    return jax.tree.leaves([vars(t.kept) for t in text])
+    return jax.tree.leaves([vars(t.cached) for t in text])
 
 
 def assert_same(text, others, atol=1e-5):
@@ -191,22 +191,22 @@ def test_kept_predictions_are_those_of_an_uncached_forward(model, run, written, 
     assert all(array.flags.owndata for array in leaves(got))  # no more than its own row is held
     if keep is HIDDEN:
         for row, t in enumerate(got):
-            assert isinstance(t.kept, TokenHidden)
-            close(t.kept.hidden, hidden_BTE[row, at[row]])
+            assert isinstance(t.cached, TokenHidden)
+            close(t.cached.hidden, hidden_BTE[row, at[row]])
         return
     vocab_size = keep.vocab_size or 128
     logits_BTV = np.where(np.arange(128) < vocab_size, logits_BTV, -np.inf)
     wanted = top_k_logprobs(jnp.asarray(logits_BTV), keep.top_k, keep.temperature)
     logprobs_BTV = np.asarray(jax.nn.log_softmax(logits_BTV / keep.temperature))
     for row, t in enumerate(got):
-        topk, logprobs_NV = t.kept.topk, logprobs_BTV[row, at[row]]
+        topk, logprobs_NV = t.cached.topk, logprobs_BTV[row, at[row]]
         assert (topk.temperature, topk.ids.dtype) == (keep.temperature, np.int32)
         close(topk.logprobs, wanted.logprobs[row, at[row]])
         close(topk.tail_logprob, wanted.tail_logprob[row, at[row]])
         # The ids by their worth: two that are equal up to rounding may change places.
         close(topk.logprobs, np.take_along_axis(logprobs_NV, topk.ids, axis=-1))
-        close(t.kept.target_logprob, logprobs_NV[np.arange(len(t.ids)), t.ids])
-    beyond = [t.ids[t.kept.target_logprob == -np.inf].tolist() for t in got]
+        close(t.cached.target_logprob, logprobs_NV[np.arange(len(t.ids)), t.ids])
+    beyond = [t.ids[t.cached.target_logprob == -np.inf].tolist() for t in got]
     assert beyond == [[i for i in t.ids if i >= vocab_size] for t in text]
     assert any(beyond) == (keep is TOP_SHARED)
 
@@ -238,7 +238,7 @@ def traced(keep, mesh=None, dtype=jnp.float32):
 
 
 def test_what_is_not_asked_for_is_neither_computed_nor_stored(written):
-    assert all(t.kept is None for t in written[1])
+    assert all(t.cached is None for t in written[1])
     programs = [traced(keep) for keep in (None, *KEEPS)]
     assert ["top_k" in str(program.jaxpr) for program in programs] == [0, 1, 1, 0]
     stored = [jax.tree.leaves(program.out_info)[3:] for program in programs]

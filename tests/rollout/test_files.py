@@ -143,23 +143,23 @@ class Keeping(Writer):
     """Keeps the top k of every second response, and something that is not written to disk."""
 
     def __call__(self, places):
-        kept = []
+        cached = []
         for i, one in zip(places, super().__call__(places), strict=True):
             values = np.full((len(one.ids), 2), i, np.float32)
             topk = TopKLogprobs(values.astype(np.int32), values, values[:, 0], 0.5)
             what = TokenHidden(values) if i % 2 else TokenTopK(topk, values[:, 1])
-            kept.append(dataclasses.replace(one, kept=what))
-        return kept
+            cached.append(dataclasses.replace(one, cached=what))
+        return cached
 
 
 def test_what_some_of_a_chunk_kept_is_read_back_and_nothing_else_is_used(tmp_path):
     path = tmp_path / "file.jsonl"
     for writer in (Keeping(), None):  # the second time it reads
         written = write_once(path, PROMPTS, writer, CHAT, step=0, chunk=3, show=False)
-        assert [one.kept is not None for one in written] == [True, False] * 3 + [True]
+        assert [one.cached is not None for one in written] == [True, False] * 3 + [True]
         for i in (0, 2, 4, 6):
-            kept = written[i].kept
-            assert kept.topk.ids.tolist() == [[i, i]] * 3 and kept.topk.temperature == 0.5
-            assert kept.target_logprob.tolist() == [i] * 3
+            cached = written[i].cached
+            assert cached.topk.ids.tolist() == [[i, i]] * 3 and cached.topk.temperature == 0.5
+            assert cached.target_logprob.tolist() == [i] * 3
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["kept"] for line in lines] == [True, False] * 3 + [True]

@@ -39,19 +39,19 @@ ALL = (0, 0), (1, 0), (2, 0), (3, 0), (3, 0)
 
 @pytest.fixture
 def path(tmp_path):
-    """Five responses, to prompts 0 to 3 and once more to prompt 3; nothing is kept of one."""
+    """Five responses, to prompts 0 to 3 and once more to prompt 3; nothing is cached of one."""
     made = tmp_path / NAME
 
     def written(i: int) -> Completion:
         values = np.full((i + 1, 2), i, np.float32)
         topk = TopKLogprobs(values.astype(np.int32), values, values[:, 0], 0.5)
-        kept = None if i == 2 else TokenTopK(topk, values[:, 1])
+        cached = None if i == 2 else TokenTopK(topk, values[:, 1])
         ids, author = np.full(i + 1, i, np.int32), "him" if i == 3 else "her"
-        return Completion(ids, i % 2 == 0, kept, refused=i, author=author)
+        return Completion(ids, i % 2 == 0, cached, refused=i, author=author)
 
     how = {"step": 0, "chunk": 2, "show": False}
     write_once(made, asked(*ALL), lambda places: [written(i) for i in places], Chat(), **how)
-    assert files.kept_starts(made) == [0, 2, 4]
+    assert files.cached_starts(made) == [0, 2, 4]
     return made
 
 
@@ -71,9 +71,9 @@ def test_prompts_and_numbers_are_found_whatever_the_rows_are_called(path):
 
 
 @pytest.mark.parametrize(
-    ("how", "taken", "kept"),
+    ("how", "taken", "cached"),
     [
-        ({}, [0, 1, 2, 3, 4], [0, 1, 4]),  # nothing was kept of 2, and another teacher wrote 3
+        ({}, [0, 1, 2, 3, 4], [0, 1, 4]),  # nothing was cached of 2, and another teacher wrote 3
         ({"teacher": "him"}, [0, 1, 2, 3, 4], [3]),
         ({"top_k": 1}, [0, 1, 2, 3, 4], []),
         ({"top_k": None}, [0, 1, 2, 3, 4], []),
@@ -84,13 +84,15 @@ def test_prompts_and_numbers_are_found_whatever_the_rows_are_called(path):
         ({"pattern": "2|4"}, [2, 4], [4]),
     ],
 )
-def test_what_this_run_accepts_is_taken_with_what_its_teacher_would_predict(path, how, taken, kept):
+def test_what_this_run_accepts_is_taken_with_what_its_teacher_would_predict(
+    path, how, taken, cached
+):
     completions = found(path, *ALL, **how)
     assert list(completions) == taken
-    assert [place for place, one in completions.items() if one.kept is not None] == kept
-    if 4 in kept:
-        assert completions[4].kept.topk.ids.tolist() == [[4, 4]] * 5
-        assert completions[4].kept.target_logprob.tolist() == [4.0] * 5
+    assert [place for place, one in completions.items() if one.cached is not None] == cached
+    if 4 in cached:
+        assert completions[4].cached.topk.ids.tolist() == [[4, 4]] * 5
+        assert completions[4].cached.target_logprob.tolist() == [4.0] * 5
 
 
 def test_a_file_that_does_not_fit_is_refused(path):
