@@ -30,6 +30,7 @@ setuptools.setup(
         "pyyaml",
         "requests",
         "safetensors",
+        "tenacity",
         "tensorboardX",
         "tokenizers",
         "tqdm",

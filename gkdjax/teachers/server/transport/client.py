@@ -2,9 +2,7 @@
 
 import dataclasses
 import email.utils
-import itertools
 import json
-import random
 import re
 import socket
 import ssl
@@ -12,9 +10,10 @@ import sys
 import threading
 import time
 import urllib.parse
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import requests
+import tenacity
 import urllib3
 from absl import logging
 
@@ -25,6 +24,7 @@ from gkdjax.utils.errors import GkdjaxError, TeacherRefused, TeacherUnreachable,
 _GET_BYTES = 2**24  # a hosted server lists many models
 _ERROR_BYTES = 2**16  # that are read of the body of an error
 _LONGEST_WAIT_S = 60.0  # between two attempts; a Retry-After may ask for hours
+_BACKOFF = tenacity.wait_random_exponential(multiplier=1.0, min=0.25, max=_LONGEST_WAIT_S)
 _MOST_OUTAGES = 2  # of the server during one request
 _RETRIED = (408, 409, 429)  # and those from 500 on, except:
 _NOT_RETRIED = (501, 505)
@@ -78,7 +78,7 @@ class _Response(NamedTuple):
         return f"<{self.encoding}>" if self.encoding else self.body.decode(errors="replace")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class _Failure:
     """An attempt that may succeed another time."""
 
@@ -88,6 +88,31 @@ class _Failure:
     retry_after_s: float = 0.0
     server_error: tuple[int, bytes] | None = None  # status and body of 5xx, without `_VARIABLE`
     is_down: bool = False  # nobody listens at the address
+
+
+@dataclasses.dataclass
+class _Failures:
+    """What the failed attempts of one request show together."""
+
+    most_same: int  # see `Transport.post`
+    same: int = 0  # equal 5xx responses, counted back from the last attempt
+    outages: int = 0  # times that the server went away after another failure
+    _last: _Failure = _Failure("", is_down=True)
+    _times_down: int = 0
+
+    def add(self, failure: _Failure, times_down: int) -> None:
+        """Counts an attempt; `times_down` is the number of those that found nobody, of any request.
+
+        Another request may have seen that the server went away meanwhile.
+        """
+        is_same = failure.server_error == self._last.server_error
+        self.same = 0 if failure.server_error is None else 1 + self.same * is_same
+        self.outages += not self._last.is_down and times_down > self._times_down
+        self._last, self._times_down = failure, times_down
+
+    @property
+    def is_repeated(self) -> bool:
+        return 0 < self.most_same <= self.same
 
 
 class Transport:
@@ -152,41 +177,44 @@ class Transport:
         self._session.close()
 
     def _ask(self, request: _Request, *, most_same: int = 0, once: bool = False) -> dict | list:
-        start = time.monotonic()
-        most_attempts = 1 if once else 1 + self._limits.max_retries
-        same = outages = times_down = 0
-        last = _Failure("", is_down=True)
-        for attempt in itertools.count(1):
-            outcome = self._attempt(request, start + self._limits.deadline_s)
-            if not isinstance(outcome, _Failure):
-                return outcome
-            same = 1 + same * (outcome.server_error == last.server_error)
-            before, times_down = times_down, self._times_down
-            # Another request may have seen that the server went away meanwhile.
-            outages += not last.is_down and times_down > before
-            last = outcome
-            longest_s = max(0.25, min(2.0 ** min(attempt - 1, 10), _LONGEST_WAIT_S))
-            wait_s = max(random.uniform(0.25, longest_s), last.retry_after_s)
-            seconds = time.monotonic() - start
-            is_repeated = last.server_error is not None and 0 < most_same <= same
-            is_late = attempt >= most_attempts or seconds + wait_s >= self._limits.deadline_s
-            if is_repeated or is_late or outages >= _MOST_OUTAGES or self._closed.is_set():
-                break
-            with self._lock:
-                self.retries += 1
-                self.outages += last.server_error is not None or not last.has_response
-            text = f"{self.root}: {last.reason}; trying again in {wait_s:.1f} s"
-            logging.log_every_n_seconds(logging.WARNING, "%s", 60, text)
-            pause(self._closed, wait_s)
-        message = (
-            f"{self._where(request)} got no usable answer in {seconds:.1f} s; attempts: {attempt};"
-            f" the last one: {last.reason}"
+        failures, limits = _Failures(most_same), self._limits
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_result(lambda outcome: isinstance(outcome, _Failure)),
+            after=lambda state: failures.add(state.outcome.result(), self._times_down),
+            wait=lambda state: max(_BACKOFF(state), state.outcome.result().retry_after_s),
+            stop=tenacity.stop_any(
+                lambda state: failures.is_repeated or failures.outages >= _MOST_OUTAGES,
+                tenacity.stop_after_attempt(1 if once else 1 + limits.max_retries),
+                tenacity.stop_before_delay(limits.deadline_s),
+                tenacity.stop_when_event_set(self._closed),
+            ),
+            before_sleep=self._count_retry,
+            sleep=lambda seconds: pause(self._closed, seconds),
+            retry_error_callback=lambda state: self._give_up(request, failures, state),
         )
-        if is_repeated:
+        return retrying(self._attempt, request, time.monotonic() + limits.deadline_s)
+
+    def _count_retry(self, state: tenacity.RetryCallState) -> None:
+        failure = state.outcome.result()
+        with self._lock:
+            self.retries += 1
+            self.outages += failure.server_error is not None or not failure.has_response
+        text = f"{self.root}: {failure.reason}; trying again in {state.upcoming_sleep:.1f} s"
+        logging.log_every_n_seconds(logging.WARNING, "%s", 60, text)
+
+    def _give_up(
+        self, request: _Request, failures: _Failures, state: tenacity.RetryCallState
+    ) -> NoReturn:
+        last = state.outcome.result()
+        message = (
+            f"{self._where(request)} got no usable answer in {state.seconds_since_start:.1f} s;"
+            f" attempts: {state.attempt_number}; the last one: {last.reason}"
+        )
+        if failures.is_repeated:
             raise RepeatedServerError(message)
-        if outages:
-            error = ServerCrashed(f"{message}; times that the server went away: {outages}")
-            error.came_back = outages == _MOST_OUTAGES
+        if failures.outages:
+            error = ServerCrashed(f"{message}; times that the server went away: {failures.outages}")
+            error.came_back = failures.outages == _MOST_OUTAGES
             raise error
         raise last.error(message)
 
