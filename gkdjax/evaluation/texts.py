@@ -22,8 +22,6 @@ from gkdjax.types import Completion, Example, Message, Prompt, SamplingParams, V
 from gkdjax.utils import text as utils_text
 from gkdjax.utils.errors import UserError
 
-_OF_STUDENT = "student_tokens_BS", "student_mask_BS", "student_at_BN"
-
 
 class Texts:
     """Responses to one set of prompts: greedy ones by the teacher, or those of another writer."""
@@ -86,12 +84,19 @@ class Texts:
         for (filled, _), (batch, targets) in zip(
             _in_batches(pairs, self._config), self.teacher_text.batches, strict=True
         ):
-            shape = BatchShape(S, need.teacher, batch.target_ids_BN.shape[1])
+            N = batch.target_ids_BN.shape[1]
+            shape = BatchShape(S, need.teacher, max(N, need.targets))
             under = batching.pad(filled, shape, self._rules.student_chat.pad_id)
-            mask_BN = batch.target_mask_BN & under.target_mask_BN  # a longer view holds less text
+            # A longer view holds less text, and a shorter one may hold more.
+            mask_BN = batch.target_mask_BN & under.target_mask_BN[:, :N]
             lost += int(batch.target_mask_BN.sum() - mask_BN.sum())
-            student = {name: getattr(under, name) for name in _OF_STUDENT}
-            batch = dataclasses.replace(batch, target_mask_BN=mask_BN, **student)
+            batch = dataclasses.replace(
+                batch,
+                student_tokens_BS=under.student_tokens_BS,
+                student_mask_BS=under.student_mask_BS,
+                student_at_BN=under.student_at_BN[:, :N],
+                target_mask_BN=mask_BN,
+            )
             batches.append((batch, targets))
         if lost:
             logging.warning(
