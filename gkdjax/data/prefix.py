@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import yaml
 
 from gkdjax.config import Context
-from gkdjax.data.readers import read_rows, read_text
+from gkdjax.data.readers import json_value, read_rows, read_text
 from gkdjax.data.row_schema import kind, text
 from gkdjax.types import Message
 from gkdjax.utils.errors import UserError, one_line
@@ -49,7 +49,7 @@ class _UniqueKeys(yaml.SafeLoader):
 def _file_messages(source: str) -> tuple[Message, ...]:
     where = f"context.prefix_file = {source}"
     if source.endswith(".json"):
-        listed = [entry for _, entry in read_rows(source, "context.prefix_file")]
+        listed = json_value(source, where)
     elif source.endswith((".yaml", ".yml")):
         content = read_text(source, where)
         try:
@@ -98,9 +98,15 @@ def _documents(source: str) -> Iterator[str]:
     if source.endswith(".txt"):
         yield _plain(source, where)
         return
-    if not source.endswith((".json", ".jsonl")):
+    if source.endswith(".jsonl"):
+        named = [*read_rows(source, "context.corpus")]
+    elif source.endswith(".json"):
+        listed = json_value(source, where)
+        if not isinstance(listed, list):
+            raise UserError(f"{where}: must be a list of documents, not {kind(listed)}")
+        named = [(f"{pathlib.Path(source).name}:{i}", entry) for i, entry in enumerate(listed)]
+    else:
         raise UserError(f"{where}: its name must end in .txt, .json or .jsonl")
-    named = [*read_rows(source, "context.corpus")]
     if not named:
         raise UserError(f"{where}: the list is empty")
     for name, entry in named:

@@ -88,6 +88,12 @@ def read_text(source: str, where: str, *, may_be_empty: bool = False) -> str:
     return text
 
 
+def json_value(source: str, where: str) -> object:
+    """The one value of a .json file; errors are those of `read_text`, or name line and column."""
+    file = pathlib.Path(source).name
+    return _parse(read_text(source, where), file, file, 1)
+
+
 def _lines(text: str, file: str) -> Iterator[_NamedRow]:
     """A row for each line that has one; its name has the number of the line."""
     # Not splitlines(): JSON strings may hold other line separators, as U+2028.

@@ -76,7 +76,7 @@ def test_text_and_documents_of_every_kind_are_one_system_message(read):
             "prefix_file": [
                 ("no.json", None, r"^context\.prefix_file = .*no.json: No such file"),
                 ("p.txt", "be brief", r"prefix_file = .*p.txt: its name .*system_prompt_file"),
-                ("p.json", "{}", r"p.json: must hold a list of rows, .*; it has nothing"),
+                ("p.json", '{"data": []}', r"prefix_file = .*p.json: must be a list .*, not an ob"),
                 ("p.yaml", "be brief", r"prefix_file = .*p.yaml: must be a list .*, not a string"),
                 ("p.json", "[]", r"prefix_file = .*p.json: the list is empty"),
                 ("p.json", "[", r"p.json: line 1, column 2: does not parse as JSON"),
@@ -103,10 +103,11 @@ def test_text_and_documents_of_every_kind_are_one_system_message(read):
             "corpus": [
                 ("no.jsonl", None, r"^context\.corpus = .*no.jsonl: No such file"),
                 ("c.csv", "a", r"corpus = .*c.csv: its name must end in .txt, .json or .jsonl"),
+                # One document of several fields, of which none is the list of documents.
                 (
                     "c.json",
-                    '{"papers": []}',
-                    r"c.json: must hold a list of rows, .*; it has .'pap",
+                    '{"title": "A", "questions": ["b"]}',
+                    r"corpus = .*c.json: must be a list of documents, not an object",
                 ),
                 ("c.json", "[]", r"corpus = .*c.json: the list is empty"),
                 ("c.json", "[1]", r"c.json:0: a document is a string or an object, not a number"),
