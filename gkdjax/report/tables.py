@@ -56,6 +56,7 @@ _TRAINING = {
     "steps": ("steps", "{:,}"),
     "tokens": ("tokens", "{:,}"),
     "on_policy_steps": ("on-policy steps", "{:,}"),
+    "bad_steps": ("steps that changed nothing", "{:,}"),
     "compilations": ("compilations", "{:,}"),
     "loss": ("last loss", "{:.4f}"),
     "seconds": ("seconds", "{:,.0f}"),

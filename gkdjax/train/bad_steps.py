@@ -17,7 +17,6 @@ import safetensors.numpy
 from gkdjax.losses.objective import TopKTargets
 from gkdjax.losses.topk import TopKLogprobs
 from gkdjax.parallel import mesh
-from gkdjax.parallel.multihost import leads
 from gkdjax.train.step import TrainBatch
 from gkdjax.types import Batch
 from gkdjax.utils import files, tree
@@ -37,7 +36,10 @@ class BadPart(NamedTuple):
 def reason(sums: dict[str, float]) -> str:
     """Says why the step with these sums was bad."""
     if sums["targets"] == 0:
-        return "the batch has no target token"
+        return (
+            "the batch has no target token (raise train.batch_size or rollout.max_retries, or let"
+            " the student learn off-policy first, gkd.on_policy_warmup_steps)"
+        )
     for name in (key.removesuffix("_sum") for key in sums if key.endswith("_sum")):
         loss = sums[f"{name}_sum"] / sums[f"{name}_weight"] if sums[f"{name}_weight"] else math.nan
         if not math.isfinite(loss):
@@ -46,7 +48,7 @@ def reason(sums: dict[str, float]) -> str:
 
 
 def write(workdir: pathlib.Path, step: int, why: str, batch: TrainBatch) -> None:
-    """Writes the step's file and line. All processes call it."""
+    """Writes the step's file and line; all processes call it, each for its own directory."""
     leaves = {}
     for name, (rows, targets) in ({"loss": (batch.batch, batch.targets)} | batch.anchors).items():
         leaves |= _leaves(f"{name}/batch/", rows)
@@ -57,13 +59,12 @@ def write(workdir: pathlib.Path, step: int, why: str, batch: TrainBatch) -> None
             temperature = np.asarray(targets.topk.temperature, np.float64)
             leaves[f"{name}/targets/temperature"] = temperature
     line = {"step": step, "reason": why, "divergence": batch.divergence, "rows": batch.names}
-    if leads():
-        path = _path(workdir, step)
-        path.parent.mkdir(exist_ok=True)
-        with files.replacing(path) as part:
-            safetensors.numpy.save_file(leaves, part, {"line": json.dumps(line)})
-        with (workdir / LINES).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+    path = _path(workdir, step)
+    path.parent.mkdir(exist_ok=True)
+    with files.replacing(path) as part:
+        safetensors.numpy.save_file(leaves, part, {"line": json.dumps(line)})
+    with (workdir / LINES).open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def read(workdir: pathlib.Path, step: int) -> tuple[dict, dict[str, BadPart]]:
@@ -89,13 +90,17 @@ def read(workdir: pathlib.Path, step: int) -> tuple[dict, dict[str, BadPart]]:
     return line, parts
 
 
+def drop_from(workdir: pathlib.Path, step: int) -> None:
+    """Removes the lines and files of `step` and later ones, which are made again."""
+    files.drop_lines_from(workdir / LINES, step)
+    for path in (workdir / "bad_steps").glob("*.safetensors"):
+        if int(path.stem) >= step:
+            path.unlink()
+
+
 def in_a_row(workdir: pathlib.Path, step: int) -> int:
-    """Counts the bad steps just before `step`; a resumed run drops the lines of later ones."""
-    path = workdir / LINES
-    lines = [line for line in files.read_lines(path) if line["step"] < step]
-    if path.exists() and leads():
-        files.write_lines(path, lines)
-    bad = {line["step"] for line in lines}
+    """Counts the bad steps just before `step`."""
+    bad = {line["step"] for line in files.read_lines(workdir / LINES)}
     return next(n for n in range(step + 1) if step - 1 - n not in bad)
 
 

@@ -1,7 +1,6 @@
 """The steps of a run, from the newest checkpoint to the last step."""
 
 import contextlib
-import math
 import pathlib
 from collections.abc import Callable
 
@@ -26,7 +25,6 @@ from gkdjax.types import TrainState
 from gkdjax.utils.errors import (
     Preempted,
     TeacherUnreachable,
-    TrainingFailure,
     UserError,
     WrongAnswer,
 )
@@ -42,16 +40,14 @@ def train(
     optimizer = train_optimizer.optimizer(config.optim, steps)
     schedule = train_optimizer.schedule(config.optim, steps)
     train_step = make_train_step(run.decoder, optimizer, schedule, config, run.inputs.mesh)
-    loss = make_loss(run.decoder, config, run.inputs.mesh)
     measured = measured_steps(config.eval, steps)
     kept = measured if config.checkpoint.keep_evaluated else set()
     checkpoints = Checkpoints(shared, config.checkpoint.max_to_keep, sorted(kept))
     state = initial_state(run, optimizer)
-    restored = checkpoints.restore(state)
-    if restored is not None:
-        state = restored
-        logging.info("continuing from step %d", int(state.step))
+    state = checkpoints.restore(state) or state
     first = int(state.step)
+    if first:
+        logging.info("continuing from step %d", first)
     if not run.keeps_base and run.frozen is None:
         run.base = None  # a full fine-tuning that nothing compares with its start
     batches = BatchPrefetcher(run, workdir, first, steps)
@@ -59,7 +55,7 @@ def train(
 
     with (
         contextlib.closing(checkpoints),
-        contextlib.closing(MetricsRecorder(workdir, first, steps, config)) as record,
+        contextlib.closing(MetricsRecorder(workdir, first, steps, config, _loss_of(run))) as record,
         contextlib.closing(EvalSchedule(run, workdir, first, measured)) as evaluate,
         contextlib.closing(Watchdog(config.train.watchdog_s)) as watchdog,
         stop.deferred(),
@@ -71,15 +67,15 @@ def train(
                     evaluate.if_due(step, state, record)
                 batch = batches.take(step, state)
             except TEACHER_FAILS as error:
-                record.read()
                 if step > first:
+                    record.check(state)
                     checkpoints.save(state)
                     checkpoints.wait()
-                saved = f", and is saved{_advice(error)}" if step else ""
-                how_far = f"The run got to step {step} of {steps}{saved}"
-                if stop.event.is_set():
+                if isinstance(error, Preempted) and stop.event.is_set():
                     how_far = f"saved at step {step}" if step else "before its first step"
                     raise stop.error(how_far) from None
+                saved = f", and is saved{_advice(error)}" if step else ""
+                how_far = f"The run got to step {step} of {steps}{saved}"
                 raise type(error)(f"{error}. {how_far}") from None
             last = step + 1 == steps
             due = last or (step + 1) % config.checkpoint.every_steps == 0 or step + 1 in kept
@@ -88,12 +84,9 @@ def train(
                 record.record(step, sums, batch)
                 stopped = stopping.asked(stop.event.is_set())
                 if due or stopped:
-                    record.read()
+                    record.check(state)
                     if last:
                         record.require_some_good(steps)
-                    # The numbers of a step are those of the state before it; this one is saved.
-                    if record.good is not None:
-                        _require_finite(loss, state, run.frozen, record.good)
                     checkpoints.save(state)
                 if stopped and not last:
                     checkpoints.wait()
@@ -102,17 +95,20 @@ def train(
         with message_if_teacher_fails("All steps are made and saved"), stop.raising():
             evaluate.if_due(steps, state, record)
     found = results.training(read_lines(workdir / "metrics.jsonl")) | {"steps": steps}
-    if bad := [line["step"] for line in read_lines(workdir / bad_steps.LINES)]:
+    if bad := len(read_lines(workdir / bad_steps.LINES)):
         found["bad_steps"] = bad
     return state, found
 
 
-def _require_finite(loss: Callable, state: TrainState, frozen, batch: TrainBatch) -> None:
-    found = float(loss(state.trainable, frozen, *batch[:3], divergence=batch.divergence))
-    if not math.isfinite(found):
-        raise TrainingFailure(
-            f"after step {int(state.step) - 1} the loss is {found}, so the state is not saved"
-        )
+def _loss_of(run: Run) -> Callable[[TrainState, TrainBatch], float]:
+    mesh = run.inputs.mesh
+    loss = make_loss(run.decoder, run.inputs.config, mesh)
+
+    def of(state: TrainState, batch: TrainBatch) -> float:
+        placed = batch.on_devices(mesh)[:3]
+        return float(loss(state.trainable, run.frozen, *placed, divergence=batch.divergence))
+
+    return of
 
 
 # Raised while the teacher is asked; a store on a full disk is a UserError.

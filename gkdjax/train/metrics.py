@@ -5,8 +5,10 @@ with the number of steps done before it.
 """
 
 import json
+import math
 import pathlib
 import time
+from collections.abc import Callable
 
 import jax
 import jax.monitoring
@@ -16,6 +18,7 @@ from tensorboardX import SummaryWriter
 from gkdjax.config import Config
 from gkdjax.train import bad_steps
 from gkdjax.train.step import TrainBatch
+from gkdjax.types import TrainState
 from gkdjax.utils import files, text
 from gkdjax.utils.errors import TrainingFailure
 
@@ -31,8 +34,7 @@ class MetricsWriter:
 
         `group` is put before the names in TensorBoard, as "eval/".
         """
-        if path.exists():
-            _drop_from(path, first_step)
+        files.drop_lines_from(path, first_step)
         self._file, self._group, self._tensorboard = path.open("a"), group, None
         if tensorboard:
             self._tensorboard = SummaryWriter(
@@ -57,28 +59,30 @@ class MetricsWriter:
             self._tensorboard.close()
 
 
-def _drop_from(path: pathlib.Path, step: int) -> None:
-    """Keeps whole lines of steps before `step`; a line cut by a crash is not whole."""
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] >= step:
-            break
-        kept.append(line)
-    files.write_text(path, "".join(kept))
-
-
 class MetricsRecorder:
     """Reads a step's numbers after the next step was dispatched, so that the device never waits."""
 
-    def __init__(self, workdir: pathlib.Path, first_step: int, steps: int, config: Config):
-        log, self._max_bad_steps = config.log, config.train.max_bad_steps
-        self._workdir = workdir
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        first_step: int,
+        steps: int,
+        config: Config,
+        loss_of: Callable[[TrainState, TrainBatch], float],
+    ):
+        """Continues the files of the run at `first_step` of `steps`.
+
+        `loss_of` computes the loss of a state, in nats, on a batch that lies on the host.
+        """
+        self._workdir, self._max_bad_steps = workdir, config.train.max_bad_steps
+        log, self._loss_of = config.log, loss_of
         self._writer = MetricsWriter(workdir / "metrics.jsonl", first_step, log.tensorboard)
         self._bar = text.bar(steps, "train", start=first_step, shown=log.progress_bar)
         self._pending = None
+        bad_steps.drop_from(workdir, first_step)
         self._bad = bad_steps.in_a_row(workdir, first_step)
-        # Of a step here that changed something, the last of one shape: its loss is one program.
-        self.good: TrainBatch | None = None
+        # A batch of a good step, on the host: one for all checks, so that they are one program.
+        self._good: TrainBatch | None = None
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -90,6 +94,8 @@ class MetricsRecorder:
         counts = batch.counts() | {"compilations": _compilations - self._compiled}
         self._compiled = _compilations
         self.read()
+        if self._good is not None:
+            batch = batch.without_dense()
         self._pending = (step, sums, batch, counts)
 
     def read(self) -> None:
@@ -115,9 +121,8 @@ class MetricsRecorder:
                 " optim.learning_rate"
             )
         self._bad = 0
-        program = batch.divergence, [leaf.shape for leaf in jax.tree.leaves(batch[:3])]
-        if self.good is None or program == self._program:
-            self.good, self._program = batch, program
+        if self._good is None:
+            self._good = batch.on_host()
         values = {
             "loss": sums["loss_sum"] / sums["loss_weight"],
             "divergence": batch.divergence,
@@ -131,6 +136,23 @@ class MetricsRecorder:
         self._writer.write(step, values)
         speed = f"{values['tokens_per_second']:.0f}"
         self._bar.set_postfix(loss=f"{values['loss']:.4f}", tokens_s=speed)
+
+    def check(self, state: TrainState) -> None:
+        """Reads the pending step, and requires a finite loss of the state that it made.
+
+        The numbers of a step are those of the state before it.
+
+        Raises:
+          TrainingFailure: as `read`, or the loss of the state is not finite.
+        """
+        self.read()
+        if self._good is None:  # nothing has changed the state since it was checked
+            return
+        loss = self._loss_of(state, self._good)
+        if not math.isfinite(loss):
+            raise TrainingFailure(
+                f"after step {int(state.step) - 1} the loss is {loss}, so the state is not saved"
+            )
 
     def _read_bad(self, step: int, sums: dict, batch: TrainBatch, counts: dict) -> None:
         reason = bad_steps.reason(sums)

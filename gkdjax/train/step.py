@@ -5,6 +5,7 @@ of the whole batch: so accumulation and many devices average exactly as one woul
 """
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -21,12 +22,10 @@ from gkdjax.losses.masking import masked_count
 from gkdjax.losses.objective import DenseTargets, TeacherTargets, token_weights, weighted_divergence
 from gkdjax.models.decoder import Decoder, unembedding_table
 from gkdjax.models.lora import student_params
-from gkdjax.parallel.mesh import WHOLE, head_axes
+from gkdjax.parallel.mesh import WHOLE, fetch, head_axes, shard_rows
 from gkdjax.types import Batch, TrainState
 
 Part = tuple[Batch, TeacherTargets]
-# Root mean square of an update's numbers; AdamW's is about the learning rate.
-LARGEST_UPDATE = 1.0
 
 
 class TrainBatch(NamedTuple):
@@ -47,6 +46,32 @@ class TrainBatch(NamedTuple):
             crc32 = zlib.crc32(np.ascontiguousarray(leaf), crc32)
         tokens = int(self.host.student_mask_BS.sum())
         return self.on_policy | {"tokens": tokens, "batch_crc32": crc32}
+
+    def on_host(self) -> "TrainBatch":
+        """Fetches the arrays; a teacher's unembedding stays where it is, on the devices."""
+        return self._with(fetch, lambda dense: _with_hidden(dense, fetch))
+
+    def on_devices(self, mesh: Mesh) -> "TrainBatch":
+        """Undoes `on_host`."""
+        place = functools.partial(shard_rows, mesh)
+        return self._with(place, lambda dense: _with_hidden(dense, place))
+
+    def without_dense(self) -> "TrainBatch":
+        """Lets go of dense targets, which are large."""
+        return self._with(lambda rows: rows, lambda dense: None)
+
+    def _with(self, change: Callable, change_dense: Callable) -> "TrainBatch":
+        def part(batch: Batch, targets: TeacherTargets) -> Part:
+            dense = isinstance(targets, DenseTargets)
+            return change(batch), (change_dense if dense else change)(targets)
+
+        batch, targets = part(self.batch, self.targets)
+        anchors = {name: part(*each) for name, each in self.anchors.items()}
+        return self._replace(batch=batch, targets=targets, anchors=anchors)
+
+
+def _with_hidden(dense: DenseTargets, change: Callable) -> DenseTargets:
+    return dataclasses.replace(dense, hidden_BNE=change(dense.hidden_BNE))
 
 
 def init_state(trainable, optimizer: optax.GradientTransformation) -> TrainState:

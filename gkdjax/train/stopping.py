@@ -85,6 +85,7 @@ class StopRequest:
                 timer = threading.Timer(max_seconds, self._time_is_over, (max_seconds,))
                 timer.daemon = True
                 timer.start()
+                undo.callback(timer.join)  # it may just have begun to send its signal
                 undo.callback(timer.cancel)
             try:
                 yield
@@ -92,7 +93,8 @@ class StopRequest:
                 raise self.error("and what was computed is kept") from None
 
     def _time_is_over(self, max_seconds: float) -> None:
-        self._reason = f"train.max_seconds = {max_seconds:g}"
+        if not self.event.is_set():
+            self._reason = f"train.max_seconds = {max_seconds:g}"
         os.kill(os.getpid(), signal.SIGTERM)
 
     def _handle(self, number: int, frame) -> None:

@@ -34,6 +34,18 @@ def write_lines(path: pathlib.Path, lines: Iterable[dict]) -> None:
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
+def drop_lines_from(path: pathlib.Path, step: int) -> None:
+    """Keeps whole lines of steps before `step`; a line that a crash cut off is not whole."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] >= step:
+            break
+        kept.append(line)
+    write_text(path, "".join(kept))
+
+
 def read_lines(path: pathlib.Path) -> list[dict]:
     """Parses all lines in order; [] without a file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

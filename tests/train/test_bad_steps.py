@@ -2,11 +2,14 @@
 
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fake_server import FakeServer
+from fake_teacher import FakeTeacher
 from small_runs import ConstantTeacher, metrics, small
 
 import gkdjax
@@ -15,7 +18,7 @@ from gkdjax.train import bad_steps
 from gkdjax.train import metrics as train_metrics
 from gkdjax.train.checkpoint import saved_steps
 from gkdjax.train.metrics import MetricsRecorder
-from gkdjax.utils.errors import TrainingFailure, UserError
+from gkdjax.utils.errors import TeacherUnreachable, TrainingFailure, UserError
 from gkdjax.utils.files import read_lines
 
 
@@ -49,13 +52,13 @@ def answered(student, **changes):
 
 def test_a_bad_batch_is_left_out_counted_named_and_kept(student, tmp_path, caplog, capsys):
     results = gkdjax.run(answered(student), tmp_path, FaultyTeacher(2))
-    assert results["bad_steps"] == [2] and results["steps"] == 5
+    assert results["bad_steps"] == 1 and results["steps"] == 5
     assert [line["step"] for line in metrics(tmp_path)] == [0, 1, 3, 4]
     (line,) = read_lines(tmp_path / bad_steps.LINES)
     assert line["step"] == 2 and "nan" in line["reason"] and len(line["rows"]["loss"]) == 4
+    assert re.search("steps that changed nothing +1", capsys.readouterr().out)
     told = f"step 2 changed nothing: {line['reason']}; 4 rows ({', '.join(line['rows']['loss'])})"
     assert told in caplog.text
-    capsys.readouterr()
     assert replay_batch.main([str(tmp_path), "--step=2"]) == 0
     rows = capsys.readouterr().out.splitlines()
     assert [row.split()[1] for row in rows] == line["rows"]["loss"]
@@ -65,7 +68,8 @@ def test_a_bad_batch_is_left_out_counted_named_and_kept(student, tmp_path, caplo
         bad_steps.read(tmp_path, 3)
 
 
-def test_a_batch_computed_again_has_the_loss_that_it_had(student, tmp_path, monkeypatch):
+@pytest.mark.parametrize("teacher", ["object", "whole vocabulary", "server"])
+def test_a_batch_computed_again_has_the_loss_that_it_had(student, tmp_path, monkeypatch, teacher):
     """Good steps are written down as bad ones here, as their losses are known."""
     record = MetricsRecorder.record
 
@@ -74,16 +78,21 @@ def test_a_batch_computed_again_has_the_loss_that_it_had(student, tmp_path, monk
         record(self, step, sums, batch)
 
     monkeypatch.setattr(MetricsRecorder, "record", and_write)
-    c = answered(student, checkpoint__every_steps=1)
+    c = answered(student, checkpoint__every_steps=1, gkd__divergence="reverse_kl")
     c.anchor.data = [{"prompt": f"other {i}", "response": "no"} for i in range(3)]
-    c.anchor.batch_size, c.gkd.divergence, c.train.steps = 4, "reverse_kl", 2
-    gkdjax.run(c, tmp_path, ConstantTeacher(50, 5))
+    c.anchor.batch_size, c.train.steps = 4, 2
+    with FakeServer(FakeTeacher()) as server:  # it is gone when the batch is computed again
+        if teacher == "whole vocabulary":
+            c.teacher.top_k = None
+        elif teacher == "server":
+            c.teacher.backend, c.teacher.api_base, c.teacher.top_k = "vllm", server.base, 8
+        gkdjax.run(c, tmp_path, ConstantTeacher(50, 5) if teacher == "object" else None)
     for line in metrics(tmp_path):
         found = [*replay_batch.replay(tmp_path, line["step"])]
         for name, key in (("loss", "loss"), ("anchor", "anchor_loss")):
             rows = [row for row in found if row.part == name]
             mean = np.average([row.loss for row in rows], weights=[row.targets for row in rows])
-            assert mean == pytest.approx(line[key], rel=1e-5)
+            assert mean == pytest.approx(line[key], rel=1e-5, abs=1e-8)
             assert all(row.teacher_is_finite for row in rows)
 
 
@@ -96,8 +105,10 @@ def test_too_many_in_a_row_end_the_run_and_it_goes_on_mended(student, tmp_path):
     with pytest.raises(UserError, match=r"differs in config\.gkd\.temperature \(now 2\.0"):
         gkdjax.run(c, tmp_path, ConstantTeacher(50, 5))
     c.gkd.temperature, c.optim.learning_rate = 1.0, 1e-3
+    assert {path.stem for path in (tmp_path / "bad_steps").iterdir()} == {"2", "3"}
     results = gkdjax.run(c, tmp_path, FaultyTeacher(0))
-    assert results["bad_steps"] == [2] and [m["step"] for m in metrics(tmp_path)] == [0, 1, 3, 4]
+    assert {path.stem for path in (tmp_path / "bad_steps").iterdir()} == {"2"}
+    assert results["bad_steps"] == 1 and [m["step"] for m in metrics(tmp_path)] == [0, 1, 3, 4]
     (line,) = read_lines(tmp_path / "history.jsonl")
     assert line["changed"] == ["config.optim.learning_rate (now 0.001, was 0.01)"]
     assert "2 steps in a row" in line["failure"]
@@ -133,11 +144,26 @@ def test_an_absurd_update_is_not_made_saved_or_exported(student, tmp_path, rate)
     assert gkdjax.run(c, tmp_path, ConstantTeacher(50, 5))["exports"] == ["merged/"]
 
 
-def test_a_state_is_saved_only_if_its_own_loss_is_finite(student, tmp_path, monkeypatch):
+class Away(ConstantTeacher):
+    """A server that is gone after its first batch."""
+
+    def targets(self, batch):
+        if self.calls == 1:
+            raise TeacherUnreachable("gone")
+        return super().targets(batch)
+
+
+@pytest.mark.parametrize(
+    ("every_steps", "teacher"), [(1, ConstantTeacher(50, 5)), (9, Away(50, 5))]
+)
+def test_a_state_is_saved_only_if_its_own_loss_is_finite(
+    student, tmp_path, monkeypatch, every_steps, teacher
+):
     monkeypatch.setattr(train_metrics, "LARGEST_UPDATE", math.inf)
-    c = answered(student, optim__learning_rate=1e38, checkpoint__every_steps=1)
-    with pytest.raises(TrainingFailure, match="after step 0 the loss is nan, so the state is not"):
-        gkdjax.run(c, tmp_path, ConstantTeacher(50, 5))
+    message = "after step 0 the loss is nan, so the state is not"
+    c = answered(student, optim__learning_rate=1e38, checkpoint__every_steps=every_steps)
+    with pytest.raises(TrainingFailure, match=message):
+        gkdjax.run(c, tmp_path, teacher)
     assert saved_steps(tmp_path) == []
 
 
