@@ -202,7 +202,8 @@ def test_on_policy_rows_without_the_pattern_teach_nothing_and_are_counted(studen
 def test_an_on_policy_batch_that_lost_all_its_rows_stops_the_run(student, tmp_path):
     c = small(student, teacher__top_k=1, gkd__on_policy_fraction=1.0)
     c.context.target_content_pattern = "never this"
-    with pytest.raises(TrainingFailure, match=r"no target token; 4 rows .*, of 4 of which no resp"):
+    lost = r"no target token \(raise .*\); 4 rows .*, of 4 of which no response was accepted"
+    with pytest.raises(TrainingFailure, match=lost):
         gkdjax.run(c, tmp_path, teacher=ConstantTeacher())
 
 
