@@ -8,6 +8,7 @@ answers are compared with those computed here.
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import pathlib
 import statistics
 import tempfile
@@ -29,6 +30,7 @@ from gkdjax.teachers.server.preflight import Server
 from gkdjax.teachers.server.scheduler import exchange
 from gkdjax.teachers.server.transport.client import Limits, Transport
 from gkdjax.train import models
+from gkdjax.types import Message
 from gkdjax.utils.errors import UserError
 from gkdjax.utils.text import table
 
@@ -99,11 +101,13 @@ def _speed(transport: Transport, server: Server, chat: Chat, concurrency: int) -
 
     def tokens(kind: str, number: int) -> int:
         """Asks about another text each time, which no cache has -> tokens of the answer."""
-        moved = np.roll(ids, number)
+        mixed = np.random.default_rng(number).permutation(ids)
         if kind == "writing":
-            request = preflight.sample_request(chat, moved, k, _WRITTEN_TOKENS)
+            request = preflight.sample_request(chat, mixed, k, _WRITTEN_TOKENS)
+            text = chat.tokenizer.decode(mixed)
+            request = dataclasses.replace(request, messages=(Message("user", text),))
         else:
-            request = preflight.score_request(moved, k)
+            request = preflight.score_request(mixed, k)
         (answer,) = exchange(transport, server.dialect, [request])
         return len(answer.target_ids)
 

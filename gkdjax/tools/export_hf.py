@@ -45,7 +45,7 @@ def export_step(
             " leave --adapter out to write the whole model"
         )
     source = workdir.local_directory(config.student.model, run)
-    _check_out(out, config, source, adapter)
+    _check_out(out, run, adapter)
     spec = model_config.load_spec(source)
     ending = _ending(config, source, run)
     like = abstract_params(spec, jnp.float32)
@@ -83,15 +83,11 @@ def _ending(config: config_lib.Config, source: pathlib.Path, run: pathlib.Path) 
     return export.Ending(chat.stop_ids, chat.pad_id)
 
 
-def _check_out(
-    out: pathlib.Path, config: config_lib.Config, source: pathlib.Path, adapter: bool
-) -> None:
+def _check_out(out: pathlib.Path, run: pathlib.Path, adapter: bool) -> None:
     """Replaces only a directory that this tool could have written, and none that the run reads."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    teacher = config.teacher
-    used = (teacher.model, teacher.tokenizer, teacher.adapter, config.student.lora.init_from)
-    if out.resolve() in {p.resolve() for p in (source, *map(pathlib.Path, filter(None, used)))}:
+    if out.resolve() in {place.resolve() for place in workdir.begun_with(run)}:
         raise UserError(f"--out={out} is what the run began with; name another directory")
     if adapter:
         kind, file, key = "an adapter", peft.CONFIG, "peft_type"

@@ -224,18 +224,24 @@ def local_directory(name: str, workdir: pathlib.Path, weights: bool = True) -> p
     may get newer ones.
     """
     path = workdir / "models.json"
-    begun_with = read_json(path) or {}
-    if name not in begun_with:
+    found = read_json(path) or {}
+    if name not in found:
         directory = hub.local_directory(name, weights)
         here = str(directory.absolute()) if pathlib.Path(name).is_dir() else directory.name
-        write_json(path, begun_with | {name: here})
+        write_json(path, found | {name: here})
         return directory
-    place = pathlib.Path(begun_with[name])
+    place = pathlib.Path(found[name])
     if not place.is_absolute():
-        return hub.local_directory(name, weights, begun_with[name])
+        return hub.local_directory(name, weights, found[name])
     if not place.is_dir():
         raise UserError(f"{place} is gone, with which the run in {workdir} began; put it back")
     return place
+
+
+def begun_with(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Lists the directories of models, tokenizers and adapters here that a run began with."""
+    places = map(pathlib.Path, (read_json(workdir / "models.json") or {}).values())
+    return [place for place in places if place.is_absolute()]
 
 
 def base_name(name: str, workdir: pathlib.Path) -> str:

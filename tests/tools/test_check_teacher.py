@@ -1,5 +1,7 @@
 """check_teacher tries a server and shows its abilities, without a run."""
 
+import json
+
 import numpy as np
 import pytest
 from fake_server import FakeServer, Reply, script
@@ -30,6 +32,21 @@ def test_a_server_that_can_do_everything(student):
     assert rows["scores given ids"].startswith("yes")
     assert rows["scoring, one request"].endswith("ms (median of 5)")
     assert rows["writing, 2 at a time"].endswith("tokens/s")
+
+
+@pytest.mark.parametrize("kind", ["scoring", "writing", "chat"])
+def test_the_speed_is_that_of_texts_which_no_cache_has(student, kind):
+    teacher, asked = FakeTeacher(by_text=kind == "chat", completions=kind != "chat"), []
+
+    def handler(request):
+        body = request.body or {}
+        if (body.get("prompt_logprobs") is not None) == (kind == "scoring"):
+            asked.append(json.dumps(body.get("messages") or body.get("prompt")))
+        return teacher(request)
+
+    found(student, handler, "openai" if kind == "chat" else "vllm")
+    measured = asked[-(5 + 2 * 2) :]
+    assert len({*measured}) == len(measured) == 9
 
 
 def test_a_server_that_only_writes(student):

@@ -140,9 +140,9 @@ def test_only_its_own_kind_of_directory_is_replaced(lora_run, run, tmp_path, cap
     assert "not the directory of an adapter" in capsys.readouterr().err
     assert export(run, lora_run.parent / "student") == 2
     assert "is what the run began with" in capsys.readouterr().err
-    fields = json.loads((run / "config.json").read_text())
-    fields["student"]["lora"]["init_from"] = str(run / "adapter")
-    (run / "config.json").write_text(json.dumps(fields))
+    begun_with = run / "models.json"  # a relative name, and the place that it was found at
+    places = json.loads(begun_with.read_text()) | {"an/adapter": str(run / "adapter")}
+    begun_with.write_text(json.dumps(places))
     assert export(run, run / "adapter", "--adapter") == 2
     assert "is what the run began with" in capsys.readouterr().err
     assert (work / "thesis.tex").exists() and (run / "checkpoints").exists()
