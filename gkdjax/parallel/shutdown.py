@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ _POLL_S = 1.0
 GRACE_S = 60.0
 _LEADER_STAYS_S = GRACE_S + 10.0
 _LONGEST_RUN_MS = 2**31 - 1  # 24 days, which is how long one process may be done before another
+_before_leaving: list[Callable[[], None]] = []
 
 
 @contextlib.contextmanager
@@ -80,10 +81,24 @@ def together(client: Any, process: int, processes: int) -> Iterator[None]:
     watcher.join()
 
 
+@contextlib.contextmanager
+def before_leaving(work: Callable[[], None]) -> Iterator[None]:
+    """Has `leave` do some work first, while the block runs."""
+    _before_leaving.append(work)
+    try:
+        yield
+    finally:
+        _before_leaving.remove(work)
+
+
 def leave(code: int) -> None:
     """Ends this process at once, without JAX's wait for the others."""
     sys.stdout.flush()
     sys.stderr.flush()
+    for work in _before_leaving:  # in a thread, as a file system may be what hangs
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(1.0)
     os._exit(code)
 
 

@@ -15,7 +15,7 @@ from absl import flags
 
 from gkdjax.config import Config, cli
 from gkdjax.teachers.server.answers import Request, SampleRequest
-from gkdjax.train import offline, setup
+from gkdjax.train import lock, offline, setup
 from gkdjax.train import workdir as workdirs
 from gkdjax.utils.errors import UserError
 from gkdjax.utils.text import table
@@ -56,7 +56,7 @@ def cache(
     workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as connections:
         if buy:
-            connections.enter_context(workdirs.locked(workdir))
+            connections.enter_context(lock.locked(workdir))
             workdirs.claim(workdir, config)
         rows = setup.read(config, workdir, None, connections)
         steps = setup.total_steps(config, len(rows.dataset))

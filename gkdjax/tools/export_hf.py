@@ -2,10 +2,12 @@
 
     python -m gkdjax.tools.export_hf --checkpoint=RUN --out=DIR [--adapter|--merged] [--step=N]
 
-The run may still be going on. DIR appears whole; an older one is replaced at the very end.
+The run may still be going on, unless DIR lies in it. DIR appears whole; an older one is replaced at
+the very end.
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import sys
@@ -19,7 +21,7 @@ from gkdjax import tools
 from gkdjax.data.chat_template import load_chat
 from gkdjax.models.decoder import abstract_params
 from gkdjax.models.hf import export, load, model_config, peft
-from gkdjax.train import models, workdir
+from gkdjax.train import lock, models, workdir
 from gkdjax.train.checkpoint import read_trainable
 from gkdjax.utils.errors import UserError
 from gkdjax.utils.files import read_json
@@ -106,8 +108,11 @@ def _check_out(out: pathlib.Path, run: pathlib.Path, adapter: bool) -> None:
 
 def _export(flags: argparse.Namespace) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax has much to say at INFO
-    step = export_step(flags.checkpoint, flags.out, adapter=flags.adapter, step=flags.step)
-    print(f"{flags.out}: step {step} of {flags.checkpoint}")
+    run, out = flags.checkpoint, flags.out
+    inside = out.resolve().is_relative_to(run.resolve())
+    with lock.locked(run) if inside and run.is_dir() else contextlib.nullcontext():
+        step = export_step(run, out, adapter=flags.adapter, step=flags.step)
+    print(f"{out}: step {step} of {run}")
 
 
 def main(argv: list[str] | None = None) -> int:

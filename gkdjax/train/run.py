@@ -17,7 +17,7 @@ from gkdjax.parallel import multihost
 from gkdjax.rollout.schedule import needs_teacher_text
 from gkdjax.rollout.teacher import prepare
 from gkdjax.teachers.base import Teacher, hooks
-from gkdjax.train import offline, setup
+from gkdjax.train import lock, offline, setup
 from gkdjax.train import workdir as workdirs
 from gkdjax.train.evals import eval_model
 from gkdjax.train.loop import message_if_teacher_fails, train
@@ -55,10 +55,10 @@ def run(
     config = config if isinstance(config, Config) else parse(config)
     shared, stop = pathlib.Path(workdir), StopRequest()
     with (
-        multihost.own_directory(shared) as own,
-        workdirs.locked(own),
-        multihost.quiet_unless_leading(),
         stop.listening(config.train.max_seconds),
+        lock.locked(shared),
+        multihost.own_directory(shared) as own,
+        multihost.quiet_unless_leading(),
     ):
         return _run_in(own, shared, config, teacher, stop)
 

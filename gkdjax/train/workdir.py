@@ -3,14 +3,11 @@
 import contextlib
 import copy
 import datetime
-import fcntl
 import json
 import pathlib
 import re
 import shutil
 from collections.abc import Iterator
-
-from absl import logging
 
 from gkdjax import config as config_lib
 from gkdjax.config import ASSETS
@@ -21,7 +18,6 @@ from gkdjax.utils import files
 from gkdjax.utils.errors import TrainingFailure, UserError, WrongAnswer
 from gkdjax.utils.files import read_json, write_json
 
-_LOCK = ".gkdjax-lock"
 _FAILURE = "failure.json"  # why the numbers of a run ended it
 # What may be changed after such a failure, to continue from the newest checkpoint.
 MENDABLE = (("optim", "learning_rate"), ("optim", "max_grad_norm"), ("train", "max_bad_steps"))
@@ -35,34 +31,6 @@ _MEASURED += ("report.html", "report.png")  # of an unfinished run, by `tools.re
 _COMPUTED = ("trajectories_*.jsonl", "metrics.jsonl", "checkpoints/[!.]*", "results.json")
 _COMPUTED += ("merged/*", "adapter/*")
 _OLD_ASSETS = str(ASSETS.parents[1] / "assets")  # where runs of 0.1.0 found them
-
-
-@contextlib.contextmanager
-def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Keeps other processes out of the directory of a run that is not finished.
-
-    Raises:
-      UserError: the directory cannot be made, or another process is at work in it.
-    """
-    if (workdir / "results.json").exists():  # a finished run is shown, and may be read-only
-        yield
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / _LOCK).open("w")
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be made: {error}") from None
-    with lock:  # closed, or its process killed, it is free again
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is at work in {workdir}; wait until it has ended, or give"
-                " --workdir another directory"
-            ) from None
-        except OSError as error:
-            logging.warning("%s has no locks (%s): start no second run there", workdir, error)
-        yield
 
 
 def claim(workdir: pathlib.Path, config: config_lib.Config) -> None:

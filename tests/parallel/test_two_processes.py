@@ -24,6 +24,7 @@ from small_runs import metrics, small
 import gkdjax
 from gkdjax.data.batching import RowOrder
 from gkdjax.data.chat_template import load_chat
+from gkdjax.train import lock
 
 HERE = pathlib.Path(__file__).parents[1]
 HEADS = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -199,3 +200,10 @@ def test_a_server_that_fails_one_process_ends_both(start_run, tmp_path):
 def test_directories_that_are_not_the_same_are_refused(start_run, tmp_path):
     errors = errors_of(start_run([tmp_path / "a", tmp_path / "b"]), 2)
     assert all("processes [1] do not see" in error for error in errors)
+
+
+@SLOW
+def test_a_locked_directory_keeps_all_processes_out(start_run, tmp_path):
+    with lock.locked(tmp_path):
+        errors = errors_of(start_run([tmp_path] * 2), 2)
+    assert all("another process is at work" in error for error in errors)

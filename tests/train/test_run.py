@@ -35,7 +35,7 @@ def test_a_custom_teacher_is_learnt_from_and_everything_is_exported(student, tmp
     assert int(jnp.argmax(logits[0, -1])) == 50
     assert (path / "adapter" / "adapter_config.json").exists()
     # A new file of a run is put into one of the lists of `workdir`.
-    known = {"config.json", workdir._LOCK, *workdir._BEGUN_WITH, *workdir._MEASURED}
+    known = {"config.json", *workdir._BEGUN_WITH, *workdir._MEASURED}
     computed = {p.relative_to(path).parts[0] for w in workdir._COMPUTED for p in path.glob(w)}
     assert {found.name for found in path.iterdir()} <= known | computed
 

@@ -1,8 +1,6 @@
 """Which config a run's directory belongs to, and who may work in it."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from small_runs import ConstantTeacher, small
@@ -135,30 +133,3 @@ def test_a_run_with_the_keys_of_an_earlier_release_goes_on(student, tmp_path):
     assert claims(tmp_path, small(student))
     with pytest.raises(UserError, match=r"data\.bad_rows \(now 'drop', was 'refuse'\)"):
         workdir.claim(tmp_path, config.parse(small(student, data__bad_rows="drop")))
-
-
-_LOCKS = """
-import pathlib, sys
-from gkdjax.train import workdir
-with workdir.locked(pathlib.Path(sys.argv[1])):
-    print("locked", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_two_processes_are_never_at_work_in_one_directory(student, tmp_path):
-    """A lock is the process's: another one has to hold it, and to be killed."""
-    run = tmp_path / "run"
-    command = [sys.executable, "-c", _LOCKS, str(run)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, **pipes) as other:
-        assert other.stdout.readline() == b"locked\n"
-        with pytest.raises(UserError, match=rf"another process is at work in {run}"):
-            gkdjax.run(small(student), run)
-        assert not (run / "config.json").exists()
-        other.kill()
-    with workdir.locked(run):  # a killed process leaves no lock behind
-        pass
-    (tmp_path / "results.json").touch()
-    with workdir.locked(tmp_path):  # a finished run is only shown, also where it is read-only
-        assert {path.name for path in tmp_path.iterdir()} == {"run", "results.json"}
