@@ -39,6 +39,7 @@ class Reply:
     body: Any = b""  # bytes as they are; all else as JSON
     status: int = 200
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    early: bytes = b""  # before all else
     chunked: bool = False  # one chunk for every 16 bytes
     length: int | None = None  # Content-Length, if not the true one
     delay_s: float = 0.0  # before the first byte
@@ -56,7 +57,7 @@ class Reply:
         framing = {"Transfer-Encoding": "chunked"} if self.chunked else {"Content-Length": length}
         fields = {"Content-Type": "application/json"} | framing | dict(self.headers)
         lines = [f"HTTP/1.1 {self.status} Said", *(f"{k}: {v}" for k, v in fields.items())]
-        return "\r\n".join([*lines, "", ""]).encode()
+        return self.early + "\r\n".join([*lines, "", ""]).encode()
 
     def sent_body(self) -> bytes:
         body = self.payload()

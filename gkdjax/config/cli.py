@@ -4,6 +4,7 @@ import logging as std_logging
 import os
 import pathlib
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,14 +14,20 @@ from ml_collections import config_flags
 
 from gkdjax.config import schema
 from gkdjax.config.parse import RENAMED, check_key, parse
-from gkdjax.utils.errors import GkdjaxError, UserError
+from gkdjax.utils.errors import GkdjaxError, Preempted, UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/CONFIG'S NAME.")
 
 
 def run(main: Callable[[schema.Config, pathlib.Path], None]) -> None:
-    """Calls `main(config, workdir)`; an expected error is one line on stderr and an exit code."""
+    """Calls `main(config, workdir)`; an expected error is one line on stderr and an exit code.
+
+    A signal that would end the process is a request to stop from here on, see `train.stopping`.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has it ignored
+            signal.signal(number, _stop)
 
     def with_config(argv: list[str]) -> None:
         del argv
@@ -39,6 +46,13 @@ def run(main: Callable[[schema.Config, pathlib.Path], None]) -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:  # a run has its own answer, see train.stopping
         sys.exit(130)
+
+
+def _stop(number: int, frame) -> None:
+    """Ends the process where it is, past all that handles errors."""
+    del frame
+    print(f"gkdjax: stopped by {signal.Signals(number).name}; run again", file=sys.stderr)
+    sys.exit(Preempted.exit_code)
 
 
 def _is_for_people(record) -> bool:

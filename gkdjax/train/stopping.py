@@ -80,6 +80,8 @@ class StopRequest:
             undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(theirs.fileno()))
             threading.Thread(target=self._watch, args=(ours,), daemon=True).start()
             for number in _ENDS:
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # as nohup wants it
                 undo.callback(signal.signal, number, signal.signal(number, self._handle))
             if max_seconds is not None:
                 timer = threading.Timer(max_seconds, self._time_is_over, (max_seconds,))

@@ -12,6 +12,7 @@ import pytest
 from small_runs import ConstantTeacher, losses_hex, small
 
 import gkdjax
+from gkdjax.config import cli
 from gkdjax.train.checkpoint import saved_steps
 from gkdjax.train.stopping import StopRequest
 from gkdjax.utils.errors import Interrupted, Preempted
@@ -61,6 +62,32 @@ def test_in_a_deferred_block_it_waits():
         stop._alone = False  # with several processes it only waits
         with stop.raising():
             pass
+
+
+@pytest.fixture
+def restored():
+    """All handlers are the old ones afterwards."""
+    before = handlers()
+    yield
+    for number, handler in zip((signal.SIGTERM, signal.SIGHUP, signal.SIGINT), before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_under_nohup_a_terminal_may_close(restored):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopRequest()
+    with stop.listening(None):
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop.event.is_set()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_line_may_be_stopped_before_its_run_begins(restored, monkeypatch, number):
+    signal.signal(number, signal.SIG_DFL)
+    monkeypatch.setattr(cli.app, "run", lambda *_, **__: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as caught:
+        cli.run(print)
+    assert caught.value.code == 75
 
 
 def test_the_time_that_a_run_has():

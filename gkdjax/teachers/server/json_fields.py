@@ -19,7 +19,7 @@ class NotJson(ValueError):
 
 
 def parse(body: bytes, wrong: Callable[[str], WrongAnswer]) -> dict | list:
-    """The object or list in `body`, which is UTF-8.
+    """The object or list in `body`, which is UTF-8, perhaps with a byte order mark.
 
     Raises:
       NotJson: it does not parse.
@@ -51,7 +51,7 @@ def parse(body: bytes, wrong: Callable[[str], WrongAnswer]) -> dict | list:
         "object_pairs_hook": distinct,
     }
     try:
-        parsed = json.loads(body.decode(), **hooks)
+        parsed = json.loads(body.decode("utf-8-sig"), **hooks)
     except RecursionError:
         raise wrong("is nested too deeply") from None
     except ValueError as error:
@@ -141,18 +141,24 @@ class JsonField:
 
 
 def opened(answer: Any, name: str) -> JsonField:
-    """The answer to a request about the row `name`.
-
-    Raises:
-      WrongAnswer: it is an error, though the server's status said otherwise.
-    """
+    """The answer to a request about the row `name`; WrongAnswer unless it is an object."""
     root = JsonField(answer, f"{name}: answer")
-    if not isinstance(answer, dict):
-        raise root.wrong(f"is {shown(answer)}, not an object")
-    error = answer if answer.get("object") == "error" else answer.get("error")
-    if error is not None:
-        raise root.wrong(f"is an error: {shown(error)}")
+    root._of_type(dict, "an object")
     return root
+
+
+def error_status(answer: dict | list) -> int | None:
+    """The HTTP status that an error in an answer states, 500 if it states none; None without one.
+
+    Servers and proxies send errors with status 200, too.
+    """
+    if not isinstance(answer, dict):
+        return None
+    error = answer if answer.get("object") == "error" else answer.get("error")
+    if error is None:
+        return None
+    code = error.get("code") if isinstance(error, dict) else None
+    return code if type(code) is int and 400 <= code < 600 else 500
 
 
 def shown(value: Any) -> str:

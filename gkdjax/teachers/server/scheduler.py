@@ -276,16 +276,22 @@ def exchange(
 
     Raises:
       NotImplementedError: the dialect scores nothing.
-      And what `dialects.base.check`, `Transport.post` and the dialect's readers raise.
+      And what `dialects.base.check` and `Transport.post` raise.
     """
     base.check(requests, dialect)
     score = isinstance(requests[0], ScoreRequest)
     call = dialect.score(*requests) if score else dialect.sample(*requests)
     # Of several rows one may be what the server trips over: they can be asked for one by one.
     most_same = most_same or (2 if len(requests) > 1 else 0)
-    answer = transport.post(call.path, call.body, max_bytes=call.max_bytes, most_same=most_same)
-    root = opened(answer, requests[0].name)
-    return dialect.read_scores(root, *requests) if score else [dialect.read_sample(root, *requests)]
+
+    def read(answer: dict | list) -> list[TeacherAnswer]:
+        root = opened(answer, requests[0].name)
+        if score:
+            return dialect.read_scores(root, *requests)
+        return [dialect.read_sample(root, *requests)]
+
+    how = {"max_bytes": call.max_bytes, "most_same": most_same}
+    return transport.post(call.path, call.body, read, **how)
 
 
 def missing_error(requests: Sequence[Request]) -> UserError:

@@ -74,6 +74,5 @@ def test_fields_that_are_there_or_missing():
         root["a"]["c"]
     with pytest.raises(WrongAnswer, match=r"has 8 entries, not 7"):
         root["a"]["b c"].entries(7)
-    for answer, why in (([], "is \\[\\], not an object"), ({"error": "no"}, "is an error: .no")):
-        with pytest.raises(WrongAnswer, match=f"row 7: answer {why}"):
-            opened(answer, "row 7")
+    with pytest.raises(WrongAnswer, match=r"row 7: answer is \[\], not an object"):
+        opened([], "row 7")

@@ -149,3 +149,20 @@ def test_other_weights_are_noticed_after_an_outage_and_now_and_then(
         for row in rows("scores")[:2]:
             made.scores([row])()
     assert in_store(tmp_path) == bought
+
+
+def test_an_answer_that_comes_when_the_pool_is_closed_is_kept(tmp_path, monkeypatch):
+    """After an outage the weights are asked for first, which is one request more."""
+    monkeypatch.setattr(client, "pause", lambda closed, seconds: None)
+    teacher = FakeTeacher()
+
+    def handler(request):
+        if not request.number:
+            return Reply(silent=True)
+        made.transport.close()
+        return teacher(request)
+
+    with FakeServer(handler) as server, pool(server, tmp_path) as made:
+        made.probe = lambda: made.transport.get("/v1/models") and BIG.probe
+        made.scores(rows("scores")[:1])()
+    assert in_store(tmp_path) == 1

@@ -1,4 +1,11 @@
-"""JSON over HTTP to one server: a request is repeated until it succeeds or cannot succeed."""
+"""JSON over HTTP to one server: a request is repeated until it succeeds or cannot succeed.
+
+Asked again until the limits, with longer and longer waits: no connection, a broken or late
+response, no JSON, statuses 408, 409, 429 and 5xx, also where the body of a 200 states them.
+Asked again at once, and three times in all: an answer that cannot be right, whatever is wrong. One
+more request costs less than a run, and a number may be damaged on its way. Final at once: all other
+statuses; and to the caller what several answers show together, as a wrong tokenizer does.
+"""
 
 import dataclasses
 import email.utils
@@ -10,7 +17,8 @@ import sys
 import threading
 import time
 import urllib.parse
-from typing import NamedTuple, NoReturn
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
 
 import requests
 import tenacity
@@ -19,12 +27,14 @@ from absl import logging
 
 from gkdjax.teachers.server import json_fields
 from gkdjax.teachers.server.transport import session
-from gkdjax.utils.errors import GkdjaxError, TeacherRefused, TeacherUnreachable, WrongAnswer
+from gkdjax.utils.errors import TeacherRefused, TeacherUnreachable, WrongAnswer
 
 _GET_BYTES = 2**24  # a hosted server lists many models
 _ERROR_BYTES = 2**16  # that are read of the body of an error
-_LONGEST_WAIT_S = 60.0  # between two attempts; a Retry-After may ask for hours
+_LONGEST_WAIT_S = 60.0  # between two attempts, unless a Retry-After asks for more
 _BACKOFF = tenacity.wait_random_exponential(multiplier=1.0, min=0.25, max=_LONGEST_WAIT_S)
+_LAST_SHARE = 0.1  # of the deadline: time for a last attempt that no Retry-After takes away
+_MOST_WRONG = 3  # answers to one request
 _MOST_OUTAGES = 2  # of the server during one request
 _RETRIED = (408, 409, 429)  # and those from 500 on, except:
 _NOT_RETRIED = (501, 505)
@@ -35,6 +45,10 @@ _VARIABLE = re.compile(rb"\w*\d\w*|\b[a-fA-F]{4,}\b")
 _KEY_HINT = "; see config.teacher.api_key_env"
 _ROUTE_HINT = "; see config.teacher.api_base and config.teacher.api_model"
 _HINTS = {401: _KEY_HINT, 403: _KEY_HINT, 404: _ROUTE_HINT}
+
+
+def _as_it_is(answer: dict | list) -> dict | list:
+    return answer
 
 
 class RepeatedServerError(TeacherUnreachable):
@@ -60,6 +74,7 @@ class _Request(NamedTuple):
     path: str
     data: bytes | None
     max_bytes: int  # of the response
+    read: Callable[[dict | list], Any]
 
 
 class _Response(NamedTuple):
@@ -83,9 +98,9 @@ class _Failure:
     """An attempt that may succeed another time."""
 
     reason: str
-    error: type[GkdjaxError] = TeacherUnreachable  # raised if no other attempt is made
     has_response: bool = False
     retry_after_s: float = 0.0
+    wrong: bool = False  # there is an answer, and it cannot be right
     server_error: tuple[int, bytes] | None = None  # status and body of 5xx, without `_VARIABLE`
     is_down: bool = False  # nobody listens at the address
 
@@ -97,6 +112,8 @@ class _Failures:
     most_same: int  # see `Transport.post`
     same: int = 0  # equal 5xx responses, counted back from the last attempt
     outages: int = 0  # times that the server went away after another failure
+    wrong: int = 0  # answers that cannot be right
+    times: int = 0  # all of them
     _last: _Failure = _Failure("", is_down=True)
     _times_down: int = 0
 
@@ -108,6 +125,8 @@ class _Failures:
         is_same = failure.server_error == self._last.server_error
         self.same = 0 if failure.server_error is None else 1 + self.same * is_same
         self.outages += not self._last.is_down and times_down > self._times_down
+        self.wrong += failure.wrong
+        self.times += 1
         self._last, self._times_down = failure, times_down
 
     @property
@@ -146,44 +165,55 @@ class Transport:
             )
 
     def get(self, path: str, *, once: bool = False) -> dict | list:
-        """Like `post`, without a body."""
-        return self._ask(_Request("GET", path, None, _GET_BYTES), once=once)
+        """Like `post`, without a body; no JSON is a wrong answer, of no server of this API."""
+        return self._ask(_Request("GET", path, None, _GET_BYTES, _as_it_is), once=once)
 
     def post(
-        self, path: str, body: dict, *, max_bytes: int, most_same: int = 0, once: bool = False
-    ) -> dict | list:
-        """Asks until there is an answer, with longer and longer waits.
-
-        Asked again: no connection, a broken or late response, no JSON, statuses 408, 409, 429, 5xx.
+        self,
+        path: str,
+        body: dict,
+        read: Callable[[dict | list], Any] = _as_it_is,
+        *,
+        max_bytes: int,
+        most_same: int = 0,
+        once: bool = False,
+    ) -> Any:
+        """Asks until there is an answer -> what `read` makes of its JSON.
 
         Args:
           path, body: such as "/v1/completions", and its JSON object.
+          read: raises WrongAnswer for an answer that cannot be right.
           max_bytes: of the response.
           most_same: give up when the same 5xx response came so often in a row; 0: never.
           once: make a single attempt, for a route that the server need not have.
 
         Raises:
           TeacherRefused: any other status, a redirect, or an unknown certificate.
-          WrongAnswer: the response is too long, no JSON at any attempt, or non-standard JSON.
+          WrongAnswer: the answers were too long, no standard JSON, or refused by `read`.
           TeacherUnreachable: no answer within the limits, or closed; `RepeatedServerError` after
             `most_same`, `ServerCrashed` if the server went away twice, or once and for good.
         """
         data = json.dumps(body, allow_nan=False).encode()
-        return self._ask(_Request("POST", path, data, max_bytes), most_same=most_same, once=once)
+        request = _Request("POST", path, data, max_bytes, read)
+        return self._ask(request, most_same=most_same, once=once)
 
     def close(self) -> None:
-        """Closes the connections; requests that wait for another attempt give up."""
+        """Closes the connections; no request is repeated any longer.
+
+        A first attempt is still made: an answer that was paid for may need one more to be kept.
+        """
         self._closed.set()
         self._session.close()
 
-    def _ask(self, request: _Request, *, most_same: int = 0, once: bool = False) -> dict | list:
+    def _ask(self, request: _Request, *, most_same: int = 0, once: bool = False) -> Any:
         failures, limits = _Failures(most_same), self._limits
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_result(lambda outcome: isinstance(outcome, _Failure)),
             after=lambda state: failures.add(state.outcome.result(), self._times_down),
-            wait=lambda state: max(_BACKOFF(state), state.outcome.result().retry_after_s),
+            wait=lambda state: _wait_s(state, limits.deadline_s),
             stop=tenacity.stop_any(
                 lambda state: failures.is_repeated or failures.outages >= _MOST_OUTAGES,
+                lambda state: failures.wrong >= _MOST_WRONG,
                 tenacity.stop_after_attempt(1 if once else 1 + limits.max_retries),
                 tenacity.stop_before_delay(limits.deadline_s),
                 tenacity.stop_when_event_set(self._closed),
@@ -192,7 +222,7 @@ class Transport:
             sleep=lambda seconds: pause(self._closed, seconds),
             retry_error_callback=lambda state: self._give_up(request, failures, state),
         )
-        return retrying(self._attempt, request, time.monotonic() + limits.deadline_s)
+        return retrying(self._attempt, request, failures, time.monotonic() + limits.deadline_s)
 
     def _count_retry(self, state: tenacity.RetryCallState) -> None:
         failure = state.outcome.result()
@@ -200,7 +230,8 @@ class Transport:
             self.retries += 1
             self.outages += failure.server_error is not None or not failure.has_response
         text = f"{self.root}: {failure.reason}; trying again in {state.upcoming_sleep:.1f} s"
-        logging.log_every_n_seconds(logging.WARNING, "%s", 60, text)
+        is_long = state.upcoming_sleep > _LONGEST_WAIT_S
+        logging.log_every_n_seconds(logging.WARNING, "%s", 0 if is_long else 60, text)
 
     def _give_up(
         self, request: _Request, failures: _Failures, state: tenacity.RetryCallState
@@ -216,10 +247,10 @@ class Transport:
             error = ServerCrashed(f"{message}; times that the server went away: {failures.outages}")
             error.came_back = failures.outages == _MOST_OUTAGES
             raise error
-        raise last.error(message)
+        raise (WrongAnswer if last.wrong else TeacherUnreachable)(message)
 
-    def _attempt(self, request: _Request, deadline: float) -> dict | list | _Failure:
-        if self._closed.is_set():
+    def _attempt(self, request: _Request, failures: _Failures, deadline: float) -> Any:
+        if failures.times and self._closed.is_set():
             return _Failure("not made, the transport is closed")
         seconds = min(self._limits.timeout_s, max(deadline - time.monotonic(), 1e-3))
         outer_error = sys.exception()  # the context of all errors below
@@ -236,7 +267,11 @@ class Transport:
         # Errors are raised outside of the handler: the library's hold the request's headers, with
         # the key, and must not become the context of ours.
         if isinstance(outcome, _Response):
-            return self._read(request, outcome)
+            try:
+                return self._read(request, outcome)
+            except WrongAnswer as error:
+                reason = self._quoted(str(error), 2000)
+            return _Failure(reason, has_response=True, wrong=True)
         return self._explain(request, outcome, seconds)
 
     def _send(self, request: _Request, seconds: float) -> _Response:
@@ -270,16 +305,21 @@ class Transport:
             self._times_down += is_down
         return _Failure(self._quoted(f"{type(error).__name__}: {error}", 300), is_down=is_down)
 
-    def _read(self, request: _Request, response: _Response) -> dict | list | _Failure:
-        status, where = response.status, self._where(request)
-        if 200 <= status < 300:
+    def _read(self, request: _Request, response: _Response) -> Any:
+        if 200 <= response.status < 300:
             return self._parse(request, response)
+        return self._fail(request, response, response.status)
+
+    def _fail(self, request: _Request, response: _Response, status: int) -> _Failure:
+        """Takes a response for one of this status, which its body may state."""
+        where = self._where(request)
         if status in _RETRIED or (status >= 500 and status not in _NOT_RETRIED):
-            body = _VARIABLE.sub(b"", response.body)
+            body, later = _VARIABLE.sub(b"", response.body), response.headers.get("Retry-After")
+            asked = "" if later is None else f", Retry-After {self._quoted(later, 100)}"
             return _Failure(
-                f"status {status}: {self._quoted(response.text, 300)}",
+                f"status {response.status}{asked}: {self._quoted(response.text, 300)}",
                 has_response=True,
-                retry_after_s=retry_after(response.headers.get("Retry-After")),
+                retry_after_s=retry_after(later),
                 server_error=(status, body) if status >= 500 else None,
             )
         if 300 <= status < 400:
@@ -292,20 +332,22 @@ class Transport:
         hint = _HINTS.get(status) or ""
         raise TeacherRefused(f"{where} was refused with status {status}: {message}{hint}")
 
-    def _parse(self, request: _Request, response: _Response) -> dict | list | _Failure:
+    def _parse(self, request: _Request, response: _Response) -> Any:
         def wrong(what: str) -> WrongAnswer:
-            return WrongAnswer(f"{self._where(request)}: the answer {self._quoted(what, 200)}")
+            return WrongAnswer(f"the answer {what}")
 
         if response.encoding:
             raise wrong(f"has the Content-Encoding {response.encoding}, which was not asked for")
         if len(response.body) > request.max_bytes:
             raise wrong(f"has more than {request.max_bytes} bytes")
         try:
-            return json_fields.parse(response.body, wrong)
+            answer = json_fields.parse(response.body, wrong)
         except json_fields.NotJson:
-            if request.data is None:  # no server of this API, at any time
-                raise wrong(f"is no JSON: {response.text}") from None
-        return _Failure(f"no JSON: {self._quoted(response.text, 200)}", WrongAnswer)
+            reason = f"no JSON: {self._quoted(response.text, 200)}"
+            return _Failure(reason, wrong=request.data is None)
+        if status := json_fields.error_status(answer):
+            return self._fail(request, response, status)
+        return request.read(answer)
 
     def _where(self, request: _Request) -> str:
         return f"{self.root}: {request.method} {request.path}"
@@ -336,7 +378,16 @@ def retry_after(header: str | None) -> float:
             seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
         except (TypeError, ValueError, IndexError, OverflowError):
             return 0.0
-    return min(max(seconds, 0.0), _LONGEST_WAIT_S)
+    return max(seconds, 0.0)
+
+
+def _wait_s(state: tenacity.RetryCallState, deadline_s: float) -> float:
+    """Seconds until the next attempt."""
+    last = state.outcome.result()
+    if last.wrong:
+        return 0.0
+    left = (1.0 - _LAST_SHARE) * deadline_s - state.seconds_since_start
+    return max(_BACKOFF(state), min(last.retry_after_s, left))
 
 
 def _redirect_target(url: str, location: str | None) -> str:

@@ -139,6 +139,14 @@ class _Response(http.client.HTTPResponse):
         # The status line, headers, chunk sizes and body are all read from `fp`.
         self.fp = io.BufferedReader(_TimedReader(sock, self.fp.detach()))
 
+    def _read_status(self) -> tuple:
+        """Skips what is sent before the status, such as 103 Early Hints; 101 is final."""
+        version, status, reason = super()._read_status()
+        while 101 < status < 200:
+            http.client.parse_headers(self.fp)
+            version, status, reason = super()._read_status()
+        return version, status, reason
+
 
 class _Adapter(adapters.HTTPAdapter):
     def get_connection_with_tls_context(self, *args, **kwargs):
