@@ -135,7 +135,7 @@ def test_again_and_again_it_ends_the_run(connect, waits, clock, name):
         assert all(wait >= 0.25 for wait in waits) and sum(waits) < DEADLINE_S
 
 
-@pytest.mark.parametrize("name", FAULTS.keys() - FINAL)
+@pytest.mark.parametrize("name", [name for name in FAULTS if name not in FINAL])
 def test_once_it_costs_an_attempt(connect, right, name):
     transport, server = connect(FAULTS[name][0], GOOD, limits=limits(name))
     assert ask(transport) == right
@@ -149,14 +149,12 @@ def test_what_is_sound_is_taken(connect, right, name):
     assert (len(server.requests), transport.retries) == (2, 0)
 
 
-def in_a_year() -> str:
-    return email.utils.formatdate(time.time() + YEAR, usegmt=True)
-
-
-@pytest.mark.parametrize("header", [str(YEAR), "9" * 400, in_a_year()])
+@pytest.mark.parametrize("header", [str(YEAR), "9" * 400, "a date"])
 def test_a_server_that_asks_for_a_year_is_asked_once_more_before_the_deadline(
     connect, waits, clock, caplog, header
 ):
+    if header == "a date":
+        header = email.utils.formatdate(time.time() + YEAR, usegmt=True)
     transport, _ = connect(busy(header), limits=(10.0, DEADLINE_S, RETRIES))
     with caplog.at_level(logging.WARNING), pytest.raises(TeacherUnreachable, match="Retry-After"):
         ask(transport)
