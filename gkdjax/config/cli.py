@@ -56,8 +56,13 @@ def _stop(number: int, frame) -> None:
 
 
 def _is_for_people(record) -> bool:
-    """Messages of this package, and warnings of others: orbax and jax log much at INFO."""
+    """Messages of this package, and warnings of others: orbax and jax log much at INFO.
+
+    Errors of others that end a run are raised, so nobody needs their tracebacks in the log as well.
+    """
     ours = pathlib.Path(__file__).parents[1] in pathlib.Path(record.pathname).parents
+    if not ours:
+        record.exc_info = record.exc_text = None
     return ours or record.levelno > std_logging.INFO
 
 

@@ -33,7 +33,7 @@ from gkdjax.losses.topk import TokenTopK, TopKLogprobs
 from gkdjax.types import Completion, Prompt, digest
 from gkdjax.utils import text as utils_text
 from gkdjax.utils.errors import UserError
-from gkdjax.utils.files import replacing, write_text
+from gkdjax.utils.files import append, replacing, write_text, writing
 
 _LINE_BREAKS = str.maketrans({c: f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"})
 _COLUMNS = {"row": str, "number": int, "writer": str, "step": int, "prompt_digest": str}
@@ -165,13 +165,10 @@ def write_once(
         part = records[start : start + chunk]
         cached = iter(read_cached(path, start, [len(r["ids"]) for r in part if r["kept"]]))
         done += [completion_of(r, next(cached) if r["kept"] else None) for r in part]
-    if done:
+    if path.exists():
         keep_lines(path, len(done))
     prefixes = {record["prefix_digest"] for record in records}
-    with (
-        utils_text.bar(len(prompts), "teacher writes", start=len(done), shown=show) as bar,
-        path.open("a" if done else "w", encoding="utf-8") as file,
-    ):
+    with utils_text.bar(len(prompts), "teacher writes", start=len(done), shown=show) as bar:
         for start in range(len(done), len(prompts), chunk):
             places = range(start, min(start + chunk, len(prompts)))
             written = [
@@ -179,9 +176,11 @@ def write_once(
                 for c in write(places)
             ]
             write_cached(path, start, [c.cached for c in written if c.cached is not None])
-            for place, completion in zip(places, written, strict=True):
-                file.write(line(prompts[place], completion, chat, step, prefixes))
-            file.flush()
+            lines = (
+                line(prompts[place], completion, chat, step, prefixes)
+                for place, completion in zip(places, written, strict=True)
+            )
+            append(path, "".join(lines))
             done += written
             bar.update(len(written))
     return done
@@ -194,10 +193,11 @@ def write_cached(path: pathlib.Path, start: int, cached: Sequence[TokenTopK]) ->
     rows = [(k.topk.ids, k.topk.logprobs, k.topk.tail_logprob, k.target_logprob) for k in cached]
     tensors = dict(zip(_TENSORS, map(np.concatenate, zip(*rows, strict=True)), strict=True))
     file = _file(path, start)
-    file.parent.mkdir(exist_ok=True)
+    with writing(file):
+        file.parent.mkdir(exist_ok=True)
     metadata = {"temperature": repr(cached[0].topk.temperature)}
-    with replacing(file) as part:
-        safetensors.numpy.save_file(tensors, part, metadata=metadata)
+    with replacing(file) as part:  # the library's own file raises no OSError
+        part.write_bytes(safetensors.numpy.save(tensors, metadata))
 
 
 def read_cached(path: pathlib.Path, start: int, lengths: Sequence[int]) -> list[TokenTopK]:

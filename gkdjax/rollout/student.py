@@ -21,6 +21,7 @@ from gkdjax.rollout.generate import Generator, write
 from gkdjax.rollout.schedule import OnPolicySchedule
 from gkdjax.types import Batch, Completion, View, ViewPair
 from gkdjax.utils.errors import UserError
+from gkdjax.utils.files import append
 
 # (prompts, seeds, padded length of the prompts) -> responses
 StudentWriter = Callable[[Sequence[np.ndarray], Sequence[int], int], list[Completion]]
@@ -92,11 +93,12 @@ class StudentRollouts:
         )
         completions = write(self._dataset, "student", wanted, generator)
         chat = self._dataset.rules.student_chat
-        with self._path.open("a", encoding="utf-8") as file:
-            for (s, row), completion in zip(wanted, completions, strict=True):
-                prompt = self._dataset.prompt(row, "student")
-                line = files.line(prompt, completion, chat, s, self._prefixes, written_at=step)
-                file.write(line)
+        lines = []
+        for (s, row), completion in zip(wanted, completions, strict=True):
+            prompt = self._dataset.prompt(row, "student")
+            more = {"written_at": step}
+            lines.append(files.line(prompt, completion, chat, s, self._prefixes, **more))
+        append(self._path, "".join(lines))
         self._take(wanted, completions)
 
     def has(self, step: int) -> bool:

@@ -21,6 +21,7 @@ from gkdjax.report.run_files import RunFiles
 from gkdjax.report.tables import NOTHING, Table, cells, tables
 from gkdjax.report.terminal import as_text
 from gkdjax.utils.errors import UserError
+from gkdjax.utils.files import writing
 from gkdjax.utils.text import visible
 
 _NAME = "compare.png"
@@ -145,11 +146,9 @@ def _compare(flags: argparse.Namespace) -> None:
     if out.suffix and out.suffix != ".png" and not out.is_dir():
         raise UserError(f"--out={out}: name a directory, or a file that ends in .png")
     path = out if out.suffix == ".png" else out / _NAME
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(figure(runs), path)
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be written: {error}") from error
+    picture.save(figure(runs), path)
     print("\n\n".join(map(as_text, side_by_side(runs))), end="\n\n")
     for name, run in runs.items():
         for damage in run.damaged:

@@ -15,6 +15,7 @@ from absl import flags
 
 from gkdjax import config
 from gkdjax.config import cli
+from gkdjax.utils.files import write_text
 from gkdjax.utils.text import size, table
 
 flags.adopt_module_key_flags(cli)
@@ -34,7 +35,7 @@ def main(parsed: config.Config, workdir: pathlib.Path) -> None:
     named = [chips.named(name) for name in _CHIPS.value]
     plans = [_show(planning_setup.read(parsed, devices.count), devices) for devices in named]
     if _JSON.value is not None:
-        pathlib.Path(_JSON.value).write_text(json.dumps(plans, indent=2) + "\n")
+        write_text(pathlib.Path(_JSON.value), json.dumps(plans, indent=2) + "\n")
 
 
 def _show(setup, devices) -> dict:

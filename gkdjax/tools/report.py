@@ -23,10 +23,7 @@ def write(run: pathlib.Path, out: pathlib.Path | None) -> None:
     out = out or run / "report.html"
     if out.suffix != ".html":
         raise UserError(f"--out={out} names no page: let it end in .html")
-    try:
-        written = [report.write_html(run, out), report.draw(run, out.with_suffix(".png"))]
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error}") from error
+    written = [report.write_html(run, out), report.draw(run, out.with_suffix(".png"))]
     files = run_files.read(run)
     print(f"{run}: {files.state}", *files.damaged, *written, sep="\n")
 

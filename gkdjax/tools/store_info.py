@@ -89,16 +89,13 @@ def export(store: AnswerStore, path: pathlib.Path) -> int:
         }
     )
     answers, count = store.all(), 0
-    try:
-        with replacing(path) as part, pyarrow.parquet.ParquetWriter(part, schema) as writer:
-            while stored := list(itertools.islice(answers, _ROWS)):
-                # Read again each time: a run may have added one with the answers.
-                models = {teacher.fingerprint: teacher.model for teacher in store.teachers()}
-                rows = [_row(one, models[one.fingerprint]) for one in stored]
-                writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema))
-                count += len(rows)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error}") from error
+    with replacing(path) as part, pyarrow.parquet.ParquetWriter(part, schema) as writer:
+        while stored := list(itertools.islice(answers, _ROWS)):
+            # Read again each time: a run may have added one with the answers.
+            models = {teacher.fingerprint: teacher.model for teacher in store.teachers()}
+            rows = [_row(one, models[one.fingerprint]) for one in stored]
+            writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema))
+            count += len(rows)
     return count
 
 

@@ -60,11 +60,11 @@ def write(workdir: pathlib.Path, step: int, why: str, batch: TrainBatch) -> None
             leaves[f"{name}/targets/temperature"] = temperature
     line = {"step": step, "reason": why, "divergence": batch.divergence, "rows": batch.names}
     path = _path(workdir, step)
-    path.parent.mkdir(exist_ok=True)
-    with files.replacing(path) as part:
-        safetensors.numpy.save_file(leaves, part, {"line": json.dumps(line)})
-    with (workdir / LINES).open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    with files.writing(path):
+        path.parent.mkdir(exist_ok=True)
+    with files.replacing(path) as part:  # the library's own file raises no OSError
+        part.write_bytes(safetensors.numpy.save(leaves, {"line": json.dumps(line)}))
+    files.append_line(workdir / LINES, line)
 
 
 def read(workdir: pathlib.Path, step: int) -> tuple[dict, dict[str, BadPart]]:

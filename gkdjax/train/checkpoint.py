@@ -1,9 +1,11 @@
 """Orbax checkpoints of the train state, with the run's position and a fingerprint of each leaf."""
 
 import contextlib
+import os
 import pathlib
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,8 +15,8 @@ from absl import logging
 
 from gkdjax.parallel import mesh, multihost
 from gkdjax.types import TrainState
-from gkdjax.utils import tree
-from gkdjax.utils.errors import UserError
+from gkdjax.utils import files, tree
+from gkdjax.utils.errors import NotWritten, Preempted, UserError
 
 
 class Checkpoints:
@@ -33,27 +35,58 @@ class Checkpoints:
         policy = policies.AnyPreservationPolicy(
             [policies.LatestN(keep), policies.CustomSteps(list(forever))]
         )
-        self._directory = workdir / "checkpoints"
-        # A killed save's directory would stay until its step is saved again, if ever. Orbax can
-        # remove it as well, but in a thread that outlives an early exit, with a traceback.
-        if multihost.leads():
-            for unfinished in self._directory.glob("*.orbax-checkpoint-tmp"):
-                shutil.rmtree(unfinished)
-        multihost.wait_for_all()
-        self._manager = ocp.CheckpointManager(
-            self._directory.absolute(),
-            options=ocp.CheckpointManagerOptions(preservation_policy=policy),
-        )
+        self._directory, self._keep = workdir / "checkpoints", keep
+        self._failed: NotWritten | None = None
+        with files.writing(self._directory):
+            self._remove_unfinished()
+            multihost.wait_for_all()
+            self._manager = ocp.CheckpointManager(
+                self._directory.absolute(),
+                options=ocp.CheckpointManagerOptions(preservation_policy=policy),
+            )
 
-    def save(self, state: TrainState) -> None:
-        """Begins to save; the write goes on in the background. Errors surface at the next call."""
+    def save(self, state: TrainState, due: bool = True) -> None:
+        """Begins to save; the write goes on in the background.
+
+        A save that fails is told. Then the run goes on, and the next one is waited for.
+
+        Args:
+          state: may be donated afterwards.
+          due: False: it is saved because an earlier one could not be.
+
+        Raises:
+          NotWritten: this is due and fails, and so did the one before. With several processes,
+            which do not know of each other's failures, the first failure of a save is enough.
+        """
+        self._finish()
         leaves = _by_path(state)
         step = int(leaves["step"])
-        if step not in self._manager.all_steps():
+        saved = self._manager.all_steps()
+        if step in saved:
+            return
+        again = self._failed is not None
+        try:
+            if multihost.leads():
+                settle(self._directory.parent)
+                one = sum(leaf.nbytes for leaf in leaves.values())
+                to_come = max(self._keep + 1 - len(saved), 1)
+                files.require_room(self._directory, "a checkpoint", one, one * to_come)
             meta = {"step": step, "fingerprints": _fingerprints(leaves)}
-            saved = ocp.args.StandardSave(leaves)
-            args = ocp.args.Composite(state=saved, meta=ocp.args.JsonSave(meta))
-            self._manager.save(step, args=args)
+            args = {"state": ocp.args.StandardSave(leaves), "meta": ocp.args.JsonSave(meta)}
+            self._manager.save(step, args=ocp.args.Composite(**args))
+            if again:
+                self._manager.wait_until_finished()
+                self._failed = None
+        except Exception as error:  # see `_note`
+            self._note(error)
+            if due and (again or jax.process_count() > 1):
+                raise self._failed from None
+
+    def failed(self) -> bool:
+        """Whether the last save was noticed to have failed; never so with several processes."""
+        if self._failed is None and not self._manager.is_saving_in_progress():
+            self._finish()
+        return self._failed is not None and jax.process_count() == 1
 
     def restore(self, like: TrainState) -> TrainState | None:
         """Restores the newest checkpoint that is whole, in the structure of `like`; None if none.
@@ -83,11 +116,44 @@ class Checkpoints:
         return None
 
     def wait(self) -> None:
-        """Returns when everything begun is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything begun is on disk; NotWritten if the last save failed."""
+        self._finish()
+        if self._failed is not None:
+            raise self._failed
 
     def close(self) -> None:
+        self._finish()
         self._manager.close()
+
+    def _finish(self) -> None:
+        """Waits for what was begun."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._note(error)
+
+    def _note(self, error: Exception) -> None:
+        """Keeps and tells an error of the disk; raises any other."""
+        # Orbax raises OSError for its own files, and tensorstore's ValueError has the number.
+        if code := re.search(r"os_error_code='(\d+)'", str(error)):
+            error = OSError(int(code[1]), os.strerror(int(code[1])))
+        if isinstance(error, OSError):
+            error = files.not_written(self._directory, error)
+        if not isinstance(error, NotWritten):
+            raise error
+        if self._failed is None:
+            logging.warning("%s; the state is saved as soon as it can be", error)
+        self._failed = error
+        self._remove_unfinished()
+
+    def _remove_unfinished(self) -> None:
+        """Removes the directories of saves that were killed or failed.
+
+        Orbax can do it as well, but in a thread that outlives an early exit, with a traceback.
+        """
+        for unfinished in self._directory.glob("*.orbax-checkpoint-tmp"):
+            if multihost.leads():
+                shutil.rmtree(unfinished, ignore_errors=True)
 
     def _put_aside(self, steps: list[int]) -> None:
         for step in steps if multihost.leads() else ():
@@ -109,6 +175,28 @@ class Checkpoints:
         leaves = restored["state"]
         _check(leaves, restored["meta"]["fingerprints"])
         return jax.tree.unflatten(jax.tree.structure(like), [leaves[path] for path in expected])
+
+
+def settle(workdir: pathlib.Path) -> None:
+    """Has the lines that a run appended to its files on the disk, before a checkpoint is begun.
+
+    So a power cut never leaves a checkpoint without the lines of the steps before it.
+    """
+    for path in (*workdir.glob("*.jsonl"), workdir):
+        with files.writing(path):
+            files.to_disk(path)
+
+
+@contextlib.contextmanager
+def continuable(workdir: pathlib.Path) -> Iterator[None]:
+    """Has a disk that takes no more end a run that has a checkpoint with Preempted."""
+    try:
+        yield
+    except NotWritten as error:
+        if not (steps := saved_steps(workdir)):
+            raise
+        how = f"The run is saved at step {steps[-1]}: make room, and run again"
+        raise Preempted(f"{error}. {how}") from None
 
 
 def read_trainable(workdir: pathlib.Path, like: Any, step: int | None = None) -> tuple[int, Any]:

@@ -83,11 +83,11 @@ def train(
                 state, sums = train_step(state, run.frozen, *batch[:3], divergence=batch.divergence)
                 record.record(step, sums, batch)
                 stopped = stopping.asked(stop.event.is_set())
-                if due or stopped:
+                if due or stopped or checkpoints.failed():
                     record.check(state)
                     if last:
                         record.require_some_good(steps)
-                    checkpoints.save(state)
+                    checkpoints.save(state, due or stopped)
                 if stopped and not last:
                     checkpoints.wait()
                     raise stop.error(f"saved at step {step + 1}")

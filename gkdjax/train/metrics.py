@@ -4,7 +4,6 @@ metrics.jsonl has a line for each optimizer step (from 0), eval.jsonl a line for
 with the number of steps done before it.
 """
 
-import json
 import math
 import pathlib
 import time
@@ -13,7 +12,9 @@ from collections.abc import Callable
 import jax
 import jax.monitoring
 from absl import logging
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from gkdjax.config import Config
 from gkdjax.train import bad_steps
@@ -24,6 +25,7 @@ from gkdjax.utils.errors import TrainingFailure
 
 # The root mean square of an update's numbers; AdamW's is about the learning rate.
 LARGEST_UPDATE = 1.0
+_FLUSHED_EVERY_S = 30.0  # TensorBoard's files
 
 
 class MetricsWriter:
@@ -35,28 +37,39 @@ class MetricsWriter:
         `group` is put before the names in TensorBoard, as "eval/".
         """
         files.drop_lines_from(path, first_step)
-        self._file, self._group, self._tensorboard = path.open("a"), group, None
+        self._path, self._group, self._events = path, group, None
+        self._directory, self._flushed = path.parent / "tensorboard", time.monotonic()
         if tensorboard:
-            self._tensorboard = SummaryWriter(
-                str(path.parent / "tensorboard"),
-                purge_step=first_step,
-                write_to_disk=True,
-                filename_suffix=f".{path.stem}",
-            )
+            # Not its SummaryWriter: on a full disk its thread ends, and then the run waits forever
+            # for somebody to take what it writes.
+            with files.writing(self._directory):
+                self._directory.mkdir(exist_ok=True)
+                self._events = EventsWriter(str(self._directory / "events"), f".{path.stem}")
+            # TensorBoard leaves out what an earlier start wrote of these steps.
+            self._add(first_step, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: dict) -> None:
         """Writes the numbers of a step; the values of a name have one type."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                if not isinstance(value, str):
-                    self._tensorboard.add_scalar(self._group + name, value, step)
+        files.append_line(self._path, {"step": step, **values})
+        if self._events is not None:
+            numbers = [
+                Summary.Value(tag=self._group + name, simple_value=value)
+                for name, value in values.items()
+                if not isinstance(value, str)
+            ]
+            self._add(step, summary=Summary(value=numbers))
 
     def close(self) -> None:
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        if self._events is not None:
+            with files.writing(self._directory):
+                self._events.close()
+
+    def _add(self, step: int, **what) -> None:
+        with files.writing(self._directory):
+            self._events.write_event(Event(step=step, wall_time=time.time(), **what))
+            if time.monotonic() > self._flushed + _FLUSHED_EVERY_S:
+                self._events.flush()
+                self._flushed = time.monotonic()
 
 
 class MetricsRecorder:

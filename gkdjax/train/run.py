@@ -17,7 +17,7 @@ from gkdjax.parallel import multihost
 from gkdjax.rollout.schedule import needs_teacher_text
 from gkdjax.rollout.teacher import prepare
 from gkdjax.teachers.base import Teacher, hooks
-from gkdjax.train import lock, offline, setup
+from gkdjax.train import checkpoint, lock, offline, setup
 from gkdjax.train import workdir as workdirs
 from gkdjax.train.evals import eval_model
 from gkdjax.train.loop import message_if_teacher_fails, train
@@ -49,7 +49,9 @@ def run(
       TrainingFailure: too many steps in a row were not finite, or a server's answer is wrong (3);
         the last good checkpoint stays.
       TeacherUnreachable: a server stays away (4); the state is saved.
-      Preempted: SIGTERM or SIGHUP came, or train.max_seconds are over; the state is saved (75).
+      NotWritten: the disk takes no more, and there is no checkpoint yet (2).
+      Preempted: SIGTERM or SIGHUP came, or train.max_seconds are over, and the state is saved; or
+        the disk takes no more, and there is a checkpoint (75).
       Interrupted: the same by Ctrl-C (130).
     """
     config = config if isinstance(config, Config) else parse(config)
@@ -91,11 +93,13 @@ def _run_in(
             steps = setup.total_steps(config, len(inputs.dataset))
             offline.require_filled(config, workdir, inputs.teacher, steps)
         check.check_memory(inputs)
-        found = _distil(assemble(inputs, workdir), workdir, shared, stop)
-        found["seconds"] = time.monotonic() - began
-    print(report.render(found, workdir))
-    write_json(workdir / "results.json", found)
-    report.write_html(workdir)
+        check.check_disk(inputs, shared, setup.total_steps(config, len(inputs.dataset)))
+        with checkpoint.continuable(shared):
+            found = _distil(assemble(inputs, workdir), workdir, shared, stop)
+            found["seconds"] = time.monotonic() - began
+            print(report.render(found, workdir))
+            write_json(workdir / "results.json", found)
+            report.write_html(workdir)
     return found
 
 

@@ -61,8 +61,7 @@ def claim(workdir: pathlib.Path, config: config_lib.Config) -> None:
                 " Give --workdir another directory, or the old values"
             )
         if failure is not None and (changed := sorted(_differences(mine, theirs, "config"))):
-            with (workdir / "history.jsonl").open("a") as file:
-                file.write(json.dumps(failure | {"changed": changed}) + "\n")
+            files.append_line(workdir / "history.jsonl", failure | {"changed": changed})
             write_json(path, mine)
             (workdir / _FAILURE).unlink()
         return

@@ -13,6 +13,13 @@ class UserError(GkdjaxError, ValueError):
     exit_code = 2
 
 
+class NotWritten(UserError):
+    """A disk that takes no more: it is full, over a quota, broken, or may only be read.
+
+    Once a run has a checkpoint it ends with `Preempted` instead.
+    """
+
+
 class TrainingFailure(GkdjaxError):
     """A numerical or data failure in the middle of a run."""
 

@@ -1,22 +1,112 @@
-"""Files that appear whole or not at all, and JSON in them."""
+"""Files that appear whole or not at all, and JSON in them; disks that take no more."""
 
 import contextlib
+import errno
 import json
+import os
 import pathlib
+import shutil
 from collections.abc import Iterable, Iterator
 
-from gkdjax.utils.errors import UserError
+from absl import logging
+
+from gkdjax.utils.errors import NotWritten, UserError, one_line
+from gkdjax.utils.text import size
+
+
+def free_bytes(path: pathlib.Path) -> int:
+    """Returns what is free on the file system where `path` is, or would be."""
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free
+
+
+def not_written(path: pathlib.Path, why: Exception) -> NotWritten:
+    """Makes the error of a file, or a directory, that could not be written."""
+    reason = getattr(why, "strerror", None) or one_line(why)
+    if named := getattr(why, "filename", None):  # of a whole directory, or of its source
+        reason += f" ({named})"
+    free = size(free_bytes(path))
+    return NotWritten(f"{path} cannot be written: {reason}; {free} are free there")
+
+
+def require_room(path: pathlib.Path, what: str, least: int, wanted: int) -> None:
+    """Warns if fewer than `wanted` bytes are free at `path`, for `what` and what follows it.
+
+    Raises:
+      NotWritten: fewer than `least` are, so not even `what` can be written.
+    """
+    free = free_bytes(path)
+    if free < least:
+        needed = f"{what} takes {size(least)}, and {size(free)} are free there"
+        raise NotWritten(f"{path} cannot be written: {needed}")
+    if free < wanted:
+        logging.warning(
+            "%s may get full: the run is going to write %s, of which %s takes %s, and %s are free"
+            " there",
+            *(path, size(wanted), what, size(least), size(free)),
+        )
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """Has the operating system's errors in the block name the file that it writes.
+
+    Raises:
+      NotWritten: for an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
+def to_disk(path: pathlib.Path) -> None:
+    """Returns when a power cut would leave the file, or the names in the directory, as they are."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems do not offer it for directories
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields the path of a new file, which takes the place of `path` if the block ends well."""
+    """Yields the path of a new file, which takes the place of `path` if the block ends well.
+
+    It is on the disk then. Raises NotWritten.
+    """
     part = path.with_name(path.name + ".part")
-    try:
-        yield part
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            yield part
+            to_disk(part)
+            part.replace(path)
+            to_disk(path.parent)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def append(path: pathlib.Path, text: str) -> None:
+    """Adds text at the end of a file, or nothing; it may not be on the disk yet.
+
+    Raises NotWritten.
+    """
+    with writing(path), path.open("ab", buffering=0) as file:
+        end, left = file.seek(0, os.SEEK_END), text.encode()
+        try:
+            while left:  # a disk that gets full takes a part
+                left = left[file.write(left) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise
+
+
+def append_line(path: pathlib.Path, line: dict) -> None:
+    append(path, json.dumps(line) + "\n")
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -1,17 +1,21 @@
 """Checkpoints come back to the bit; damage is found, named and passed over; so are killed saves."""
 
 import contextlib
+import os
 import pathlib
 import signal
 import subprocess
 import sys
+import time
 
 import builders
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from disks import longest_file
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gkdjax.models import lora
@@ -21,7 +25,8 @@ from gkdjax.train import checkpoint
 from gkdjax.train.checkpoint import Checkpoints
 from gkdjax.train.step import init_state
 from gkdjax.types import TrainState
-from gkdjax.utils.errors import UserError
+from gkdjax.utils import files
+from gkdjax.utils.errors import NotWritten, Preempted, UserError
 
 DECODER, PARAMS = builders.small_model(intermediate_size=256)  # one leaf large enough to hit
 OPTIMIZER = optax.adamw(1e-3)
@@ -217,3 +222,59 @@ def test_a_killed_save_is_as_if_it_had_not_begun(tmp_path, monkeypatch, name):
         checkpoints.wait()
     assert restore(tmp_path, plain(0)).trainable["a"][0] == 7
     assert names(tmp_path) == {"5", "7"}
+
+
+def test_lines_are_on_the_disk_before_a_checkpoint_is_begun(tmp_path, monkeypatch):
+    files.append_line(tmp_path / "metrics.jsonl", {"step": 0})
+    done, fsync, begin = [], os.fsync, ocp.CheckpointManager.save
+
+    def recorded(descriptor):
+        done.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def begun(manager, step, **how):
+        done.append(step)
+        return begin(manager, step, **how)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    monkeypatch.setattr(ocp.CheckpointManager, "save", begun)
+    save(tmp_path, 1)
+    assert done[:3] == [str(tmp_path / "metrics.jsonl"), str(tmp_path), 1]
+
+
+def test_a_save_that_fails_is_made_good_later(tmp_path, monkeypatch, caplog):
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(state_at(1))
+        checkpoints.wait()
+        with longest_file(2000):
+            checkpoints.save(state_at(2))
+            deadline = time.monotonic() + 60
+            while not checkpoints.failed():
+                assert time.monotonic() < deadline
+        assert "checkpoints cannot be written: File too large" in caplog.text
+        assert names(tmp_path) == {"1"}
+        checkpoints.save(state_at(3), due=False)
+        assert not checkpoints.failed()
+        assert names(tmp_path) == {"1", "3"}
+    assert_is(restore(tmp_path), 3)
+
+
+def test_two_saves_that_fail_end_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "free_bytes", lambda path: 100)
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(state_at(1))
+        checkpoints.save(state_at(2), due=False)
+        with pytest.raises(NotWritten, match=r"a checkpoint takes .* and 100 bytes are free"):
+            checkpoints.save(state_at(3))
+        with pytest.raises(NotWritten):
+            checkpoints.wait()
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize(("saved", "error"), [((), NotWritten), ((1, 3), Preempted)])
+def test_a_full_disk_ends_a_run_by_what_is_saved(tmp_path, saved, error):
+    save(tmp_path, *saved)
+    match = "saved at step 3" if saved else "x cannot"
+    with pytest.raises(error, match=match) as raised, checkpoint.continuable(tmp_path):
+        raise NotWritten("x cannot be written")
+    assert raised.value.exit_code == (75 if saved else 2)

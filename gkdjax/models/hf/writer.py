@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ import numpy as np
 
 from gkdjax.models.hf.tensor_files import DTYPES
 from gkdjax.parallel import multihost
-from gkdjax.utils.errors import UserError
+from gkdjax.utils.files import to_disk, writing
 
 _KINDS = {np.dtype(dtype): kind for kind, dtype in DTYPES.items()}
 
@@ -39,31 +38,27 @@ def whole_directory(directory: str | pathlib.Path) -> Iterator[pathlib.Path]:
     that is killed there leaves both, whole. After an error the older one stays.
 
     Raises:
-      UserError: it cannot be made or written.
+      NotWritten: it cannot be made or written.
     """
     final = pathlib.Path(directory).resolve()  # a link stays one
     # Only a killed process of ours leaves such names: they may be removed.
     part, old = (final.with_name(f".{final.name}.gkdjax-{end}") for end in ("part", "old"))
-    try:
+    with writing(directory):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{directory} cannot be made: {error}") from None
-    try:
-        yield part
-        for file in (*part.rglob("*"), part):
-            _to_disk(file)
-    except BaseException as error:
-        shutil.rmtree(part, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{directory} cannot be written: {error}") from error
-        raise
-    if final.exists():
+        try:
+            yield part
+            for file in (*part.rglob("*"), part):
+                to_disk(file)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
+        part.rename(final)
+        to_disk(final.parent)
         shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-    part.rename(final)
-    _to_disk(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: pathlib.Path) -> None:
@@ -93,11 +88,3 @@ def save_tensors(tensors: dict[str, Tensor], path: pathlib.Path) -> None:
                 raise ValueError(f"{name} was made as {array.dtype} {array.shape}")
             if multihost.leads():
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-
-
-def _to_disk(path: pathlib.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -28,7 +28,7 @@ from gkdjax.teachers.server.teacher import ServerTeacher
 from gkdjax.teachers.server.transport.client import Limits, Transport
 from gkdjax.types import ContextLimit, SamplingParams
 from gkdjax.utils.errors import UserError
-from gkdjax.utils.files import write_json
+from gkdjax.utils.files import write_json, writing
 
 # teacher.backend -> the dialects that are tried, in this order.
 DIALECTS = {
@@ -248,7 +248,8 @@ def _began_with(path: pathlib.Path, teachers: Sequence[TeacherIdentity]) -> list
 def _require_first(path: pathlib.Path, teacher: TeacherIdentity) -> None:
     """Raises UserError if a run began with other weights; else writes with which it begins."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         probe = base64.b64encode(codec.encode(teacher.probe)).decode()
         write_json(path, {"model": teacher.model, "probe": probe})
     elif not _began_with(path, [teacher]):

@@ -1,14 +1,19 @@
 """Checks before weights are read whether the devices can hold a run."""
 
 import os
+import pathlib
 from collections.abc import Iterable
 
 import jax
 from absl import logging
 
+from gkdjax.parallel import multihost
+from gkdjax.train.checkpoint import saved_steps
+from gkdjax.train.evals import measured_steps
 from gkdjax.train.planning import memory
 from gkdjax.train.planning.setup import PlanInputs, read_weights
 from gkdjax.train.setup import RunInputs
+from gkdjax.utils import files
 from gkdjax.utils.errors import UserError
 from gkdjax.utils.text import size
 
@@ -34,6 +39,25 @@ def check_memory(inputs: RunInputs) -> None:
             "this run may not fit: about %s on each device, which has %s\n%s",
             *(size(planned.peak), size(limit), planned.table()),
         )
+
+
+def check_disk(inputs: RunInputs, workdir: pathlib.Path, steps: int) -> None:
+    """Warns of checkpoints and an export of a run of `steps` that may not fit into `workdir`.
+
+    Raises:
+      NotWritten: not even one checkpoint fits.
+    """
+    planned, config, saved = plan_inputs(inputs), inputs.config, saved_steps(workdir)
+    if saved[-1:] == [steps] or not multihost.leads():
+        return
+    kept = config.checkpoint.max_to_keep
+    if config.checkpoint.keep_evaluated:
+        kept += len(measured_steps(config.eval, steps))
+    exports = {"merged": planned.student.stored_bytes, "adapter": planned.trained_bytes}
+    exports["both"] = sum(exports.values())
+    one = 3 * planned.trained_bytes  # with two moments of each parameter
+    wanted = one * max(kept + 1 - len(saved), 1) + exports[config.train.export]
+    files.require_room(workdir, "a checkpoint", one, wanted)
 
 
 def plan_inputs(inputs: RunInputs) -> PlanInputs:

@@ -167,6 +167,13 @@ class PlanInputs:
         """Shapes of the adapters; UserError for targets that match no kernel."""
         return activations.adapters(self.student.spec, self.student_dtype, self.rules)
 
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes of what is trained, in float32, on all devices together."""
+        shapes = param_shapes(self.student.spec).values()
+        leaves = shapes if self.full else (x.shape for x in jax.tree.leaves(self.adapters))
+        return 4 * sum(map(math.prod, leaves))
+
     @functools.cached_property
     def of_student(self) -> Shard:
         """The student on one device; UserError where the mesh does not divide it."""

@@ -68,14 +68,14 @@ def test_a_process_killed_between_the_renames_leaves_both_whole(tmp_path, monkey
 
 
 def test_everything_is_on_the_disk_before_the_old_one_goes(tmp_path, monkeypatch):
-    target, done, to_disk = tmp_path / "target", [], writer._to_disk
+    target, done, to_disk = tmp_path / "target", [], writer.to_disk
     write(target, "old")
 
     def recorded(path):
         done.append((path.name, text(target)))
         to_disk(path)
 
-    monkeypatch.setattr(writer, "_to_disk", recorded)
+    monkeypatch.setattr(writer, "to_disk", recorded)
     write(target, "new")
     first = [("deeper", "old"), ("file", "old"), (PART, "old")]
     assert sorted(done) == sorted([*first, (tmp_path.name, "new")])
@@ -83,7 +83,7 @@ def test_everything_is_on_the_disk_before_the_old_one_goes(tmp_path, monkeypatch
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file/out cannot be made: .*file"):
+    with pytest.raises(UserError, match=r"file/out cannot be written: .*file"):
         write(tmp_path / "file/out", "new")
 
     def full(self, text):

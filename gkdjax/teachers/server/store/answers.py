@@ -22,7 +22,9 @@ from typing import NamedTuple
 from gkdjax.teachers.server.answers import TeacherAnswer
 from gkdjax.teachers.server.store import codec
 from gkdjax.teachers.server.store.fingerprint import TeacherIdentity
-from gkdjax.utils.errors import UserError
+from gkdjax.utils.errors import NotWritten, UserError
+from gkdjax.utils.files import free_bytes
+from gkdjax.utils.text import size
 
 _BUSY_SECONDS = 60.0  # for which another process may write
 _PAGE_ROWS = 256  # that `AnswerStore.all` holds in memory
@@ -51,6 +53,7 @@ _ADVICE = {
     sqlite3.SQLITE_IOERR: "check its disk, and that there is room; what it holds is safe",
     sqlite3.SQLITE_NOTADB: "it is no store of answers; name another file",
 }
+_DISK = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY}
 # Any other error: the statement made sense when it was written.
 _DAMAGED = "it is damaged; put a copy of it in its place, or name another file"
 
@@ -282,7 +285,10 @@ class AnswerStore(contextlib.AbstractContextManager):
             raise  # the caller's mistake, not the file's
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             advice = _ADVICE.get(_code(error)) or _DAMAGED
-            raise UserError(f"{self._name}: {error}: {advice}") from error
+            if _code(error) not in _DISK:
+                raise UserError(f"{self._name}: {error}: {advice}") from error
+            free = size(free_bytes(self._path))
+            raise NotWritten(f"{self._name}: {error}: {advice}; {free} are free there") from error
 
 
 def _context(*columns) -> bytes:

@@ -18,7 +18,7 @@ from stored_answers import BIG, answer, assert_holds, filled, items, key, noisy,
 
 from gkdjax.teachers.server.store import answers, codec
 from gkdjax.teachers.server.store.answers import AnswerStore
-from gkdjax.utils.errors import UserError
+from gkdjax.utils.errors import NotWritten, UserError
 
 
 @pytest.fixture
@@ -283,7 +283,7 @@ def test_a_full_disk(path):
         size = path.with_name("store-wal").stat().st_size
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10_000, limits[1]))
         try:
-            with pytest.raises(UserError, match="check its disk, and that there is room"):
+            with pytest.raises(NotWritten, match=r"there is room; .* are free there"):
                 made.put(BIG.fingerprint, items(*range(2, 60)))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
