@@ -81,6 +81,7 @@ def before() -> dict:
         "task": TASK,
         "unavailable": {"distance on the student's own text": why},
         "counts": SETS,
+        "answers": [],
     }
 
 

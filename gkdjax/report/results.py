@@ -59,7 +59,9 @@ def so_far(before: dict, on_the_way: Sequence[dict]) -> dict:
 
 
 def training(metrics: Sequence[dict]) -> dict:
-    """Adds up the lines of metrics.jsonl; there is at least one."""
+    """Adds up the lines of metrics.jsonl; {} without any."""
+    if not metrics:
+        return {}
     return {
         "steps": metrics[-1]["step"] + 1,
         "tokens": sum(line["tokens"] for line in metrics),

@@ -1,6 +1,8 @@
-"""Reads a run's directory as it is: a run that is going on, or was killed, has only some files.
+"""The small files of a run: what each must hold, and what becomes of a run where one is damaged.
 
-Damage does not stop the reading: it is left out, and `damaged` names it.
+A report reads a directory as it is: a run that is going on, or was killed, has only some files.
+Damage does not stop it: it is left out, and `damaged` names it. A run itself reads by `load` and
+`keep_lines_before`.
 """
 
 import collections
@@ -12,23 +14,55 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from absl import logging
+
 from gkdjax import config as config_lib
 from gkdjax.report import results as report_results
+from gkdjax.utils import files
 from gkdjax.utils.errors import UserError
 from gkdjax.utils.text import visible
 
-# What a line must have to be of use.
-_COLUMNS = {
-    "metrics.jsonl": {
-        **dict.fromkeys(("step", "on_policy_rows", "tokens", "compilations"), int),
-        **{"loss": float, "divergence": str},
-    },
-    "eval.jsonl": {"step": int},
-    "samples.jsonl": {"step": int, "answers": list},
-    "answers.jsonl": {
-        **dict.fromkeys(("set", "condition", "name", "question", "answer"), str),
-        **{"expected": list, "right": bool},
-    },
+
+class _Kind(NamedTuple):
+    """A file of a run, or a line of one."""
+
+    columns: dict[str, type] | type  # what it must have to be of use; or the type of all values
+    without: str | None = None  # what is lost if it is deleted; None: it is made again
+
+
+_FILES = {
+    "metrics.jsonl": _Kind(
+        {
+            **dict.fromkeys(("step", "on_policy_rows", "tokens", "compilations"), int),
+            **{"loss": float, "divergence": str},
+        },
+        "curves and counts then lack its step",
+    ),
+    "eval.jsonl": _Kind({"step": int}, "the curves then lack its step"),
+    "samples.jsonl": _Kind({"step": int, "answers": list}, "the report then lacks its answers"),
+    "bad_steps.jsonl": _Kind({"step": int}, "the report then counts one bad step less"),
+    "answers.jsonl": _Kind(
+        {
+            **dict.fromkeys(("set", "condition", "name", "question", "answer"), str),
+            **{"expected": list, "right": bool},
+        }
+    ),
+    "rows.json": _Kind(int, "then nobody sees whether the rows have changed since the run began"),
+    "models.json": _Kind(
+        str, "the models are then looked up again, and an id of the hub may have a newer commit"
+    ),
+    "clock.json": _Kind({"began": str}, "chat templates that show the date then show today's"),
+    "teacher.json": _Kind(
+        dict.fromkeys(("model", "probe"), str),
+        "then nobody sees whether the server has had other weights when the run began",
+    ),
+    "failure.json": _Kind({"failure": str}, "then nothing of the config may be changed"),
+    "before.json": _Kind(
+        {**dict.fromkeys(("abilities", "samples", "counts", "unavailable"), dict), "answers": list}
+    ),
+    "results.json": _Kind({"steps": int, "samples": dict, "rows": dict, "exports": list}),
+    "ending.json": _Kind({"stop_ids": list, "pad_id": int}),
+    "teacher_ended_at.json": _Kind({"keys": list}),
 }
 _COMPLETION = {"row": str, "writer": str, "step": int, "messages": list, "text": str}
 _EXCERPT = 3  # lines at each end of a file of completions
@@ -78,23 +112,21 @@ def read(directory: pathlib.Path) -> RunFiles:
       UserError: it is no run's directory.
     """
     damaged: list[str] = []
-    config = _read_config(directory)
+    config = read_config(directory)
     names = "metrics.jsonl", "eval.jsonl", "samples.jsonl", "answers.jsonl"
     metrics, evaluations, samples, answers = (read_lines(directory / n, damaged) for n in names)
     before, found = (_read_object(directory / n, damaged) for n in ("before.json", "results.json"))
     missing = [] if found is not None else [*_missing(metrics, evaluations, before)]
     if found is None:
         found = report_results.so_far(before or {}, evaluations)
-        found |= report_results.training(metrics) if metrics else {}
+        found |= report_results.training(metrics)
     lines = metrics, evaluations, samples, answers
     return RunFiles(directory, config, *lines, found, missing, damaged)
 
 
 def read_lines(path: pathlib.Path, damaged: list[str]) -> list[dict]:
     """Reads the whole lines of a run's file, by its name; names the others in `damaged`."""
-    content = path.read_bytes() if path.exists() else b""
-    lines = content.removesuffix(b"\n").split(b"\n") if content else []
-    parsed = [_parse(line, _COLUMNS[path.name]) for line in lines]
+    parsed = [_parse(line, _FILES[path.name].columns) for line in _lines(path)]
     bad = [place for place, record in enumerate(parsed, 1) if record is None]
     if bad and bad[-1] == len(parsed):
         damaged.append(f"{path.name}: the last line is cut off, and left out")
@@ -103,6 +135,49 @@ def read_lines(path: pathlib.Path, damaged: list[str]) -> list[dict]:
         some = ", ".join(map(str, bad[:3])) + (", ..." if len(bad) > 3 else "")
         damaged.append(f"{path.name}: lines that cannot be read are left out ({len(bad)}: {some})")
     return [record for record in parsed if record is not None]
+
+
+def load(path: pathlib.Path) -> dict | None:
+    """Reads a run's JSON file for the run; None if it is not there, or has to be made again.
+
+    Raises:
+      UserError: it is damaged and nothing can make it again; with what is lost without it.
+    """
+    columns, without = _FILES[re.sub(r"\.\d+", "", path.name)]  # some are those of one process
+    try:
+        found = files.read_json(path)
+        if found is not None and not _fits(found, columns):
+            raise UserError(f"{path} lacks what it must hold")
+        return found
+    except UserError as error:
+        if without is not None:
+            raise UserError(f"{error}. Put it back, or delete it: {without}") from None
+        logging.warning("%s; it is made again", error)
+        return None
+
+
+def keep_lines_before(path: pathlib.Path, step: int) -> set[int]:
+    """Cuts a run's file of lines down to those of steps before `step` -> their steps.
+
+    What is damaged after them is cut off, too, and told: a crash may leave half a line.
+
+    Raises:
+      UserError: a line among them is damaged; with what is lost without it.
+    """
+    columns, without = _FILES[path.name]
+    lines = _lines(path)
+    records = [_parse(line, columns) for line in lines]
+    kept = [i for i, record in enumerate(records) if record and record["step"] < step]
+    count = kept[-1] + 1 if kept else 0
+    if None in records:
+        place = records.index(None)
+        if place < count:
+            raise UserError(f"{path}:{place + 1} is damaged. Put it back, or delete it: {without}")
+        logging.warning("%s is damaged from line %d on, and cut off there", path, place + 1)
+    if lines:
+        with files.replacing(path) as part:
+            part.write_bytes(b"".join(line + b"\n" for line in lines[:count]))
+    return {records[i]["step"] for i in kept}
 
 
 def excerpts(directory: pathlib.Path) -> Iterator[Excerpt]:
@@ -152,26 +227,35 @@ def _short(value) -> str:
     return f"{what} (crc32 {zlib.crc32(text.encode(errors='surrogatepass')):08x})"
 
 
-def _parse(line: bytes, columns: dict[str, type]) -> dict | None:
+def _lines(path: pathlib.Path) -> list[bytes]:
+    content = path.read_bytes() if path.exists() else b""
+    return content.removesuffix(b"\n").split(b"\n") if content else []
+
+
+def _parse(line: bytes, columns: dict[str, type] | type) -> dict | None:
     """The object of a line; None if it lacks a column."""
     try:
         record = json.loads(line)
-    except ValueError:  # a UnicodeDecodeError is one
+    except (ValueError, RecursionError):  # a UnicodeDecodeError is a ValueError
         return None
-    whole = isinstance(record, dict) and all(
-        isinstance(record.get(name), kind) for name, kind in columns.items()
-    )
-    return record if whole else None
+    return record if isinstance(record, dict) and _fits(record, columns) else None
+
+
+def _fits(record: dict, columns: dict[str, type] | type) -> bool:
+    if isinstance(columns, type):
+        columns = dict.fromkeys(record, columns)
+    return all(isinstance(record.get(name), kind) for name, kind in columns.items())
 
 
 def _read_object(path: pathlib.Path, damaged: list[str]) -> dict | None:
-    record = _parse(path.read_bytes(), {}) if path.exists() else None
+    record = _parse(path.read_bytes(), _FILES[path.name].columns) if path.exists() else None
     if record is None and path.exists():
         damaged.append(f"{path.name} cannot be read, and is left out")
     return record
 
 
-def _read_config(directory: pathlib.Path) -> dict:
+def read_config(directory: pathlib.Path) -> dict:
+    """Reads config.json; UserError if there is none, or it is not a run's."""
     path = directory / "config.json"
     if not path.is_file():
         raise UserError(f"{directory} holds no config.json, so it is not a run's directory")

@@ -21,10 +21,10 @@ from gkdjax import tools
 from gkdjax.data.chat_template import load_chat
 from gkdjax.models.decoder import abstract_params
 from gkdjax.models.hf import export, load, model_config, peft
+from gkdjax.report.run_files import load as load_file
 from gkdjax.train import lock, models, workdir
 from gkdjax.train.checkpoint import read_trainable
 from gkdjax.utils.errors import UserError
-from gkdjax.utils.files import read_json
 
 
 def export_step(
@@ -39,7 +39,7 @@ def export_step(
       UserError: no run, no such step, a full fine-tuning has no adapter, `out` holds something
         else, or the student's model is gone.
     """
-    config = _read_config(run / "config.json")
+    config = workdir.saved_config(run)
     lora = config.student.adapter == "lora"
     if adapter and not lora:
         raise UserError(
@@ -66,19 +66,9 @@ def export_step(
     return step
 
 
-def _read_config(path: pathlib.Path) -> config_lib.Config:
-    saved = read_json(path)
-    if saved is None:
-        raise UserError(f"{path.parent} holds no config.json, so it is not a run's directory")
-    try:
-        return config_lib.parse(config_lib.from_saved(saved))
-    except UserError as error:
-        raise UserError(f"{path} is not a run's: {error}") from error
-
-
 def _ending(config: config_lib.Config, source: pathlib.Path, run: pathlib.Path) -> export.Ending:
     """The run's file; in an older run, the end of its student's chat template."""
-    written = read_json(run / export.ENDING)
+    written = load_file(run / export.ENDING)
     if written is not None:
         return export.Ending(tuple(written["stop_ids"]), written["pad_id"])
     chat = load_chat(source, config.data.template_kwargs)

@@ -25,7 +25,7 @@ from gkdjax.teachers.scoring import request_targets
 from gkdjax.train import bad_steps, optimizer, setup
 from gkdjax.train.checkpoint import read_trainable, saved_steps
 from gkdjax.train.step import make_loss
-from gkdjax.utils import files
+from gkdjax.train.workdir import saved_config
 
 
 class ReplayedRow(NamedTuple):
@@ -45,7 +45,7 @@ def replay(run: pathlib.Path, step: int) -> Iterator[ReplayedRow]:
       UserError: no run, no such step, or what the run began with is gone.
     """
     line, parts = bad_steps.read(run, step)
-    c = config_lib.parse(config_lib.from_saved(files.read_object(run / "config.json")))
+    c = saved_config(run)
     c = dataclasses.replace(
         c,
         mesh=config_lib.Mesh(),

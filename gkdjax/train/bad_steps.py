@@ -17,6 +17,7 @@ import safetensors.numpy
 from gkdjax.losses.objective import TopKTargets
 from gkdjax.losses.topk import TopKLogprobs
 from gkdjax.parallel import mesh
+from gkdjax.report import run_files
 from gkdjax.train.step import TrainBatch
 from gkdjax.types import Batch
 from gkdjax.utils import files, tree
@@ -90,18 +91,15 @@ def read(workdir: pathlib.Path, step: int) -> tuple[dict, dict[str, BadPart]]:
     return line, parts
 
 
-def drop_from(workdir: pathlib.Path, step: int) -> None:
-    """Removes the lines and files of `step` and later ones, which are made again."""
-    files.drop_lines_from(workdir / LINES, step)
+def drop_from(workdir: pathlib.Path, step: int) -> set[int]:
+    """Removes the lines and files of `step` and later ones, which are made again -> those before.
+
+    Raises UserError for a damaged line before them.
+    """
     for path in (workdir / "bad_steps").glob("*.safetensors"):
         if int(path.stem) >= step:
             path.unlink()
-
-
-def in_a_row(workdir: pathlib.Path, step: int) -> int:
-    """Counts the bad steps just before `step`."""
-    bad = {line["step"] for line in files.read_lines(workdir / LINES)}
-    return next(n for n in range(step + 1) if step - 1 - n not in bad)
+    return run_files.keep_lines_before(workdir / LINES, step)
 
 
 def _path(workdir: pathlib.Path, step: int) -> pathlib.Path:

@@ -11,7 +11,6 @@ from gkdjax.models import lora
 from gkdjax.train.metrics import MetricsRecorder, MetricsWriter
 from gkdjax.train.setup import Run
 from gkdjax.types import TrainState
-from gkdjax.utils.files import read_lines
 
 
 def measured_steps(c: Eval, steps: int) -> set[int]:
@@ -34,9 +33,11 @@ class EvalSchedule:
         self._samples = MetricsWriter(samples, first, tensorboard=False)
         self._writer = MetricsWriter(evals, first, tensorboard, group="eval/")
         # Samples are the last lines of a step: it is done once they are there.
-        self._done, self._written = (
-            {line["step"] for line in read_lines(path)} for path in (samples, evals)
-        )
+        self._done, self._written = self._samples.steps, self._writer.steps
+        for path, steps in ((samples, self._done), (evals, self._written)):
+            lost = sorted(step for step in measured - steps if step < first_step)
+            if lost and path.exists():
+                logging.warning("%s lacks the steps %s, which were measured", path.name, lost)
 
     def if_due(self, step: int, state: TrainState, record: MetricsRecorder) -> None:
         """Measures the state after `step` steps, if the schedule says so and it is not done yet."""

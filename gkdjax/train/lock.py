@@ -25,6 +25,7 @@ from typing import BinaryIO
 from absl import logging
 
 from gkdjax.parallel import multihost, shutdown
+from gkdjax.report import run_files
 from gkdjax.utils.errors import Preempted, UserError
 
 LOCK = ".gkdjax-lock"
@@ -46,7 +47,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         with multihost.fail_together():
             # A finished run is only shown, and may be read-only.
-            if multihost.leads() and not (workdir / "results.json").exists():
+            if multihost.leads() and run_files.load(workdir / "results.json") is None:
                 held.enter_context(_held(workdir / LOCK))
         yield
 

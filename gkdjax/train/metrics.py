@@ -17,6 +17,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from gkdjax.config import Config
+from gkdjax.report import run_files
 from gkdjax.train import bad_steps
 from gkdjax.train.step import TrainBatch
 from gkdjax.types import TrainState
@@ -36,7 +37,7 @@ class MetricsWriter:
 
         `group` is put before the names in TensorBoard, as "eval/".
         """
-        files.drop_lines_from(path, first_step)
+        self.steps = run_files.keep_lines_before(path, first_step)  # that it has already
         self._path, self._group, self._events = path, group, None
         self._directory, self._flushed = path.parent / "tensorboard", time.monotonic()
         if tensorboard:
@@ -92,8 +93,10 @@ class MetricsRecorder:
         self._writer = MetricsWriter(workdir / "metrics.jsonl", first_step, log.tensorboard)
         self._bar = text.bar(steps, "train", start=first_step, shown=log.progress_bar)
         self._pending = None
-        bad_steps.drop_from(workdir, first_step)
-        self._bad = bad_steps.in_a_row(workdir, first_step)
+        bad = bad_steps.drop_from(workdir, first_step)
+        self._bad = next(n for n in range(first_step + 1) if first_step - 1 - n not in bad)
+        if lost := {*range(first_step)} - bad - self._writer.steps:
+            logging.warning("metrics.jsonl lacks %d steps before %d", len(lost), first_step)
         # A batch of a good step, on the host: one for all checks, so that they are one program.
         self._good: TrainBatch | None = None
         self.restart_clock()

@@ -14,6 +14,7 @@ from gkdjax.data import load
 from gkdjax.evaluation.scoring import EvalModel
 from gkdjax.models.hf import export
 from gkdjax.parallel import multihost
+from gkdjax.report.run_files import load as load_file
 from gkdjax.rollout.schedule import needs_teacher_text
 from gkdjax.rollout.teacher import prepare
 from gkdjax.teachers.base import Teacher, hooks
@@ -26,7 +27,7 @@ from gkdjax.train.setup import Run, RunInputs, assemble
 from gkdjax.train.stopping import StopRequest
 from gkdjax.types import TrainState
 from gkdjax.utils.errors import UserError
-from gkdjax.utils.files import read_json, read_lines, write_json, write_lines
+from gkdjax.utils.files import read_lines, write_json, write_lines
 
 
 def run(
@@ -75,7 +76,7 @@ def _run_in(
     """Runs in the directories of this process and of all, see `multihost.own_directory`."""
     began = time.monotonic()
     workdirs.claim(workdir, config)
-    found = read_json(workdir / "results.json")
+    found = load_file(workdir / "results.json")
     if found is not None:  # a finished run is shown
         print(report.render(found, workdir))
         if not (workdir / "report.html").exists():  # killed between the two
@@ -134,7 +135,7 @@ def _distil(run: Run, workdir: pathlib.Path, shared: pathlib.Path, stop: StopReq
 
 def _before(run: Run, workdir: pathlib.Path) -> dict:
     """Evaluates base and teacher, once for all starts of the run."""
-    before = read_json(workdir / "before.json")
+    before = load_file(workdir / "before.json")
     if before is None:
         prefix_bytes = run.inputs.config.teacher.prefix_bytes
         base = EvalModel.of(run.decoder, run.base, run.inputs.sources.chat, prefix_bytes)

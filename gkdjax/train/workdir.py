@@ -14,9 +14,11 @@ from gkdjax.config import ASSETS
 from gkdjax.config.schema import REACH_KEYS
 from gkdjax.models.hf import hub
 from gkdjax.parallel import multihost
+from gkdjax.report import run_files
+from gkdjax.report.run_files import load
 from gkdjax.utils import files
 from gkdjax.utils.errors import TrainingFailure, UserError, WrongAnswer
-from gkdjax.utils.files import read_json, write_json
+from gkdjax.utils.files import write_json
 
 _FAILURE = "failure.json"  # why the numbers of a run ended it
 # What may be changed after such a failure, to continue from the newest checkpoint.
@@ -47,11 +49,11 @@ def claim(workdir: pathlib.Path, config: config_lib.Config) -> None:
     """
     path = workdir / "config.json"
     mine = config_lib.to_dict(config)
-    theirs, failure = _config_of_run(path), read_json(workdir / _FAILURE)
+    theirs = _config_of_run(path)
     # Only the leader's directory has all files.
     (computed, *_) = multihost.exchange(_computed(workdir))
     if theirs is not None and computed:
-        old = _lasting(theirs)
+        old, failure = _lasting(theirs), load(workdir / _FAILURE)
         for section, name in MENDABLE if failure is not None else ():
             old[section][name] = mine[section][name]
         differing = sorted(_differences(_lasting(mine), old, "config"))
@@ -106,7 +108,8 @@ def _config_of_run(path: pathlib.Path) -> dict | None:
     if not known.keys() >= needed or not all(isinstance(v, dict) for v in known.values()):
         raise UserError(
             f"{path} is not the config of a run, and is left as it is; give --workdir another"
-            " directory"
+            " directory. If it was a run's, put it back, or delete it: the config given is then"
+            " taken for it"
         )
     return config_lib.from_saved(theirs)
 
@@ -121,7 +124,16 @@ def _computed(workdir: pathlib.Path) -> bool:
     if any(path.is_dir() or path.stat().st_size for path in found):
         return True
     evals = [workdir / name for name in ("eval.jsonl", "samples.jsonl")]
-    return any(p.exists() and re.search(r'"step": [1-9]', p.read_text()) for p in evals)
+    return any(p.exists() and re.search(rb'"step": [1-9]', p.read_bytes()) for p in evals)
+
+
+def saved_config(workdir: pathlib.Path) -> config_lib.Config:
+    """Reads the config of a run; UserError if there is none, or it is not a run's."""
+    saved = run_files.read_config(workdir)
+    try:
+        return config_lib.parse(saved)
+    except UserError as error:
+        raise UserError(f"{workdir / 'config.json'} is not a run's: {error}") from error
 
 
 def claim_rows(workdir: pathlib.Path, fingerprints: dict[str, int]) -> None:
@@ -131,12 +143,12 @@ def claim_rows(workdir: pathlib.Path, fingerprints: dict[str, int]) -> None:
       UserError: rows changed since the run began.
     """
     path = workdir / "rows.json"
-    begun_with = read_json(path)
+    begun_with = load(path)
     if begun_with is None:
         write_json(path, fingerprints)
         return
     for name, fingerprint in fingerprints.items():
-        if begun_with[name] != fingerprint:
+        if begun_with.get(name) != fingerprint:
             raise UserError(
                 f"the rows of {name} are not those that the run in {workdir} began with: the data,"
                 " a prefix file, the tokenizer or the chat template changed since. Put them back,"
@@ -151,7 +163,7 @@ def clock(workdir: pathlib.Path) -> datetime.datetime | None:
     templates see the present time, as they did.
     """
     path = workdir / "clock.json"
-    saved = read_json(path)
+    saved = load(path)
     if saved is None and not (workdir / "rows.json").exists():
         saved = {"began": datetime.datetime.now().isoformat(timespec="seconds")}
     (saved, *_) = multihost.exchange(saved)
@@ -191,7 +203,7 @@ def local_directory(name: str, workdir: pathlib.Path, weights: bool = True) -> p
     may get newer ones.
     """
     path = workdir / "models.json"
-    found = read_json(path) or {}
+    found = load(path) or {}
     if name not in found:
         directory = hub.local_directory(name, weights)
         here = str(directory.absolute()) if pathlib.Path(name).is_dir() else directory.name
@@ -207,7 +219,7 @@ def local_directory(name: str, workdir: pathlib.Path, weights: bool = True) -> p
 
 def begun_with(workdir: pathlib.Path) -> list[pathlib.Path]:
     """Lists the directories of models, tokenizers and adapters here that a run began with."""
-    places = map(pathlib.Path, (read_json(workdir / "models.json") or {}).values())
+    places = map(pathlib.Path, (load(workdir / "models.json") or {}).values())
     return [place for place in places if place.is_absolute()]
 
 
@@ -216,5 +228,5 @@ def base_name(name: str, workdir: pathlib.Path) -> str:
 
     `name` was found by `local_directory` for this run.
     """
-    place = read_json(workdir / "models.json")[name]
+    place = load(workdir / "models.json")[name]
     return place if pathlib.Path(place).is_absolute() else name

@@ -94,8 +94,11 @@ def append(path: pathlib.Path, text: str) -> None:
 
     Raises NotWritten.
     """
-    with writing(path), path.open("ab", buffering=0) as file:
+    with writing(path), path.open("a+b", buffering=0) as file:
         end, left = file.seek(0, os.SEEK_END), text.encode()
+        if end:
+            file.seek(end - 1)
+            left = left if file.read(1) == b"\n" else b"\n" + left  # a crash cut a line off
         try:
             while left:  # a disk that gets full takes a part
                 left = left[file.write(left) :]
@@ -124,18 +127,6 @@ def write_lines(path: pathlib.Path, lines: Iterable[dict]) -> None:
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def drop_lines_from(path: pathlib.Path, step: int) -> None:
-    """Keeps whole lines of steps before `step`; a line that a crash cut off is not whole."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] >= step:
-            break
-        kept.append(line)
-    write_text(path, "".join(kept))
-
-
 def read_lines(path: pathlib.Path) -> list[dict]:
     """Parses all lines in order; [] without a file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -153,7 +144,7 @@ def read_object(path: pathlib.Path) -> dict:
       UserError: the file cannot be read, does not parse, or holds something else; it is named.
     """
     try:
-        parsed = json.loads(path.read_text())
+        parsed = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:  # Python's own advice for long numbers is a call in a program

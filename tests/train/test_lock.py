@@ -10,6 +10,7 @@ import sys
 import threading
 
 import pytest
+from made_up_runs import full_results
 from small_runs import small
 
 import gkdjax
@@ -210,7 +211,7 @@ def test_the_lock_is_released_in_every_way_a_run_ends(tmp_path, monkeypatch, how
 
 
 def test_a_finished_run_is_only_shown(tmp_path):
-    (tmp_path / "results.json").touch()
+    (tmp_path / "results.json").write_text(json.dumps(full_results()))
     with lock.locked(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 

@@ -7,12 +7,14 @@ import pytest
 from gkdjax.train.metrics import MetricsWriter
 from gkdjax.utils.files import read_lines
 
+REST = {"divergence": "mixed", "on_policy_rows": 0, "tokens": 8, "compilations": 0}
+
 
 def write(workdir, first_step: int, steps, tensorboard: bool = False) -> None:
     path = workdir / "metrics.jsonl"
     with contextlib.closing(MetricsWriter(path, first_step, tensorboard)) as writer:
         for count, step in enumerate(steps, 1):
-            writer.write(step, {"loss": first_step + step / 8, "divergence": "mixed"})
+            writer.write(step, {"loss": first_step + step / 8, **REST})
             assert len(read_lines(path)) == first_step + count  # on disk at once
 
 
@@ -33,8 +35,7 @@ def test_a_line_a_step_and_a_resumed_run_drops_what_its_checkpoint_does_not_know
     write(tmp_path, first_step, range(first_step, 6))
     begun = [0] * first_step + [first_step] * (6 - first_step)
     assert read_lines(path) == [
-        {"step": step, "loss": first + step / 8, "divergence": "mixed"}
-        for step, first in enumerate(begun)
+        {"step": step, "loss": first + step / 8, **REST} for step, first in enumerate(begun)
     ]
     assert not list(tmp_path.glob("*.part"))
 

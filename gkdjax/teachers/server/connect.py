@@ -17,6 +17,7 @@ from absl import logging
 from gkdjax.config import Teacher
 from gkdjax.data.chat_template import Chat
 from gkdjax.parallel import multihost
+from gkdjax.report.run_files import load
 from gkdjax.teachers.base import Capabilities
 from gkdjax.teachers.server.dialects import openai, sglang, vllm
 from gkdjax.teachers.server.preflight import Findings, Server, examine, probe_again
@@ -238,9 +239,8 @@ def _stored_teacher(
 
 def _began_with(path: pathlib.Path, teachers: Sequence[TeacherIdentity]) -> list[TeacherIdentity]:
     """Those of the teachers with which a run began; none if it has not begun."""
-    if not path.exists():
+    if (first := load(path)) is None:
         return []
-    first = json.loads(path.read_text())
     probe = codec.decode(base64.b64decode(first["probe"]))
     return [t for t in teachers if t.model == first["model"] and same_teacher(probe, t.probe)]
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
+from gkdjax.report import run_files
 from gkdjax.teachers.server.answers import Request, SampleRequest, ScoreRequest, TeacherAnswer
 from gkdjax.teachers.server.dialects import base
 from gkdjax.teachers.server.dialects.base import Dialect
@@ -48,7 +49,7 @@ class Suspects:
 
     def __init__(self, path: pathlib.Path):
         self._path, self._lock = path, threading.Lock()
-        self._keys = set(files.read_object(path)["keys"]) if path.exists() else set()
+        self._keys = set((run_files.load(path) or {"keys": ()})["keys"])
 
     def __contains__(self, key: str) -> bool:
         return key in self._keys
