@@ -259,8 +259,8 @@ def read_config(directory: pathlib.Path) -> dict:
     path = directory / "config.json"
     if not path.is_file():
         raise UserError(f"{directory} holds no config.json, so it is not a run's directory")
-    config = _parse(path.read_bytes(), {"train": dict, "student": dict, "eval": dict})
-    if config is None:
+    config = files.read_object(path)
+    if not _fits(config, dict.fromkeys(("train", "student", "eval"), dict)):
         raise UserError(f"{path} is not a run's: it holds no config of gkdjax")
     return config_lib.from_saved(config)
 

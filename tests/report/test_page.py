@@ -234,7 +234,7 @@ def test_other_files_that_cannot_be_read_whole(finished):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "holds no config.json"), ("{", "is not a run's"), ('{"model_type": "x"}', "not a run")],
+    [(None, "holds no config.json"), ("{", "does not parse"), ('{"model_type": "x"}', "not a run")],
 )
 def test_what_is_no_run_is_refused(tmp_path, content, message):
     if content is not None:
