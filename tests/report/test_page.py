@@ -10,7 +10,7 @@ import pytest
 
 from gkdjax import report
 from gkdjax.report import run_files, tables
-from gkdjax.utils.errors import UserError
+from gkdjax.utils.errors import NotWritten, UserError
 
 pytestmark = pytest.mark.drawn
 
@@ -318,7 +318,7 @@ def test_the_same_files_give_the_same_page_and_a_failure_leaves_the_old(finished
         raise OSError("no space left on device")
 
     monkeypatch.setattr(pathlib.Path, "write_text", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(NotWritten, match="no space"):
         report.write_html(finished)
     assert (finished / "report.html").read_bytes() == old
     assert list(finished.parent.rglob("*.part")) == []

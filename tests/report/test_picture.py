@@ -9,6 +9,7 @@ from matplotlib.image import imread
 
 from gkdjax import report
 from gkdjax.report import picture
+from gkdjax.utils.errors import NotWritten
 
 pytestmark = pytest.mark.drawn
 
@@ -179,7 +180,7 @@ def test_the_same_files_give_the_same_picture_and_a_failure_leaves_the_old(tmp_p
         raise OSError("no space left on device")
 
     monkeypatch.setattr(Figure, "savefig", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(NotWritten, match="no space"):
         report.draw(tmp_path)
     assert (tmp_path / "report.png").read_bytes() == other
     assert list(tmp_path.glob("*.part")) == []
