@@ -178,18 +178,22 @@ def _leaf_tensor(
 
 def _layer(path: str, leaf: jax.Array, adapter: lora.Adapter | None, layer: int) -> jax.Array:
     """One layer of a stacked leaf, its adapter merged; a kernel is (out, in), as HF has it."""
+    if isinstance(leaf, np.ndarray):  # jax would take the whole of it to the device
+        leaf = leaf[layer : layer + 1]
+    return _cut(leaf, adapter, layer, path.removeprefix("layers/"))
 
-    def cut(stacked):
-        if isinstance(stacked, np.ndarray):  # jax would take the whole of it to the device
-            return stacked[layer : layer + 1]
-        return jax.lax.dynamic_slice_in_dim(stacked, layer, 1)
 
-    part = cut(leaf)
+@functools.partial(jax.jit, static_argnames="name")  # `layer` is not: one program for all of them
+def _cut(leaf: jax.Array, adapter: lora.Adapter | None, layer: int, name: str) -> jax.Array:
+    def one(stacked):
+        return stacked if len(stacked) == 1 else jax.lax.dynamic_slice_in_dim(stacked, layer, 1)
+
+    part = one(leaf)
     if adapter is not None:
-        name = path.removeprefix("layers/")
-        one = dataclasses.replace(adapter, a=cut(adapter.a), b=cut(adapter.b))
+        adapter = dataclasses.replace(adapter, a=one(adapter.a), b=one(adapter.b))
         # In float32, so that the sum is rounded once, to the dtype of the file.
-        merged = lora.merge({"layers": {name: part.astype(jnp.float32)}}, {path: one})
+        path = f"layers/{name}"
+        merged = lora.merge({"layers": {name: part.astype(jnp.float32)}}, {path: adapter})
         part = merged["layers"][name]
     return part[0].T
 
