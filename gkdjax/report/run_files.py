@@ -11,8 +11,8 @@ import json
 import pathlib
 import re
 import zlib
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from absl import logging
 
@@ -137,8 +137,10 @@ def read_lines(path: pathlib.Path, damaged: list[str]) -> list[dict]:
     return [record for record in parsed if record is not None]
 
 
-def load(path: pathlib.Path) -> dict | None:
+def load(path: pathlib.Path, parse: Callable[[dict], Any] = lambda found: found) -> Any | None:
     """Reads a run's JSON file for the run; None if it is not there, or has to be made again.
+
+    `parse` makes of the object what is returned; its ValueError is damage, too.
 
     Raises:
       UserError: it is damaged and nothing can make it again; with what is lost without it.
@@ -146,9 +148,14 @@ def load(path: pathlib.Path) -> dict | None:
     columns, without = _FILES[re.sub(r"\.\d+", "", path.name)]  # some are those of one process
     try:
         found = files.read_json(path)
-        if found is not None and not _fits(found, columns):
+        if found is None:
+            return None
+        if not _fits(found, columns):
             raise UserError(f"{path} lacks what it must hold")
-        return found
+        try:
+            return parse(found)
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: {error}") from None
     except UserError as error:
         if without is not None:
             raise UserError(f"{error}. Put it back, or delete it: {without}") from None

@@ -162,16 +162,16 @@ def clock(workdir: pathlib.Path) -> datetime.datetime | None:
     All processes see the leader's. None in a run that began before there was a clock.json: its
     templates see the present time, as they did.
     """
-    path = workdir / "clock.json"
-    saved = load(path)
-    if saved is None and not (workdir / "rows.json").exists():
-        saved = {"began": datetime.datetime.now().isoformat(timespec="seconds")}
-    (saved, *_) = multihost.exchange(saved)
-    if saved is None:
+    path, parse = workdir / "clock.json", datetime.datetime.fromisoformat
+    began = load(path, lambda found: parse(found["began"]).isoformat())
+    if began is None and not (workdir / "rows.json").exists():
+        began = datetime.datetime.now().isoformat(timespec="seconds")
+    (began, *_) = multihost.exchange(began)
+    if began is None:
         return None
     if not path.exists():
-        write_json(path, saved)
-    return datetime.datetime.fromisoformat(saved["began"])
+        write_json(path, {"began": began})
+    return parse(began)
 
 
 def _lasting(raw: dict) -> dict:

@@ -1,6 +1,7 @@
 """Damaged small files of a run: made again, cut down, or an error that says what to do."""
 
 import json
+from datetime import datetime
 
 import pytest
 from made_up_runs import before, full_results, metric, samples, three_phases
@@ -54,6 +55,16 @@ def test_a_damaged_file_is_made_again_or_an_error(tmp_path, caplog, name, damage
             run_files.load(path)
         assert str(error.value).startswith(f"{path} ")
         assert "Put it back, or delete it: " in str(error.value)
+
+
+def test_what_a_file_holds_is_parsed_or_damaged(tmp_path):
+    path, parse = tmp_path / "clock.json", lambda found: datetime.fromisoformat(found["began"])
+    assert run_files.load(path, parse) is None
+    files.write_json(path, {"began": "2026-01-01T00:00:00"})
+    assert run_files.load(path, parse) == datetime(2026, 1, 1)
+    files.write_json(path, {"began": "new year"})
+    with pytest.raises(UserError, match=r"clock\.json is damaged: .*'new year'.*show today's"):
+        run_files.load(path, parse)
 
 
 LINES = {

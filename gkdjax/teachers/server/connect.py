@@ -239,10 +239,14 @@ def _stored_teacher(
 
 def _began_with(path: pathlib.Path, teachers: Sequence[TeacherIdentity]) -> list[TeacherIdentity]:
     """Those of the teachers with which a run began; none if it has not begun."""
-    if (first := load(path)) is None:
+
+    def parse(found: dict) -> dict:
+        return found | {"probe": codec.decode(base64.b64decode(found["probe"]))}
+
+    if (first := load(path, parse)) is None:
         return []
-    probe = codec.decode(base64.b64decode(first["probe"]))
-    return [t for t in teachers if t.model == first["model"] and same_teacher(probe, t.probe)]
+    own = (teacher for teacher in teachers if teacher.model == first["model"])
+    return [teacher for teacher in own if same_teacher(first["probe"], teacher.probe)]
 
 
 def _require_first(path: pathlib.Path, teacher: TeacherIdentity) -> None:
