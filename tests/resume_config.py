@@ -1,24 +1,19 @@
 """Configs of the runs that are killed: --config=tests/resume_config.py:SETTING,MODELS.
 
-MODELS is a directory with the model directories "student" and "teacher".
+MODELS is a directory with the model directory "student".
 """
 
 from small_runs import small
 
-# setting -> (on_policy_fraction, adapter, teacher.top_k, has an anchor, the teacher is no toggle)
-SETTINGS = {
-    "off-lora": (0.0, "lora", 8, False, False),
-    "off-full": (0.0, "none", None, True, False),
-    "on-lora": (0.5, "lora", 8, True, True),
-    "on-full": (0.5, "none", None, True, False),
-}
+# setting -> (on_policy_fraction, adapter, teacher.top_k, has an anchor)
+SETTINGS = {"off-lora": (0.0, "lora", 8, False), "on-full": (0.5, "none", None, True)}
 STEPS, SAVE_EVERY, EVAL_EVERY = 12, 2, 3
 PER_PROMPT, PROMPTS = 4, 12
 
 
 def get_config(argument: str):
     setting, models = argument.split(",")
-    on_policy, adapter, top_k, anchored, other_teacher = SETTINGS[setting]
+    on_policy, adapter, top_k, anchored = SETTINGS[setting]
     changes = {
         "student__adapter": adapter,
         "student__lora__dropout": 0.1,
@@ -42,8 +37,6 @@ def get_config(argument: str):
         "eval__max_new_tokens": 6,
         "eval__every_steps": EVAL_EVERY,
     }
-    if other_teacher:
-        changes |= {"teacher__backend": "flax", "teacher__model": f"{models}/teacher"}
     if anchored:
         changes["anchor__data"] = [{"prompt": f"other {i}"} for i in range(5)]
     return small(f"{models}/student", **changes)

@@ -32,9 +32,8 @@ _OF_THE_PROCESS = {"tokens_per_second", "compilations", "seconds"}
 
 
 def make_models(directory: pathlib.Path) -> None:
-    """The models that `resume_config` names."""
+    """The model that `resume_config` names."""
     factories.model_dir(directory / "student")
-    factories.model_dir(directory / "teacher", seed=1, hidden_size=32)
 
 
 class Moment(NamedTuple):
@@ -57,19 +56,23 @@ class Kill(NamedTuple):
     resumed_at: int | None  # steps whose lines the next attempt kept; None: it had not begun
 
 
-class Attempts:
-    """A run in `workdir` that is started as often as needed; its output is beside it."""
+class KilledRun:
+    """A run of one setting that is started as often as needed; its output is beside `workdir`.
 
-    def __init__(self, workdir: pathlib.Path, config: str, cache: pathlib.Path, **environment):
+    `base` holds "models", as `make_models` makes them, and the caches.
+    """
+
+    def __init__(self, setting: str, base: pathlib.Path, workdir: pathlib.Path, devices: int = 1):
         self.workdir, self.log = workdir, workdir.with_name(workdir.name + ".log")
+        config = f"{ROOT}/tests/resume_config.py:{setting},{base / 'models'}"
         command = [sys.executable, "-m", "gkdjax.main", f"--workdir={workdir}"]
-        self._command = [*command, f"--config={ROOT}/tests/{config}"]
-        self._environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+        self._command = [*command, f"--config={config}"]
+        self._environment = os.environ | {
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_COMPILATION_CACHE_DIR": str(base / "cache" / setting),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            **environment,
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         }
 
     def start(self) -> subprocess.Popen:
@@ -91,15 +94,6 @@ class Attempts:
     def finish(self) -> None:
         """Runs, or continues, to the end."""
         assert self.end(self.start(), timeout=600), f"{self.workdir} did not end"
-
-
-class KilledRun(Attempts):
-    """A run of one setting; `base` holds "models", as `make_models` makes them, and the caches."""
-
-    def __init__(self, setting: str, base: pathlib.Path, workdir: pathlib.Path, devices: int = 1):
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        config = f"resume_config.py:{setting},{base / 'models'}"
-        super().__init__(workdir, config, base / "cache" / setting, XLA_FLAGS=flags)
 
     def kill_all(self, moments) -> list[Kill]:
         """Kills at each of the moments in turn, then runs to the end; ends early if the run does.

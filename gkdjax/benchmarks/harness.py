@@ -20,7 +20,6 @@ import jax
 
 GIB = 2**30
 Results = dict[Any, list[dict]]  # case -> one dict of numbers a round
-_STATUS = pathlib.Path("/proc/self/status")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -72,12 +71,13 @@ def in_new_process(module: str, *arguments: str, **environment: str) -> dict:
     return json.loads(process.stdout.splitlines()[-1])
 
 
-def status_bytes(field: str) -> int:
-    """A size in /proc/self/status (Linux): VmHWM, RssAnon.
+def status_bytes(field: str, process: int | str = "self") -> int:
+    """A size in /proc/PROCESS/status (Linux): VmHWM, RssAnon.
 
     Not getrusage: its maximum includes the parent's memory, from before the exec.
     """
-    line = next(x for x in _STATUS.read_text().splitlines() if x.startswith(f"{field}:"))
+    lines = pathlib.Path(f"/proc/{process}/status").read_text().splitlines()
+    line = next(x for x in lines if x.startswith(f"{field}:"))
     return int(line.split()[1]) * 1024
 
 
