@@ -33,7 +33,7 @@ def main(parsed: config.Config, workdir: pathlib.Path) -> None:
 
     where = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     timeout_s = _COORDINATOR_TIMEOUT_S.value
-    with bootstrap.joined(*where, timeout_s) as processes:
+    with bootstrap.joined(*where, timeout_s, parsed.train.watchdog_s) as processes:
         bootstrap.require_same({"config": config.to_dict(parsed)} | bootstrap.code(), timeout_s)
         if processes == 1:
             _share_cores(parsed)

@@ -3,7 +3,7 @@
     python run_process.py SPEC.json WORKDIR COORDINATOR PROCESSES INDEX
 
 SPEC is {"student": a model's directory, "server": an address or null, "changes": of the config}.
-All processes have two devices together. It ends as `gkdjax.main` does.
+Two processes have two devices together, more have one each. It ends as `gkdjax.main` does.
 """
 
 import json
@@ -13,7 +13,7 @@ import sys
 
 import compiling
 
-os.environ["XLA_FLAGS"] = compiling.devices(2 // int(sys.argv[4]))
+os.environ["XLA_FLAGS"] = compiling.devices(max(2 // int(sys.argv[4]), 1))
 
 import jax
 from server_runs import config_for

@@ -29,6 +29,7 @@ from gkdjax.utils.text import cut, some
 
 _RETRY_S = 0.5
 _LEAST_WAIT_S = 1.0
+_HEARTBEAT_S = 100  # JAX's own time, after which it aborts processes that miss one
 _JAX_ABORTS_LATER_S = 60  # at its own deadline JAX aborts the process; ours has to come first
 
 
@@ -43,9 +44,16 @@ class Place(NamedTuple):
 
 @contextlib.contextmanager
 def joined(
-    coordinator: str | None, processes: int | None, process: int | None, timeout_s: float
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
+    timeout_s: float,
+    silent_s: float | None = None,
 ) -> Iterator[int]:
     """A run's time in its cluster -> the number of processes.
+
+    `silent_s`: JAX aborts the others only twice so long after a process has stopped, since they are
+    to end by themselves before (`train.watchdog`); None: after the 100 s of its own.
 
     What is given, all three as in `Place`, wins; else JAX looks for a cluster (TPU metadata, Slurm,
     Open MPI). Alone, nothing is connected. In a cluster, a process that ends with an error ends
@@ -62,7 +70,7 @@ def joined(
         return
     logging.info("process %d of %d, at %s", place.process, place.processes, place.coordinator)
     try:
-        _connect(place, deadline, timeout_s)
+        _connect(place, deadline, timeout_s, silent_s)
     except BaseException as error:
         # JAX, half connected, would not let it end.
         atexit.register(shutdown.leave, shutdown.exit_code(error))
@@ -162,7 +170,7 @@ def _detected(timeout_s: float) -> Place | None:
     return None if found[0] is None else Place(*found)
 
 
-def _connect(place: Place, deadline: float, timeout_s: float) -> None:
+def _connect(place: Place, deadline: float, timeout_s: float, silent_s: float | None) -> None:
     """Connects this process with all others."""
     host, _, port = place.coordinator.rpartition(":")
     within = host == "localhost" or host.startswith("127.")  # this machine: not open to others
@@ -185,6 +193,7 @@ def _connect(place: Place, deadline: float, timeout_s: float) -> None:
                 cluster_detection_method="deactivate",
                 initialization_timeout=int(left) + _JAX_ABORTS_LATER_S,
                 coordinator_bind_address=listening,
+                heartbeat_timeout_seconds=max(int(2 * (silent_s or 0.0)), _HEARTBEAT_S),
             )
         except Exception as error:  # handed to the thread that waits
             failed.append(error)

@@ -8,17 +8,22 @@ import threading
 import time
 from collections.abc import Hashable, Iterator
 
+import jax
+
+from gkdjax.parallel import multihost
 from gkdjax.parallel.shutdown import leave
 from gkdjax.utils.errors import Preempted
 
 _MEDIANS = 5.0
 _POLL_S = 0.5
+_LEADER_STAYS_S = 5.0  # JAX aborts processes that lose it, and they are about to leave as well
 
 
 class Watchdog:
     """Watches blocks of the main thread; one that takes too long ends the process with 75.
 
-    Too long is `floor_s` seconds, or five medians of the blocks before if that is more.
+    Too long is `floor_s` seconds, or five medians of the blocks before if that is more. Time in
+    which the process itself was stopped does not count.
     """
 
     def __init__(self, floor_s: float | None):
@@ -29,7 +34,7 @@ class Watchdog:
         """
         self._floor_s, self._seconds = floor_s, []
         self._seen: set[Hashable] = set()
-        self._limit: tuple[float, float] | None = None  # (end, seconds) of the block
+        self._block: tuple[float, float] | None = None  # when it began, seconds that it may take
         self._closed = threading.Event()
         if floor_s is not None:
             threading.Thread(target=self._watch, daemon=True).start()
@@ -40,26 +45,31 @@ class Watchdog:
         began = time.monotonic()
         if self._floor_s is not None and program in self._seen:
             longest = max(self._floor_s, _MEDIANS * statistics.median(self._seconds or [0.0]))
-            self._limit = began + longest, longest
+            self._block = began, longest
         try:
             yield
         finally:
-            if self._limit is not None:
+            if self._block is not None:
                 self._seconds = [*self._seconds[-98:], time.monotonic() - began]
-            self._limit = None
+            self._block = None
             self._seen.add(program)
 
     def close(self) -> None:
         self._closed.set()
 
     def _watch(self) -> None:
+        watched, seconds, before = None, 0.0, time.monotonic()
         while not self._closed.wait(_POLL_S):
-            limit = self._limit
-            if limit is not None and time.monotonic() > limit[0]:
+            block, now = self._block, time.monotonic()
+            seconds = (seconds if block is watched else 0.0) + min(now - before, 2 * _POLL_S)
+            watched, before = block, now
+            if block is not None and seconds > block[1]:
                 faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
                 print(
-                    f"gkdjax: a step has taken longer than {limit[1]:g} s (train.watchdog_s), so"
+                    f"gkdjax: a step has taken longer than {block[1]:g} s (train.watchdog_s), so"
                     " the process ends; its threads were doing what stands above. Run again",
                     file=sys.stderr,
                 )
+                if multihost.leads() and jax.process_count() > 1:
+                    self._closed.wait(_LEADER_STAYS_S)
                 leave(Preempted.exit_code)

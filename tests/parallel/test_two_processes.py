@@ -3,6 +3,7 @@
 Each test starts processes: JAX finds others only at its start, and in no other way.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -194,6 +195,23 @@ def test_a_server_that_fails_one_process_ends_both(start_run, tmp_path):
     assert 0 < made < 6
     assert (tmp_path / "run" / "checkpoints" / str(made)).exists()
     assert sum("TeacherUnreachable: process" in error for error in errors) == 1
+
+
+@SLOW
+@pytest.mark.parametrize("stopped", [0, 2])
+def test_a_process_that_is_stopped_ends_the_others(start_run, tmp_path, stopped):
+    """The leader, or another one; each of those that are left waits in a collective for it."""
+    changes = {"train__watchdog_s": 5.0, "train__steps": 100_000}
+    changes |= dict.fromkeys(("train__batch_size", "anchor__batch_size", "eval__batch_size"), 6)
+    workdir = tmp_path / "run"
+    running = start_run([workdir] * 3, **changes, mesh__fsdp=1)
+    while not (workdir / "metrics.jsonl").exists() or len(metrics(workdir)) < 4:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            raise AssertionError(f"ended with {running[0][0].wait(timeout=0.2)}")
+    running[stopped][0].send_signal(signal.SIGSTOP)
+    errors = errors_of(running[:stopped] + running[stopped + 1 :], 75)
+    assert all("a step has taken longer than 5 s" in error for error in errors)
+    assert all("in train" in error for error in errors)  # the stacks
 
 
 @SLOW

@@ -1,6 +1,7 @@
 """A process that hangs in a step ends, with its stacks in the log."""
 
 import threading
+import time
 
 from small_runs import ConstantTeacher, small
 
@@ -46,4 +47,19 @@ def test_long_steps_make_it_patient(monkeypatch):
     watch._seconds = [0.0]
     with watch.watching("program"):
         assert left.wait(30)
+    watch.close()
+
+
+def test_time_in_which_the_process_was_stopped_does_not_count(monkeypatch):
+    """The clock jumps by ten minutes, as it does for a process that goes on after SIGSTOP."""
+    left, jumped, now = threading.Event(), threading.Event(), time.monotonic
+    monkeypatch.setattr(watchdog, "leave", lambda code: left.set())
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now() + 600.0 * jumped.is_set())
+    watch = watchdog.Watchdog(2.0)
+    with watch.watching("program"):
+        pass
+    with watch.watching("program"):
+        jumped.set()
+        assert not left.wait(1.0)
+        assert left.wait(30)  # and then time goes on
     watch.close()

@@ -83,7 +83,13 @@ def pool(server, directory, max_retries=1000, probe=BIG.probe):
     store.add_teacher(BIG)
     transport = Transport(server.base, "", Limits(10.0, 60.0, max_retries), trust_env=False)
     made = Pool(
-        *(PromptLogprobs(MODEL, VOCAB), transport, store, BIG, Suspects(directory / "ended.json")),
+        *(
+            PromptLogprobs(MODEL, VOCAB),
+            transport,
+            store,
+            BIG,
+            Suspects(directory / "teacher_ended_at.json"),
+        ),
         probe=lambda: probe,
         concurrency=4,
         max_unreadable=0.0,
