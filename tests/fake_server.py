@@ -28,8 +28,13 @@ class Request:
     method: str
     path: str
     headers: Mapping[str, str]  # of any case
-    body: Any  # parsed JSON; None if there is none
+    raw: bytes  # its body
     connection: int  # the other side's port
+
+    @property
+    def body(self) -> Any:
+        """Parsed JSON; None if there is none."""
+        return json.loads(self.raw) if self.raw else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +173,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             method=self.command,
             path=self.path,
             headers=self.headers,
-            body=json.loads(received) if received else None,
+            raw=received,
             connection=self.client_address[1],
         )
         if self.server.stopping.wait(reply.delay_s):
@@ -181,7 +186,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             os.close(self.connection.detach())
 
-    do_POST = do_GET
+    do_POST = do_PUT = do_DELETE = do_GET
 
     def log_message(self, format, *args):
         pass

@@ -21,9 +21,11 @@ from small_runs import small
 
 import gkdjax
 from gkdjax.parallel import multihost
+from gkdjax.utils import remote
 from gkdjax.utils.errors import GkdjaxError
 
 multihost._SEEN_WITHIN_S = 2  # on this machine's disk
+remote.EVERY_S, remote._SILENT_S = 0.2, 3.0
 
 
 def main(spec: str, workdir: str, coordinator: str, count: str, index: str) -> None:

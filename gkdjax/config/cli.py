@@ -17,10 +17,12 @@ from gkdjax.config.parse import RENAMED, check_key, parse
 from gkdjax.utils.errors import GkdjaxError, Preempted, UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file with get_config().")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default runs/CONFIG'S NAME.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run lives, also gs://BUCKET/RUN; default runs/CONFIG'S NAME."
+)
 
 
-def run(main: Callable[[schema.Config, pathlib.Path], None]) -> None:
+def run(main: Callable[[schema.Config, str], None]) -> None:
     """Calls `main(config, workdir)`; an expected error is one line on stderr and an exit code.
 
     A signal that would end the process is a request to stop from here on, see `train.stopping`.
@@ -37,7 +39,7 @@ def run(main: Callable[[schema.Config, pathlib.Path], None]) -> None:
         # transformers is used for tokenizers and config files: it needs no torch for them.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         parsed = parse(_CONFIG.value)
-        main(parsed, pathlib.Path(_WORKDIR.value or _default_workdir()))
+        main(parsed, _WORKDIR.value or str(_default_workdir()))
 
     try:
         app.run(with_config, flags_parser=_parse_flags)

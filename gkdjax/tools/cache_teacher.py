@@ -17,6 +17,7 @@ from gkdjax.config import Config, cli
 from gkdjax.teachers.server.answers import Request, SampleRequest
 from gkdjax.train import lock, offline, setup
 from gkdjax.train import workdir as workdirs
+from gkdjax.utils import remote
 from gkdjax.utils.errors import UserError
 from gkdjax.utils.text import table
 
@@ -26,8 +27,10 @@ _INPUT = flags.DEFINE_float("input_price", None, "USD for a million tokens that 
 _OUTPUT = flags.DEFINE_float("output_price", None, "USD for a million that are written.", 0)
 
 
-def main(config: Config, workdir: pathlib.Path) -> None:
-    cache(config, workdir, _INPUT.value, _OUTPUT.value, buy=not _ESTIMATE.value)
+def main(config: Config, workdir: str) -> None:
+    if remote.is_remote(remote.place(workdir)):
+        raise UserError(f"--workdir={workdir}: a store is filled on a disk; name a directory")
+    cache(config, pathlib.Path(workdir), _INPUT.value, _OUTPUT.value, buy=not _ESTIMATE.value)
 
 
 def cache(

@@ -43,7 +43,7 @@ _WRITTEN_TOKENS = 32  # of each request, for the speed of writing
 Row = tuple[str, str]  # name, value
 
 
-def main(config: Config, workdir: pathlib.Path) -> None:
+def main(config: Config, workdir: str) -> None:
     del workdir  # it may be the directory of a run, and nothing of this belongs there
     print(table(["teacher", "found"], list(rows(config, _LOCAL.value)), widest=90))
 

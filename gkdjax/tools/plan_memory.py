@@ -25,7 +25,7 @@ _CHIPS = flags.DEFINE_list(
 _JSON = flags.DEFINE_string("json", None, "A file to write the plans to, too.")
 
 
-def main(parsed: config.Config, workdir: pathlib.Path) -> None:
+def main(parsed: config.Config, workdir: str) -> None:
     """Prints the plan of a config on each of --chips."""
     del workdir
     os.environ["JAX_PLATFORMS"] = "cpu"  # shapes alone: an accelerator stays free

@@ -1,26 +1,28 @@
 """Orbax checkpoints of the train state, with the run's position and a fingerprint of each leaf."""
 
 import contextlib
+import functools
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 
 from gkdjax.parallel import mesh, multihost
 from gkdjax.types import TrainState
-from gkdjax.utils import files, tree
+from gkdjax.utils import files, remote, tree
 from gkdjax.utils.errors import NotWritten, Preempted, UserError
 
 
 class Checkpoints:
-    """Saves and restores under `workdir`/checkpoints, one directory for each step.
+    """Saves and restores under `run`/checkpoints, one directory for each step.
 
     A checkpoint is {"state": the leaves by path, "meta": JSON}. The JSON holds the step, which is
     also the position in the data (`data.batching.RowOrder` is a function of it), and a fingerprint
@@ -29,19 +31,29 @@ class Checkpoints:
     All processes of a run have the same directory, and call every method.
     """
 
-    def __init__(self, workdir: pathlib.Path, keep: int, forever: Sequence[int] = ()):
-        """Opens the directory; keeps the `keep` newest steps, and the steps `forever`."""
+    def __init__(
+        self,
+        run: pathlib.Path | epath.Path,
+        keep: int,
+        forever: Sequence[int] = (),
+        before: Callable[[], None] | None = None,
+    ):
+        """Opens the directory; keeps the `keep` newest steps, and the steps `forever`.
+
+        The leader calls `before` ahead of each save, for the run's other files; None: `settle`.
+        """
         policies = ocp.checkpoint_managers
         policy = policies.AnyPreservationPolicy(
             [policies.LatestN(keep), policies.CustomSteps(list(forever))]
         )
-        self._directory, self._keep = workdir / "checkpoints", keep
+        self._run, self._directory, self._keep = run, _directory_of(run), keep
+        self._before = before or functools.partial(settle, run)
         self._failed: NotWritten | None = None
-        with files.writing(self._directory):
+        with remote.writing(self._directory):
             self._remove_unfinished()
             multihost.wait_for_all()
             self._manager = ocp.CheckpointManager(
-                self._directory.absolute(),
+                self._directory,
                 options=ocp.CheckpointManagerOptions(preservation_policy=policy),
             )
 
@@ -67,10 +79,11 @@ class Checkpoints:
         again = self._failed is not None
         try:
             if multihost.leads():
-                settle(self._directory.parent)
+                self._before()
                 one = sum(leaf.nbytes for leaf in leaves.values())
                 to_come = max(self._keep + 1 - len(saved), 1)
-                files.require_room(self._directory, "a checkpoint", one, one * to_come)
+                if not remote.is_remote(self._run):
+                    files.require_room(self._directory, "a checkpoint", one, one * to_come)
             meta = {"step": step, "fingerprints": _fingerprints(leaves)}
             args = {"state": ocp.args.StandardSave(leaves), "meta": ocp.args.JsonSave(meta)}
             self._manager.save(step, args=ocp.args.Composite(**args))
@@ -134,6 +147,9 @@ class Checkpoints:
 
     def _note(self, error: Exception) -> None:
         """Keeps and tells an error of the disk; raises any other."""
+        if remote.is_remote(self._run):
+            with remote.writing(self._run):
+                raise error
         # Orbax raises OSError for its own files, and tensorstore's ValueError has the number.
         if code := re.search(r"os_error_code='(\d+)'", str(error)):
             error = OSError(int(code[1]), os.strerror(int(code[1])))
@@ -158,7 +174,7 @@ class Checkpoints:
     def _put_aside(self, steps: list[int]) -> None:
         for step in steps if multihost.leads() else ():
             aside = self._directory / f"{step}.damaged"
-            shutil.rmtree(aside, ignore_errors=True)
+            aside.rmtree(missing_ok=True)
             (self._directory / str(step)).rename(aside)
         multihost.wait_for_all()
         if steps:
@@ -188,32 +204,34 @@ def settle(workdir: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def continuable(workdir: pathlib.Path) -> Iterator[None]:
+def continuable(run: pathlib.Path | epath.Path) -> Iterator[None]:
     """Has a disk that takes no more end a run that has a checkpoint with Preempted."""
     try:
         yield
     except NotWritten as error:
-        if not (steps := saved_steps(workdir)):
+        if not (steps := saved_steps(run)):
             raise
         how = f"The run is saved at step {steps[-1]}: make room, and run again"
         raise Preempted(f"{error}. {how}") from None
 
 
-def read_trainable(workdir: pathlib.Path, like: Any, step: int | None = None) -> tuple[int, Any]:
+def read_trainable(
+    run: pathlib.Path | epath.Path, like: Any, step: int | None = None
+) -> tuple[int, Any]:
     """Reads the trainable leaves of a saved step -> (step, NumPy arrays, structured as `like`).
 
     Nothing is changed, so the run may be going on.
 
     Args:
-      workdir: of the run.
+      run: its directory.
       like: `TrainState.trainable` as `jax.ShapeDtypeStruct`s.
       step: None takes the newest checkpoint that is whole; damaged ones are named in the log.
 
     Raises:
       UserError: there is no such step (the error names those there are), or it cannot be read.
     """
-    directory = (workdir / "checkpoints").absolute()
-    steps = saved_steps(workdir)[::-1]
+    directory = _directory_of(run)
+    steps = saved_steps(run)[::-1]
     if not steps:
         raise UserError(f"{directory} holds no checkpoint")
     if step is not None and step not in steps:
@@ -227,13 +245,17 @@ def read_trainable(workdir: pathlib.Path, like: Any, step: int | None = None) ->
     raise UserError(f"no checkpoint in {directory} can be read; step {tried}: {reason}")
 
 
-def saved_steps(workdir: pathlib.Path) -> list[int]:
+def saved_steps(run: pathlib.Path | epath.Path) -> list[int]:
     """Steps with a checkpoint, whole or not, in order."""
-    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    names = [path.name for path in _directory_of(run).glob("*")]
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def _read_trainable(directory: pathlib.Path, like: Any) -> Any:
+def _directory_of(run: pathlib.Path | epath.Path) -> epath.Path:
+    return epath.Path(run if remote.is_remote(run) else run.absolute()) / "checkpoints"
+
+
+def _read_trainable(directory: epath.Path, like: Any) -> Any:
     expected = _by_path(like, "trainable/")
     wanted = ocp.args.PyTreeRestore(
         expected,

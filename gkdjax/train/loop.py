@@ -1,7 +1,6 @@
 """The steps of a run, from the newest checkpoint to the last step."""
 
 import contextlib
-import pathlib
 from collections.abc import Callable
 
 import jax
@@ -17,6 +16,7 @@ from gkdjax.train.batches import BatchPrefetcher
 from gkdjax.train.checkpoint import Checkpoints
 from gkdjax.train.evals import EvalSchedule, measured_steps
 from gkdjax.train.metrics import MetricsRecorder
+from gkdjax.train.places import Places
 from gkdjax.train.setup import Run, initial_state, total_steps
 from gkdjax.train.step import TrainBatch, make_loss, make_train_step
 from gkdjax.train.stopping import StopRequest
@@ -31,18 +31,16 @@ from gkdjax.utils.errors import (
 from gkdjax.utils.files import read_lines
 
 
-def train(
-    run: Run, workdir: pathlib.Path, shared: pathlib.Path, stop: StopRequest
-) -> tuple[TrainState, dict]:
+def train(run: Run, places: Places, stop: StopRequest) -> tuple[TrainState, dict]:
     """Trains to the last step -> (state, what results.json has of the steps)."""
-    config = run.inputs.config
+    config, workdir = run.inputs.config, places.own
     steps = total_steps(config, len(run.inputs.dataset))
     optimizer = train_optimizer.optimizer(config.optim, steps)
     schedule = train_optimizer.schedule(config.optim, steps)
     train_step = make_train_step(run.decoder, optimizer, schedule, config, run.inputs.mesh)
     measured = measured_steps(config.eval, steps)
     kept = measured if config.checkpoint.keep_evaluated else set()
-    checkpoints = Checkpoints(shared, config.checkpoint.max_to_keep, sorted(kept))
+    checkpoints = Checkpoints(places.run, config.checkpoint.max_to_keep, sorted(kept), places.keep)
     state = initial_state(run, optimizer)
     state = checkpoints.restore(state) or state
     first = int(state.step)

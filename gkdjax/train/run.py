@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import time
 
@@ -18,10 +19,11 @@ from gkdjax.report.run_files import load as load_file
 from gkdjax.rollout.schedule import needs_teacher_text
 from gkdjax.rollout.teacher import prepare
 from gkdjax.teachers.base import Teacher, hooks
-from gkdjax.train import checkpoint, lock, offline, setup
+from gkdjax.train import checkpoint, offline, setup
 from gkdjax.train import workdir as workdirs
 from gkdjax.train.evals import eval_model
 from gkdjax.train.loop import message_if_teacher_fails, train
+from gkdjax.train.places import Places, open_places
 from gkdjax.train.planning import check
 from gkdjax.train.setup import Run, RunInputs, assemble
 from gkdjax.train.stopping import StopRequest
@@ -32,7 +34,7 @@ from gkdjax.utils.files import read_lines, write_json, write_lines
 
 def run(
     config: config_dict.ConfigDict | Config,
-    workdir: str | pathlib.Path,
+    workdir: str | os.PathLike,
     teacher: Teacher | None = None,
 ) -> dict:
     """Distils as the config says -> the content of results.json.
@@ -42,7 +44,7 @@ def run(
 
     Args:
       config: from a config file, or `config.parse`d already.
-      workdir: for checkpoints, metrics, results and exports.
+      workdir: for checkpoints, metrics, results and exports; a path, or gs://BUCKET/RUN.
       teacher: any `teachers.base.Teacher`, instead of the config's.
 
     Raises:
@@ -54,31 +56,24 @@ def run(
       Preempted: SIGTERM or SIGHUP came, or train.max_seconds are over, and the state is saved; or
         the disk takes no more, and there is a checkpoint (75).
       Interrupted: the same by Ctrl-C (130).
+      StorageUnreachable: the bucket of `workdir` stays away (75).
     """
     config = config if isinstance(config, Config) else parse(config)
-    shared, stop = pathlib.Path(workdir), StopRequest()
+    stop, asks = StopRequest(), teacher is None and config.teacher.is_server
     with (
         stop.listening(config.train.max_seconds),
-        lock.locked(shared),
-        multihost.own_directory(shared) as own,
+        open_places(workdir, stop, asks) as places,
         multihost.quiet_unless_leading(),
     ):
-        return _run_in(own, shared, config, teacher, stop)
+        return _run_in(places, config, teacher, stop)
 
 
-def _run_in(
-    workdir: pathlib.Path,
-    shared: pathlib.Path,
-    config: Config,
-    teacher: Teacher | None,
-    stop: StopRequest,
-) -> dict:
-    """Runs in the directories of this process and of all, see `multihost.own_directory`."""
-    began = time.monotonic()
+def _run_in(places: Places, config: Config, teacher: Teacher | None, stop: StopRequest) -> dict:
+    began, workdir = time.monotonic(), places.own
     workdirs.claim(workdir, config)
     found = load_file(workdir / "results.json")
     if found is not None:  # a finished run is shown
-        print(report.render(found, workdir))
+        print(report.render(found, places.run))
         if not (workdir / "report.html").exists():  # killed between the two
             report.write_html(workdir)
         return found
@@ -89,23 +84,23 @@ def _run_in(
         jax.default_matmul_precision(config.train.matmul_precision),
         contextlib.ExitStack() as connections,
     ):
-        inputs = setup.read(config, workdir, teacher, connections, shared)
+        inputs = setup.read(config, workdir, teacher, connections, places.shared)
         if teacher is None and config.teacher.offline:
             steps = setup.total_steps(config, len(inputs.dataset))
             offline.require_filled(config, workdir, inputs.teacher, steps)
         check.check_memory(inputs)
-        check.check_disk(inputs, shared, setup.total_steps(config, len(inputs.dataset)))
-        with checkpoint.continuable(shared):
-            found = _distil(assemble(inputs, workdir), workdir, shared, stop)
+        check.check_disk(inputs, places.run, setup.total_steps(config, len(inputs.dataset)))
+        with checkpoint.continuable(places.run):
+            found = _distil(assemble(inputs, workdir), places, stop)
             found["seconds"] = time.monotonic() - began
-            print(report.render(found, workdir))
+            print(report.render(found, places.run))
             write_json(workdir / "results.json", found)
             report.write_html(workdir)
     return found
 
 
-def _distil(run: Run, workdir: pathlib.Path, shared: pathlib.Path, stop: StopRequest) -> dict:
-    chat = run.inputs.sources.chat
+def _distil(run: Run, places: Places, stop: StopRequest) -> dict:
+    chat, workdir = run.inputs.sources.chat, places.own
     print(f"{run.inputs.config.student.model}: a response ends with {chat.stop_tokens()}")
     ending = export.Ending(chat.stop_ids, chat.pad_id)
     write_json(workdir / export.ENDING, ending._asdict())  # `tools.export_hf` reads it
@@ -117,7 +112,7 @@ def _distil(run: Run, workdir: pathlib.Path, shared: pathlib.Path, stop: StopReq
     workdirs.claim_rows(workdir, {name: rows.fingerprint() for name, rows in datasets.items()})
     before = _before(run, workdir)
     with workdirs.failure_kept(workdir):
-        state, training = train(run, workdir, shared, stop)
+        state, training = train(run, places, stop)
     with message_if_teacher_fails("All steps are made and saved"):
         student = eval_model(run, state, run.inputs.config.teacher.prefix_bytes)
         student.prefixes.register(run.inputs.prompts_by_prefix)

@@ -52,6 +52,12 @@ class TeacherUnreachable(GkdjaxError):
     exit_code = 4
 
 
+class StorageUnreachable(GkdjaxError):
+    """Object storage stayed away; the same command goes on from what was saved there."""
+
+    exit_code = 75
+
+
 class CoordinatorUnreachable(GkdjaxError):
     """The processes of a run did not find each other in time."""
 

@@ -16,6 +16,7 @@ import factories
 import numpy as np
 import pytest
 import safetensors.numpy
+from fake_bucket import FakeBucket, variables
 from fake_server import FakeServer, Reply
 from fake_teacher import FakeTeacher
 from feeds import feed_of
@@ -212,6 +213,44 @@ def test_a_process_that_is_stopped_ends_the_others(start_run, tmp_path, stopped)
     errors = errors_of(running[:stopped] + running[stopped + 1 :], 75)
     assert all("a step has taken longer than 5 s" in error for error in errors)
     assert all("in train" in error for error in errors)  # the stacks
+
+
+@SLOW
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_run_in_a_bucket_goes_on_on_another_machine(start_run, tmp_path, monkeypatch, count):
+    """All of its processes are killed before a checkpoint is whole; what it wrote is newer."""
+    bucket, running = FakeBucket(), []
+
+    def kill_before_the_last_checkpoint(request):
+        if running and "checkpoints%2F4%2Fcommit_success.txt" in request.path:
+            for process, _ in running:
+                process.kill()
+            running.clear()
+        return bucket(request) if running else Reply(silent=True)
+
+    def written(name: str) -> list[dict]:
+        return [json.loads(line) for line in bucket.objects[name][0].splitlines()]
+
+    changes = {"gkd__on_policy_fraction": 0.5, "eval__prompts": PROMPTS, "mesh__fsdp": 2}
+    with FakeServer(kill_before_the_last_checkpoint) as server:
+        for name, value in variables(server.base).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one"))
+        killed = start_run(["gs://bucket/run"] * count, **changes)
+        running += killed
+        assert [process.wait(timeout=400) for process, _ in killed] == [-signal.SIGKILL] * count
+        assert len(written("run/metrics.jsonl")) == 4 and "run/results.json" not in bucket.objects
+        assert "run/checkpoints/2/commit_success.txt" in bucket.objects
+        assert "run/checkpoints/4/commit_success.txt" not in bucket.objects
+        server.handler = bucket
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
+        errors_of(start_run(["gs://bucket/run"] * count, **changes), 0)
+        errors_of(start_run([tmp_path / "local"] * count, **changes), 0)
+    lines, expected = written("run/metrics.jsonl"), metrics(tmp_path / "local")
+    for key in ("step", "loss", "batch_crc32", "on_policy_rows"):
+        assert [line[key] for line in lines] == [line[key] for line in expected]
+    for name in ("trajectories_train.jsonl", "merged/model.safetensors"):
+        assert bucket.objects[f"run/{name}"][0] == (tmp_path / "local" / name).read_bytes()
 
 
 @SLOW

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import jax
 from absl import logging
+from etils import epath
 
 from gkdjax.parallel import multihost
 from gkdjax.train.checkpoint import saved_steps
@@ -13,7 +14,7 @@ from gkdjax.train.evals import measured_steps
 from gkdjax.train.planning import memory
 from gkdjax.train.planning.setup import PlanInputs, read_weights
 from gkdjax.train.setup import RunInputs
-from gkdjax.utils import files
+from gkdjax.utils import files, remote
 from gkdjax.utils.errors import UserError
 from gkdjax.utils.text import size
 
@@ -41,14 +42,14 @@ def check_memory(inputs: RunInputs) -> None:
         )
 
 
-def check_disk(inputs: RunInputs, workdir: pathlib.Path, steps: int) -> None:
-    """Warns of checkpoints and an export of a run of `steps` that may not fit into `workdir`.
+def check_disk(inputs: RunInputs, run: pathlib.Path | epath.Path, steps: int) -> None:
+    """Warns of checkpoints and an export of a run of `steps` that may not fit into its directory.
 
     Raises:
       NotWritten: not even one checkpoint fits.
     """
-    planned, config, saved = plan_inputs(inputs), inputs.config, saved_steps(workdir)
-    if saved[-1:] == [steps] or not multihost.leads():
+    planned, config, saved = plan_inputs(inputs), inputs.config, saved_steps(run)
+    if saved[-1:] == [steps] or not multihost.leads() or remote.is_remote(run):
         return
     kept = config.checkpoint.max_to_keep
     if config.checkpoint.keep_evaluated:
@@ -57,7 +58,7 @@ def check_disk(inputs: RunInputs, workdir: pathlib.Path, steps: int) -> None:
     exports["both"] = sum(exports.values())
     one = 3 * planned.trained_bytes  # with two moments of each parameter
     wanted = one * max(kept + 1 - len(saved), 1) + exports[config.train.export]
-    files.require_room(workdir, "a checkpoint", one, wanted)
+    files.require_room(run, "a checkpoint", one, wanted)
 
 
 def plan_inputs(inputs: RunInputs) -> PlanInputs:
