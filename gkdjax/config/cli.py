@@ -1,11 +1,13 @@
 """The command line of every program that takes a config: flags, logging, and exit codes."""
 
+import gc
 import logging as std_logging
 import os
 import pathlib
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 
@@ -14,7 +16,7 @@ from ml_collections import config_flags
 
 from gkdjax.config import schema
 from gkdjax.config.parse import RENAMED, check_key, parse
-from gkdjax.utils.errors import GkdjaxError, Preempted, UserError
+from gkdjax.utils.errors import GkdjaxError, Interrupted, Preempted, UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file with get_config().")
 _WORKDIR = flags.DEFINE_string(
@@ -27,9 +29,9 @@ def run(main: Callable[[schema.Config, str], None]) -> None:
 
     A signal that would end the process is a request to stop from here on, see `train.stopping`.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # nohup has it ignored
-            signal.signal(number, _stop)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, _stop)  # one that is ignored stays so, as nohup wants it
 
     def with_config(argv: list[str]) -> None:
         del argv
@@ -52,9 +54,12 @@ def run(main: Callable[[schema.Config, str], None]) -> None:
 
 def _stop(number: int, frame) -> None:
     """Ends the process where it is, past all that handles errors."""
-    del frame
+    if any(getattr(each, "__code__", None) is frame.f_code for each in gc.callbacks):
+        # Whatever is raised in one of them is lost; jax has one.
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+        return
     print(f"gkdjax: stopped by {signal.Signals(number).name}; run again", file=sys.stderr)
-    sys.exit(Preempted.exit_code)
+    sys.exit((Interrupted if number == signal.SIGINT else Preempted).exit_code)
 
 
 def _is_for_people(record) -> bool:

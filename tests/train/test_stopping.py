@@ -1,5 +1,6 @@
 """A request to stop: when it raises, when it waits, and what it leaves behind."""
 
+import gc
 import os
 import pathlib
 import signal
@@ -81,13 +82,34 @@ def test_under_nohup_a_terminal_may_close(restored):
     assert not stop.event.is_set()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_command_line_may_be_stopped_before_its_run_begins(restored, monkeypatch, number):
-    signal.signal(number, signal.SIG_DFL)
-    monkeypatch.setattr(cli.app, "run", lambda *_, **__: os.kill(os.getpid(), number))
-    with pytest.raises(SystemExit) as caught:
-        cli.run(print)
-    assert caught.value.code == 75
+@pytest.mark.parametrize("collecting", [False, True])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)]
+)
+def test_a_command_line_may_be_stopped_before_its_run_begins(
+    restored, monkeypatch, number, code, collecting
+):
+    """Also while garbage is collected, where all that is raised is lost."""
+    signal.signal(number, signal.default_int_handler if code == 130 else signal.SIG_DFL)
+    calls = []
+
+    def collected(*_):
+        if not calls:
+            calls.append(os.kill(os.getpid(), number))
+
+    def main(*_, **__):
+        gc.collect() if collecting else collected()
+        threading.Event().wait(5)
+
+    monkeypatch.setattr(cli.app, "run", main)
+    if collecting:
+        gc.callbacks.append(collected)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            cli.run(print)
+    finally:
+        gc.callbacks[:] = [each for each in gc.callbacks if each is not collected]
+    assert caught.value.code == code
 
 
 def test_the_time_that_a_run_has():
