@@ -25,7 +25,7 @@ UNAVAILABLE = Reply({"error": {"code": 503, "message": "try again later"}}, stat
 
 
 def variables(base: str) -> dict[str, str]:
-    """What has the clients use the server at `base`, without a login."""
+    """Makes the environment in which clients use the server at `base`, without a login."""
     off = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "NO_GCE_CHECK": "true"}
     return {"STORAGE_EMULATOR_HOST": base, "TENSORSTORE_GCS_HTTP_URL": base} | off
 

@@ -1,4 +1,4 @@
-"""Does a run that is disturbed for a while end as one that nobody disturbs?
+"""Disturbs runs for a while, and compares them with one that nobody disturbs.
 
     JAX_PLATFORMS=cpu python -m gkdjax.benchmarks.soak --minutes=20 --out=soak
 
@@ -170,8 +170,7 @@ class Soak:
         if disturb is not None:
             fitting |= {4} | ({2, 75} if "full disk" in life.done else set())
         *_, last = ["", *log.read_text(errors="replace").splitlines()]
-        if not last or last.startswith("gkdjax: "):
-            # Python takes no signals before its first line, and none after its last.
+        if last.startswith("gkdjax: "):  # it had ended, and Python took no more signals
             fitting |= {-number for number in _CODES if number.name in life.done}
         life.fits = life.code in fitting
         return life
@@ -282,7 +281,7 @@ def _flip_a_bit(workdir: pathlib.Path, draw: random.Random) -> str:
 
 
 def outcome(workdir: pathlib.Path) -> dict[str, list]:
-    """What has to be equal to the bit."""
+    """Reads what has to be equal to the bit."""
     lines = read_lines(workdir / "metrics.jsonl")
     found = {name: [line[name] for line in lines] for name in ("step", "batch_crc32")}
     found["loss"] = [line["loss"].hex() for line in lines]
@@ -317,7 +316,7 @@ def bought_twice(run: Run, lives: list[Life], rows: list[dict]) -> collections.C
         created = {stored.key: stored.created for stored in store.all()}
     found = collections.Counter(taken=sum(map(len, taken.values())), stored=len(created))
     for text, times in taken.items():
-        # What the preflight asks is in no store.
+        # The preflight's requests are in no store.
         keys = created.keys() & _keys(known, json.loads(text)) if len(times) > 1 else ()
         for key, (first, again) in itertools.product(keys, itertools.pairwise(times)):
             by = next(life for life in reversed(own) if life.began <= first["asked"])
@@ -329,7 +328,10 @@ def bought_twice(run: Run, lives: list[Life], rows: list[dict]) -> collections.C
 
 
 def _keys(known: TeacherIdentity, row: dict) -> set[str]:
-    """Of all requests that a row may have been sent for: the positions asked of it are not sent."""
+    """Makes the keys of all requests for which a row may have been sent.
+
+    The positions asked of it are not sent.
+    """
     ids = np.asarray(row["prompt"], np.int32)
     if "prompt_logprobs" not in row:
         sampling = SamplingParams(row["max_tokens"], row["temperature"], row["top_p"])

@@ -54,8 +54,9 @@ def run(main: Callable[[schema.Config, str], None]) -> None:
 
 def _stop(number: int, frame) -> None:
     """Ends the process where it is, past all that handles errors."""
-    if any(getattr(each, "__code__", None) is frame.f_code for each in gc.callbacks):
-        # Whatever is raised in one of them is lost; jax has one.
+    callbacks = {getattr(each, "__code__", None) for each in gc.callbacks}
+    if any(each.f_code in callbacks for each, _ in traceback.walk_stack(frame)):
+        # Whatever is raised within one of them is lost; jax has one.
         threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
         return
     print(f"gkdjax: stopped by {signal.Signals(number).name}; run again", file=sys.stderr)

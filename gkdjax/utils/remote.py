@@ -11,9 +11,9 @@ import fnmatch
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
-import tempfile
 import threading
 import time
 import uuid
@@ -30,6 +30,13 @@ _SILENT_S = 4 * EVERY_S  # who has shown no sign of life for so long is gone
 _LOCK, _COPY = ".gkdjax-lock", ".gkdjax-copy"
 _NOT_SENT = ("checkpoints", ".*", "*.part", "*.sqlite*")
 _NOT_FETCHED = ("checkpoints", "merged", "adapter", "tensorboard", _LOCK)
+# Faults of this package or of a library, which no later start mends.
+_FAULTS = TypeError | AttributeError | LookupError | NameError | AssertionError
+# Of tensorstore's errors, which are of the type ValueError.
+_STATUS = re.compile(
+    "UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|RESOURCE_EXHAUSTED"
+    "|UNAUTHENTICATED|PERMISSION_DENIED|NOT_FOUND"
+)
 _STAYS = ("*.sqlite*", _LOCK)  # on the machine, when everything else is fetched anew
 
 
@@ -51,17 +58,6 @@ def place(path: str | os.PathLike) -> pathlib.Path | epath.Path:
 
 def is_remote(path: os.PathLike) -> bool:
     return not isinstance(path, pathlib.Path)
-
-
-@contextlib.contextmanager
-def fetched(run: pathlib.Path | epath.Path) -> Iterator[pathlib.Path]:
-    """A directory with the files of a run, to be read: a copy without models, if it is remote."""
-    if not is_remote(run):
-        yield run
-        return
-    with tempfile.TemporaryDirectory(prefix="gkdjax-") as own:
-        Copy(run, pathlib.Path(own)).fetch()
-        yield pathlib.Path(own)
 
 
 class Copy:
@@ -87,10 +83,13 @@ class Copy:
         """
         with writing(self._run):
             held, copy = self._read_lock(), self._own / _COPY
-            newest = copy.exists() and json.loads(held or b"{}").get("copy") == copy.read_text()
+            holder = _holder(held)
+            newest = copy.exists() and holder["copy"] == copy.read_text()
+            # On one host `train.lock` has `own`; another may have a copy of the whole disk.
+            if not newest or holder["host"] != socket.gethostname():
+                self._wait_until_silent(held)
             if not newest:
                 copy.unlink(missing_ok=True)
-                self._wait_until_silent(held)
             try:
                 self._write_lock(working=True, mode="overwrite" if held else "create")
             except FileExistsError:  # another one was faster
@@ -201,8 +200,8 @@ class Copy:
         self._files.pipe_file(self._url(_LOCK), self._lock, mode=mode)
 
     def _wait_until_silent(self, held: bytes) -> None:
-        holder = json.loads(held or b"{}")
-        if not holder.get("working"):
+        holder = _holder(held)
+        if not holder["working"]:
             return
         whose = "process {process} on host {host}, last seen {seen}".format_map(holder)
         url = self._url(_LOCK)
@@ -215,7 +214,7 @@ class Copy:
         while time.monotonic() < deadline:
             time.sleep(min(EVERY_S, _SILENT_S) / 10)
             now = self._read_lock()
-            if json.loads(now or b'{"working": false}')["working"] and now != held:
+            if _holder(now)["working"] and now != held:
                 raise UserError(
                     f"another process is at work in {self._run}: {whose}. Wait until it has ended,"
                     " or give --workdir another directory"
@@ -240,7 +239,9 @@ def writing(run: pathlib.Path | epath.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of gcsfs, aiohttp, google.auth, tensorstore: nothing in common
-        if isinstance(error, GkdjaxError | FileExistsError):
+        if isinstance(error, GkdjaxError | FileExistsError | _FAULTS) or (
+            isinstance(error, ValueError) and not _STATUS.search(str(error))
+        ):
             raise
         refused = isinstance(error, FileNotFoundError) or getattr(error, "code", 0) in (401, 403)
         if refused or any(word in str(error) for word in ("Forbidden", "PERMISSION_DENIED")):
@@ -252,6 +253,16 @@ def writing(run: pathlib.Path | epath.Path) -> Iterator[None]:
             f"{run} cannot be reached: {type(error).__name__}: {one_line(error)}. The same command"
             " goes on, later"
         ) from error
+
+
+def _holder(lock: bytes) -> dict:
+    """Parses a lock; an object that is none of ours counts as held."""
+    try:
+        found = json.loads(lock)
+    except ValueError:
+        found = None
+    unknown = dict.fromkeys(("process", "host", "seen", "copy"), "unknown")
+    return unknown | {"working": bool(lock)} | (found if isinstance(found, dict) else {})
 
 
 def _file_system():

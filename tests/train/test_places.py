@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import sys
 
 import pytest
@@ -122,6 +123,32 @@ def test_a_run_at_work_keeps_others_out(storage, on_host):
             on_host("two").__enter__()
         assert places.own.exists()
     assert not lock(storage)["working"]
+
+
+def test_a_copy_of_the_whole_disk_does_not_open_the_lock(storage, on_host, tmp_path, monkeypatch):
+    with on_host("one"):
+        shutil.copytree(tmp_path / "one", tmp_path / "clone")
+        for lock_of_one in (tmp_path / "clone").rglob(".gkdjax-lock"):
+            lock_of_one.unlink()
+        monkeypatch.setattr(remote.socket, "gethostname", lambda: "another")
+        with pytest.raises(UserError, match="at work in gs://bucket/runs/a"):
+            on_host("clone").__enter__()
+
+
+def test_a_lock_that_is_none_of_ours_counts_as_held(storage, on_host, caplog):
+    storage.handler.objects["runs/a/.gkdjax-lock"] = b"\0garbage", 99
+    with on_host("one"):
+        assert lock(storage)["working"]
+    assert "is of process unknown on host unknown, last seen unknown" in caplog.text
+
+
+def test_a_fault_of_our_own_is_no_outage():
+    for fault in (TypeError("x"), KeyError("x"), ValueError("x")):
+        with pytest.raises(type(fault)), remote.writing(remote.place(RUN)):
+            raise fault
+    away = ValueError("UNAVAILABLE: Error writing [tensorstore_spec='...']")
+    with pytest.raises(StorageUnreachable, match="UNAVAILABLE"), remote.writing(remote.place(RUN)):
+        raise away
 
 
 def test_a_run_whose_lock_was_taken_ends(storage, on_host, monkeypatch):

@@ -93,9 +93,12 @@ def test_a_command_line_may_be_stopped_before_its_run_begins(
     signal.signal(number, signal.default_int_handler if code == 130 else signal.SIG_DFL)
     calls = []
 
+    def stop():
+        calls.append(os.kill(os.getpid(), number))
+
     def collected(*_):
         if not calls:
-            calls.append(os.kill(os.getpid(), number))
+            stop()
 
     def main(*_, **__):
         gc.collect() if collecting else collected()
