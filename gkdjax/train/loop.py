@@ -89,7 +89,8 @@ def train(run: Run, places: Places, stop: StopRequest) -> tuple[TrainState, dict
                 if stopped and not last:
                     checkpoints.wait()
                     raise stop.error(f"saved at step {step + 1}")
-        checkpoints.wait()
+        with watchdog.watching(None):
+            checkpoints.wait()
         with message_if_teacher_fails("All steps are made and saved"), stop.raising():
             evaluate.if_due(steps, state, record)
     found = results.training(read_lines(workdir / "metrics.jsonl")) | {"steps": steps}

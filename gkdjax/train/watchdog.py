@@ -40,10 +40,13 @@ class Watchdog:
             threading.Thread(target=self._watch, daemon=True).start()
 
     @contextlib.contextmanager
-    def watching(self, program: Hashable) -> Iterator[None]:
-        """Watches the block, unless it is the first of its program, which may be compiled."""
+    def watching(self, program: Hashable | None) -> Iterator[None]:
+        """Watches the block, unless it is the first of its program, which may be compiled.
+
+        `program`: None for a block that compiles nothing.
+        """
         began = time.monotonic()
-        if self._floor_s is not None and program in self._seen:
+        if self._floor_s is not None and (program is None or program in self._seen):
             longest = max(self._floor_s, _MEDIANS * statistics.median(self._seconds or [0.0]))
             self._block = began, longest
         try:
@@ -67,7 +70,8 @@ class Watchdog:
                 faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
                 print(
                     f"gkdjax: a step has taken longer than {block[1]:g} s (train.watchdog_s), so"
-                    " the process ends; its threads were doing what stands above. Run again",
+                    " the process ends; its threads were doing what stands above. Run again, with a"
+                    " larger train.watchdog_s if nothing hung",
                     file=sys.stderr,
                 )
                 if multihost.leads() and jax.process_count() > 1:

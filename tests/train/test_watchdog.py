@@ -47,6 +47,11 @@ def test_long_steps_make_it_patient(monkeypatch):
     watch._seconds = [0.0]
     with watch.watching("program"):
         assert left.wait(30)
+    left.clear()
+    with watch.watching("another"):  # it may be compiled
+        assert not left.wait(1.2)
+    with watch.watching(None):
+        assert left.wait(30)
     watch.close()
 
 
