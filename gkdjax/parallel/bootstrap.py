@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from absl import logging
 
 # JAX has no public way to ask who is there before it connects, nor to its store of keys. Orbax
@@ -29,7 +30,7 @@ from gkdjax.utils.text import cut, some
 
 _RETRY_S = 0.5
 _LEAST_WAIT_S = 1.0
-_HEARTBEAT_S = 100  # JAX's own time, after which it aborts processes that miss one
+_HEARTBEATS_S = 100, 10**9  # JAX's own time, after which it aborts those that miss one; the most
 _JAX_ABORTS_LATER_S = 60  # at its own deadline JAX aborts the process; ours has to come first
 
 
@@ -193,7 +194,7 @@ def _connect(place: Place, deadline: float, timeout_s: float, silent_s: float | 
                 cluster_detection_method="deactivate",
                 initialization_timeout=int(left) + _JAX_ABORTS_LATER_S,
                 coordinator_bind_address=listening,
-                heartbeat_timeout_seconds=max(int(2 * (silent_s or 0.0)), _HEARTBEAT_S),
+                heartbeat_timeout_seconds=int(np.clip(2 * (silent_s or 0.0), *_HEARTBEATS_S)),
             )
         except Exception as error:  # handed to the thread that waits
             failed.append(error)

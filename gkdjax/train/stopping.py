@@ -84,7 +84,8 @@ class StopRequest:
                     continue  # as nohup wants it
                 undo.callback(signal.signal, number, signal.signal(number, self._handle))
             if max_seconds is not None:
-                timer = threading.Timer(max_seconds, self._time_is_over, (max_seconds,))
+                within = min(max_seconds, threading.TIMEOUT_MAX)  # 292 years
+                timer = threading.Timer(within, self._time_is_over, (max_seconds,))
                 timer.daemon = True
                 timer.start()
                 undo.callback(timer.join)  # it may just have begun to send its signal
