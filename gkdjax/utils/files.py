@@ -137,6 +137,16 @@ def read_json(path: pathlib.Path) -> dict | None:
     return read_object(path) if path.exists() else None
 
 
+def is_count(value) -> bool:
+    """Whether a value of a JSON file is a whole number above 0 of at most 31 bits, as sizes are."""
+    return type(value) is int and 0 < value < 2**31
+
+
+def is_number(value) -> bool:
+    """Whether it is a number that float32 computes with: NaN and 1e39 are none, true is none."""
+    return type(value) in (int, float) and (value == 0 or 1e-12 <= abs(value) <= 1e12)
+
+
 def read_object(path: pathlib.Path) -> dict:
     """Parses a JSON object.
 

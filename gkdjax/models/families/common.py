@@ -3,7 +3,6 @@
 A config that the decoder does not compute is a ValueError.
 """
 
-import sys
 from typing import NamedTuple
 
 from transformers import PretrainedConfig
@@ -49,7 +48,7 @@ def silu_spec(
       own: further fields of `DecoderConfig`.
     """
     silu = c.hidden_act in ("silu", "swish")  # transformers has both names for one function
-    refuse(title, not silu, f"activation {c.hidden_act!r}")
+    refuse(title, not silu, f"hidden_act={c.hidden_act!r}")
     c.standardize_rope_params()  # as its model does: only now are keys beside the object looked at
     rope = rope_spec(title, c.rope_parameters)
     is_global_L, numbers = global_layers(title, layer_types), sizes(c)
@@ -68,27 +67,21 @@ def silu_spec(
 
 def rope_spec(title: str, parameters: dict) -> RopeSpec:
     """The spec of a config's rope_parameters, or of one layer kind's part of them."""
-    theta, kind = parameters["rope_theta"], parameters["rope_type"]
-    partial = parameters.get("partial_rotary_factor")
+    kind, partial = parameters["rope_type"], parameters.get("partial_rotary_factor")
     refuse(title, partial not in (None, 1.0), f"partial_rotary_factor={partial}")
-    _check_positive("rope_theta", theta)
-    if kind == "default":
-        return RopeSpec(theta)
-    refuse(title, kind not in ("linear", "llama3"), f"rope_type {kind!r}")
-    _check_positive("the rope factor", parameters["factor"])
-    if kind == "linear":
-        return RopeSpec(theta, linear_factor=parameters["factor"])
-    keys = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    refuse(title, kind not in ("default", "linear", "llama3"), f"rope_type {kind!r}")
+    keys = ["rope_theta"] if kind == "default" else ["rope_theta", "factor"]
+    if kind == "llama3":
+        keys += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
     for key in keys:
-        _check_positive(f"rope: {key}", parameters[key])
-    scaling = Llama3Scaling(parameters["factor"], *(parameters[key] for key in keys))
+        refuse(title, parameters.get(key) is None, f"rope_type {kind!r} and no {key}")
+    theta, *factor = (parameters[key] for key in keys)
+    if kind != "llama3":
+        return RopeSpec(theta, *factor)
+    scaling = Llama3Scaling(*factor)
+    mixed = scaling.low_freq_factor < scaling.high_freq_factor
+    refuse(title, not mixed, "low_freq_factor that is not below high_freq_factor")
     return RopeSpec(theta, llama3=scaling)
-
-
-def _check_positive(name: str, value) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value <= sys.float_info.max:
-        raise ValueError(f"{name} must be positive, not {value!r}")
 
 
 def global_layers(title: str, layer_types: list[str]) -> tuple[bool, ...]:
@@ -103,6 +96,8 @@ def sizes(c: PretrainedConfig) -> dict:
     """The fields of `DecoderConfig` that every family's config has under the same names."""
     # No field of Qwen 2's class, but transformers' model takes it where a config.json has it.
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    if not head_dim:
+        raise ValueError(f"num_attention_heads exceeds hidden_size = {c.hidden_size}")
     return {
         "vocab_size": c.vocab_size,
         "width": c.hidden_size,

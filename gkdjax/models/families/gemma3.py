@@ -47,7 +47,7 @@ def decoder_spec(config: dict) -> DecoderConfig:
     cap = c.attn_logit_softcapping
     common.refuse("Gemma 3", cap is not None, f"attn_logit_softcapping={cap}")
     other = c.hidden_activation != "gelu_pytorch_tanh"
-    common.refuse("Gemma 3", other, f"activation {c.hidden_activation!r}")
+    common.refuse("Gemma 3", other, f"hidden_activation={c.hidden_activation!r}")
     return DecoderConfig(
         family="gemma3",
         **common.sizes(c),

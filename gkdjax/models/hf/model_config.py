@@ -6,7 +6,6 @@ something that the decoder does not is refused by name; a key that neither reads
 
 import functools
 import pathlib
-import sys
 from collections.abc import Iterator
 
 from huggingface_hub.errors import StrictDataclassError  # how transformers' configs refuse a field
@@ -67,9 +66,10 @@ _SIZES = {
 }
 _NUMBERS = {
     *("rms_norm_eps", "query_pre_attn_scalar", "final_logit_softcapping"),
-    *("rope_theta", "rope_local_base_freq"),
+    *("rope_theta", "rope_local_base_freq", "factor", "low_freq_factor", "high_freq_factor"),
 }
-_OBJECTS = {"rope_scaling", "rope_parameters", "text_config"}
+_ROPES = {"rope_scaling", "rope_parameters", *_LAYERS}  # Gemma 3 has one for each kind of layer
+_OBJECTS = _ROPES | {"text_config"}
 
 
 def load_config(directory: str | pathlib.Path) -> dict:
@@ -124,7 +124,7 @@ def load_spec(directory: str | pathlib.Path) -> DecoderConfig:
             f"{path}: num_attention_heads = {spec.num_heads} must be a multiple of"
             f" num_key_value_heads = {spec.num_kv_heads}"
         )
-    if not all(spec.is_global_L) and (spec.window is None or spec.window < 1):
+    if not all(spec.is_global_L) and not files.is_count(spec.window):
         raise UserError(
             f"{path}: sliding_window = {spec.window!r} must be a whole number above 0, as layers"
             " use it"
@@ -171,7 +171,7 @@ def _check_architecture(path: pathlib.Path, config: dict) -> None:
         multimodal = model_type == "gemma3" and architecture == "Gemma3ForConditionalGeneration"
         if not multimodal and not str(architecture).endswith("ForCausalLM"):
             raise UserError(
-                f"{path}: architecture {architecture!r} is not supported: a causal language model"
+                f"{path}: architectures: {architecture!r} is not supported: a causal language model"
                 f" (...ForCausalLM, Gemma3ForConditionalGeneration) of model_type {supported} is"
             )
 
@@ -197,10 +197,13 @@ def _checked_fields(path: pathlib.Path, config: dict) -> dict:
     """Checks all keys and their values -> the fields that the family's `decoder_spec` reads."""
     fields: dict = {}
     for start, part, cls, keys in _parts(config):
-        target = fields.setdefault("text_config", {}) if start else fields
+        target = fields
+        if start:
+            target = fields["text_config"] = {}
         for key, value in part.items():
             if key in keys:
-                _check_value(f"{path}: {start}{key}", key, value)
+                if value is not None:  # null is as left out: the class has a value
+                    _check_value(f"{path}: {start}{key}", key, value)
             elif _changes_computation(key, part, cls):
                 raise UserError(
                     f"{path}: {start}{key} = {value!r} changes what the model computes in other"
@@ -240,24 +243,28 @@ def _changes_computation(key: str, config: dict, cls: type[PretrainedConfig]) ->
         return not isinstance(value, list) or any(kind != "full_attention" for kind in value)
     if key == "sliding_window":
         length = config.get("max_position_embeddings")
-        return not (_is_number(value) and _is_number(length) and value >= length)
+        return not (files.is_number(value) and files.is_number(length) and value >= length)
     defaults = _defaults(cls)
     differs = not _is_harmless(key) and key in defaults and defaults[key] != value
     return key in _READ_ANYWAY or differs
 
 
 def _check_value(where: str, key: str, value) -> None:
-    if value is None:
-        return
     if key == "layer_types":
         _check_layer_types(where, value)
-    limit = _MOST_LAYERS if key == "num_hidden_layers" else 2**31
     if key in _OBJECTS and not isinstance(value, dict):
         raise UserError(f"{where} = {value!r} must be an object")
-    if key in _SIZES and not (type(value) is int and 0 < value < limit):
+    if key in _SIZES and not files.is_count(value):
         raise UserError(f"{where} = {value!r} must be a whole number above 0")
-    if key in _NUMBERS and not (_is_number(value) and value > 0):
-        raise UserError(f"{where} = {value!r} must be a number above 0")
+    if key == "num_hidden_layers" and value > _MOST_LAYERS:
+        raise UserError(f"{where} = {value!r} must be at most {_MOST_LAYERS}")
+    if key in _NUMBERS and not (files.is_number(value) and value > 0):
+        raise UserError(f"{where} = {value!r} must be a number above 0, from 1e-12 to 1e12")
+    if key in _ROPES:
+        for name, inner in value.items():
+            _check_value(f"{where}.{name}", name, inner)
+        if "factor" in value and not value.keys() & {"rope_type", "type"}:
+            raise UserError(f"{where} has a factor and no rope_type; add it, as linear or llama3")
 
 
 def _check_layer_types(where: str, value) -> None:
@@ -267,7 +274,3 @@ def _check_layer_types(where: str, value) -> None:
     for kind in value:
         if kind not in _LAYERS:
             raise UserError(f"{where} holds {kind!r}, and layers here are of {', '.join(_LAYERS)}")
-
-
-def _is_number(value) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max

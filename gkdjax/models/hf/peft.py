@@ -9,7 +9,6 @@ import json
 import math
 import pathlib
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -58,14 +57,6 @@ _SUPPORTED = {
 }
 
 
-def _is_rank(value) -> bool:
-    return type(value) is int and 0 < value < 2**31
-
-
-def _is_number(value) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
-
-
 def _is_pattern(value, is_valid: Callable) -> bool:
     return not value or (isinstance(value, dict) and all(map(is_valid, value.values())))
 
@@ -80,11 +71,14 @@ def _as_list(value) -> list:
 
 # Key -> (the check of its value, what the value must be).
 _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (_is_rank, "a whole number above 0"),
-    "rank_pattern": (lambda v: _is_pattern(v, _is_rank), "an object of whole numbers above 0"),
-    "lora_alpha": (_is_number, "a number"),
-    "alpha_pattern": (lambda v: _is_pattern(v, _is_number), "an object of numbers"),
-    "lora_dropout": (lambda v: _is_number(v) and 0 <= v < 1, "a number in [0, 1)"),
+    "r": (files.is_count, "a whole number above 0"),
+    "rank_pattern": (
+        lambda v: _is_pattern(v, files.is_count),
+        "an object of whole numbers above 0",
+    ),
+    "lora_alpha": (files.is_number, "a number of at most 1e12"),
+    "alpha_pattern": (lambda v: _is_pattern(v, files.is_number), "an object of numbers"),
+    "lora_dropout": (lambda v: files.is_number(v) and 0 <= v < 1, "a number in [0, 1)"),
     "layers_to_transform": (
         lambda v: v is None or all(type(layer) is int for layer in _as_list(v)),
         "numbers of layers",

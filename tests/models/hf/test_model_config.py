@@ -17,6 +17,8 @@ FAMILIES = tuple(factories.FAMILIES)
 TRANSFORMERS = pathlib.Path(transformers.__file__).parent
 SUPPORTED = "gemma3, gemma3_text, llama, qwen2, qwen3"
 GPTQ = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+LLAMA3_ROPE = factories.LLAMA3_ROPE
+LINEAR = {"type": "linear", "factor": 2.0}
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}
 
 
@@ -100,8 +102,27 @@ REFUSED = [
     ("llama", {"head_dim": 15}, "even rotary dimension"),
     ("llama", {"hidden_size": "wide"}, "hidden_size = 'wide' must be a whole number above 0"),
     ("llama", {"mlp_bias": 3}, "'mlp_bias': TypeError: .* expected bool, got int"),  # one line
-    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "config.json: "),
-    ("llama", {"rope_parameters": LINEAR_ROPE}, "the rope factor must be positive, not 0"),
+    (
+        "llama",
+        {"rope_parameters": {"rope_theta": None}},
+        r"rope_parameters\.rope_theta = None must",
+    ),
+    (
+        "llama",
+        {"rope_parameters": {"factor": 2.0}},
+        "rope_parameters has a factor and no rope_type",
+    ),
+    ("llama", {"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.*'factor'"),
+    ("llama", {"rope_parameters": LLAMA3_ROPE | {"low_freq_factor": 4.0}}, "not below high_freq"),
+    ("llama", {"rope_theta": None, "rope_parameters": None, "rope_scaling": LINEAR}, "rope_theta"),
+    ("llama", {"num_hidden_layers": 10**6}, "num_hidden_layers = 1000000 must be at most 10000"),
+    ("qwen2", {"num_attention_heads": 2**30}, "num_attention_heads exceeds hidden_size = 64"),
+    ("gemma3", {"sliding_window": 2**40}, "sliding_window = .* whole number"),
+    (
+        "llama",
+        {"rope_parameters": LINEAR_ROPE},
+        r"rope_parameters\.factor = 0 must be a number above 0",
+    ),
     ("gemma3", {"hidden_size": 49}, r"config\.json.*49"),
     ("gemma3", {"num_hidden_layers": 4}, r"config\.json"),  # layer types of another depth
     ("gemma3", {"layer_types": ["spiral_attention"] * 3}, r"config\.json.*spiral_attention"),
@@ -247,28 +268,25 @@ def test_what_transformers_reads_of_any_config_is_classified():
 
 
 ODD = [True, -1, 0, 2.5, "x", [], {}, [3], {"a": 1}, 10**30, 10**400, None]
-ODD += [float("inf"), float("nan")]
+ODD += [float("inf"), float("nan"), 1e39, 1e-39]
 
 
 @pytest.mark.parametrize("model_type", registry.MODEL_TYPES)
 def test_odd_values_of_any_key_are_the_users_error_in_one_line(tmp_path, model_type):
     family = registry.MODEL_TYPES[model_type]
     sound = factories.config(family.__name__.rpartition(".")[2]).to_dict()
-    path, llama3 = tmp_path / "config.json", {"type": "llama3", "factor": 2.0}
-    scaling = {"rope_type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor"}
-    keys = family.KEYS | {"architectures", "per_layer_config", "text_config"} | scaling
-    for key in sorted(keys):
-        for value in ODD:
-            changed = {key: value}
-            if key in scaling - family.KEYS:
-                changed = {"rope_scaling": llama3 | changed}
-            config = sound | changed
-            if model_type == "gemma3":
-                config = {"model_type": "gemma3", "text_config": config}
-            path.write_text(json.dumps(config))
-            try:
-                spec = model_config.load_spec(tmp_path)
-            except UserError as error:
-                assert "\n" not in str(error) and str(path) in str(error)
-            else:
-                assert spec.width in (48, 64) and spec.num_layers == 3, (key, value)
+    path, rope = tmp_path / "config.json", factories.LLAMA3_ROPE
+    keys = family.KEYS | {"architectures", "dtype", "id2label", "per_layer_config", "text_config"}
+    changes = [(key, {key: value}) for key in sorted(keys) for value in ODD]
+    changes += [(key, {"rope_scaling": rope | {key: value}}) for key in rope for value in ODD]
+    for key, changed in changes:
+        config = sound | changed
+        if model_type == "gemma3":
+            config = {"model_type": "gemma3", "text_config": config}
+        path.write_text(json.dumps(config))
+        try:
+            spec = model_config.load_spec(tmp_path)
+        except UserError as error:
+            assert "\n" not in str(error) and str(path) in str(error) and key in str(error)
+        else:
+            assert spec.width in (48, 64) and spec.num_layers == 3, changed
