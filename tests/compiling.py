@@ -22,3 +22,23 @@ def devices(count: int, level: int = 0) -> str:
       level: 1 where programs run long enough that some optimisation pays.
     """
     return f"{_SIMPLE}{level} --xla_force_host_platform_device_count={count}"
+
+
+def once():
+    """Has this process compile a program once, whoever asks: each run makes its functions anew.
+
+    JAX's own cache does so through files, which crashed where two processes wrote them.
+    """
+    from jax._src import cache_key, compiler  # not before XLA_FLAGS are set
+
+    compile_or_get_cached, made = compiler.compile_or_get_cached, {}
+
+    def get(backend, module, devices, options, callbacks, *others):
+        if callbacks:  # Python functions of one program
+            return compile_or_get_cached(backend, module, devices, options, callbacks, *others)
+        key = cache_key.get(module, devices, options, backend)
+        if key not in made:
+            made[key] = compile_or_get_cached(backend, module, devices, options, callbacks, *others)
+        return made[key]
+
+    compiler.compile_or_get_cached = get

@@ -15,6 +15,7 @@ import slices
 # A silent broadcast across ranks is the usual way for a shape mistake to stay unseen.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", True)  # level 0
+compiling.once()
 
 
 def pytest_addoption(parser):

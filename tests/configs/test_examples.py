@@ -193,9 +193,8 @@ def run_tiny(c, name: str) -> tuple[dict, pathlib.Path]:
 SLOW = pytest.mark.slow(60, apart=True)
 
 
-@pytest.mark.parametrize(
-    "name", [EXAMPLES[0], *(pytest.param(name, marks=SLOW) for name in EXAMPLES[1:])]
-)
+@SLOW
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_the_tiny_mode_runs_and_bakes(name, tiny_runs, monkeypatch):
     monkeypatch.chdir(tiny_runs)
     results, workdir = run_tiny(get_config(name, "tiny"), name)
@@ -227,6 +226,7 @@ def test_the_tiny_mode_runs_and_bakes(name, tiny_runs, monkeypatch):
         assert counts == [18, 6]
 
 
+@SLOW
 def test_the_tiny_mode_of_gemma3_runs_from_end_to_end(tiny_runs, monkeypatch):
     monkeypatch.chdir(tiny_runs)
     c = get_config("gemma3", "tiny")

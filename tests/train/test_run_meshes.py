@@ -48,6 +48,7 @@ def test_a_run_on_a_mesh_is_the_run_on_rows_alone(models, tmp_path):
         assert found[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow(60)
 def test_a_run_goes_on_on_another_mesh(models, tmp_path):
     whole, moved = (tmp_path / name for name in ("whole", "moved"))
     c = small(models[0], teacher__top_k=1)
