@@ -7,12 +7,14 @@ other ids. So what transformers built is compared with the file.
 
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import tokenizers
 import transformers
 from absl import logging
 
+from gkdjax.data.row_schema import shown_value
+from gkdjax.utils import files
 from gkdjax.utils.errors import UserError, one_line
 
 # Digits, runs of spaces, line breaks, composed and decomposed letters, many scripts, parts of
@@ -33,9 +35,78 @@ _PROBES = (
     "a day.\n\nThe sun, he said>\nx\n\n\nY",
     *(" ", "a", " a", "\n"),
 )
+_FILE = "tokenizer.json"
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
 _NEAR = 24  # characters that are shown on either side of a difference
 _AT_ONCE = 64  # added tokens in one probe; some files have thousands
 _SETTINGS = ("unk_token", "fuse_unk", "byte_fallback", "ignore_merges", "dropout")
+
+
+def _all(check: Callable, kind: type = list | dict) -> Callable[[object], bool]:
+    """Whether a value is of `kind`, and all that it holds passes `check`."""
+
+    def are_valid(value) -> bool:
+        held = value.values() if isinstance(value, dict) else value
+        return isinstance(value, kind) and all(map(check, held))
+
+    return are_valid
+
+
+def _or_null(check: Callable) -> Callable[[object], bool]:
+    return lambda value: value is None or check(value)
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str)
+
+
+def _is_id(value) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+_FLAGS = ("special", "lstrip", "rstrip", "normalized", "single_word")
+_ADDED = {
+    **{"content": _is_text, "id": _is_id},
+    **dict.fromkeys(_FLAGS, lambda value: isinstance(value, bool)),
+}
+
+
+def _is_added(value) -> bool:
+    return (
+        isinstance(value, dict)
+        and "content" in value
+        and all(_ADDED[key](part) for key, part in value.items() if key in _ADDED)
+    )
+
+
+def _is_token(value) -> bool:
+    return _is_text(value) or _is_added(value)
+
+
+def _is_named(value) -> bool:
+    return isinstance(value, dict) and all(_is_text(value.get(key)) for key in ("name", "template"))
+
+
+# Keys that transformers reads without a look at their types -> (the check, what they must be).
+_FORMS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "tokenizer_class": (_or_null(_is_text), "the name of a class"),
+    "model_max_length": (_or_null(lambda v: type(v) in (int, float)), "a number"),
+    "padding_side": (lambda v: v in ("left", "right"), "left or right"),
+    "added_tokens": (_all(_is_added, list), "a list of objects with content and id"),
+    "added_tokens_decoder": (_all(_is_added, dict), "an object of ids with objects with content"),
+    **dict.fromkeys(
+        [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")],
+        (_or_null(_is_token), "a token's text, or an object with its content"),
+    ),
+    **dict.fromkeys(
+        ("additional_special_tokens", "extra_special_tokens"),
+        (_or_null(_all(_is_token)), "a list or an object of tokens"),
+    ),
+    "chat_template": (
+        lambda v: _or_null(_is_text)(v) or _all(_is_text, dict)(v) or _all(_is_named, list)(v),
+        "a text, or a list of objects with name and template",
+    ),
+}
 
 
 def load_tokenizer(directory: str | pathlib.Path) -> transformers.PreTrainedTokenizerBase:
@@ -52,10 +123,41 @@ def load_tokenizer(directory: str | pathlib.Path) -> transformers.PreTrainedToke
     root = pathlib.Path(directory)
     if not root.is_dir():
         raise UserError(f"{directory}: no such model directory")
+    ids = _check_files(root)
+    tokenizer = _as_the_file(root)
+    for token, wanted in ids.items():
+        found = tokenizer.convert_tokens_to_ids(token)
+        if found != wanted:  # the tokenizers library gives it another one, and logs that in Rust
+            raise UserError(
+                f"{root / _FILE}: added_tokens gives {token!r} the id {wanted}, and it becomes"
+                f" {found}: the vocabulary lacks it, or has it or the id twice; get the file again"
+            )
+    return tokenizer
+
+
+def _check_files(root: pathlib.Path) -> dict[str, int]:
+    """Checks the types of what transformers reads -> the ids of tokenizer.json's added tokens.
+
+    transformers takes them as they are: a wrong one is an AttributeError, now or at the first text.
+    """
+    for path in (root / name for name in (*_BESIDE, _FILE)):
+        fields = files.read_json(path) or {}
+        for key, (is_valid, wanted) in _FORMS.items():
+            if key in fields and not is_valid(fields[key]):
+                raise UserError(f"{path}: {key} = {shown_value(fields[key])} must be {wanted}")
+    ids = {token["content"]: token.get("id") for token in fields.get("added_tokens") or ()}
+    added = root / "added_tokens.json"
+    for token, number in (files.read_json(added) or {}).items():
+        if not _is_id(number):
+            raise UserError(f"{added}: {token} = {shown_value(number)} must be an id")
+    return ids
+
+
+def _as_the_file(root: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
     built = _build(transformers.AutoTokenizer, root)
     if not built.is_fast:
-        raise UserError(f"{directory}: needs a tokenizer.json (a fast tokenizer, with offsets)")
-    path = root / "tokenizer.json"
+        raise UserError(f"{root}: needs a tokenizer.json (a fast tokenizer, with offsets)")
+    path = root / _FILE
     if not path.is_file() or type(built) is transformers.PreTrainedTokenizerFast:
         return built  # this class takes the file as it is: it need not be parsed again
     file = tokenizers.Tokenizer.from_file(str(path))
@@ -83,13 +185,33 @@ def load_tokenizer(directory: str | pathlib.Path) -> transformers.PreTrainedToke
 
 def _build(kind: type, root: pathlib.Path) -> transformers.PreTrainedTokenizerBase:
     try:
-        return kind.from_pretrained(str(root), local_files_only=True, trust_remote_code=False)
+        built = kind.from_pretrained(str(root), local_files_only=True, trust_remote_code=False)
+        built(_PROBES[0])  # some faults show only in a text
+        return built
     except Exception as error:  # of transformers, of tokenizers, and KeyError for half a file
-        cause, model = f"{type(error).__name__}: {one_line(error)}", root / "tokenizer.model"
+        model = root / "tokenizer.model"
         # For tokenizer.model alone, transformers only says that tiktoken is missing.
-        if model.is_file() and not (root / "tokenizer.json").exists():
+        if model.is_file() and not (root / _FILE).exists():
             cause = _model_file_alone(model)
+        else:
+            cause = _damaged_file(root) or f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{root}: holds no tokenizer that can be read: {cause}") from error
+
+
+def _damaged_file(root: pathlib.Path) -> str:
+    """Finds the file that is to blame, which transformers does not name, and says why; or ""."""
+    readers = {
+        _FILE: tokenizers.Tokenizer.from_file,
+        "config.json": transformers.AutoConfig.from_pretrained,
+        "chat_template.jinja": lambda path: pathlib.Path(path).read_text(encoding="utf-8"),
+    }
+    for name, read in readers.items():
+        try:
+            if (root / name).exists():
+                read(str(root / name))
+        except Exception as error:
+            return f"{name}: {one_line(error)}"
+    return ""
 
 
 def _model_file_alone(path: pathlib.Path) -> str:

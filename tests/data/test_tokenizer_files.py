@@ -117,7 +117,9 @@ def test_a_cut_that_a_small_vocabulary_hides_is_the_files(tmp_path, monkeypatch)
     cut = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
     made = own_regex(cut)
     corpus = ["It was a day.\n\nThe sun shone.\n\nAnd so on, he said.\n\n"] * 50
-    made.train_from_iterator(corpus, tokenizers.trainers.BpeTrainer(show_progress=False))
+    made.train_from_iterator(
+        corpus, tokenizers.trainers.BpeTrainer(special_tokens=[*SPECIAL], show_progress=False)
+    )
     save(tmp_path, "GPT2Tokenizer", made)
     check(tmp_path, made, "It was a day.\n\nThe sun")
     monkeypatch.setattr(tokenizer_files, "_PROBES", ("a",))  # nor does it need the right probe
@@ -187,3 +189,51 @@ def test_what_cannot_be_read_or_known_is_refused_in_one_line(
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
     assert make is not None or "\\n" not in str(error.value)
+
+
+SETTINGS = "tokenizer_config.json"
+WRONG = [
+    *((SETTINGS, "bos_token", value) for value in (3, {}, {"content": None}, ["<s>"])),
+    *((SETTINGS, "model_max_length", value) for value in ("512", [], True)),
+    *((SETTINGS, "added_tokens_decoder", value) for value in (None, [], {"0": "<s>"})),
+    (SETTINGS, "added_tokens_decoder", {"0": {"content": "<s>", "lstrip": "no"}}),
+    *((SETTINGS, "chat_template", value) for value in (1, ["x"], {"a": 1}, [{"name": "a"}])),
+    (SETTINGS, "extra_special_tokens", [1]),
+    (SETTINGS, "padding_side", "up"),
+    (SETTINGS, "tokenizer_class", 0),
+    ("special_tokens_map.json", "unk_token", {}),  # a RecursionError at the first text
+    ("added_tokens.json", "<s>", 1e12),
+    *(("tokenizer.json", "added_tokens", value) for value in (None, {}, [{"id": 0}])),
+    ("tokenizer.json", "added_tokens", [{"id": -1, "content": "<s>"}]),
+    ("tokenizer.json", "truncation", "x"),  # what the tokenizers library says has line and column
+    ("tokenizer.json", "model", {"type": "BPE", "vocab": {"a": 2**63}, "merges": []}),
+    ("config.json", "model_type", []),
+    (SETTINGS, None, []),
+]
+
+
+@pytest.mark.parametrize(("file", "key", "value"), WRONG)
+def test_a_value_of_another_type_is_named_with_its_file(tmp_path, file, key, value):
+    save(tmp_path, FAST, llama2())
+    path = tmp_path / file
+    fields = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(value if key is None else fields | {key: value}))
+    with pytest.raises(UserError, match=file) as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+    named = file in ("config.json", "tokenizer.json") and key != "added_tokens"
+    assert key is None or named or f"{path}: {key} = " in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["an id that is not the next", "an id twice"])
+def test_an_added_token_that_gets_another_id_is_named(tmp_path, damage):
+    save(tmp_path, FAST, llama2())
+    path = tmp_path / "tokenizer.json"
+    state = json.loads(path.read_text())
+    if damage == "an id twice":
+        state["model"]["vocab"]["</s>"] = 1
+    else:
+        state["added_tokens"].append(state["added_tokens"][2] | {"content": "<new>", "id": 9999})
+    path.write_text(json.dumps(state))
+    with pytest.raises(UserError, match=r"added_tokens gives '<.*>' the id .*, and it becomes"):
+        load_tokenizer(tmp_path)
