@@ -142,8 +142,13 @@ def _value(hint, value, key: str):
     if kind is Literal:
         checks.choice(key, value, arguments)
         return value
-    if hint is float and type(value) is int:
-        return float(value)
+    if hint in (int, float) and type(value) in (int, hint):
+        _require_json(value, key)
+        limit = 2.0**53 if hint is int else 3e38  # whole in a float64; finite in a float32
+        if value and not 1e-37 < abs(value) < limit:
+            advice = f"a number other than 0 has to lie between 1e-37 and {limit:.0e}"
+            raise UserError(f"config.{key} = {_shown(value)}: {advice}")
+        return hint(value)
     if kind is tuple and isinstance(value, list | tuple):
         return tuple(_value(arguments[0], item, f"{key}[{i}]") for i, item in enumerate(value))
     if kind is dict and isinstance(value, dict):

@@ -294,7 +294,8 @@ class Train:
     remat: bool = False  # compute a layer's activations again for its backward pass
     # Of float32 products, as `jax.default_matmul_precision`.
     matmul_precision: Literal["default", "high", "highest"] = "default"
-    seed: Natural = 0  # every random draw follows from it, the step and the row
+    # Every random draw follows from it, the step and the row; jax reads 32 bits of it.
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     # "merged": a Hugging Face model; "adapter": PEFT's.
     export: Literal["merged", "adapter", "both"] = "merged"
 

@@ -14,7 +14,7 @@ import yaml
 
 from gkdjax.config import Context
 from gkdjax.data.readers import json_value, read_rows, read_text
-from gkdjax.data.row_schema import kind, text
+from gkdjax.data.row_schema import answer_text, kind, text
 from gkdjax.types import Message
 from gkdjax.utils.errors import UserError, one_line
 
@@ -130,8 +130,10 @@ def _document(entry: object, name: str) -> str:
 
 def _value(value: object, where: str) -> str:
     """A string, a number, or a list of strings, as authors are."""
-    if isinstance(value, bool | int | float):
+    if isinstance(value, bool):
         return json.dumps(value)
+    if isinstance(value, int | float):
+        return answer_text(value, where)
     if isinstance(value, list):
         if not value:
             raise UserError(f"{where} is an empty list; remove it")

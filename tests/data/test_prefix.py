@@ -116,6 +116,7 @@ def test_text_and_documents_of_every_kind_are_one_system_message(read):
                 ("c.jsonl", '"a"\n{"title": ""}', r"c.jsonl:2: title is empty"),
                 ("c.jsonl", '"a"\n\n{"title"}', r"c.jsonl: line 3, column 9: does not parse"),
                 ("c.json", '[{"a": {"b": 1}}]', r"c.json:0: a must be a string, .*, not an obj"),
+                ("c.json", '[{"a": 1e400}]', r"c.json:0: a is inf, which is no number in JSON"),
                 ("c.json", '[{"a": []}]', r"c.json:0: a is an empty list"),
                 ("c.json", '[{"a": ["b", 1]}]', r"c.json:0: a\[1\] must be a string, not a num"),
             ],
