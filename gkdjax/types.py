@@ -32,7 +32,8 @@ class Message(NamedTuple):
 
     def for_template(self) -> dict:
         """Returns role, content, and tool calls and the like by name."""
-        return {"role": self.role, "content": self.content, **json.loads(self.fields or "{}")}
+        fields = json.loads(self.fields) if self.fields else {}
+        return {"role": self.role, "content": self.content, **fields}
 
 
 class Prompt(NamedTuple):

@@ -5,6 +5,7 @@ up to the end of turn, be it text, a thought or a tool call: a model has to writ
 `template` finds the messages in the rendering, and what it leaves out of them.
 """
 
+import copy
 import dataclasses
 import datetime
 import functools
@@ -16,6 +17,7 @@ import numpy as np
 import transformers
 from absl import logging
 
+from gkdjax.data.encoding import Encoded, Encoder
 from gkdjax.data.row_schema import TOOL_ROLES
 from gkdjax.data.template import PLACEHOLDER, SYSTEM_ADVICE, Misfit, Template, find, thinks
 from gkdjax.data.tokenizer_files import load_tokenizer
@@ -71,9 +73,6 @@ class Chat:
         none, how = (False,) * len(messages), {"generation_prompt": True, "tools": tools}
         return self.render(tuple(messages), none, name, **how)[0]
 
-    # Rows come back every epoch and with each of their completions; a rendering takes 0.3 ms. The
-    # cache keeps its chats alive: a process has few.
-    @functools.lru_cache(maxsize=16384)  # noqa: B019
     def render(
         self,
         messages: tuple[Message, ...],
@@ -103,20 +102,40 @@ class Chat:
           UserError: the template refuses the roles, drops or rewrites a message, does not write a
             tool, a call or a thought, or does not continue its generation prompt with a target.
         """
-        rendering = _Rendering(self, messages, name, generation_prompt, tools)
+        try:
+            return self._rendered(messages, targets, generation_prompt, tools)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error.__cause__
+
+    # Rows come back every epoch and with each of their completions, and without a prefix both
+    # views are one. The cache keeps its chats alive: a process has few.
+    @functools.lru_cache(maxsize=16384)  # noqa: B019
+    def _rendered(
+        self,
+        messages: tuple[Message, ...],
+        targets: tuple[Target, ...],
+        generation_prompt: bool,
+        tools: str,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        rendering = self._conversation(messages, generation_prompt, tools).unflagged()
         for i, target in enumerate(targets):
             if target and messages[i].role != "assistant":
                 rendering.flag_content(i, target)
             elif target:
-                prompt = self.template.text(messages[:i], name, tools, True)
+                prompt = self.template.text(messages[:i], tools, True)
                 if rendering.drops_thought(i, target, prompt):
-                    how = {"generation_prompt": True, "tools": tools}
-                    before = self.render(messages[:-1], targets[:-1], name, **how)
+                    before = self._rendered(messages[:-1], targets[:-1], True, tools)
                     rendering.write_unchanged(target, prompt, *before)
                 else:
                     rendering.flag_answer(i, target, len(prompt))
         rendering.ids.flags.writeable = rendering.flags.flags.writeable = False
         return rendering.ids, rendering.flags
+
+    @functools.lru_cache(maxsize=16)  # noqa: B019
+    def _conversation(
+        self, messages: tuple[Message, ...], generation_prompt: bool, tools: str
+    ) -> "_Rendering":
+        return _Rendering(self, messages, generation_prompt, tools)
 
     @functools.cached_property
     def template(self) -> Template:
@@ -140,12 +159,24 @@ class Chat:
             learnt.append(ids[flags])
         return np.array_equal(*learnt[1:])
 
-    def tokenize(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+    def tokenize(self, text: str) -> Encoded:
         """Returns ids int32 [T] and the characters of each token, int64 [T, 2]."""
-        # The template writes the special tokens itself, bos included.
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        offsets = np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
-        return np.asarray(encoded["input_ids"], np.int32), offsets
+        return self.encoder(text)
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(self.tokenizer, self.template.source)
+
+    @functools.cached_property
+    def stop_texts(self) -> list[str]:
+        """The texts of the stop tokens."""
+        return self.tokenizer.convert_ids_to_tokens(self.stop_ids)
+
+    @functools.cached_property
+    def added_stops(self) -> list[str]:
+        """Those of them that are found in any text."""
+        added = self.tokenizer.added_tokens_decoder
+        return [added[stop].content for stop in self.stop_ids if stop in added]
 
     def stop_tokens(self) -> str:
         """Lists the stop tokens for people: "<end_of_turn> (106), <eos> (1)"."""
@@ -198,8 +229,11 @@ def load_chat(
 def _end_of_turn_id(template: Template) -> int:
     """The special token that a rendered conversation has right after the assistant's content."""
     tokenizer = template.tokenizer
-    probe = [Message("user", "gkdjaxcontent0end"), Message("assistant", "gkdjaxcontent1end")]
-    text = template.text(probe, "a question")
+    probe = (Message("user", "gkdjaxcontent0end"), Message("assistant", "gkdjaxcontent1end"))
+    try:
+        text = template.text(probe)
+    except UserError as error:
+        raise UserError(f"a question: {error}") from error.__cause__
     after = PLACEHOLDER.split(text)[-1]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.update(tokenizer.all_special_ids)
@@ -229,19 +263,25 @@ def _declared_stops(path: pathlib.Path, num_tokens: int) -> list[int | None]:
 class _Rendering:
     """One conversation: its text and tokens, and where its messages stand in them."""
 
-    def __init__(self, chat: Chat, messages, name: str, generation_prompt: bool, tools: str):
-        self.chat, self.messages, self.name = chat, messages, name
+    def __init__(self, chat: Chat, messages, generation_prompt: bool, tools: str):
+        self.chat, self.messages = chat, messages
         self.generation_prompt = generation_prompt
         how = tools, generation_prompt
-        self.text = chat.template.text(messages, name, *how)
+        self.text = chat.template.text(messages, *how)
         try:
-            self.spans = find(messages, self.text, lambda m: chat.template.text(m, name, *how))
+            self.spans = find(messages, self.text, lambda m: chat.template.between(m, *how))
         except Misfit as misfit:
             raise self._misfit(misfit.dropped) from None
         if tools or any(message.fields for message in messages):
-            for i in chat.template.lost_thoughts(messages, self.text, name, *how):
+            for i in chat.template.lost_thoughts(messages, self.text, *how):
                 self.spans.lost[i] = True
         self._tokenize()
+
+    def unflagged(self) -> "_Rendering":
+        """Returns the same without targets."""
+        other = copy.copy(self)
+        other.flags = np.zeros(len(self.ids), bool)
+        return other
 
     def _tokenize(self) -> None:
         self.ids, self._offsets = self.chat.tokenize(self.text)
@@ -252,12 +292,12 @@ class _Rendering:
             found = int(self.ids[self.ids >= rows][0])
             token = self.chat.tokenizer.convert_ids_to_tokens(found)
             raise UserError(
-                f"{self.name}: the token {token!r} (id {found}) has no row in the embedding of"
+                f"the token {token!r} (id {found}) has no row in the embedding of"
                 f" {self.chat.directory}, which has {rows}; remove it from the text"
             )
 
     def _refusal(self, what: str) -> UserError:
-        return UserError(f"{self.name}: the chat template of {self.chat.directory} {what}")
+        return UserError(f"the chat template of {self.chat.directory} {what}")
 
     def _misfit(self, dropped: int | None) -> UserError:
         if dropped is None:
@@ -279,13 +319,12 @@ class _Rendering:
         content = [message.content]
         if isinstance(target, tuple):
             content = [message.content[a:b] for a, b in target]
-        for stop in self.chat.stop_ids:
-            token = self.chat.tokenizer.added_tokens_decoder.get(stop)
-            if token and any(token.content in text for text in (*content, message.fields)):
+        for stop in self.chat.added_stops:
+            if any(stop in text for text in (*content, message.fields)):
                 raise UserError(
-                    f"{self.name}: message {i} has {token.content!r} in what is to be learnt, at"
-                    " which the model stops: what comes after it would never be written; remove it"
-                    " from the text (the template ends a turn by itself)"
+                    f"message {i} has {stop!r} in what is to be learnt, at which the model stops:"
+                    " what comes after it would never be written; remove it from the text (the"
+                    " template ends a turn by itself)"
                 )
 
     def drops_thought(self, i: int, target: Target, prompt: str) -> bool:
@@ -297,7 +336,7 @@ class _Rendering:
         """
         self._check_stops(i, target)
         message, at, template = self.messages[i], self.spans.at[i], self.chat.template
-        follows = self.text.startswith(prompt) and self._begins_with(self.chat.tokenize(prompt)[0])
+        follows = self.text.startswith(prompt) and self._begins_with(self.chat.encoder.ids(prompt))
         if follows and not self.spans.lost[i]:
             rest = self.text[len(prompt) : at and at[0]].lstrip()
             added = not thinks(message) and (rest if at else rest.startswith(_THINK))
@@ -305,7 +344,7 @@ class _Rendering:
             if not added or _SWITCH not in template.source or _SWITCH in template.kwargs:
                 return False
             raise UserError(
-                f"{self.name}: message {i} has no thought, and the chat template of"
+                f"message {i} has no thought, and the chat template of"
                 f" {self.chat.directory} writes an empty one before it, which would be learnt;"
                 f" data.template_kwargs={{'{_SWITCH}': False}} puts it into the prompt, and"
                 f" {{'{_SWITCH}': True}} learns it"
@@ -358,10 +397,8 @@ class _Rendering:
         stop = at[1] if at else begin
         next_start = next((s[0] for s in self.spans.at[i + 1 :] if s), len(self.text))
         rest = self.text[stop:next_start]
-        tokens = chat.tokenizer.convert_ids_to_tokens(chat.stop_ids)
-        space, token = min(
-            ((rest.index(token), token) for token in tokens if token in rest), default=(0, None)
-        )
+        ends = ((rest.index(token), token) for token in chat.stop_texts if token in rest)
+        space, token = min(ends, default=(0, None))
         exact = at and self.spans.exact[i]
         if exact and "tool_calls" not in message.fields:
             token = token if token == chat.end_of_turn and not rest[:space].strip() else None
@@ -398,9 +435,9 @@ class _Rendering:
             raise self._does_not_follow(self.messages[-1], prompt)
         logging.log_first_n(
             logging.INFO,
-            "%s: the chat template of %s leaves the thoughts of answers out; the last answer of a"
-            " row follows the generation prompt as it is",
-            *(1, self.name, self.chat.directory),
+            "the chat template of %s leaves the thoughts of answers out; the last answer of a row"
+            " follows the generation prompt as it is",
+            *(1, self.chat.directory),
         )
         self.flags[: len(prompt_ids)] = prompt_flags
         tokens = self._tokens_of(len(prompt), len(self.text))
@@ -434,7 +471,7 @@ class _Rendering:
         # White space that merges with the header's own is a token like another; letters are not.
         if (text[offsets[first, 0] : start] + text[end : offsets[last, 1]]).strip():
             raise UserError(
-                f"{self.name}: a token holds both the end of a target message and what stands"
+                f"a token holds both the end of a target message and what stands"
                 f" beside it: {text[offsets[first, 0] : start + 20]!r} ..."
                 f" {text[end - 20 : offsets[last, 1]]!r}"
             )

@@ -8,7 +8,6 @@ that is dropped. Templates that look for `<think>` blocks in contents do not fit
 tags stay, and the text between the tags has the placeholders.
 """
 
-import dataclasses
 import datetime
 import functools
 import json
@@ -30,41 +29,56 @@ SYSTEM_ADVICE = (
     "or take a model whose template has the role"
 )
 # Hides the function of this name that transformers gives templates, which tells the time of the
-# rendering; values can only be plain data there, so the macro looks each directive up. No line
-# break belongs to the template: jinja removes the one after a block.
+# rendering, so the macro looks each directive up. No line break belongs to the template: jinja
+# removes the one after a block.
 _CLOCK = (
-    "{% macro strftime_now(format) %}"
-    "{% set at = namespace(text=format | replace('%%', '\\x00')) %}"
-    "{% for directive, value in gkdjax_clock.items() %}"
-    "{% set at.text = at.text | replace(directive, value) %}{% endfor %}"
-    "{{ at.text | replace('\\x00', '%') }}{% endmacro %}\n"
+    "{%% macro strftime_now(format) %%}"
+    "{%% set at = namespace(text=format | replace('%%%%', '\\x00')) %%}"
+    "{%% for directive, value in %s if directive in format %%}"
+    "{%% set at.text = at.text | replace(directive, value) %%}{%% endfor %%}"
+    "{{ at.text | replace('\\x00', '%%') }}{%% endmacro %%}\n"
 )
 _DIRECTIVES = [f"%{f}{c}" for f in ("", *"-_0^") for c in "aAbBcCdDeFgGhHIjklmMnprRsStTuUVwWxXyYzZ"]
 _RARE_DIRECTIVE = re.compile(r"%[-_0^#]*[0-9]*[EO]?[a-zA-Z]")  # "%f", "%10d"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class Template:
-    """A tokenizer's chat template, with what it is given beside messages and tools."""
+    """A tokenizer's chat template, with what it is given beside messages and tools.
 
-    directory: str
-    tokenizer: transformers.PreTrainedTokenizerBase
-    kwargs: dict
-    clock: datetime.datetime | None  # what `strftime_now` returns; None: the time of the rendering
+    `clock` is the time that `strftime_now` tells; None: the time of the rendering.
+    """
 
-    @property
-    def source(self) -> str:
-        return self.tokenizer.get_chat_template()
+    def __init__(
+        self,
+        directory: str,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        kwargs: dict,
+        clock: datetime.datetime | None,
+    ):
+        self.directory, self.tokenizer, self.kwargs = directory, tokenizer, kwargs
+        self.source, self._clock = tokenizer.get_chat_template(), clock
+        self.text, self.between = self._text, self._between
+        if clock is not None or "strftime_now" not in str(tokenizer.chat_template):
+            # Prompts come again in both views; what is around contents, in rows of the same roles.
+            self.text = functools.lru_cache(maxsize=128)(self.text)
+            self.between = functools.lru_cache(maxsize=128)(self.between)
 
-    def text(
-        self, messages: Sequence[Message], name: str, tools: str = "", generation_prompt=False
+    def _text(
+        self, messages: tuple[Message, ...], tools: str = "", generation_prompt: bool = False
     ) -> str:
-        """Renders as `apply_chat_template` does; `name` begins the UserError of a refusal."""
+        """Renders as `apply_chat_template` does."""
         given = [message.for_template() for message in messages]
-        return self._render(given, json.loads(tools or "[]"), name, generation_prompt)
+        return self._render(given, json.loads(tools or "[]"), generation_prompt)
+
+    def _between(
+        self, blank: tuple[Message, ...], tools: str, generation_prompt: bool
+    ) -> tuple[list[str], list[int]]:
+        """Returns what the template writes around placeholders, and their numbers, in order."""
+        split = PLACEHOLDER.split(self._text(blank, tools, generation_prompt))
+        return split[0::2], [int(n) for n in split[1::2]]
 
     def lost_thoughts(
-        self, messages: Sequence[Message], text: str, name: str, tools: str, generation_prompt: bool
+        self, messages: Sequence[Message], text: str, tools: str, generation_prompt: bool
     ) -> list[int]:
         """Returns the messages that have a thought in a field which their rendering `text` lacks.
 
@@ -77,7 +91,7 @@ class Template:
         thoughts: dict[int, str] = {}  # message -> field
         for i, message in enumerate(marked):
             calls = message.get("tool_calls") or []
-            self._check_arguments(calls, i, text, name)
+            self._check_arguments(calls, i, text)
             if calls:
                 message["tool_calls"] = _mark(calls, f"call{i}n", f"message {i}'s call of", marks)
             for field in filter(message.get, REASONING):
@@ -86,17 +100,17 @@ class Template:
         marked_tools = _mark(json.loads(tools or "[]"), "tool", "the tool", marks)
         if not marks and not thoughts:
             return []
-        shown = self._render(marked, marked_tools, name, generation_prompt)
+        shown = self._render(marked, marked_tools, generation_prompt)
         for mark, what in marks.items():
             if mark not in shown:
                 raise UserError(
-                    f"{name}: the chat template of {self.directory} does not write {what}; take a"
+                    f"the chat template of {self.directory} does not write {what}; take a"
                     " model whose template has tools, or leave them out of the row"
                 )
         lost = [i for i in thoughts if f"gkdjaxthought{i}end" not in shown]
         if lost and not self._writes_thoughts:
             raise UserError(
-                f"{name}: the chat template of {self.directory} does not read"
+                f"the chat template of {self.directory} does not read"
                 f" {thoughts[lost[0]]!r} of message {lost[0]}; write it into the content, as"
                 " <think>...</think>, or leave it out"
             )
@@ -107,9 +121,9 @@ class Template:
         """Whether it writes the thought that an answer has in a field."""
         answer = {"role": "assistant", "content": "So.", REASONING[0]: "gkdjaxthought"}
         question = {"role": "user", "content": "Why?"}
-        return "gkdjaxthought" in self._render([question, answer], [], "a probe", False)
+        return "gkdjaxthought" in self._render([question, answer], [], False)
 
-    def _check_arguments(self, calls: Sequence, i: int, text: str, name: str) -> None:
+    def _check_arguments(self, calls: Sequence, i: int, text: str) -> None:
         """Refuses arguments that are JSON text already and that the template encodes again."""
         for call in calls:
             arguments = _function(call).get("arguments")
@@ -117,12 +131,12 @@ class Template:
                 continue
             if json.dumps(arguments, ensure_ascii=False) in text:
                 raise UserError(
-                    f"{name}: the arguments of message {i}'s tool call are a string, which the chat"
+                    f"the arguments of message {i}'s tool call are a string, which the chat"
                     f" template of {self.directory} encodes again; give them as an object:"
                     f" {arguments[:60]}"
                 )
 
-    def _render(self, messages: list[dict], tools: list, name: str, generation_prompt: bool) -> str:
+    def _render(self, messages: list[dict], tools: list, generation_prompt: bool) -> str:
         try:
             source = self.tokenizer.get_chat_template(None, tools or None)
             return self.tokenizer.apply_chat_template(
@@ -131,16 +145,17 @@ class Template:
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
                 **self.kwargs,
-                **fixed_clock(source, self.clock),
+                **fixed_clock(source, self._clock),
             )
         except Exception as error:  # a template is a program
             roles = [message["role"] for message in messages]
             raise UserError(
-                f"{name}: the chat template of {self.directory} refuses the roles "
+                f"the chat template of {self.directory} refuses the roles "
                 f"{', '.join(roles)}: {one_line(error)}{SYSTEM_ADVICE if 'system' in roles else ''}"
             ) from error
 
 
+@functools.lru_cache(maxsize=8)
 def fixed_clock(source: str, clock: datetime.datetime | None) -> dict:
     """Returns arguments of `apply_chat_template` under which a template sees this local time.
 
@@ -149,8 +164,8 @@ def fixed_clock(source: str, clock: datetime.datetime | None) -> dict:
     if clock is None or "strftime_now" not in source:
         return {}
     directives = dict.fromkeys([*_DIRECTIVES, *_RARE_DIRECTIVE.findall(source)])
-    values = {directive: clock.strftime(directive) for directive in directives}
-    return {"chat_template": _CLOCK + source, "gkdjax_clock": values}
+    values = [[directive, clock.strftime(directive)] for directive in directives]
+    return {"chat_template": _CLOCK % json.dumps(values, ensure_ascii=False) + source}
 
 
 def _function(call) -> dict:
@@ -200,8 +215,10 @@ def thinks(message: Message) -> bool:
     """Whether an assistant's message has a thought, inline or in a field."""
     if message.role != "assistant":
         return False
-    fields = json.loads(message.fields or "{}")
-    return _THOUGHT_END in message.content or any(fields.get(name) for name in REASONING)
+    if _THOUGHT_END in message.content or not message.fields:
+        return _THOUGHT_END in message.content
+    fields = json.loads(message.fields)
+    return any(fields.get(name) for name in REASONING)
 
 
 def is_plain(example: Example) -> bool:
@@ -211,26 +228,27 @@ def is_plain(example: Example) -> bool:
     return not example.tools and not any(m.fields or thinks(m) for m in messages)
 
 
-def find(
-    messages: Sequence[Message], text: str, render: Callable[[Sequence[Message]], str]
-) -> Spans:
-    """Finds each content in `text`, which `render` makes of `messages`; raises Misfit."""
+def find(messages: Sequence[Message], text: str, between: Callable) -> Spans:
+    """Finds each content in the rendering `text`; `between` is as `Template.between`.
+
+    Raises:
+      Misfit: the template does more to the contents than to write them.
+    """
     try:
-        return _fit(messages, [[message.content] for message in messages], text, render)
+        return _fit(messages, [[message.content] for message in messages], text, between)
     except Misfit as whole:
         pieces = [_TAGS.split(message.content) for message in messages]
         if all(len(each) == 1 for each in pieces):
             raise
         try:
-            return _fit(messages, pieces, text, render)
+            return _fit(messages, pieces, text, between)
         except Misfit as parts:
             raise (whole if parts.dropped is None else parts) from None
 
 
-def _fit(messages, pieces: Sequence[Sequence[str]], text: str, render) -> Spans:
+def _fit(messages, pieces: Sequence[Sequence[str]], text: str, between: Callable) -> Spans:
     blank, parts = _with_placeholders(messages, pieces)
-    split = PLACEHOLDER.split(render(blank))
-    own, numbers = split[0::2], [int(n) for n in split[1::2]]
+    own, numbers = between(blank)
     shown: list[_Part] = []
     for part in parts:
         if numbers[len(shown) : len(shown) + 1] == [part.number]:
@@ -264,7 +282,7 @@ def _fit(messages, pieces: Sequence[Sequence[str]], text: str, render) -> Spans:
     return Spans(at, exact, lost)
 
 
-def _with_placeholders(messages, pieces) -> tuple[list[Message], list[_Part]]:
+def _with_placeholders(messages, pieces) -> tuple[tuple[Message, ...], list[_Part]]:
     """The messages with a placeholder for each piece that is text; and those pieces.
 
     Equal texts share one placeholder, because a template may compare them. Thoughts do not share
@@ -283,7 +301,7 @@ def _with_placeholders(messages, pieces) -> tuple[list[Message], list[_Part]]:
             spelled[n] = f"gkdjaxcontent{number}end"
             parts.append(_Part(i, piece, thought, number))
         blank.append(message._replace(content="".join(spelled)))
-    return blank, parts
+    return tuple(blank), parts
 
 
 def _forms(content: str):

@@ -79,6 +79,8 @@ def tokens_without_row(chat: Chat, vocab_size: int) -> list[tuple[int, str]]:
 
 def of_model(chat: Chat, vocab_size: int) -> Chat:
     """Returns the chat of a model with so many rows, which refuses text that needs another row."""
+    if chat.vocab_size == vocab_size:
+        return chat  # student and teacher of one directory render each row once
     tokens_without_row(chat, vocab_size)
     return dataclasses.replace(chat, vocab_size=vocab_size)
 

@@ -68,6 +68,13 @@ def test_train_step_measures_in_processes_and_writes_all_it_measured(tmp_path):
     assert [entry["rounds"][0]["temp_bytes"] > 0 for entry in measured] == [True, True]
 
 
+def test_rows_are_measured_in_processes_of_their_own():
+    kinds = "--kinds", "one turn, prefix", "prompt alone"
+    _, _, *rows, where = started("rows", "--rows=4", "--rounds=1", *kinds).splitlines()
+    assert [re.split(" {2,}", row)[:2] for row in rows] == [[kind, "4"] for kind in kinds[1:]]
+    assert "jax " in where
+
+
 def test_gemma3_memory_sizes_both_programs():
     sizes = ("--config=configs/gemma3.py", "--shapes=tiny", "--vocab=4096")
     found = re.findall(r"^(\w.*\w) +\S+ +(\d+\.\d\d)$", started("gemma3_memory", *sizes), re.M)
