@@ -143,3 +143,30 @@ def test_a_finished_run_shows_its_table_and_another_config_is_refused(finished, 
     other = start(files, "good", f"{QUIET} --config.train.seed=7")
     assert other.returncode == 2
     assert "config.train.seed (now 7, was 0)" in other.stderr
+
+
+_PRINTING = """
+from absl import logging
+from gkdjax.config import cli
+from gkdjax.utils.errors import TrainingFailure
+
+def main(parsed, workdir):
+    print("x" * 10**5)
+    logging.warning("y" * 10**5)
+    raise TrainingFailure("the end")
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize("full", [("stdout",), ("stdout", "stderr")])
+def test_a_full_disk_below_what_is_printed_ends_nothing(full):
+    command = [sys.executable, "-c", _PRINTING, f"--config={ROOT}/configs/quickstart.py"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with open("/dev/full", "w") as lost:
+        streams |= dict.fromkeys(full, lost)
+        process = subprocess.run(command, **streams, text=True, cwd=ROOT, timeout=600)
+    assert process.returncode == 3
+    if "stderr" not in full:
+        assert "stdout is lost: No space left on device\n" in process.stderr
+        assert process.stderr.endswith("gkdjax: the end\n") and "Trace" not in process.stderr

@@ -17,6 +17,7 @@ from ml_collections import config_flags
 from gkdjax.config import schema
 from gkdjax.config.parse import RENAMED, check_key, parse
 from gkdjax.utils.errors import GkdjaxError, Interrupted, Preempted, UserError
+from gkdjax.utils.files import print_or_drop
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file with get_config().")
 _WORKDIR = flags.DEFINE_string(
@@ -29,6 +30,8 @@ def run(main: Callable[[schema.Config, str], None]) -> None:
 
     A signal that would end the process is a request to stop from here on, see `train.stopping`.
     """
+    print_or_drop()
+    logging.get_absl_handler().python_handler.setStream(sys.stderr)  # it has the old one
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, _stop)  # one that is ignored stays so, as nohup wants it

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from gkdjax.utils.errors import GkdjaxError
+from gkdjax.utils.files import print_or_drop
 
 
 def run(
@@ -13,6 +14,7 @@ def run(
     argv: Sequence[str] | None,
 ) -> int:
     """Calls `main(flags)` -> exit code; an expected error is one line on stderr."""
+    print_or_drop()
     flags = parser.parse_args(argv)
     try:
         main(flags)

@@ -204,14 +204,14 @@ def settle(workdir: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def continuable(run: pathlib.Path | epath.Path) -> Iterator[None]:
+def continuable(workdir: str | os.PathLike) -> Iterator[None]:
     """Has a disk that takes no more end a run that has a checkpoint with Preempted."""
     try:
         yield
     except NotWritten as error:
-        if not (steps := saved_steps(run)):
+        if not (steps := saved_steps(remote.place(workdir))):
             raise
-        how = f"The run is saved at step {steps[-1]}: make room, and run again"
+        how = f"The run is saved at step {steps[-1]}; then run again"
         raise Preempted(f"{error}. {how}") from None
 
 

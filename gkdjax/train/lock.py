@@ -26,6 +26,7 @@ from absl import logging
 
 from gkdjax.parallel import multihost, shutdown
 from gkdjax.report import run_files
+from gkdjax.utils import files
 from gkdjax.utils.errors import Preempted, UserError
 
 LOCK = ".gkdjax-lock"
@@ -41,7 +42,8 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     All processes of a run come here, and the leader holds the lock.
 
     Raises:
-      UserError: another run is at work there, or the directory cannot be written.
+      UserError: another run is at work there.
+      NotWritten: the directory cannot be written.
     """
     multihost.wait_for_all()  # CPUs that meet for the first time wait 30 s, and later for long
     with contextlib.ExitStack() as held:
@@ -62,11 +64,9 @@ def _held(path: pathlib.Path) -> Iterator[None]:
         "since": datetime.datetime.now(datetime.UTC).isoformat(" ", "seconds"),
     }
     mine, released = json.dumps(holder | _kernel()).encode(), threading.Event()
-    try:
+    with files.writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _acquired(path, mine)
-    except OSError as error:
-        raise UserError(f"--workdir={path.parent} cannot be written: {error}") from None
 
     def release() -> None:
         with contextlib.suppress(OSError):
@@ -108,10 +108,15 @@ def _acquired(path: pathlib.Path, mine: bytes) -> BinaryIO:
     while True:
         with contextlib.suppress(FileExistsError):
             file = path.open("xb", buffering=0)
-            _flock(file)
-            file.write(mine)
-            if path.read_bytes() == mine:
-                return file
+            try:
+                _flock(file)
+                file.write(mine)
+                if path.read_bytes() == mine:
+                    return file
+            except OSError:
+                path.unlink(missing_ok=True)
+                file.close()
+                raise
             file.close()  # taken over while it was empty
         with contextlib.suppress(FileNotFoundError):  # released in between
             _remove(path, _stale(path))

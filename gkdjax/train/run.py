@@ -62,6 +62,7 @@ def run(
     stop, asks = StopRequest(), teacher is None and config.teacher.is_server
     with (
         stop.listening(config.train.max_seconds),
+        checkpoint.continuable(workdir),
         open_places(workdir, stop, asks) as places,
         multihost.quiet_unless_leading(),
     ):
@@ -90,12 +91,11 @@ def _run_in(places: Places, config: Config, teacher: Teacher | None, stop: StopR
             offline.require_filled(config, workdir, inputs.teacher, steps)
         check.check_memory(inputs)
         check.check_disk(inputs, places.run, setup.total_steps(config, len(inputs.dataset)))
-        with checkpoint.continuable(places.run):
-            found = _distil(assemble(inputs, workdir), places, stop)
-            found["seconds"] = time.monotonic() - began
-            print(report.render(found, places.run))
-            write_json(workdir / "results.json", found)
-            report.write_html(workdir)
+        found = _distil(assemble(inputs, workdir), places, stop)
+        found["seconds"] = time.monotonic() - began
+        write_json(workdir / "results.json", found)
+        print(report.render(found, places.run))
+        report.write_html(workdir)
     return found
 
 

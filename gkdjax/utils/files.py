@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 
 from absl import logging
@@ -20,13 +22,27 @@ def free_bytes(path: pathlib.Path) -> int:
     return shutil.disk_usage(there).free
 
 
+_FULL = errno.ENOSPC, errno.EDQUOT
+_ADVICE = {
+    **dict.fromkeys(_FULL, "make room"),
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f), or that of the disk",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "give this user the right to write there"),
+    errno.EROFS: "mount it for writing, or name another place",
+    errno.EIO: "check the disk",
+}
+
+
 def not_written(path: pathlib.Path, why: Exception) -> NotWritten:
-    """Makes the error of a file, or a directory, that could not be written."""
-    reason = getattr(why, "strerror", None) or one_line(why)
-    if named := getattr(why, "filename", None):  # of a whole directory, or of its source
+    """Makes the error of a file, or a directory, that could not be written, with what helps."""
+    code, reason = getattr(why, "errno", None), getattr(why, "strerror", None) or one_line(why)
+    named = getattr(why, "filename", None)  # of a whole directory, or of its source
+    if named and os.fspath(named) != os.fspath(path):
         reason += f" ({named})"
-    free = size(free_bytes(path))
-    return NotWritten(f"{path} cannot be written: {reason}; {free} are free there")
+    if code in _FULL:
+        reason += f"; {size(free_bytes(path))} are free there"
+    if code in _ADVICE:
+        reason += f"; {_ADVICE[code]}"
+    return NotWritten(f"{path} cannot be written: {reason}")
 
 
 def require_room(path: pathlib.Path, what: str, least: int, wanted: int) -> None:
@@ -37,7 +53,7 @@ def require_room(path: pathlib.Path, what: str, least: int, wanted: int) -> None
     """
     free = free_bytes(path)
     if free < least:
-        needed = f"{what} takes {size(least)}, and {size(free)} are free there"
+        needed = f"{what} takes {size(least)}, and {size(free)} are free there; make room"
         raise NotWritten(f"{path} cannot be written: {needed}")
     if free < wanted:
         logging.warning(
@@ -58,6 +74,35 @@ def writing(path: pathlib.Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise not_written(path, error) from error
+
+
+class _Dropping(io.FileIO):
+    """A stream that drops what is not taken: by a full disk, or by a program that has ended."""
+
+    _told = False
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if self.fileno() == 1 and not self._told:
+                self._told = True
+                lost = f"gkdjax: what is printed on stdout is lost: {error.strerror}"
+                print(lost, file=sys.stderr)
+            return len(data)
+
+
+def print_or_drop() -> None:
+    """Has nothing end because stdout or stderr cannot be written."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or stream is not getattr(sys, f"__{name}__"):  # closed, or captured
+            continue
+        stream.flush()
+        raw = _Dropping(stream.fileno(), "w", closefd=False)
+        how = {"encoding": stream.encoding, "errors": stream.errors}
+        how |= {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+        setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), **how))
 
 
 def to_disk(path: pathlib.Path) -> None:

@@ -45,8 +45,9 @@ def test_a_disk_that_fills_at_every_moment_costs_nothing_but_starts(whole, tmp_p
 
     for module in (files, writer):
         monkeypatch.setattr(module, "writing", full)
-    moments = [(name, False, NotWritten) for name in FIRST]
-    for refused, late, error in moments + [(name, True, Preempted) for name in LATER]:
+    run = tmp_path.name  # where the lock is made
+    moments = [(name, False, NotWritten) for name in (run, *FIRST)]
+    for refused, late, error in moments + [(name, True, Preempted) for name in (*LATER, run)]:
         with pytest.raises(error, match=rf"{refused} cannot be written: No space left on device"):
             gkdjax.run(c, tmp_path, teacher=ConstantTeacher())
         assert bool(checkpoint.saved_steps(tmp_path)) == late

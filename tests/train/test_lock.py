@@ -226,5 +226,5 @@ def test_a_place_that_cannot_be_written_is_named(student, tmp_path, how):
     elif how == "lock":
         (run / lock.LOCK).mkdir(parents=True)
     run = {"parent": run / "below", "proc": pathlib.Path("/proc/1/run")}.get(how, run)
-    with pytest.raises(UserError, match=f"--workdir={run} cannot be written: "):
+    with pytest.raises(UserError, match=f"{run} cannot be written: "):
         gkdjax.run(small(student), run)

@@ -1,7 +1,9 @@
 """Files on a disk that takes no more, and the order in which they get there."""
 
+import errno
 import os
 import pathlib
+import re
 
 import pytest
 from disks import longest_file
@@ -20,6 +22,23 @@ def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path):
         files.write_json(path, {"new": 1})
     assert files.read_json(path) == {"old": 1}
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        (errno.ENOSPC, r"No space left on device; .* are free there; make room"),
+        (errno.EDQUOT, r"Disk quota exceeded; .* are free there; make room"),
+        (errno.EACCES, r"Permission denied; give this user the right to write there"),
+        (errno.EROFS, r"Read-only file system; mount it for writing, or name another place"),
+        (errno.ENOTDIR, r"Not a directory \(/x/y\)"),
+    ],
+)
+def test_what_helps_is_told_and_nothing_else(tmp_path, code, told):
+    named = "/x/y" if code == errno.ENOTDIR else str(tmp_path)
+    with pytest.raises(NotWritten) as raised, files.writing(tmp_path):
+        raise OSError(code, os.strerror(code), named)
+    assert re.fullmatch(f"{tmp_path} cannot be written: {told}", str(raised.value))
 
 
 def test_a_line_is_added_as_a_whole_or_not_at_all(tmp_path):

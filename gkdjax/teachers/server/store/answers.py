@@ -287,8 +287,9 @@ class AnswerStore(contextlib.AbstractContextManager):
             advice = _ADVICE.get(_code(error)) or _DAMAGED
             if _code(error) not in _DISK:
                 raise UserError(f"{self._name}: {error}: {advice}") from error
-            free = size(free_bytes(self._path))
-            raise NotWritten(f"{self._name}: {error}: {advice}; {free} are free there") from error
+            if _code(error) != sqlite3.SQLITE_READONLY:
+                advice += f"; {size(free_bytes(self._path))} are free there"
+            raise NotWritten(f"{self._name}: {error}: {advice}") from error
 
 
 def _context(*columns) -> bytes:
