@@ -24,7 +24,7 @@ from small_runs import ConstantTeacher
 
 from gkdjax.data.chat_template import load_chat
 from gkdjax.parallel.mesh import fetch, holders, make_mesh, shard_rows
-from gkdjax.parallel.multihost import Stopping
+from gkdjax.parallel.multihost import Flags
 from gkdjax.teachers.scoring import request_targets
 
 STEPS, STOPPED_AT = 5, 2
@@ -43,7 +43,7 @@ def _asked(batch, mesh) -> list[int]:
 def main(model: str, out: str, coordinator: str, count: str, index: str) -> None:
     jax.distributed.initialize(coordinator, int(count), int(index))
     mesh = make_mesh()
-    stopping, is_last = Stopping(mesh), int(index) + 1 == int(count)
+    stopping, is_last = Flags(mesh), int(index) + 1 == int(count)
     feed, found = feed_of(load_chat(model)), []
     for step in range(STEPS):
         batch, _ = feed.batch(step)
@@ -58,7 +58,7 @@ def main(model: str, out: str, coordinator: str, count: str, index: str) -> None
                 "total": int(jax.jit(jnp.sum)(whole.student_tokens_BS)),
                 "fetched": fetch(whole.row_id_B).tolist(),
                 "asked": _asked(batch, mesh),
-                "stops": stopping.asked(is_last and step == STOPPED_AT),
+                "stops": bool(stopping.any(is_last and step == STOPPED_AT)[0]),
             }
         )
     pathlib.Path(out).write_text(json.dumps(found))

@@ -12,6 +12,7 @@ import pathlib
 import sys
 
 import compiling
+from absl import logging
 
 os.environ["XLA_FLAGS"] = compiling.devices(max(2 // int(sys.argv[4]), 1))
 
@@ -20,6 +21,7 @@ from server_runs import config_for
 from small_runs import small
 
 import gkdjax
+from gkdjax.config import cli
 from gkdjax.parallel import multihost
 from gkdjax.utils import remote
 from gkdjax.utils.errors import GkdjaxError
@@ -29,6 +31,8 @@ remote.EVERY_S, remote._SILENT_S = 0.2, 3.0
 
 
 def main(spec: str, workdir: str, coordinator: str, count: str, index: str) -> None:
+    logging.use_absl_handler()
+    logging.get_absl_handler().addFilter(cli._is_for_people)
     if int(count) > 1:
         jax.distributed.initialize(coordinator, int(count), int(index))
     asked = json.loads(pathlib.Path(spec).read_text())

@@ -7,6 +7,7 @@ the plain thing.
 """
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -19,17 +20,21 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# JAX has no public way to its store of keys. Orbax reaches for the same.
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gkdjax.utils import errors
-from gkdjax.utils.errors import GkdjaxError, UserError
+from gkdjax.utils.errors import GkdjaxError, NotWritten, UserError
 
 Result = TypeVar("Result")
 
 # Large, made anew by each process at need, or read through Orbax, which knows of processes.
 _NOT_COPIED = ("checkpoints", "merged", "adapter", "tensorboard", "*.sqlite*", "*.part")
 _NOT_COPIED += (".processes-*",)
+_MEET_S = 0.1
 _SEEN_WITHIN_S = 60  # so late may NFS show a new file, as it is mounted by default
 
 
@@ -170,26 +175,60 @@ def _require_shared(workdir: pathlib.Path) -> None:
         )
 
 
-class Stopping:
-    """Whether any process was asked to stop: all know it at the same step.
+class Barrier:
+    """Where threads of all processes meet; if one of them has given up, the others do, too."""
+
+    def __init__(self):
+        self._client, self._name = distributed.global_state.client, "gkdjax/gave_up/0"
+
+    def begin(self, number: int) -> None:
+        """Begins the `number`-th thing that may be given up: by all processes, before they meet."""
+        self._name = f"gkdjax/gave_up/{number}"
+
+    def give_up(self, why: str) -> None:
+        if self._client is not None:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one has
+                self._client.key_value_set(self._name, f"process {jax.process_index()}: {why}")
+
+    def __call__(self, *, key: str, timeout_ms: int) -> None:
+        """Returns when all have come.
+
+        Raises:
+          NotWritten: one has given up.
+          TimeoutError: not all came in time.
+        """
+        if self._client is None:
+            return
+        here, deadline = f"gkdjax/met/{key}/", time.monotonic() + timeout_ms / 1000
+        self._client.key_value_set(f"{here}{jax.process_index()}", "", allow_overwrite=True)
+        while len(self._client.key_value_dir_get(here)) < jax.process_count():
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody has
+                raise NotWritten(self._client.key_value_try_get(self._name))
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not all processes came to {key}")
+            time.sleep(_MEET_S)
+
+
+class Flags:
+    """Whether any process says so: all know it at the same step.
 
     The flags are summed on the devices behind a step, and read when the next one was dispatched: no
-    device waits for them. So several processes stop one step later than a single one.
+    device waits for them. So several processes know it one step later than a single one.
     """
 
     def __init__(self, mesh: Mesh):
         self._mesh, self._pending = mesh, None
 
-    def asked(self, stop: bool) -> bool:
-        """Called once a step by every process; `stop`: whether this one was asked."""
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Called once a step by every process, with its own flags."""
         if jax.process_count() == 1:
-            return stop
+            return flags
         cut = NamedSharding(self._mesh, PartitionSpec(self._mesh.axis_names))
-        flags = jax.make_array_from_callback(
-            (self._mesh.size,), cut, lambda _: np.asarray([stop], np.int32)
+        all_FD = jax.make_array_from_callback(
+            (self._mesh.size, len(flags)), cut, lambda _: np.asarray([flags], np.int32)
         )
-        before, self._pending = self._pending, _sum(flags)
-        return before is not None and int(before) > 0
+        before, self._pending = self._pending, _sum(all_FD)
+        return (False,) * len(flags) if before is None else tuple(np.asarray(before) > 0)
 
 
-_sum = jax.jit(jnp.sum)
+_sum = jax.jit(functools.partial(jnp.sum, axis=0))

@@ -49,12 +49,16 @@ class Checkpoints:
         self._run, self._directory, self._keep = run, _directory_of(run), keep
         self._before = before or functools.partial(settle, run)
         self._failed: NotWritten | None = None
+        self._begun, self._barrier = 0, multihost.Barrier()
         with remote.writing(self._directory):
             self._remove_unfinished()
             multihost.wait_for_all()
             self._manager = ocp.CheckpointManager(
                 self._directory,
-                options=ocp.CheckpointManagerOptions(preservation_policy=policy),
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=policy,
+                    async_options=ocp.AsyncOptions(barrier_sync_fn=self._barrier),
+                ),
             )
 
     def save(self, state: TrainState, due: bool = True) -> None:
@@ -64,26 +68,22 @@ class Checkpoints:
 
         Args:
           state: may be donated afterwards.
-          due: False: it is saved because an earlier one could not be.
+          due: False: it is saved only if an earlier one could not be.
 
         Raises:
-          NotWritten: this is due and fails, and so did the one before. With several processes,
-            which do not know of each other's failures, the first failure of a save is enough.
+          NotWritten: this is due and fails, and so did the one before.
         """
-        self._finish()
+        self._finish_together()
         leaves = _by_path(state)
         step = int(leaves["step"])
         saved = self._manager.all_steps()
-        if step in saved:
-            return
         again = self._failed is not None
+        if step in saved or not (due or again):
+            return
+        self._begun += 1
+        self._barrier.begin(self._begun)
         try:
-            if multihost.leads():
-                self._before()
-                one = sum(leaf.nbytes for leaf in leaves.values())
-                to_come = max(self._keep + 1 - len(saved), 1)
-                if not remote.is_remote(self._run):
-                    files.require_room(self._directory, "a checkpoint", one, one * to_come)
+            multihost.on_leader(functools.partial(self._prepare, leaves, len(saved)))
             meta = {"step": step, "fingerprints": _fingerprints(leaves)}
             args = {"state": ocp.args.StandardSave(leaves), "meta": ocp.args.JsonSave(meta)}
             self._manager.save(step, args=ocp.args.Composite(**args))
@@ -92,14 +92,16 @@ class Checkpoints:
                 self._failed = None
         except Exception as error:  # see `_note`
             self._note(error)
-            if due and (again or jax.process_count() > 1):
-                raise self._failed from None
+        if again:
+            self._agree()
+            if due and self._failed is not None:
+                raise self._failed
 
     def failed(self) -> bool:
-        """Whether the last save was noticed to have failed; never so with several processes."""
+        """Whether the last save was noticed to have failed, by this process."""
         if self._failed is None and not self._manager.is_saving_in_progress():
             self._finish()
-        return self._failed is not None and jax.process_count() == 1
+        return self._failed is not None
 
     def restore(self, like: TrainState) -> TrainState | None:
         """Restores the newest checkpoint that is whole, in the structure of `like`; None if none.
@@ -130,13 +132,17 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything begun is on disk; NotWritten if the last save failed."""
-        self._finish()
+        self._finish_together()
         if self._failed is not None:
             raise self._failed
 
     def close(self) -> None:
         self._finish()
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception as error:  # Orbax may raise twice what failed once
+            self._note(error)
+            self._manager.close()
 
     def _finish(self) -> None:
         """Waits for what was begun."""
@@ -144,6 +150,27 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:
             self._note(error)
+
+    def _finish_together(self) -> None:
+        self._finish()
+        self._agree()
+
+    def _agree(self) -> None:
+        """Has a failure that any process noted be noted by all."""
+        try:
+            with multihost.fail_together():
+                if self._failed is not None:
+                    raise self._failed
+        except NotWritten as error:
+            self._failed = error
+            self._remove_unfinished()
+
+    def _prepare(self, leaves: dict[str, jax.Array], saved: int) -> None:
+        self._before()
+        one = sum(leaf.nbytes for leaf in leaves.values())
+        if not remote.is_remote(self._run):
+            wanted = one * max(self._keep + 1 - saved, 1)
+            files.require_room(self._directory, "a checkpoint", one, wanted)
 
     def _note(self, error: Exception) -> None:
         """Keeps and tells an error of the disk; raises any other."""
@@ -160,7 +187,9 @@ class Checkpoints:
         if self._failed is None:
             logging.warning("%s; the state is saved as soon as it can be", error)
         self._failed = error
-        self._remove_unfinished()
+        self._barrier.give_up(str(error))
+        if jax.process_count() == 1:  # the others may still write there
+            self._remove_unfinished()
 
     def _remove_unfinished(self) -> None:
         """Removes the directories of saves that were killed or failed.

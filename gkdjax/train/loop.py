@@ -49,7 +49,7 @@ def train(run: Run, places: Places, stop: StopRequest) -> tuple[TrainState, dict
     if not run.keeps_base and run.frozen is None:
         run.base = None  # a full fine-tuning that nothing compares with its start
     batches = BatchPrefetcher(run, workdir, first, steps)
-    stopping = multihost.Stopping(run.inputs.mesh)
+    flags = multihost.Flags(run.inputs.mesh)
 
     with (
         contextlib.closing(checkpoints),
@@ -80,8 +80,8 @@ def train(run: Run, places: Places, stop: StopRequest) -> tuple[TrainState, dict
             with watchdog.watching((*map(np.shape, jax.tree.leaves(batch[:3])), due)):
                 state, sums = train_step(state, run.frozen, *batch[:3], divergence=batch.divergence)
                 record.record(step, sums, batch)
-                stopped = stopping.asked(stop.event.is_set())
-                if due or stopped or checkpoints.failed():
+                stopped, failed = flags.any(stop.event.is_set(), checkpoints.failed())
+                if due or stopped or failed:
                     record.check(state)
                     if last:
                         record.require_some_good(steps)

@@ -39,9 +39,9 @@ def not_written(path: pathlib.Path, why: Exception) -> NotWritten:
     if named and os.fspath(named) != os.fspath(path):
         reason += f" ({named})"
     if code in _FULL:
-        reason += f"; {size(free_bytes(path))} are free there"
+        reason += f", {size(free_bytes(path))} are free there"
     if code in _ADVICE:
-        reason += f"; {_ADVICE[code]}"
+        reason += f": {_ADVICE[code]}"
     return NotWritten(f"{path} cannot be written: {reason}")
 
 
@@ -53,7 +53,7 @@ def require_room(path: pathlib.Path, what: str, least: int, wanted: int) -> None
     """
     free = free_bytes(path)
     if free < least:
-        needed = f"{what} takes {size(least)}, and {size(free)} are free there; make room"
+        needed = f"{what} takes {size(least)}, and {size(free)} are free there: make room"
         raise NotWritten(f"{path} cannot be written: {needed}")
     if free < wanted:
         logging.warning(

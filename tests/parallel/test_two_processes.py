@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pathlib
+import resource
 import signal
 import socket
 import subprocess
@@ -27,6 +28,7 @@ import gkdjax
 from gkdjax.data.batching import RowOrder
 from gkdjax.data.chat_template import load_chat
 from gkdjax.train import lock
+from gkdjax.train.checkpoint import saved_steps
 
 HERE = pathlib.Path(__file__).parents[1]
 HEADS = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -213,6 +215,35 @@ def test_a_process_that_is_stopped_ends_the_others(start_run, tmp_path, stopped)
     errors = errors_of(running[:stopped] + running[stopped + 1 :], 75)
     assert all("a step has taken longer than 5 s" in error for error in errors)
     assert all("in train" in error for error in errors)  # the stacks
+
+
+@SLOW
+@pytest.mark.parametrize(("full", "for_good"), [(1, False), (0, True)])
+def test_a_save_that_one_process_cannot_write_is_known_to_both(start_run, tmp_path, full, for_good):
+    """It is made good when there is room, and else both end alike."""
+    workdir, limit = tmp_path / "run", resource.RLIMIT_FSIZE
+    changes = {"train__steps": 100_000, "checkpoint__every_steps": 10, "student__lora__rank": 64}
+    running = start_run([workdir] * 2, **changes)
+    (process, log), (other, _) = running[full], running[1 - full]
+
+    def wait_until(found):
+        while not found():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                raise AssertionError(f"ended with {process.wait(timeout=0.1)}")
+
+    wait_until(lambda: saved_steps(workdir))
+    limits = resource.prlimit(process.pid, limit)
+    resource.prlimit(process.pid, limit, (40_000, limits[1]))  # no other file is so large
+    if not for_good:
+        wait_until(lambda: "File too large" in pathlib.Path(log.name).read_text())
+        resource.prlimit(process.pid, limit, limits)
+        before = saved_steps(workdir)[-1]
+        wait_until(lambda: saved_steps(workdir)[-1] > before)
+        other.send_signal(signal.SIGTERM)
+    errors = errors_of(running, 75)
+    assert all("checkpoints cannot be written: File too large" in error for error in errors)
+    assert all(("The run is saved at step" in error) == for_good for error in errors)
+    assert f"process {full}: " in errors[1 - full]
 
 
 @SLOW

@@ -259,6 +259,13 @@ def test_a_save_that_fails_is_made_good_later(tmp_path, monkeypatch, caplog):
     assert_is(restore(tmp_path), 3)
 
 
+def test_a_save_that_fails_does_not_hide_what_ended_the_run(tmp_path, caplog):
+    with longest_file(10), pytest.raises(KeyError), opened(tmp_path) as checkpoints:
+        checkpoints.save(state_at(1))
+        raise KeyError
+    assert "checkpoints cannot be written: File too large" in caplog.text
+
+
 def test_two_saves_that_fail_end_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "free_bytes", lambda path: 100)
     with opened(tmp_path) as checkpoints:

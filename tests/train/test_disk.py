@@ -15,10 +15,17 @@ from gkdjax.utils import files
 from gkdjax.utils.errors import NotWritten, Preempted
 
 # A file -> whether it is refused before the first checkpoint, or after it.
-FIRST = ("config.json", "clock.json", "models.json", "ending.json", "trajectories_train.jsonl")
+FIRST = (
+    "run",
+    "config.json",
+    "clock.json",
+    "models.json",
+    "ending.json",
+    "trajectories_train.jsonl",
+)
 FIRST += ("rows.json", "before.json", "answers.jsonl", "samples.jsonl", "metrics.jsonl")
-LATER = ("trajectories_student.jsonl", "metrics.jsonl", "answers.jsonl", "merged", "report.png")
-LATER += ("results.json", "report.html")
+LATER = ("trajectories_student.jsonl", "run", "metrics.jsonl", "answers.jsonl", "merged")
+LATER += ("report.png", "results.json", "report.html")
 
 
 @pytest.fixture(scope="module")
@@ -33,28 +40,27 @@ def whole(student, tmp_path_factory):
 
 @pytest.mark.slow(90)
 def test_a_disk_that_fills_at_every_moment_costs_nothing_but_starts(whole, tmp_path, monkeypatch):
-    c, undisturbed = whole
+    (c, undisturbed), run = whole, tmp_path / "run"  # in which the lock is made
     writing = files.writing
 
     @contextlib.contextmanager
     def full(path):
         with writing(path):
-            if path.name == refused and bool(checkpoint.saved_steps(tmp_path)) == late:
+            if path.name == refused and bool(checkpoint.saved_steps(run)) == late:
                 raise OSError(errno.ENOSPC, "No space left on device")
             yield
 
     for module in (files, writer):
         monkeypatch.setattr(module, "writing", full)
-    run = tmp_path.name  # where the lock is made
-    moments = [(name, False, NotWritten) for name in (run, *FIRST)]
-    for refused, late, error in moments + [(name, True, Preempted) for name in (*LATER, run)]:
+    moments = [(name, False, NotWritten) for name in FIRST]
+    for refused, late, error in moments + [(name, True, Preempted) for name in LATER]:
         with pytest.raises(error, match=rf"{refused} cannot be written: No space left on device"):
-            gkdjax.run(c, tmp_path, teacher=ConstantTeacher())
-        assert bool(checkpoint.saved_steps(tmp_path)) == late
+            gkdjax.run(c, run, teacher=ConstantTeacher())
+        assert bool(checkpoint.saved_steps(run)) == late
         jax.clear_caches()
     refused = None
-    gkdjax.run(c, tmp_path, teacher=ConstantTeacher())
-    assert outcome(tmp_path) == outcome(undisturbed)
+    gkdjax.run(c, run, teacher=ConstantTeacher())
+    assert outcome(run) == outcome(undisturbed)
 
 
 def test_damage_is_told_and_the_run_goes_on(whole, tmp_path, caplog):

@@ -27,10 +27,10 @@ def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path):
 @pytest.mark.parametrize(
     ("code", "told"),
     [
-        (errno.ENOSPC, r"No space left on device; .* are free there; make room"),
-        (errno.EDQUOT, r"Disk quota exceeded; .* are free there; make room"),
-        (errno.EACCES, r"Permission denied; give this user the right to write there"),
-        (errno.EROFS, r"Read-only file system; mount it for writing, or name another place"),
+        (errno.ENOSPC, r"No space left on device, .* are free there: make room"),
+        (errno.EDQUOT, r"Disk quota exceeded, .* are free there: make room"),
+        (errno.EACCES, r"Permission denied: give this user the right to write there"),
+        (errno.EROFS, r"Read-only file system: mount it for writing, or name another place"),
         (errno.ENOTDIR, r"Not a directory \(/x/y\)"),
     ],
 )
