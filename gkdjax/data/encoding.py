@@ -27,8 +27,7 @@ class Encoder:
         self._tokenizer = tokenizer
         # More than a row has, and few enough for long ones.
         self._piece = functools.lru_cache(maxsize=256)(self._apart)
-        named = [*map(str, tokenizer.special_tokens_map.values())]
-        cuts = [t for t in _sure_cuts(tokenizer) if t in template or t in named]
+        cuts = _sure_cuts(tokenizer, template)
         self._cut = re.compile("|".join(map(re.escape, cuts)))
         probe = "".join(f"{text}{cut}" for cut in cuts for text in _PROBES)
         if not cuts or not all(map(np.array_equal, self(probe), self._whole(probe))):
@@ -66,8 +65,8 @@ def _arrays(ids: list[int], spans: list[tuple[int, int]]) -> Encoded:
     return np.asarray(ids, np.int32), at
 
 
-def _sure_cuts(tokenizer: transformers.PreTrainedTokenizerBase) -> list[str]:
-    """Returns the added tokens before which text is cut wherever they stand in it."""
+def _sure_cuts(tokenizer: transformers.PreTrainedTokenizerBase, template: str) -> list[str]:
+    """Returns the tokens that a template writes before which text is cut wherever they stand."""
     backend = tokenizer.backend_tokenizer
     # Others are searched for in the pieces.
     added = [t for t in backend.get_added_tokens_decoder().values() if not t.normalized]
@@ -75,9 +74,11 @@ def _sure_cuts(tokenizer: transformers.PreTrainedTokenizerBase) -> list[str]:
     # Whether a single word is found depends on the characters beside it.
     if backend.encode_special_tokens or at_random or any(t.single_word for t in added):
         return []
-    contents = [token.content for token in added]
+    named = [*map(str, tokenizer.special_tokens_map.values())]
     plain = [t.content for t in added if not (t.lstrip or t.content[:1].isspace())]
-    return [token for token in plain if token and not _is_hidden(token, contents)]
+    written = [token for token in plain if token and (token in template or token in named)]
+    contents = [token.content for token in added]  # some tokenizers have thousands
+    return [token for token in written if not _is_hidden(token, contents)]
 
 
 def _is_hidden(token: str, tokens: Iterable[str]) -> bool:
