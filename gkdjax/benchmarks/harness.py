@@ -18,6 +18,8 @@ from typing import Any
 
 import jax
 
+from gkdjax.utils.files import write_text
+
 GIB = 2**30
 Results = dict[Any, list[dict]]  # case -> one dict of numbers a round
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
@@ -32,7 +34,7 @@ def rounds(cases: Mapping[Any, Callable[[], dict]], count: int, out: str | None 
             print(f"round {number + 1} of {count}: {case}", file=sys.stderr, flush=True)
         if out is not None:
             measured = [{"case": str(case), "rounds": found} for case, found in results.items()]
-            pathlib.Path(out).write_text(json.dumps(measured, indent=1) + "\n")
+            write_text(pathlib.Path(out), json.dumps(measured, indent=1) + "\n")
     return results
 
 

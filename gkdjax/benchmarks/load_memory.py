@@ -30,6 +30,7 @@ from gkdjax.models.families.common import CheckpointNames
 from gkdjax.models.hf import load
 from gkdjax.models.hf.model_config import load_spec
 from gkdjax.parallel.mesh import make_mesh
+from gkdjax.utils.files import write_text
 from gkdjax.utils.text import table
 
 _LAYERS = 16
@@ -67,7 +68,7 @@ def write_checkpoint(directory: pathlib.Path, size: float) -> None:
         "rope_theta": 1e4,
         "tie_word_embeddings": True,
     }
-    (directory / "config.json").write_text(json.dumps(config))
+    write_text(directory / "config.json", json.dumps(config))
     spec, rng, weight_map = load_spec(directory), np.random.default_rng(0), {}
     names, shapes = load.leaf_names(spec, CheckpointNames()), param_shapes(spec)
     for layer in range(_LAYERS):
@@ -81,7 +82,7 @@ def write_checkpoint(directory: pathlib.Path, size: float) -> None:
         safetensors.numpy.save_file(tensors, directory / file)
         weight_map |= dict.fromkeys(tensors, file)
     index = json.dumps({"metadata": {}, "weight_map": weight_map})
-    (directory / "model.safetensors.index.json").write_text(index)
+    write_text(directory / "model.safetensors.index.json", index)
 
 
 def in_new_process(directory: str, fsdp: int) -> dict:

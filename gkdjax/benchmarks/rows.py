@@ -22,6 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from gkdjax import config
 from gkdjax.benchmarks import harness
 from gkdjax.train import setup
+from gkdjax.utils.files import write_text
 from gkdjax.utils.text import table
 
 _TEMPLATE = (
@@ -78,8 +79,8 @@ def main() -> None:
 
 def write_job(directory: pathlib.Path, write: "Writer", rows: int, messages, prefix: int) -> None:
     """Writes config.json, train.jsonl and the words of the prefix."""
-    (directory / "config.json").write_text(json.dumps(_MODEL | {"vocab_size": 16384}))
-    (directory / "prefix.txt").write_text(write.text(prefix))
+    write_text(directory / "config.json", json.dumps(_MODEL | {"vocab_size": 16384}))
+    write_text(directory / "prefix.txt", write.text(prefix))
     with (directory / "train.jsonl").open("w") as file:
         for _ in range(rows):
             talk = [

@@ -129,14 +129,24 @@ def own_directory(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
         yield workdir
         return
     _require_shared(workdir)
-    if leads():
-        wait_for_all()  # nothing changes while the others copy
-        yield workdir
-        return
-    with tempfile.TemporaryDirectory(prefix="gkdjax-process-") as parent:
-        own = pathlib.Path(parent, "run")
-        shutil.copytree(workdir, own, ignore=shutil.ignore_patterns(*_NOT_COPIED))
-        wait_for_all()
+    with contextlib.ExitStack() as held:
+        with fail_together():  # nothing changes while the others copy
+            own = workdir if leads() else held.enter_context(_copied(workdir))
+        yield own
+
+
+@contextlib.contextmanager
+def _copied(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
+    with contextlib.ExitStack() as held:
+        try:
+            parent = held.enter_context(tempfile.TemporaryDirectory(prefix="gkdjax-process-"))
+            own = pathlib.Path(parent, "run")
+            shutil.copytree(workdir, own, ignore=shutil.ignore_patterns(*_NOT_COPIED))
+        except OSError as error:
+            raise NotWritten(
+                f"{workdir} cannot be copied for this process: {errors.one_line(error)}. Make room"
+                " there, or set TMPDIR"
+            ) from None
         yield own
 
 

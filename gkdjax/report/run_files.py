@@ -182,8 +182,7 @@ def keep_lines_before(path: pathlib.Path, step: int) -> set[int]:
             raise UserError(f"{path}:{place + 1} is damaged. Put it back, or delete it: {without}")
         logging.warning("%s is damaged from line %d on, and cut off there", path, place + 1)
     if lines:
-        with files.replacing(path) as part:
-            part.write_bytes(b"".join(line + b"\n" for line in lines[:count]))
+        files.write_bytes(path, b"".join(line + b"\n" for line in lines[:count]))
     return {records[i]["step"] for i in kept}
 
 

@@ -33,7 +33,7 @@ from gkdjax.losses.topk import TokenTopK, TopKLogprobs
 from gkdjax.types import Completion, Prompt, digest
 from gkdjax.utils import text as utils_text
 from gkdjax.utils.errors import UserError
-from gkdjax.utils.files import append, replacing, write_text, writing
+from gkdjax.utils.files import append, write_bytes, write_text, writing
 
 _LINE_BREAKS = str.maketrans({c: f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"})
 _COLUMNS = {"row": str, "number": int, "writer": str, "step": int, "prompt_digest": str}
@@ -196,8 +196,8 @@ def write_cached(path: pathlib.Path, start: int, cached: Sequence[TokenTopK]) ->
     with writing(file):
         file.parent.mkdir(exist_ok=True)
     metadata = {"temperature": repr(cached[0].topk.temperature)}
-    with replacing(file) as part:  # the library's own file raises no OSError
-        part.write_bytes(safetensors.numpy.save(tensors, metadata))
+    # Not the library's own file, which raises no OSError.
+    write_bytes(file, safetensors.numpy.save(tensors, metadata))
 
 
 def read_cached(path: pathlib.Path, start: int, lengths: Sequence[int]) -> list[TokenTopK]:

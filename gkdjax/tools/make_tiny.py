@@ -14,7 +14,6 @@ This module imports no jax, so that a config file can call it before jax may be 
 import argparse
 import json
 import pathlib
-import shutil
 import sys
 import tempfile
 
@@ -26,6 +25,7 @@ from gkdjax import tools
 from gkdjax.config import ASSETS
 from gkdjax.models.decoder_config import DecoderConfig, param_shapes
 from gkdjax.models.families import gemma3
+from gkdjax.utils import files
 from gkdjax.utils.errors import UserError
 
 _SOURCE = ASSETS / "quickstart/student"
@@ -79,18 +79,20 @@ def make_tiny(
         "dtype": dtype,
     }
     tensors = _tensors(gemma3.decoder_spec(config), known_ids, seed, _DTYPES[dtype])
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own: the runs of a sweep may all come here at the same time.
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=directory.name + ".") as part:
-        made = pathlib.Path(part) / "made"  # the directory around it is its owner's alone
+    with files.writing(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        # A name of its own: the runs of a sweep may all come here at the same time.
+        part = tempfile.TemporaryDirectory(dir=directory.parent, prefix=directory.name + ".")
+    with part, files.writing(directory):
+        made = pathlib.Path(part.name) / "made"  # the directory around it is its owner's alone
         made.mkdir()
         for name in _COPIED:
-            shutil.copyfile(_SOURCE / name, made / name)
+            files.write_bytes(made / name, (_SOURCE / name).read_bytes())
         for name, fields in (("config.json", config), (_SETTINGS, settings)):
-            (made / name).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+            files.write_text(made / name, json.dumps(fields, indent=2, sort_keys=True) + "\n")
         # Not save_file, which makes files that nobody else may read.
         weights = safetensors.numpy.save(tensors, metadata={"format": "pt"})
-        (made / _WEIGHTS).write_bytes(weights)
+        files.write_bytes(made / _WEIGHTS, weights)
         try:
             made.rename(directory)
         except OSError:
@@ -102,8 +104,8 @@ def _is_made(directory: pathlib.Path, settings: dict) -> bool:
     """Tells whether the model is there; UserError for a part of it or anything else."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return False
-    files = (_SETTINGS, _WEIGHTS, "config.json", *_COPIED)
-    if not all((directory / name).is_file() for name in files):
+    names = (_SETTINGS, _WEIGHTS, "config.json", *_COPIED)
+    if not all((directory / name).is_file() for name in names):
         raise UserError(f"{directory} is not a whole tiny model; remove it, or name another place")
     found = json.loads((directory / _SETTINGS).read_text())
     if found != settings:

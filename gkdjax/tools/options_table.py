@@ -16,6 +16,7 @@ import typing
 
 from gkdjax.config import schema
 from gkdjax.config.parse import readable
+from gkdjax.utils.files import write_text
 
 README = pathlib.Path(schema.__file__).with_name("README.md")
 BEGIN, END = "<!-- options: begin -->\n", "<!-- options: end -->\n"
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gkdjax.tools.options_table")
     parser.add_argument("--write", action="store_true", help=f"puts it into {README.name}")
     if parser.parse_args(argv).write:
-        README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
+        write_text(README, updated(README.read_text(encoding="utf-8")))
     else:
         print(table())
     return 0

@@ -13,8 +13,10 @@ This module imports no jax, so that a config file can call it before jax may be 
 import json
 import pathlib
 import sys
+import tempfile
 
 from gkdjax.config import Teacher
+from gkdjax.utils import files
 
 MODELS = pathlib.Path("runs/tiny_models")
 
@@ -91,8 +93,13 @@ def first_lines(path: str, count: int) -> str:
     source = pathlib.Path(path)
     short = MODELS / f"{source.parent.name}-{source.name}"
     lines = source.read_text(encoding="utf-8").splitlines(keepends=True)
-    MODELS.mkdir(parents=True, exist_ok=True)
-    short.write_text("".join(lines[:count]), encoding="utf-8")
+    with files.writing(short):
+        MODELS.mkdir(parents=True, exist_ok=True)
+        # A place of its own: several processes may come here at the same time.
+        with tempfile.TemporaryDirectory(dir=MODELS) as own:
+            part = pathlib.Path(own, short.name)
+            files.write_text(part, "".join(lines[:count]))
+            part.replace(short)
     return str(short)
 
 

@@ -63,8 +63,8 @@ def write(workdir: pathlib.Path, step: int, why: str, batch: TrainBatch) -> None
     path = _path(workdir, step)
     with files.writing(path):
         path.parent.mkdir(exist_ok=True)
-    with files.replacing(path) as part:  # the library's own file raises no OSError
-        part.write_bytes(safetensors.numpy.save(leaves, {"line": json.dumps(line)}))
+    # Not the library's own file, which raises no OSError.
+    files.write_bytes(path, safetensors.numpy.save(leaves, {"line": json.dumps(line)}))
     files.append_line(workdir / LINES, line)
 
 

@@ -36,7 +36,7 @@ def not_written(path: pathlib.Path, why: Exception) -> NotWritten:
     """Makes the error of a file, or a directory, that could not be written, with what helps."""
     code, reason = getattr(why, "errno", None), getattr(why, "strerror", None) or one_line(why)
     named = getattr(why, "filename", None)  # of a whole directory, or of its source
-    if named and os.fspath(named) != os.fspath(path):
+    if named and code not in _FULL and os.fspath(named) != os.fspath(path):
         reason += f" ({named})"
     if code in _FULL:
         reason += f", {size(free_bytes(path))} are free there"
@@ -157,10 +157,14 @@ def append_line(path: pathlib.Path, line: dict) -> None:
     append(path, json.dumps(line) + "\n")
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
     """Writes a whole file, or none."""
     with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(content)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    write_bytes(path, text.encode())
 
 
 def write_json(path: pathlib.Path, value: dict) -> None:

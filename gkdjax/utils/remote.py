@@ -122,7 +122,7 @@ class Copy:
 
     def keep(self) -> None:
         """Declares `own` the newest copy: whoever works elsewhere next fetches what it sent."""
-        (self._own / _COPY).write_text(uuid.uuid4().hex)
+        files.write_text(self._own / _COPY, uuid.uuid4().hex)
         with writing(self._run):
             self._write_lock(working=True)
 

@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from disks import longest_file
 
 from gkdjax.data.chat_template import load_chat
 from gkdjax.models.hf import load, model_config
 from gkdjax.models.hf.tensor_files import TensorFiles
 from gkdjax.models.sampler import sample
 from gkdjax.tools import make_tiny as tool
+from gkdjax.tools import tiny_mode
 from gkdjax.tools.make_tiny import make_tiny
 from gkdjax.types import SamplingParams
-from gkdjax.utils.errors import UserError
+from gkdjax.utils.errors import NotWritten, UserError
 
 KNOWN_IDS = 105  # of the quickstart's tokenizer
 SETTINGS = {"width": 32, "layers": 3, "vocab_size": 5000, "seed": 3}
@@ -149,14 +151,20 @@ def test_settings_out_of_range_are_named(tmp_path, change, named):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
-    def fail(path, data):
-        raise OSError("no space left on device")
+def test_a_full_disk_leaves_nothing_and_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_mode, "MODELS", tmp_path)
+    text = tmp_path.with_suffix(".txt")
+    text.write_text("many words\n" * 3)
+    with longest_file(10):
+        for write in (lambda: make_tiny(tmp_path / "a", **SETTINGS), _short(text)):
+            with pytest.raises(NotWritten, match=r"cannot be written: File too large"):
+                write()
+    assert not any(tmp_path.iterdir())
+    assert pathlib.Path(_short(text)()).read_text() == "many words\n" * 2
 
-    monkeypatch.setattr(pathlib.Path, "write_bytes", fail)
-    with pytest.raises(OSError, match="no space"):
-        make_tiny(tmp_path / "tiny", **SETTINGS)
-    assert list(tmp_path.iterdir()) == []
+
+def _short(text: pathlib.Path):
+    return lambda: tiny_mode.first_lines(str(text), 2)
 
 
 def test_others_may_read_it_as_any_new_file(made, tmp_path):

@@ -8,6 +8,7 @@ import re
 import pytest
 from disks import longest_file
 
+from gkdjax.parallel import multihost
 from gkdjax.utils import files
 from gkdjax.utils.errors import NotWritten
 
@@ -62,6 +63,13 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_so_is_the_name(tmp_pat
     monkeypatch.setattr(files, "to_disk", recorded)
     files.write_json(path, {})
     assert done == [("a.json.part", False), (tmp_path.name, True)]
+
+
+def test_the_copy_of_a_process_that_does_not_fit_is_told(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("x" * 100)
+    told = rf"{tmp_path} cannot be copied for this process: .*File too large.*set TMPDIR"
+    with longest_file(10), pytest.raises(NotWritten, match=told), multihost._copied(tmp_path):
+        pass
 
 
 def test_room_is_looked_for_ahead(tmp_path, monkeypatch, caplog):

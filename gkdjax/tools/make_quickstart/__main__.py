@@ -4,7 +4,6 @@ python -m gkdjax.tools.make_quickstart --out=DIR [--seed=0] [--tiny]
 """
 
 import argparse
-import json
 import pathlib
 import sys
 import time
@@ -17,6 +16,7 @@ from gkdjax.models.decoder import Decoder
 from gkdjax.models.families import gemma3
 from gkdjax.tools.make_quickstart import pretrain, task
 from gkdjax.utils.errors import UserError
+from gkdjax.utils.files import write_json, write_lines, write_text
 
 _LOCAL, _GLOBAL = "sliding_attention", "full_attention"
 RECIPES = {
@@ -72,8 +72,8 @@ def make(directory: pathlib.Path, seed: int = 0, *, tiny: bool = False) -> None:
     files = task.make_files(np.random.default_rng((seed, 1)), baked, counts)
     for name, rows in files.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (directory / "prefix.json").write_text(json.dumps(task.key_messages(baked), indent=2) + "\n")
+        write_lines(directory / name, rows)
+    write_json(directory / "prefix.json", task.key_messages(baked))
 
     tokenizer = pretrain.build_tokenizer()
     abilities, lines, accuracies = _abilities(files, baked), [], {}
@@ -98,7 +98,7 @@ def make(directory: pathlib.Path, seed: int = 0, *, tiny: bool = False) -> None:
     table = accuracy_table(list(abilities), accuracies)
     print(table)
     readme = _README.format(seed=seed, models="\n".join(lines), table=table)
-    (directory / "README.md").write_text(readme)
+    write_text(directory / "README.md", readme)
 
 
 def _abilities(files: dict[str, list[dict]], baked: task.Key) -> dict[str, list[task.Row]]:

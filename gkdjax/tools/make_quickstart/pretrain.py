@@ -21,6 +21,7 @@ from gkdjax.models.decoder import Decoder
 from gkdjax.models.decoder_config import DecoderConfig, param_shapes
 from gkdjax.models.hf import export
 from gkdjax.tools.make_quickstart import task
+from gkdjax.utils.files import write_text
 
 # One token a character, one a role name.
 _ROLES = ("system", "user", "model")
@@ -107,7 +108,7 @@ def save_model(
 ) -> None:
     """Writes a model as transformers does; generation stops at the end of a turn."""
     directory.mkdir(parents=True)
-    (directory / "config.json").write_text(json.dumps(config))
+    write_text(directory / "config.json", json.dumps(config))
     tokenizer.save_pretrained(directory)
     path = directory / "tokenizer_config.json"
     fields = json.loads(path.read_text())
@@ -115,7 +116,7 @@ def save_model(
     fields["tokenizer_class"] = "PreTrainedTokenizerFast"
     fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
     fields.pop("backend")
-    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    write_text(path, json.dumps(fields, indent=2, sort_keys=True) + "\n")
     transformers.GenerationConfig(
         pad_token_id=VOCABULARY["<pad>"],
         bos_token_id=VOCABULARY["<bos>"],
