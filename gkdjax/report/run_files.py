@@ -6,6 +6,7 @@ Damage does not stop it: it is left out, and `damaged` names it. A run itself re
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -23,13 +24,30 @@ from gkdjax.utils.errors import UserError
 from gkdjax.utils.text import visible
 
 
+def _is_number(value) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+
+
+def _is_measure(value) -> bool:
+    return value is None or _is_number(value)  # null: it could not be measured
+
+
+# What a value must be: of a type; a list of one form; a function's True; or an object with a form
+# for each key, of which those with "?" may be missing, and "*" is for all that are not named.
+_Form = type | list | Callable[[Any], bool] | dict[str, "_Form"]
+_SHARES = {"accuracy?": _is_number, "heldout_accuracy?": _is_number}
+_MEASURES: _Form = {**_SHARES, "*": _is_measure}
+_LINE: _Form = {"step": int, "*": _is_measure}
+
+
 class _Kind(NamedTuple):
     """A file of a run, or a line of one."""
 
-    columns: dict[str, type] | type  # what it must have to be of use; or the type of all values
+    form: _Form
     without: str | None = None  # what is lost if it is deleted; None: it is made again
 
 
+_CONDITIONS: dict[str, _Form] = {f"{name}?": _MEASURES for name in report_results.CONDITIONS}
 _FILES = {
     "metrics.jsonl": _Kind(
         {
@@ -38,8 +56,8 @@ _FILES = {
         },
         "curves and counts then lack its step",
     ),
-    "eval.jsonl": _Kind({"step": int}, "the curves then lack its step"),
-    "samples.jsonl": _Kind({"step": int, "answers": list}, "the report then lacks its answers"),
+    "eval.jsonl": _Kind(_LINE, "the curves then lack its step"),
+    "samples.jsonl": _Kind({"step": int, "answers": [str]}, "the report then lacks its answers"),
     "bad_steps.jsonl": _Kind({"step": int}, "the report then counts one bad step less"),
     "answers.jsonl": _Kind(
         {
@@ -47,9 +65,12 @@ _FILES = {
             **{"expected": list, "right": bool},
         }
     ),
-    "rows.json": _Kind(int, "then nobody sees whether the rows have changed since the run began"),
+    "rows.json": _Kind(
+        {"*": int}, "then nobody sees whether the rows have changed since the run began"
+    ),
     "models.json": _Kind(
-        str, "the models are then looked up again, and an id of the hub may have a newer commit"
+        {"*": str},
+        "the models are then looked up again, and an id of the hub may have a newer commit",
     ),
     "clock.json": _Kind({"began": str}, "chat templates that show the date then show today's"),
     "teacher.json": _Kind(
@@ -58,11 +79,36 @@ _FILES = {
     ),
     "failure.json": _Kind({"failure": str}, "then nothing of the config may be changed"),
     "before.json": _Kind(
-        {**dict.fromkeys(("abilities", "samples", "counts", "unavailable"), dict), "answers": list}
+        {
+            **{"abilities": _MEASURES, "counts": {"*": files.is_count}, "unavailable": {"*": str}},
+            **{"samples": {"*": [str]}, "answers": list, **_CONDITIONS},
+        }
     ),
-    "results.json": _Kind({"steps": int, "samples": dict, "rows": dict, "exports": list}),
-    "ending.json": _Kind({"stop_ids": list, "pad_id": int}),
-    "teacher_ended_at.json": _Kind({"keys": list}),
+    "results.json": _Kind(
+        {
+            **{"steps": int, "samples": {"*": [str]}, "exports": [str], **_CONDITIONS},
+            **{
+                "rows": {"*": {"rows": int, "refused_responses": int, "padding": {"*": _is_number}}}
+            },
+            **{
+                "counts?": {"*": files.is_count},
+                "unavailable?": {"*": str},
+                "versions?": {"*": str},
+            },
+            **{"held_out?": {"before": _LINE, "after": _LINE}, "task?": dict},
+            **{"retention?": {"*": {"before": _is_number, "after": _is_number}}},
+            **{"side_effects?": _MEASURES, "teacher?": _MEASURES},
+            "prefix_cost?": {
+                **{"tokens_saved": _is_number, "rows": int, "new_tokens": int},
+                "seconds": {"without": _is_number, "*": _is_number},
+            },
+            **{"recovery?": _is_measure, "heldout_recovery?": _is_measure, "bad_steps?": int},
+            **dict.fromkeys(("tokens?", "on_policy_steps?", "compilations?"), int),
+            **{"loss?": _is_number, "seconds?": _is_number},
+        }
+    ),
+    "ending.json": _Kind({"stop_ids": [int], "pad_id": int}),
+    "teacher_ended_at.json": _Kind({"keys": [str]}),
 }
 _COMPLETION = {"row": str, "writer": str, "step": int, "messages": list, "text": str}
 _EXCERPT = 3  # lines at each end of a file of completions
@@ -126,7 +172,7 @@ def read(directory: pathlib.Path) -> RunFiles:
 
 def read_lines(path: pathlib.Path, damaged: list[str]) -> list[dict]:
     """Reads the whole lines of a run's file, by its name; names the others in `damaged`."""
-    parsed = [_parse(line, _FILES[path.name].columns) for line in _lines(path)]
+    parsed = [_parse(line, _FILES[path.name].form) for line in _lines(path)]
     bad = [place for place, record in enumerate(parsed, 1) if record is None]
     if bad and bad[-1] == len(parsed):
         damaged.append(f"{path.name}: the last line is cut off, and left out")
@@ -145,12 +191,12 @@ def load(path: pathlib.Path, parse: Callable[[dict], Any] = lambda found: found)
     Raises:
       UserError: it is damaged and nothing can make it again; with what is lost without it.
     """
-    columns, without = _FILES[re.sub(r"\.\d+", "", path.name)]  # some are those of one process
+    form, without = _FILES[re.sub(r"\.\d+", "", path.name)]  # some are those of one process
     try:
         found = files.read_json(path)
         if found is None:
             return None
-        if not _fits(found, columns):
+        if not _fits(found, form):
             raise UserError(f"{path} lacks what it must hold")
         try:
             return parse(found)
@@ -171,9 +217,9 @@ def keep_lines_before(path: pathlib.Path, step: int) -> set[int]:
     Raises:
       UserError: a line among them is damaged; with what is lost without it.
     """
-    columns, without = _FILES[path.name]
+    form, without = _FILES[path.name]
     lines = _lines(path)
-    records = [_parse(line, columns) for line in lines]
+    records = [_parse(line, form) for line in lines]
     kept = [i for i, record in enumerate(records) if record and record["step"] < step]
     count = kept[-1] + 1 if kept else 0
     if None in records:
@@ -234,30 +280,44 @@ def _short(value) -> str:
 
 
 def _lines(path: pathlib.Path) -> list[bytes]:
-    content = path.read_bytes() if path.exists() else b""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     return content.removesuffix(b"\n").split(b"\n") if content else []
 
 
-def _parse(line: bytes, columns: dict[str, type] | type) -> dict | None:
-    """The object of a line; None if it lacks a column."""
+def _parse(line: bytes, form: _Form) -> dict | None:
+    """The object of a line; None if it is not of the form."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):  # a UnicodeDecodeError is a ValueError
         return None
-    return record if isinstance(record, dict) and _fits(record, columns) else None
+    return record if isinstance(record, dict) and _fits(record, form) else None
 
 
-def _fits(record: dict, columns: dict[str, type] | type) -> bool:
-    if isinstance(columns, type):
-        columns = dict.fromkeys(record, columns)
-    return all(isinstance(record.get(name), kind) for name, kind in columns.items())
+def _fits(value, form: _Form) -> bool:
+    if isinstance(form, type):
+        return isinstance(value, form)
+    if isinstance(form, list):
+        return isinstance(value, list) and all(_fits(each, form[0]) for each in value)
+    if not isinstance(form, dict):
+        return form(value)
+    if not isinstance(value, dict) or {n for n in form if n[-1] not in "?*"} - value.keys():
+        return False
+    own = {"*": object} | {name.removesuffix("?"): each for name, each in form.items()}
+    return all(_fits(each, own[name if name in own else "*"]) for name, each in value.items())
 
 
 def _read_object(path: pathlib.Path, damaged: list[str]) -> dict | None:
-    record = _parse(path.read_bytes(), _FILES[path.name].columns) if path.exists() else None
-    if record is None and path.exists():
-        damaged.append(f"{path.name} cannot be read, and is left out")
-    return record
+    with contextlib.suppress(UserError):
+        record = files.read_json(path)
+        if record is None or _fits(record, _FILES[path.name].form):
+            return record
+    damaged.append(f"{path.name} cannot be read, and is left out")
+    return None
 
 
 def read_config(directory: pathlib.Path) -> dict:

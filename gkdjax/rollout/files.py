@@ -84,13 +84,13 @@ def read(path: pathlib.Path, advice: str, **more: type) -> list[dict]:
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    except ValueError as error:
-        raise UserError(f"{path} is no text: {error}; {advice}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no text that can be read: {error}; {advice}") from None
     records = []
     for place, text in enumerate(lines, 1):
         try:
             records.append(_checked(json.loads(text), _COLUMNS | more))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{place} is no response: {error}; {advice}") from None
     return records
 

@@ -68,6 +68,9 @@ def write(workdir: pathlib.Path, step: int, why: str, batch: TrainBatch) -> None
     files.append_line(workdir / LINES, line)
 
 
+_OF_JSON = TypeError, AttributeError, LookupError, ValueError, RecursionError
+
+
 def read(workdir: pathlib.Path, step: int) -> tuple[dict, dict[str, BadPart]]:
     """Reads the line of a bad step, and its batches by name: "loss" and those of the anchors.
 
@@ -76,18 +79,18 @@ def read(workdir: pathlib.Path, step: int) -> tuple[dict, dict[str, BadPart]]:
     """
     path = _path(workdir, step)
     if not path.is_file():
-        steps = sorted(int(file.stem) for file in path.parent.glob("*.safetensors"))
+        steps = sorted(int(file.stem) for file in _files(workdir))
         raise UserError(f"{workdir} has no bad step {step}; there are {steps}")
     try:
         with safetensors.safe_open(path, "numpy") as file:
             line = json.loads(file.metadata()["line"])
             leaves = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+        parts = {}
+        for name, rows in line["rows"].items():
+            batch, found = (_under(leaves, f"{name}/{what}/") for what in ("batch", "targets"))
+            parts[name] = BadPart(rows, Batch(**batch), _topk(found) if found else None)
+    except (safetensors.SafetensorError, OSError, *_OF_JSON) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    parts = {}
-    for name, rows in line["rows"].items():
-        batch, found = (_under(leaves, f"{name}/{what}/") for what in ("batch", "targets"))
-        parts[name] = BadPart(rows, Batch(**batch), _topk(found) if found else None)
     return line, parts
 
 
@@ -96,10 +99,15 @@ def drop_from(workdir: pathlib.Path, step: int) -> set[int]:
 
     Raises UserError for a damaged line before them.
     """
-    for path in (workdir / "bad_steps").glob("*.safetensors"):
+    for path in _files(workdir):
         if int(path.stem) >= step:
             path.unlink()
     return run_files.keep_lines_before(workdir / LINES, step)
+
+
+def _files(workdir: pathlib.Path) -> list[pathlib.Path]:
+    found = (workdir / "bad_steps").glob("*.safetensors")
+    return [path for path in found if path.stem.isdecimal()]
 
 
 def _path(workdir: pathlib.Path, step: int) -> pathlib.Path:

@@ -124,7 +124,7 @@ def _computed(workdir: pathlib.Path) -> bool:
     if any(path.is_dir() or path.stat().st_size for path in found):
         return True
     evals = [workdir / name for name in ("eval.jsonl", "samples.jsonl")]
-    return any(p.exists() and re.search(rb'"step": [1-9]', p.read_bytes()) for p in evals)
+    return any(p.is_file() and re.search(rb'"step": [1-9]', p.read_bytes()) for p in evals)
 
 
 def saved_config(workdir: pathlib.Path) -> config_lib.Config:

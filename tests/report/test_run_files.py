@@ -6,7 +6,7 @@ from datetime import datetime
 import pytest
 from made_up_runs import before, full_results, metric, samples, three_phases
 
-from gkdjax.report import run_files
+from gkdjax.report import run_files, tables
 from gkdjax.utils import files
 from gkdjax.utils.errors import UserError
 
@@ -110,3 +110,38 @@ def test_a_line_without_its_end_is_whole(tmp_path):
     path.write_text(json.dumps(metric(0, 1.0)))
     assert run_files.keep_lines_before(path, 1) == {0}
     assert path.read_text().endswith("}\n")
+
+
+def changes(value):
+    """Yields copies of an object in each of which one value, at any depth, has another type."""
+    for key, inner in value.items():
+        for wrong in (None, "x", [None], {"a": [1]}, 10**400):
+            if type(wrong) is not type(inner) or wrong == 10**400:
+                yield value | {key: wrong}
+        if isinstance(inner, dict):
+            yield from (value | {key: changed} for changed in changes(inner))
+
+
+@pytest.mark.parametrize("name", ["results.json", "before.json"])
+def test_a_value_of_another_type_is_damage_or_can_be_shown(tmp_path, name):
+    path = tmp_path / name
+    for changed in changes(AGAIN[name]):
+        path.write_text(json.dumps(changed))  # without waiting for the disk
+        found = run_files.load(path)
+        if found is not None:
+            tables.tables(found)
+            tables.side_by_side(found["samples"])
+
+
+@pytest.mark.parametrize("name", [*LINES, *AGAIN, "rows.json"])
+def test_a_directory_in_place_of_a_file_is_named(tmp_path, caplog, name):
+    path = tmp_path / name
+    path.mkdir()
+    if name in AGAIN:
+        assert run_files.load(path) is None and f"{path} cannot be read: Is a" in caplog.text
+        return
+    read = (
+        run_files.load if name == "rows.json" else lambda path: run_files.keep_lines_before(path, 1)
+    )
+    with pytest.raises(UserError, match=f"{name} cannot be read: Is a directory"):
+        read(path)

@@ -103,6 +103,7 @@ def test_text_of_other_rows_is_refused(whole, change):
     ("damage", "message"),
     [
         (None, "is no response: (Expecting|Unterminated)"),
+        ("[" * 100_000, "is no response: maximum recursion"),
         ({"ids": [1, "2"]}, "is no response: its 'ids' are not all token ids"),
         ({"ids": [-1]}, "is no response: its 'ids' are not all token ids"),
         ({"number": None}, "is no response: it has no 'number', or not a int"),
@@ -111,7 +112,9 @@ def test_text_of_other_rows_is_refused(whole, change):
 )
 def test_a_line_that_is_no_response_is_named(whole, damage, message):
     lines = whole[0].read_text().splitlines()
-    lines[2] = lines[2][:9] if damage is None else json.dumps(json.loads(lines[2]) | damage)
+    if isinstance(damage, dict):
+        damage = json.dumps(json.loads(lines[2]) | damage)
+    lines[2] = damage or lines[2][:9]
     whole[0].write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError, match=rf"whole\.jsonl:3 {message}"):
         write(whole[0], Writer())

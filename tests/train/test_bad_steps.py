@@ -64,6 +64,7 @@ def test_a_bad_batch_is_left_out_counted_named_and_kept(student, tmp_path, caplo
     assert [row.split()[1] for row in rows] == line["rows"]["loss"]
     assert [row.endswith("the teacher") for row in rows] == [False, True, False, False]
     assert all(math.isfinite(float(row.split()[4])) for row in rows[::2])
+    (tmp_path / "bad_steps" / "of mine.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"has no bad step 3; there are \[2\]"):
         bad_steps.read(tmp_path, 3)
 
