@@ -33,6 +33,7 @@ class Range:
 
 
 Count = Annotated[int, Range(1)]
+Tokens = Annotated[int, Range(1, 2**20)]  # of one text: the sampler takes memory for all of them
 Natural = Annotated[int, Range(0)]
 Positive = Annotated[float, Range(0, ends="(]")]
 NotNegative = Annotated[float, Range(0)]
@@ -224,8 +225,9 @@ class Anchor:
 class RolloutConfig:
     """How teacher and student write responses to rows that have none."""
 
-    per_prompt: Count = 4  # responses that the teacher writes to each prompt
-    max_new_tokens: Count = 128  # of a response
+    # Responses that the teacher writes to each prompt.
+    per_prompt: Annotated[int, Range(1, 10_000)] = 4
+    max_new_tokens: Tokens = 128  # of a response
     temperature: NotNegative = 0.8  # of sampling; 0: greedy
     top_k: Count | None = None  # sample from the k most probable tokens, before top_p; None: all
     # Sample from the fewest tokens whose probabilities add up to it.
@@ -318,7 +320,7 @@ class Eval:
     side_effects: Rows | None = None
     # Messages: the trained student answers the questions under them, too.
     other_prefix: tuple[Message, ...] = ()
-    max_new_tokens: Count = 100  # of answers
+    max_new_tokens: Tokens = 100  # of answers
     batch_size: Count = 64  # answers that are written at once
     every_steps: Count | None = None  # how often on the way; None: only before and after
     at_steps: tuple[Natural, ...] = ()  # and after these

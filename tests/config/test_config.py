@@ -66,7 +66,12 @@ def test_the_choices_are_those_of_the_losses():
         ({"gkd.temperature": 1e-320}, r"temperature = 1e-320: .* between 1e-37 and 3e\+38"),
         ({"gkd.temperature": 10**400}, r"temperature = 10{59}\.\.\. \(int\): .* and 3e\+38"),
         ({"train.epochs": 10**400}, r"epochs must be float above 0 or None, not 10{59}\.\.\."),
-        ({"rollout.max_new_tokens": 2**63}, r"max_new_tokens = \d+: .* and 9e\+15"),
+        ({"train.batch_size": 2**63}, r"batch_size = \d+: .* and 9e\+15"),
+        (
+            {"rollout.max_new_tokens": 2**31},
+            r"max_new_tokens = 2147483648: must be in \[1, 1048576",
+        ),
+        ({"rollout.per_prompt": 2**31}, r"per_prompt = 2147483648: must be in \[1, 10000\]"),
         ({"teacher.backend": "hf"}, "called 'flax' here"),
         ({"teacher.backend": "tgi"}, "local-toggle, flax, vllm, sglang, openai"),
         ({"teacher.backend": "vllm"}, r"teacher\.api_base = '': name the server's address"),

@@ -57,6 +57,10 @@ _SUPPORTED = {
 }
 
 
+def _is_alpha(value) -> bool:
+    return files.is_number(value) and value > 0
+
+
 def _is_pattern(value, is_valid: Callable) -> bool:
     return not value or (isinstance(value, dict) and all(map(is_valid, value.values())))
 
@@ -76,8 +80,10 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: _is_pattern(v, files.is_count),
         "an object of whole numbers above 0",
     ),
-    "lora_alpha": (files.is_number, "a number of at most 1e12"),
-    "alpha_pattern": (lambda v: _is_pattern(v, files.is_number), "an object of numbers"),
+    "lora_alpha": (_is_alpha, "a number above 0, from 1e-12 to 1e12"),
+    "base_model_name_or_path": (lambda v: v is None or isinstance(v, str), "a name or null"),
+    "use_rslora": (lambda v: v is None or isinstance(v, bool), "true or false"),
+    "alpha_pattern": (lambda v: _is_pattern(v, _is_alpha), "an object of numbers above 0"),
     "lora_dropout": (lambda v: files.is_number(v) and 0 <= v < 1, "a number in [0, 1)"),
     "layers_to_transform": (
         lambda v: v is None or all(type(layer) is int for layer in _as_list(v)),
