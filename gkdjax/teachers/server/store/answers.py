@@ -100,6 +100,8 @@ class AnswerStore(contextlib.AbstractContextManager):
         self._name, self._lock = f"{path} (config.teacher.store)", threading.Lock()
         if read_only and not self._path.exists():
             raise UserError(f"{self._name}: there is no such file")
+        if self._path.is_dir():
+            raise UserError(f"{self._name} is a directory; name a file")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
