@@ -23,6 +23,7 @@ from gkdjax.train.stopping import StopRequest
 from gkdjax.train.watchdog import Watchdog
 from gkdjax.types import TrainState
 from gkdjax.utils.errors import (
+    NotWritten,
     Preempted,
     TeacherUnreachable,
     UserError,
@@ -65,6 +66,8 @@ def train(run: Run, places: Places, stop: StopRequest) -> tuple[TrainState, dict
                     evaluate.if_due(step, state, record)
                 batch = batches.take(step, state)
             except TEACHER_FAILS as error:
+                if isinstance(error, NotWritten) and jax.process_count() > 1:
+                    raise  # by this process alone: the others would not come to save with it
                 if step > first:
                     record.check(state)
                     checkpoints.save(state)
