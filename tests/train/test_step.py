@@ -161,6 +161,19 @@ def test_a_token_of_the_prompt_is_read_and_nan_in_a_target_is_seen():
     assert not np.isfinite(sums["loss_sum"]) and not np.isfinite(sums["grad_norm"])
 
 
+def test_a_gradient_that_is_not_finite_changes_nothing_though_the_loss_is():
+    state = lora_state()
+    adapters = {
+        name: dataclasses.replace(each, a=each.a * 1e30, b=jnp.zeros_like(each.b))
+        for name, each in state.trainable.items()
+    }
+    before = jax.tree.map(np.asarray, adapters)
+    state, sums = step_function()(dataclasses.replace(state, trainable=adapters), PARAMS)
+    assert np.isfinite(sums["loss_sum"]) and not np.isfinite(sums["grad_norm"])
+    assert not sums["good"]
+    jax.tree.map(np.testing.assert_array_equal, state.trainable, before)
+
+
 def test_the_state_is_donated_and_the_base_is_not():
     state, frozen = lora_state(), jax.tree.map(jnp.copy, PARAMS)
     before = jax.tree.map(np.asarray, frozen)
