@@ -17,7 +17,7 @@ import numpy as np
 import transformers
 from absl import logging
 
-from gkdjax.data.encoding import Encoded, Encoder
+from gkdjax.data.encoding import Encoded, Encoder, encoder_of
 from gkdjax.data.row_schema import TOOL_ROLES
 from gkdjax.data.template import PLACEHOLDER, SYSTEM_ADVICE, Misfit, Template, find, thinks
 from gkdjax.data.tokenizer_files import load_tokenizer
@@ -165,7 +165,7 @@ class Chat:
 
     @functools.cached_property
     def encoder(self) -> Encoder:
-        return Encoder(self.tokenizer, self.template.source)
+        return encoder_of(self.tokenizer, self.template.source)
 
     @functools.cached_property
     def stop_texts(self) -> list[str]:

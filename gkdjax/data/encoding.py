@@ -59,6 +59,9 @@ class Encoder:
         return _arrays(found.ids, found.offsets)
 
 
+encoder_of = functools.lru_cache(maxsize=8)(Encoder)  # student and teacher may have one tokenizer
+
+
 def _arrays(ids: list[int], spans: list[tuple[int, int]]) -> Encoded:
     flat = itertools.chain.from_iterable(spans)  # np.asarray takes twice as long
     at = np.fromiter(flat, np.int64, 2 * len(spans)).reshape(-1, 2)

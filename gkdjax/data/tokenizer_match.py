@@ -54,6 +54,21 @@ def shared_ids(student: Chat, teacher: Chat) -> int | None:
     return cut
 
 
+def with_tokenizer_of(other: Chat, chat: Chat) -> Chat:
+    """Returns `chat` with the other's tokenizer if it is the same, so that a text is encoded once.
+
+    A larger teacher of the student's family has files of its own that say the same.
+    """
+
+    def settings(tokenizer):
+        yield from (type(tokenizer), tokenizer.chat_template, tokenizer.special_tokens_map)
+        yield tokenizer.backend_tokenizer.to_str()
+
+    a, b = other.tokenizer, chat.tokenizer
+    same = a is not b and all(x == y for x, y in zip(settings(a), settings(b), strict=True))
+    return dataclasses.replace(chat, tokenizer=a) if same else chat
+
+
 def tokens_without_row(chat: Chat, vocab_size: int) -> list[tuple[int, str]]:
     """Returns (id, token) of the tokens for which an embedding of `vocab_size` has no row.
 

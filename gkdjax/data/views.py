@@ -160,20 +160,24 @@ class ViewRules:
             learnt += (self.targets.of_message(example.answer),)
         return chat.render(messages, learnt, name, generation_prompt=respond, tools=example.tools)
 
-    def _views(self, example: Example, completion: Completion | None) -> list[View]:
-        views = []
-        for name, chat, prefix in self._sides(example):
-            respond = completion is not None
-            ids, flags = self._rendered(example, name, chat, prefix, respond=respond)
-            if completion is not None:
-                ids = np.concatenate([ids, np.asarray(completion.ids, np.int32)])
-                flags = np.concatenate([flags, self.targets.of_completion(completion, chat)])
-            places = np.flatnonzero(flags)
-            if places.size and places[0] == 0:
-                raise UserError(f"{name}: the first token of all is a target; nothing predicts it")
-            length = places[-1] + 1 if places.size else len(ids)
-            views.append(View(ids[:length], (places - 1).astype(np.int32)))
-        return views
+    def _views(self, example: Example, completion: Completion | None) -> tuple[View, View]:
+        student, teacher = self._sides(example)
+        view = self._view(example, completion, *student)
+        if teacher[1:] == student[1:]:  # without a prefix both read the same
+            return view, view
+        return view, self._view(example, completion, *teacher)
+
+    def _view(self, example: Example, completion: Completion | None, name: str, chat: Chat, prefix):
+        respond = completion is not None
+        ids, flags = self._rendered(example, name, chat, prefix, respond=respond)
+        if completion is not None:
+            ids = np.concatenate([ids, np.asarray(completion.ids, np.int32)])
+            flags = np.concatenate([flags, self.targets.of_completion(completion, chat)])
+        places = np.flatnonzero(flags)
+        if places.size and places[0] == 0:
+            raise UserError(f"{name}: the first token of all is a target; nothing predicts it")
+        length = places[-1] + 1 if places.size else len(ids)
+        return View(ids[:length], (places - 1).astype(np.int32))
 
     def _difference(self, student: np.ndarray, teacher: np.ndarray) -> str:
         """The first target that differs, and the ends of turns if they differ."""

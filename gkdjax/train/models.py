@@ -63,7 +63,8 @@ def resolve_models(config: Config, workdir: pathlib.Path, teacher: Teacher | Non
         rendered_by = borrowed or directory
         # A large tokenizer takes seconds to read.
         same = rendered_by.samefile(student)
-        teacher_chat = chat if same else load_chat(rendered_by, *how)
+        loaded = chat if same else load_chat(rendered_by, *how)
+        teacher_chat = tokenizer_match.with_tokenizer_of(chat, loaded)
     shared = None if teacher_chat is chat else tokenizer_match.shared_ids(chat, teacher_chat)
     if shared is not None:
         shared = min(shared, chat.vocab_size)

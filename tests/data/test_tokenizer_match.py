@@ -8,7 +8,13 @@ import pathlib
 import pytest
 
 from gkdjax.data.chat_template import load_chat
-from gkdjax.data.tokenizer_match import of_model, shared_ids, stopping_with, tokens_without_row
+from gkdjax.data.tokenizer_match import (
+    of_model,
+    shared_ids,
+    stopping_with,
+    tokens_without_row,
+    with_tokenizer_of,
+)
 from gkdjax.types import Message
 from gkdjax.utils.errors import UserError
 
@@ -44,6 +50,23 @@ def changed(chat_dir):
 def test_a_token_that_ends_text_for_both_may_have_two_names(changed, chat_of):
     """As R1-Distill's over Qwen 2.5: behind it the added tokens are others."""
     assert shared_ids(chat_of("llama3"), changed({"<|eot_id|>": "<|over|>"})) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({}, True),
+        ({"| trim": "| upper | lower"}, False),
+        ({'"<pad>"': '"<fill>"'}, False),
+        ({'"behavior": "Isolated"': '"behavior": "MergedWithNext"'}, False),
+    ],
+)
+def test_two_directories_with_one_tokenizer_encode_a_text_once(changed, changes, same):
+    chat, other = changed({}), changed(changes)
+    found = with_tokenizer_of(chat, other)
+    assert (found.tokenizer is chat.tokenizer, found.encoder is chat.encoder) == (same, same)
+    assert found.directory == other.directory and found.stop_ids == other.stop_ids
+    assert same or found is other
 
 
 @pytest.mark.parametrize(
