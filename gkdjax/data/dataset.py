@@ -22,7 +22,7 @@ from gkdjax.data.loss_mask import TargetRules
 from gkdjax.data.views import RowStatus, ViewRules
 from gkdjax.losses.objective import TopKTargets
 from gkdjax.models.prefix_cache import worth_keeping
-from gkdjax.types import Batch, Completion, Example, Message, Prompt, ViewPair
+from gkdjax.types import Batch, Completion, Example, Message, Prompt, View, ViewPair
 from gkdjax.utils.errors import UserError
 from gkdjax.utils.text import some
 
@@ -59,6 +59,12 @@ class _Row(NamedTuple):
     untargeted: int  # tokens of the teacher's prompt up to where its first target is predicted
     own: tuple[ViewPair | None, RowStatus] | None  # with its own response; None: not rendered
     number: int = 0  # of its completion
+
+
+def _as_beginning(prompt: np.ndarray, view: View) -> np.ndarray:
+    """The prompt within the view that it begins: a long prefix is kept once a row."""
+    beginning = view.ids[: len(prompt)]
+    return beginning if np.array_equal(beginning, prompt) else prompt
 
 
 class DistillDataset:
@@ -263,6 +269,9 @@ class DistillDataset:
         """Raises UserError if the chat template does not take the row."""
         pair = self.rules.pair(example, None) if own and example.answer is not None else None
         prompts = self.rules.prompts(example)
+        if pair is not None and pair[0] is not None:
+            views = pair[0].student, pair[0].teacher
+            prompts = tuple(map(_as_beginning, prompts, views))
         untargeted = len(self.rules.before_targets(example))
         return _Row(example, example.prefix, prompts, untargeted, pair)
 

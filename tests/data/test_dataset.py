@@ -56,6 +56,13 @@ def test_rollouts_make_another_dataset_and_leave_the_first_as_it_was(student):
     assert [one.report()["refused_responses"] for one in (bare, less)] == [0, 8]
 
 
+def test_a_prompt_and_the_views_that_it_begins_share_their_memory(student):
+    feed = feed_of(load_chat(student), prefix="p" * 30)
+    for row, pair in enumerate(feed.first_pairs):
+        for who, view in (("student", pair.student), ("teacher", pair.teacher)):
+            assert np.shares_memory(feed.prompt(row, who).ids, view.ids)
+
+
 def test_rows_that_are_cut_or_dropped_are_named(student, caplog):
     chat, long = load_chat(student), {"rows": 4, "prefix": "p" * 30, "max_length": 50}
     whole = feed_of(chat, too_long="truncate-prefix", **(long | {"max_length": 256}))
