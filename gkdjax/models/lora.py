@@ -77,17 +77,18 @@ def attach(
 
 
 def merge(params: dict, adapters: dict[str, Adapter]) -> dict:
-    """`params` with w + scale * a @ b in place of each adapted w, summed in float32, in w's dtype.
+    """`params` with `merged` kernels in place of the adapted ones.
 
     Raises:
       ValueError: as `attach`.
     """
+    return _replace(params, adapters, lambda path, w, adapter: merged(w, adapter))
 
-    def kernel(path, w, adapter):
-        update = jnp.einsum("Lir,Lro->Lio", adapter.a, adapter.b, precision="highest")
-        return (w.astype(jnp.float32) + adapter.scale * update).astype(w.dtype)
 
-    return _replace(params, adapters, kernel)
+def merged(w: jax.Array, adapter: Adapter) -> jax.Array:
+    """Kernels [L, in, out] plus scale * a @ b, summed in float32, in w's dtype."""
+    update = jnp.einsum("Lir,Lro->Lio", adapter.a, adapter.b, precision="highest")
+    return (w.astype(jnp.float32) + adapter.scale * update).astype(w.dtype)
 
 
 def student_params(frozen: dict | None, trainable, dropout_rng: jax.Array | None = None) -> dict:

@@ -61,5 +61,5 @@ def eval_model(run: Run, state: TrainState, prefix_bytes: int) -> EvalModel:
     params = state.trainable
     if run.frozen is not None:
         places = run.decoder.layout.shardings_of(run.frozen)
-        params = jax.device_put(lora.merge(run.frozen, state.trainable), places)
+        params = jax.jit(lora.merge, out_shardings=places)(run.frozen, state.trainable)
     return EvalModel.of(run.decoder, params, run.inputs.sources.chat, prefix_bytes)

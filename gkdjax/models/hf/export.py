@@ -163,7 +163,7 @@ def _leaf_tensor(
     """The tensor `name` of a leaf, or of one layer of a stacked one, cast in turn to `casts`."""
     leaf = _leaf(params, path)
     if layer is not None:
-        leaf = _layer(path, leaf, adapter, layer)
+        leaf = _layer(leaf, adapter, layer)
     with np.errstate(over="ignore"):  # an error below, with a name
         tensor = np.asarray(mesh.fetch(leaf))
         for dtype in casts:
@@ -176,15 +176,15 @@ def _leaf_tensor(
     return tensor
 
 
-def _layer(path: str, leaf: jax.Array, adapter: lora.Adapter | None, layer: int) -> jax.Array:
+def _layer(leaf: jax.Array, adapter: lora.Adapter | None, layer: int) -> jax.Array:
     """One layer of a stacked leaf, its adapter merged; a kernel is (out, in), as HF has it."""
     if isinstance(leaf, np.ndarray):  # jax would take the whole of it to the device
         leaf = leaf[layer : layer + 1]
-    return _cut(leaf, adapter, layer, path.removeprefix("layers/"))
+    return _cut(leaf, adapter, layer)
 
 
-@functools.partial(jax.jit, static_argnames="name")  # `layer` is not: one program for all of them
-def _cut(leaf: jax.Array, adapter: lora.Adapter | None, layer: int, name: str) -> jax.Array:
+@jax.jit  # a program for each shape: `layer` is an argument like the others
+def _cut(leaf: jax.Array, adapter: lora.Adapter | None, layer: int) -> jax.Array:
     def one(stacked):
         return stacked if len(stacked) == 1 else jax.lax.dynamic_slice_in_dim(stacked, layer, 1)
 
@@ -192,9 +192,7 @@ def _cut(leaf: jax.Array, adapter: lora.Adapter | None, layer: int, name: str) -
     if adapter is not None:
         adapter = dataclasses.replace(adapter, a=one(adapter.a), b=one(adapter.b))
         # In float32, so that the sum is rounded once, to the dtype of the file.
-        path = f"layers/{name}"
-        merged = lora.merge({"layers": {name: part.astype(jnp.float32)}}, {path: adapter})
-        part = merged["layers"][name]
+        part = lora.merged(part.astype(jnp.float32), adapter)
     return part[0].T
 
 
