@@ -8,6 +8,7 @@ from absl import flags
 
 from gkdjax import config
 from gkdjax.config import cli
+from gkdjax.utils import huge_pages
 
 flags.adopt_module_key_flags(cli)
 _COORDINATOR = flags.DEFINE_string(
@@ -67,4 +68,5 @@ def _share_cores(parsed: config.Config) -> None:
 
 
 if __name__ == "__main__":
+    huge_pages.begin_again()
     cli.run(main)

@@ -16,7 +16,6 @@ from ml_collections import config_flags
 
 from gkdjax.config import schema
 from gkdjax.config.parse import RENAMED, check_key, parse
-from gkdjax.utils import huge_pages
 from gkdjax.utils.errors import GkdjaxError, Interrupted, Preempted, UserError
 from gkdjax.utils.files import print_or_drop
 
@@ -31,7 +30,6 @@ def run(main: Callable[[schema.Config, str], None]) -> None:
 
     A signal that would end the process is a request to stop from here on, see `train.stopping`.
     """
-    huge_pages.begin_again()
     print_or_drop()
     logging.get_absl_handler().python_handler.setStream(sys.stderr)  # it has the old one
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):

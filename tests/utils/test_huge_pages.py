@@ -1,4 +1,4 @@
-"""Large pages, in processes of their own: the tunable is read as one begins."""
+"""Large pages, in processes of their own: the tunable is read as a process begins."""
 
 import json
 import os
@@ -57,3 +57,22 @@ def test_a_process_begins_again_once_where_that_gives_it_large_pages(
     real = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if begun == 2 and real.is_file() and "[madvise]" in real.read_text():
         assert kb >= 2**15  # half of what was filled
+
+
+COMMAND = """\
+import os, pathlib, runpy, sys
+from gkdjax.utils import huge_pages
+
+huge_pages._SETTING = pathlib.Path(sys.argv[1])
+os.execv = lambda path, arguments: sys.exit(f"begins again as {path}")
+runpy.run_module("gkdjax.main", run_name="__main__")
+"""
+
+
+def test_the_command_begins_again(tmp_path):
+    file = tmp_path / "enabled"
+    file.write_text("always [madvise] never")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "GLIBC_TUNABLES": ""}
+    command = [sys.executable, "-c", COMMAND, str(file)]
+    process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert process.stderr.strip() == f"begins again as {sys.executable}"
